@@ -1,0 +1,120 @@
+"""A denoiser that is exact: for a Gaussian mixture, E[x0 | x] has a closed form at every noise level."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tinyldm.diffusion.prediction import to_target
+from tinyldm.diffusion.process import Level
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Images drawn from sum_k weight_k N(mean_k, std_k^2 I). At a level it stays a mixture, with means
+    alpha mean_k and variances alpha^2 std_k^2 + sigma^2."""
+
+    mean: Tensor  # [k, c, h, w] float64
+    std: Tensor  # [k]
+    weight: Tensor  # [k], sums to 1
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        k = torch.multinomial(self.weight, n, replacement=True, generator=generator)
+        noise = torch.randn(n, *self.mean.shape[1:], generator=generator, dtype=torch.float64)
+        return self.mean[k] + self.std[k].view(-1, 1, 1, 1) * noise
+
+    def __call__(self, x: Tensor, level: Level) -> Tensor:
+        """The denoiser: E[x0 | x], by Bayes over the modes."""
+        alpha, sigma = level.alpha, level.sigma
+        variance = (alpha * self.std) ** 2 + sigma**2  # [k]
+        away = x[:, None] - alpha * self.mean  # [b, k, c, h, w]
+        square = away.square().sum((2, 3, 4))  # [b, k]
+        log_p = self.weight.log() - square / (2 * variance) - self.mean[0].numel() / 2 * variance.log()
+        guess = self.mean + (alpha * self.std**2 / variance).view(-1, 1, 1, 1) * away
+        return (log_p.softmax(1)[..., None, None, None] * guess).sum(1)
+
+    def network(self, process, kind: str):
+        """The same as a network that predicts `kind`: all it is told about the level is t."""
+
+        def net(x: Tensor, t: Tensor, cond: None) -> Tensor:
+            assert bool((t == t[0]).all())
+            t0 = t[:1].double() / 1000 if not hasattr(process, "alpha") else (t[:1].double() + 0.5) / len(process)
+            level = Level(*(value.item() for value in process(t0)))
+            x0 = self(x, level)
+            return to_target(kind, x0, (x - level.alpha * x0) / level.sigma, level)
+
+        return net
+
+    def cdf(self, x: Tensor, level: Level) -> Tensor:
+        """P(pixel < x) at this level, for images of a single pixel."""
+        spread = ((level.alpha * self.std) ** 2 + level.sigma**2).sqrt()
+        away = (x.reshape(-1, 1) - level.alpha * self.mean.flatten()) / spread
+        return (self.weight * torch.special.ndtr(away)).sum(1).view_as(x)
+
+    def carry(self, x: Tensor, start: Level, end: Level) -> Tensor:
+        """The exact solution of the probability-flow ODE in one dimension: it keeps every quantile."""
+        wanted = self.cdf(x, start)
+        low, high = torch.full_like(x, -20.0), torch.full_like(x, 20.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.cdf(middle, end) < wanted
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+
+@pytest.fixture(scope="session")
+def pixel_mixture() -> Mixture:
+    """Two unequal modes of a single pixel, [b, 1, 1, 1]."""
+    mean = torch.tensor([-1.0, 1.2], dtype=torch.float64).view(2, 1, 1, 1)
+    return Mixture(mean, torch.tensor([0.3, 0.4]).double(), torch.tensor([0.4, 0.6]).double())
+
+
+@pytest.fixture(scope="session")
+def image_mixture() -> Mixture:
+    """Three unequal modes in the space of 1 x 1 x 2 images: [b, 1, 1, 2]."""
+    mean = torch.tensor([[-1.5, 0.0], [1.0, 1.0], [1.0, -1.0]], dtype=torch.float64).view(3, 1, 1, 2)
+    return Mixture(mean, torch.tensor([0.2, 0.3, 0.4]).double(), torch.tensor([0.5, 0.3, 0.2]).double())
+
+
+def _vp(t: float) -> tuple[float, float]:
+    """The continuous limit of scaled_linear: beta(t) = 1000 (sqrt(beta_0) + t (sqrt(beta_1) - sqrt(beta_0)))^2."""
+    low, high = math.sqrt(0.85), math.sqrt(12.0)
+    integral = ((low + (high - low) * t) ** 3 - low**3) / (3 * (high - low))
+    return math.exp(-integral / 2), math.sqrt(-math.expm1(-integral))
+
+
+CURVES = {
+    "vp": _vp,
+    "cosine": lambda t: (math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)),
+    "flow": lambda t: (1 - t, t),
+}
+
+
+@pytest.fixture(scope="session")
+def curve_levels():
+    """levels(curve, steps, top, bottom): a dense even grid on a smooth curve (tables would round the times)."""
+
+    def levels(curve: str, steps: int, top: float, bottom: float) -> list[Level]:
+        times = [top + (bottom - top) * i / steps for i in range(steps + 1)]
+        return [Level(1000 * t, *CURVES[curve](t)) for t in times]
+
+    return levels
+
+
+@pytest.fixture(scope="session")
+def toy_network():
+    """A small nonlinear float32 network with well-scaled answers that depend on x and smoothly on t."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(4, 4, 3, 3, generator=generator) / 6
+    bias = torch.randn(2, 4, generator=generator)
+
+    def net(x: Tensor, t: Tensor, cond=None) -> Tensor:
+        angle = t.float().view(-1, 1) / 300
+        told = angle.cos() * bias[0] + angle.sin() * bias[1]  # [b, c]
+        hidden = torch.nn.functional.conv2d(x, weight, padding=1)
+        return 0.7 * x + torch.tanh(hidden + told[:, :, None, None])
+
+    return net

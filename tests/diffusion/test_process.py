@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+
+from tinyldm.diffusion.process import PROCESSES, Level, log_snr, make_process
+
+TIMES = torch.linspace(0, 1, 1001, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "name, schedule, ends",
+    [
+        ("scaled_linear", "scaled_linear", (0.00085, 0.012)),
+        ("linear", "linear", (1e-4, 0.02)),
+        ("cosine", "squaredcos_cap_v2", (1e-4, 0.02)),
+    ],
+)
+def test_tables_are_the_published_ones(name, schedule, ends):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDPMScheduler(beta_schedule=schedule, beta_start=ends[0], beta_end=ends[1]).alphas_cumprod
+    torch.testing.assert_close((make_process(name).alpha ** 2).float(), theirs, rtol=3e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_noise_rises_and_signal_falls_along_every_process(name):
+    level = make_process(name)(TIMES)
+    assert level.alpha.shape == level.sigma.shape == (1001, 1, 1, 1) and level.t.shape == (1001,)
+    assert (level.alpha.diff(dim=0) <= 0).all() and (level.sigma.diff(dim=0) >= 0).all()
+    assert (level.t.diff() >= 0).all() and level.t[0] == 0
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine"])
+def test_discrete_processes_preserve_variance(name):
+    level = make_process(name)(TIMES)
+    torch.testing.assert_close(level.alpha**2 + level.sigma**2, torch.ones_like(level.alpha), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_uniform_times_pick_every_index_equally(dtype):
+    process = make_process("scaled_linear")
+    even = torch.arange(100_000, dtype=dtype) / 100_000 + 5e-6
+    counts = torch.bincount(process(even).t.long(), minlength=1000)
+    assert counts.min() >= 99 and counts.max() <= 101  # 100 each, up to float32 rounding at the borders
+
+
+def test_the_middle_of_each_bin_is_its_index_and_one_is_the_last():
+    process = make_process("linear")
+    times = torch.cat([(torch.arange(1000) + 0.5) / 1000, torch.tensor([1.0, 1 - 2**-24])])
+    level = process(times)
+    assert level.t.tolist() == [*range(1000), 999, 999]
+    assert torch.equal(level.alpha[:1000].flatten(), process.alpha.float())
+
+
+def test_levels_follow_the_dtype_of_t():
+    for name in PROCESSES:
+        for dtype in (torch.float32, torch.float64):
+            assert {value.dtype for value in make_process(name)(torch.tensor([0.3], dtype=dtype))} == {dtype}
+
+
+def test_flow_is_the_straight_line_and_tells_the_network_1000_t():
+    level = make_process("flow")(torch.tensor([0.0, 0.25, 1.0]))
+    assert level.t.tolist() == [0, 250, 1000]
+    assert level.alpha.flatten().tolist() == [1, 0.75, 0] and level.sigma.flatten().tolist() == [0, 0.25, 1]
+
+
+def test_shift_multiplies_the_noise_to_signal_ratio_and_keeps_the_ends():
+    plain, shifted = make_process("flow")(TIMES), make_process("flow", shift=3.0)(TIMES)
+    inner = slice(1, -1)
+    ratio = (shifted.sigma / shifted.alpha)[inner] / (plain.sigma / plain.alpha)[inner]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 3.0), rtol=1e-10, atol=0)
+    assert (shifted.sigma[0], shifted.sigma[-1], shifted.t[-1]) == (0, 1, 1000)
+
+
+def test_log_snr_of_floats_is_that_of_tensors_and_infinite_at_the_ends():
+    level = make_process("linear")(torch.tensor([0.1, 0.7], dtype=torch.float64))
+    floats = [log_snr(Level(0.0, a, s)) for a, s in zip(level.alpha.flatten().tolist(), level.sigma.flatten().tolist())]
+    assert log_snr(level).flatten().tolist() == pytest.approx(floats, rel=1e-12)
+    assert floats[0] == pytest.approx(math.log(level.alpha[0].item() ** 2 / level.sigma[0].item() ** 2))
+    assert (log_snr(Level(0.0, 1.0, 0.0)), log_snr(Level(1000.0, 0.0, 1.0))) == (math.inf, -math.inf)
+
+
+def test_unknown_names_and_options_name_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'scaled_linear'"):
+        make_process("scaled-linear")
+    with pytest.raises(ValueError, match="unknown flow option 'shft': did you mean 'shift'"):
+        make_process("flow", shft=3)
+    with pytest.raises(ValueError, match="not positive"):
+        make_process("flow", shift=0.0)

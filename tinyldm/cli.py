@@ -1,0 +1,53 @@
+"""What the scripts share at the keyboard: one way to parse, one way to fail.
+
+An error is one line that says what is wrong and how to mend it, with exit code 2. Set TINYLDM_TRACEBACK=1 to
+see the traceback behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from tinyldm.lookup import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes `-` and `_` alike, no abbreviations, and answers a misspelt flag with the nearest one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        words = sys.argv[1:] if args is None else list(args)
+        words = [flag.replace("_", "-") + equals + value if flag.startswith("--") else word
+                 for word in words for flag, equals, value in [word.partition("=")]]
+        known, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            hint = nearest(flag, self._option_string_actions)
+            self.error(f"unknown argument '{flag}': {hint}--help lists all")
+        return known
+
+    def error(self, message: str) -> None:
+        fail(message)
+
+
+def fail(message: str) -> None:
+    """Print one line and leave with exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def guard(main: Callable[[], None]) -> None:
+    """Run a script: errors that a person can mend become one line, a closed pipe becomes silence."""
+    try:
+        main()
+    except BrokenPipeError:
+        os._exit(0)
+    except (ValueError, OSError) as error:
+        if os.environ.get("TINYLDM_TRACEBACK"):
+            raise
+        fail(" ".join(str(error).split()) or type(error).__name__)

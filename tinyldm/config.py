@@ -1,0 +1,198 @@
+"""The training configuration: one dataclass, presets as rows of data, and the command line made from both.
+
+Nothing here imports torch, so that `--help` answers at once. The networks' own settings are dictionaries that
+become UNetConfig, DiTConfig, VAEConfig and CLIPTextConfig when the networks are built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from tinyldm.cli import Parser
+from tinyldm.lookup import lookup
+
+
+def knob(default: Any, text: str) -> Any:
+    """A field with its line of --help."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    preset: str = knob("tiny", "row of settings to start from")
+    out: str = knob("", "run folder (default: runs/PRESET)")
+    resume: str = knob("no", "auto: go on from the newest checkpoint in the run folder; or a checkpoint folder; or no")
+    seed: int = knob(0, "every random choice is a function of (seed, step, place in the batch)")
+    device: str = knob("auto", "auto, cpu, cuda, mps")
+    dtype: str = knob("auto", "autocast: auto (bf16 where the device computes it natively), bf16, fp32")
+    compile: bool | None = knob(None, "torch.compile the network (default: on CUDA only)")
+
+    data: str = knob("toyworld", "toyworld, a folder of pictures with .txt captions, or WebDataset tars (glob)")
+    scenes: int = knob(12_000, "toyworld: how many scenes to draw")
+    resolution: int = knob(64, "picture size in pixels")
+
+    vae: dict = knob({}, "VAEConfig fields, as key=value")
+    vae_weights: str = knob("", "pretrained VAE; empty: train one first (stage 1)")
+    vae_steps: int = knob(0, "stage 1: optimizer steps")
+    vae_batch_size: int = knob(64, "stage 1: crops per step")
+    vae_crop: int = knob(32, "stage 1: crop size in pixels (0: whole pictures)")
+    vae_lr: float = knob(2e-3, "stage 1: AdamW's learning rate")
+    vae_muon_lr: float = knob(1e-2, "stage 1: Muon's learning rate, for the inner convolutions")
+    vae_kl: float = knob(1e-6, "stage 1: weight of the KL term, in nats per picture")
+
+    text: dict = knob({}, "CLIPTextConfig fields, as key=value")
+    text_weights: str = knob("", "pretrained CLIP text encoder; empty: train one along with the network")
+    vocab_size: int = knob(1024, "BPE vocabulary trained on the captions, at most this many ids")
+    network: str = knob("unet", "unet or dit")
+    unet: dict = knob({}, "UNetConfig fields, as key=value")
+    dit: dict = knob({}, "DiTConfig fields, as key=value")
+
+    process: str = knob("flow", "scaled_linear, linear, cosine or flow")
+    shift: float = knob(1.0, "flow: shift of time towards noise")
+    prediction: str = knob("flow", "what the network predicts: eps, x0, v or flow")
+    times: str = knob("logit_normal", "how training times are drawn: uniform or logit_normal")
+    times_mean: float = knob(0.0, "logit_normal: mean of logit(t), above 0 trains more on noise")
+    times_scale: float = knob(1.0, "logit_normal: standard deviation of logit(t)")
+    min_snr_gamma: float = knob(0.0, "min-SNR loss weight for eps, x0 and v (0: off)")
+    caption_dropout: float = knob(0.1, "share of captions replaced by the empty one, for classifier-free guidance")
+
+    max_steps: int = knob(1000, "optimizer steps")
+    batch_size: int = knob(64, "pictures per optimizer step, over all micro-batches")
+    grad_accum: int = knob(1, "micro-batches per step")
+    optimizer: str = knob("muon", "muon (AdamW for all but the blocks' matrices) or adamw")
+    lr: float = knob(1e-3, "AdamW's peak learning rate")
+    muon_lr: float = knob(1e-2, "Muon's peak learning rate")
+    weight_decay: float = knob(0.0, "decoupled weight decay")
+    warmup_steps: int = knob(50, "steps of linear warm-up")
+    decay: float = knob(0.2, "share of the steps, at the end, over which the learning rate falls to 0")
+    grad_clip: float = knob(1.0, "largest gradient norm")
+    ema_decay: float = knob(0.999, "decay of the averaged weights, after their warm-up")
+
+    log_every: int = knob(20, "steps per line of log.jsonl")
+    save_every: int = knob(500, "steps per checkpoint")
+    keep_last: int = knob(2, "checkpoints to keep")
+    sample_every: int = knob(500, "steps per sample grid (0: none)")
+    sample_prompts: str = knob("", "prompts of the sample grid, separated by |  (default: captions from the data)")
+    sampler: str = knob("dpmpp_2m", "sampler of the grids, and the model's default")
+    sample_steps: int = knob(20, "its steps")
+    cfg: float = knob(4.0, "its guidance scale")
+
+    hours: dict = knob({}, "dry run: hours of the budget by use (encode, 256, 512, rest)")
+    pictures: int = knob(0, "dry run: pictures in the data set the preset is made for")
+    mfu: float = knob(0.55, "dry run: share of the GPU's peak the training reaches")
+    gpu_gb: float = knob(32.0, "dry run: memory of the GPU, GB")
+    gpu_tflops: float = knob(209.5, "dry run: its bf16 peak (RTX 5090), TFLOP/s")
+
+    def __post_init__(self):
+        self.out = self.out or f"runs/{self.preset}"
+
+
+TINY = dict(
+    vae=dict(widths=(16, 32, 64), depth=1, groups=8, middle_attention=False), vae_steps=600,
+    text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
+    unet=dict(widths=(32, 64, 128), depth=1, attention=(False, False, True), heads=(1, 2, 4), groups=8),
+    sample_prompts="a red fox|a small blue cat on the left, in the snow|a large yellow star under the stars|"
+                   "a green turtle on sand|a purple flower on grass|a white boat at sea|a pink rabbit|an orange tree",
+)
+WEEK = dict(
+    data="hf://datasets/jackyhate/text-to-image-2M/data_512_2M/data_{000000..000045}.tar",
+    vae_weights="stabilityai/sd-vae-ft-mse", text_weights="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
+    resolution=256, batch_size=512, grad_accum=4, warmup_steps=1500, ema_decay=0.9999, caption_dropout=0.1,
+    lr=2e-4, muon_lr=2e-3, weight_decay=0.01, save_every=2000, sample_every=2000, log_every=100, cfg=5.0,
+    hours={"encode": 9, "256": 110, "512": 30, "rest": 19}, pictures=10_000_000,
+)
+PRESETS: dict[str, dict] = {
+    "tiny": TINY,
+    "tiny_dit": TINY | dict(
+        network="dit", dit=dict(width=192, layers=6, heads=4, mlp_width=768, time_dim=128)),
+    "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16)),
+    "5090_week_unet": WEEK | dict(
+        network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), mfu=0.4),
+}
+
+
+def parse(argv: list[str] | None, description: str) -> tuple[Config, bool]:
+    """The command line of train.py -> (config, dry_run): the preset's row, then what was typed."""
+    parser = Parser(description=description)
+    hints = get_type_hints(Config)
+    for knob_ in dataclasses.fields(Config):
+        flag, text = "--" + knob_.name.replace("_", "-"), knob_.metadata["help"]
+        if hints[knob_.name] in (bool, bool | None):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif hints[knob_.name] is dict:
+            parser.add_argument(flag, nargs="+", metavar="KEY=VALUE", default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, type=hints[knob_.name], default=argparse.SUPPRESS, help=text,
+                                metavar=hints[knob_.name].__name__.upper())
+    parser.add_argument("--dry-run", action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")
+    typed = vars(parser.parse_args(argv))
+    dry_run = typed.pop("dry_run")
+    try:
+        row = starting_point(typed)
+        typed = {name: {**row.get(name, {}), **pairs(name, value)} if hints[name] is dict else value
+                 for name, value in typed.items()}
+        config = Config(**(row | typed))
+        check(config)
+    except ValueError as error:
+        parser.error(str(error))
+    return config, dry_run
+
+
+def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
+    """The settings under what was typed: a preset's row, or those of the run to be resumed."""
+    preset = typed.get("preset", "tiny")
+    row = lookup(PRESETS, preset, "preset") | {"preset": preset}
+    saved = Path(typed.get("out", f"runs/{preset}")) / "config.json"
+    if typed.get("resume", "no") == "no":
+        return row
+    if not saved.exists():
+        raise ValueError(f"nothing to resume: {saved} is not there; start the run without --resume, or name its folder with --out")
+    known = {f.name for f in dataclasses.fields(Config)}
+    return {name: value for name, value in json.loads(saved.read_text()).items() if name in known}
+
+
+def pairs(name: str, words: list[str]) -> dict[str, Any]:
+    """["widths=64,128", "groups=8"] -> {"widths": (64, 128), "groups": 8}."""
+    result = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--{name} takes KEY=VALUE, got '{word}': for example --{name} widths=32,64,128")
+        try:
+            result[key] = ast.literal_eval(value.replace("true", "True").replace("false", "False"))
+        except (ValueError, SyntaxError):
+            result[key] = value
+    return result
+
+
+def check(config: Config) -> None:
+    """Numbers that cannot work, refused before anything is written."""
+    for name in ("max_steps", "batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every",
+                 "scenes", "sample_steps", "vae_batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    for name in ("caption_dropout", "decay", "ema_decay"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must lie between 0 and 1")
+    if config.batch_size % config.grad_accum:
+        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of --grad-accum {config.grad_accum}")
+    for name, known in (("network", ("unet", "dit")), ("optimizer", ("muon", "adamw")), ("dtype", ("auto", "bf16", "fp32")),
+                        ("device", ("auto", "cpu", "cuda", "mps"))):
+        lookup(dict.fromkeys(known), getattr(config, name).partition(":")[0], name)
+
+
+def build(kind: type, settings: dict[str, Any], what: str) -> Any:
+    """A network's dataclass config from a preset's dictionary; unknown keys are refused with the nearest name."""
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for key in settings:
+        lookup(known, key, f"{what} field")
+    listed = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return kind(**listed)

@@ -1,0 +1,1 @@
+"""What feeds training: the embedded data set, picture sources, cached latents."""

@@ -1,0 +1,1 @@
+"""Diffusion without networks: processes, predictions, grids, guidance, samplers and the loss."""

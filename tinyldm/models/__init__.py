@@ -1,0 +1,1 @@
+"""Networks: one per file, plain nn.Modules with dataclass configs."""

@@ -1,0 +1,128 @@
+"""CLIP's text tower: token ids in, one feature vector per token (and one per caption) out.
+
+A causal pre-LN transformer with learned positions (arXiv:2103.00020, Sec. 2.4); the default config is
+ViT-L/14's, the text encoder of Stable Diffusion 1. Only the causal mask is applied, never a padding
+mask: the features of padded positions are part of what a diffusion model sees, so the padding rule
+belongs to the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),    # OpenAI's weights
+    "gelu": F.gelu,                                          # LAION's weights; the wrong one degrades silently
+}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    vocab_size: int = 49408
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    context_length: int = 77            # longest caption, BOS and EOS included
+    activation: str = "quick_gelu"      # or "gelu"
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407           # where to pool; 2 means "at the largest id", as old published configs say
+    pad_token_id: int = 49407           # Stable Diffusion 1 pads with EOS, Stable Diffusion 2 with 0
+    projection_dim: int | None = None   # width of the projected pooled feature; None: no projection
+    norm_eps: float = 1e-5
+
+
+class TextFeatures(NamedTuple):
+    hidden: Tensor    # [b, n, width], one vector per token
+    pooled: Tensor    # [b, width] (or [b, projection_dim]), the last layer's vector at EOS
+
+
+class CLIPText(nn.Module):
+    """Token ids [b, n], n <= context_length, to TextFeatures."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        if config.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {config.activation!r}: use one of {', '.join(ACTIVATIONS)}")
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.context_length, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.projection = nn.Linear(config.width, config.projection_dim, bias=False) if config.projection_dim else None
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """OpenAI's scales: branches that write to the residual stream shrink with depth, biases start at zero."""
+        width, shrink = self.config.width, (2 * self.config.layers) ** -0.5
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        for layer in self.layers:
+            for linear, std in ((layer.q, width**-0.5), (layer.k, width**-0.5), (layer.v, width**-0.5),
+                                (layer.out, width**-0.5 * shrink),
+                                (layer.fc1, (2 * width) ** -0.5), (layer.fc2, width**-0.5 * shrink)):
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
+        if self.projection is not None:
+            nn.init.normal_(self.projection.weight, std=width**-0.5)
+
+    def forward(self, ids: Tensor, skip_last: int = 0, norm: bool = True) -> TextFeatures:
+        """ids [b, n] -> features.
+
+        skip_last: take `hidden` that many layers before the end. norm: pass it through the final norm.
+        Stable Diffusion 1 uses (0, True), Stable Diffusion 2 (1, True), SDXL (1, False). `pooled` always
+        comes from the last layer and the final norm; every row of ids must hold an EOS.
+        """
+        n = ids.shape[1]
+        if n > self.config.context_length:
+            raise ValueError(f"{n} tokens do not fit a context of {self.config.context_length}: truncate the captions")
+        if not 0 <= skip_last <= len(self.layers):
+            raise ValueError(f"skip_last={skip_last} with {len(self.layers)} layers: use 0 to {len(self.layers)}")
+        x = self.token_embedding(ids) + self.position_embedding.weight[:n]    # [b, n, width]
+        hidden = x
+        for depth, layer in enumerate(self.layers, start=1):
+            x = layer(x)
+            if depth == len(self.layers) - skip_last:
+                hidden = x
+        last = self.final_norm(x)
+        if skip_last == 0:
+            hidden = last if norm else x
+        elif norm:
+            hidden = self.final_norm(hidden)
+        return TextFeatures(hidden, self.pool(ids, last))
+
+    def pool(self, ids: Tensor, last: Tensor) -> Tensor:
+        """The vector of last [b, n, width] at each caption's first EOS, projected where the config says so."""
+        eos = self.config.eos_token_id
+        where = (ids if eos == 2 else (ids == eos).int()).argmax(dim=1)       # [b]; argmax returns the first maximum
+        pooled = last[torch.arange(len(ids), device=ids.device), where]
+        return pooled if self.projection is None else self.projection(pooled)
+
+
+class Layer(nn.Module):
+    """Causal self-attention, then an MLP, each behind a LayerNorm and beside a residual: [b, n, width] to the same."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        width = config.width
+        if width % config.heads:
+            raise ValueError(f"width {width} is not divisible by {config.heads} heads")
+        self.heads, self.activation = config.heads, config.activation
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.fc1 = nn.Linear(width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        q, k, v = (linear(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)           # [b, heads, n, width/heads]
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))

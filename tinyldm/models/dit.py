@@ -1,0 +1,149 @@
+"""A diffusion transformer with text cross-attention: latent patches are tokens, the time modulates every block.
+
+Blocks and adaLN-single follow PixArt-alpha (arXiv:2310.00426, Sec. 2.3): one projection of the time serves
+all blocks, and each block adds a small table of its own. On top of it: RMSNorm without a mean
+(arXiv:1910.07467), normalised queries and keys (arXiv:2302.05442, Sec. 2), and rotary positions
+(arXiv:2104.09864) over rows and columns, so that no table of positions ties the network to one size.
+Output gates and the last layer start at zero (arXiv:2212.09748, Sec. 3.2: adaLN-Zero): at first the blocks
+do nothing and the output is zero. The default config has 279M parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyldm.models.layers import Attention, Cond, TimeEmbedding
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    in_channels: int = 4
+    out_channels: int = 4
+    patch: int = 2                    # latent pixels per token, along each side
+    width: int = 1024
+    layers: int = 16
+    heads: int = 16
+    mlp_width: int = 4096
+    context_dim: int = 768            # width of the text features
+    pooled_dim: int | None = None     # width of the pooled text feature, None: only the time modulates
+    time_dim: int = 256               # sinusoids that describe the time
+    rope_theta: float = 100.0         # the slowest pair turns one radian in about so many tokens; 10,000 suits long texts
+
+
+class DiT(nn.Module):
+    """x [b, in_channels, h, w], t [b] (0..1000), cond -> [b, out_channels, h, w]; h and w multiples of the patch."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        width, area = config.width, config.patch**2
+        if width % (4 * config.heads):
+            raise ValueError(f"width {width} over {config.heads} heads must give a head size that is a multiple of 4 "
+                             f"(rows and columns rotate pairs): use a width that is a multiple of {4 * config.heads}")
+        self.patch_in = nn.Linear(config.in_channels * area, width)
+        self.time_in = TimeEmbedding(config.time_dim, width)
+        self.context_in = two_layers(config.context_dim, width, width)
+        self.pooled_in = two_layers(config.pooled_dim, width, width) if config.pooled_dim else None
+        self.modulation = nn.Linear(width, 6 * width)                  # the single adaLN of all blocks
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
+        self.final_table = nn.Parameter(torch.empty(2, 1, width))
+        self.patch_out = nn.Linear(width, config.out_channels * area)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for linear in (self.time_in.linear_1, self.time_in.linear_2):
+            nn.init.normal_(linear.weight, std=0.02)
+        # Zero: every branch is closed and the output is 0, whatever the input. Gates open from the first step
+        # after the last layer has moved; the tables need no noise, their gradients differ from the start.
+        for linear in (self.modulation, self.patch_out, *(block.cross.to_out for block in self.blocks)):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for table in (self.final_table, *(block.table for block in self.blocks)):
+            nn.init.zeros_(table)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        self.check(x, cond)
+        patch = self.config.patch
+        x = F.pixel_unshuffle(x, patch)                                # [b, c * patch^2, rows, cols]
+        rows, cols = x.shape[2:]
+        rope = axial_rope(rows, cols, self.config.width // self.config.heads, self.config.rope_theta, x.device)
+        x = self.patch_in(x.flatten(2).transpose(1, 2))                # [b, n, width], n = rows * cols
+        context = self.context_in(cond.context)                        # [b, m, width]
+        time = self.time_in(t)                                         # [b, width]
+        if self.pooled_in is not None:
+            time = time + self.pooled_in(cond.pooled)
+        modulation = self.modulation(F.silu(time)).unflatten(1, (6, 1, -1))    # [b, 6, 1, width]
+        for block in self.blocks:
+            x = block(x, context, cond.mask, modulation, rope)
+        shift, scale = (self.final_table + time[:, None, None]).unbind(1)      # each [b, 1, width]
+        x = self.patch_out(self.final_norm(x) * (1 + scale) + shift)   # [b, n, out * patch^2]
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, cols)), patch)
+
+    def check(self, x: Tensor, cond: Cond) -> None:
+        """Refuse what would fail inside with a riddle."""
+        patch, (h, w) = self.config.patch, x.shape[2:]
+        if h % patch or w % patch:
+            near = "x".join(str(max(1, round(side / patch)) * patch) for side in (h, w))
+            raise ValueError(f"latent size {h}x{w} is not a multiple of the patch size {patch}: use {near}, for example")
+        if cond.context.shape[-1] != self.config.context_dim:
+            raise ValueError(f"text features of width {cond.context.shape[-1]} for a network with context_dim "
+                             f"{self.config.context_dim}: set DiTConfig.context_dim to the text encoder's width")
+        if self.pooled_in is not None and cond.pooled is None:
+            raise ValueError("this network is modulated by pooled text: pass Cond(context, pooled=...), "
+                             "or build it with pooled_dim=None")
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to text, MLP, each a residual branch: x [b, n, width] to the same.
+
+    The first and the last are shifted, scaled and gated by modulation [b, 6, 1, width] + table. Text needs no
+    gate (as in PixArt-alpha): its output projection starts at zero instead.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        width = config.width
+        self.table = nn.Parameter(torch.empty(6, 1, width))
+        self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)     # the modulation scales
+        self.attn = Attention(width, config.heads, qk_norm=True)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.cross = Attention(width, config.heads, qk_norm=True)
+        self.norm3 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = two_layers(width, config.mlp_width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, modulation: Tensor,
+                rope: tuple[Tensor, Tensor]) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + modulation).unbind(1)    # each [b, 1, width]
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope=rope)
+        x = x + self.cross(self.norm2(x), context, mask)
+        return x + gate2 * self.mlp(self.norm3(x) * (1 + scale2) + shift2)
+
+
+def two_layers(dim: int, hidden: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
+
+
+def axial_rope(rows: int, cols: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [rows * cols, head_dim] for layers.rotate, tokens row by row.
+
+    Half of the pairs turn with the row, half with the column, at head_dim/4 speeds theta^0 ... theta^-1
+    (exclusive), as in arXiv:2403.13298, Sec. 3.2. Cheap enough to compute in each forward: nothing to cache.
+    """
+    quarter = head_dim // 4
+    speed = theta ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
+    row = torch.arange(rows, device=device).repeat_interleave(cols)    # [n]
+    col = torch.arange(cols, device=device).repeat(rows)
+    angle = torch.cat([row[:, None] * speed, col[:, None] * speed], dim=1)    # [n, head_dim/2]
+    angle = torch.cat([angle, angle], dim=1)                           # both members of a pair turn alike
+    return angle.cos(), angle.sin()

@@ -1,0 +1,148 @@
+"""Building blocks shared by the networks: conditioning, attention, residual and resampling blocks.
+
+Weights keep the shapes of the published Stable Diffusion checkpoints, so that loading them is a
+matter of renaming (tinyldm/vendor_loaders). GroupNorm + SiLU + 3x3 convolution is the ResNet block of
+DDPM (arXiv:2006.11239, App. B); attention is softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, Eq. 1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What a network is conditioned on.
+
+    context: text features [b, n, d].
+    mask: [b, n], True where a token may be attended to; None means all (as Stable Diffusion does).
+    pooled: one feature vector per caption [b, d], for networks that modulate by it.
+    """
+
+    context: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def cat(self, other: Cond) -> Cond:
+        """Both conditions along the batch, self first: [b] and [b'] become [b + b']."""
+        join = lambda a, b: None if a is None else torch.cat([a, b])
+        return Cond(join(self.context, other.context), join(self.mask, other.mask), join(self.pooled, other.pooled))
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding of network times t [b] (0..1000) -> float32 [b, dim], cosines first.
+
+    DDPM's embedding (arXiv:2006.11239, App. B) in the order Stable Diffusion was trained with.
+    """
+    half = dim // 2
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angle = t.float()[:, None] * frequency                             # [b, dim/2]
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Network times t [b] -> embedding [b, out]: sinusoids through a two-layer MLP."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__()
+        self.dim = dim
+        self.linear_1 = nn.Linear(dim, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, t: Tensor) -> Tensor:
+        embedding = timestep_embedding(t, self.dim).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(embedding)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x [b, n, d] over context [b, m, c] (over x itself when context is None).
+
+    bias: whether q, k, v have one (the VAE's do, the transformers' do not).
+    qk_norm: RMS-normalise q and k per head, which keeps attention logits bounded (arXiv:2302.05442, Sec. 2).
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False, qk_norm: bool = False):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} is not divisible by {heads} heads")
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_out = nn.Linear(dim, dim)
+        self.q_norm = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
+                rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """mask [b, m]: True = may be attended to. rope: (cos, sin), each [n, head_dim], for self-attention."""
+        context = x if context is None else context
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # [b, heads, n, d/heads]
+        q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if mask is not None:
+            mask = mask[:, None, None, :]                                       # [b, 1, 1, m]
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864, Eq. 34) of x [b, heads, n, d] by angles [n, d].
+
+    Dimensions i and i + d/2 form a pair; cos and sin repeat their first half in the second.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class ResBlock(nn.Module):
+    """x [b, in, h, w] -> [b, out, h, w], shifted by the time embedding [b, e] where emb_dim is given."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, emb_dim: int | None = None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_dim, out_channels) if emb_dim else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution: [b, c, h, w] -> [b, c, 2h, 2w]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2: [b, c, h, w] -> [b, c, h/2, w/2].
+
+    The U-Net pads all four sides; the VAE pads right and bottom only (pad_all=False).
+    """
+
+    def __init__(self, channels: int, pad_all: bool = True):
+        super().__init__()
+        self.pad_all = pad_all
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.pad_all else F.pad(x, (0, 1, 0, 1)))

@@ -1,0 +1,182 @@
+"""The U-Net of Stable Diffusion: ResBlocks, and transformers that read the caption (arXiv:2112.10752, App. E).
+
+Notable: one class for every level on both sides; the skip connections' channel counts are found by
+pushing and popping a list in the constructor exactly as forward() pushes and pops the tensors.
+Any widths and any number of levels; the published SD 1.x and 2.x shapes are configs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyldm.models.layers import Attention, Cond, Downsample, ResBlock, TimeEmbedding, Upsample
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    in_channels: int = 4
+    out_channels: int = 4
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)        # channels per level, finest first
+    depth: int = 2                                          # ResBlocks per level (one more on the way up)
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers; the middle always has
+    heads: tuple[int, ...] = (8, 8, 8, 8)                   # attention heads per level (SD 1: 8; SD 2: 5, 10, 20, 20)
+    context_dim: int = 768                                  # width of the text features
+    linear_projection: bool = False                         # SD 2 enters and leaves its transformers by Linear, SD 1 by 1x1 conv
+    groups: int = 32                                        # GroupNorm groups
+    sample_size: int = 64                                   # latent height and width it is trained at
+
+    def __post_init__(self):
+        if not len(self.widths) == len(self.attention) == len(self.heads):
+            raise ValueError(f"widths {self.widths}, attention {self.attention} and heads {self.heads} must name the same levels")
+        for width, heads in zip(self.widths, self.heads):
+            if width % self.groups or width % heads:
+                raise ValueError(f"U-Net width {width} must be a multiple of groups={self.groups} and of heads={heads}")
+
+
+class GEGLU(nn.Module):
+    """Feed-forward with a gated GELU (arXiv:2002.05202, Eq. 6): [b, n, d] -> [b, n, d] through 4d."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 8 * dim)                 # value and gate
+        self.out = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the caption, feed-forward; each pre-normalised and residual."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.self_attention = Attention(dim, heads)
+        self.cross_attention = Attention(dim, heads, context_dim)
+        self.feed_forward = GEGLU(dim)
+
+    def forward(self, x: Tensor, cond: Cond) -> Tensor:
+        x = x + self.self_attention(self.norm1(x))
+        x = x + self.cross_attention(self.norm2(x), cond.context, cond.mask)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a feature map: [b, c, h, w] -> [b, c, h, w]."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int, groups: int, linear: bool):
+        super().__init__()
+        project = (lambda: nn.Linear(dim, dim)) if linear else (lambda: nn.Conv2d(dim, dim, 1))
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.proj_in = project()
+        self.block = TransformerBlock(dim, heads, context_dim)
+        self.proj_out = project()
+
+    def forward(self, x: Tensor, cond: Cond) -> Tensor:
+        flat = lambda y: y.flatten(2).transpose(1, 2)                      # [b, h*w, c]
+        image = lambda y: y.transpose(1, 2).unflatten(2, x.shape[2:])      # [b, c, h, w]
+        h = self.norm(x)
+        h = self.proj_in(flat(h)) if self.linear else flat(self.proj_in(h))
+        h = self.block(h, cond)
+        return x + (image(self.proj_out(h)) if self.linear else self.proj_out(image(h)))
+
+
+class Level(nn.Module):
+    """One resolution of the U-Net: ResBlocks, each followed by a transformer where heads > 0, then a resampling."""
+
+    def __init__(self, in_channels: list[int], width: int, emb_dim: int, config: UNetConfig,
+                 heads: int = 0, resample: nn.Module | None = None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(c, width, config.groups, 1e-5, emb_dim) for c in in_channels)
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(width, heads, config.context_dim, config.groups, config.linear_projection)
+            for _ in in_channels if heads)
+        self.resample = resample
+
+    def apply_block(self, i: int, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
+        x = self.resnets[i](x, emb)
+        return self.attentions[i](x, cond) if len(self.attentions) else x
+
+
+class Middle(nn.Module):
+    """ResBlock, transformer, ResBlock at the coarsest resolution."""
+
+    def __init__(self, width: int, emb_dim: int, config: UNetConfig, heads: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(width, width, config.groups, 1e-5, emb_dim) for _ in range(2))
+        self.attentions = nn.ModuleList(
+            [SpatialTransformer(width, heads, config.context_dim, config.groups, config.linear_projection)])
+
+    def forward(self, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
+        x = self.resnets[0](x, emb)
+        return self.resnets[1](self.attentions[0](x, cond), emb)
+
+
+class UNet(nn.Module):
+    """net(x [b, in, h, w], t [b] in 0..1000, cond) -> [b, out, h, w]; h and w multiples of 2^(levels - 1)."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, last = config.widths, len(config.widths) - 1
+        emb_dim = 4 * widths[0]
+        heads = [h if attended else 0 for h, attended in zip(config.heads, config.attention)]
+        self.time_embedding = TimeEmbedding(widths[0], emb_dim)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+
+        channels, skips = widths[0], [widths[0]]
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            resample = Downsample(width) if i < last else None
+            inputs = [channels] + [width] * (config.depth - 1)
+            self.down.append(Level(inputs, width, emb_dim, config, heads[i], resample))
+            skips += [width] * (config.depth + (resample is not None))
+            channels = width
+        self.middle = Middle(channels, emb_dim, config, config.heads[-1])
+        self.up = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            inputs = [(channels if j == 0 else width) + skips.pop() for j in range(config.depth + 1)]
+            self.up.append(Level(inputs, width, emb_dim, config, heads[i], Upsample(width) if i else None))
+            channels = width
+        self.norm_out = nn.GroupNorm(config.groups, channels, eps=1e-5)
+        self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """PyTorch's defaults, and zeros where a residual branch ends: every block starts as the identity (or
+        its shortcut), the network's output as zero (DDPM's rule, in its code rather than its text)."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight), nn.init.zeros_(module.conv2.bias)
+            elif isinstance(module, SpatialTransformer):
+                nn.init.zeros_(module.proj_out.weight), nn.init.zeros_(module.proj_out.bias)
+        nn.init.zeros_(self.conv_out.weight), nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        multiple = 2 ** (len(self.config.widths) - 1)
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(f"latent size {x.shape[2]}x{x.shape[3]} is not a multiple of {multiple}: "
+                             f"this U-Net halves it {len(self.config.widths) - 1} times")
+        emb = self.time_embedding(t)                                       # [b, e]
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down:
+            for i in range(len(level.resnets)):
+                x = level.apply_block(i, x, emb, cond)
+                skips.append(x)
+            if level.resample is not None:
+                x = level.resample(x)                                      # half height and width
+                skips.append(x)
+        x = self.middle(x, emb, cond)
+        for level in self.up:
+            for i in range(len(level.resnets)):
+                x = level.apply_block(i, torch.cat([x, skips.pop()], dim=1), emb, cond)
+            if level.resample is not None:
+                x = level.resample(x)                                      # double height and width
+        return self.conv_out(F.silu(self.norm_out(x)))

@@ -1,0 +1,182 @@
+"""The autoencoder of Stable Diffusion (AutoencoderKL, arXiv:2112.10752, App. D.1 and E.2).
+
+Pixels in [-1, 1] are encoded to a diagonal Gaussian over latents, 2^(levels - 1) times smaller on each
+side. Diffusion runs on standardised latents, (z - shift) * scale: that formula lives in to_latents and
+from_latents and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyldm.models.layers import Attention, Downsample, ResBlock, Upsample
+
+EPS = 1e-6                                                  # every GroupNorm of the published VAEs
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)          # channels per level, finest first
+    depth: int = 2                                          # ResBlocks per level (one more in the decoder)
+    groups: int = 32
+    middle_attention: bool = True
+    quant_convs: bool = True                                # SD 3 and FLUX.1 have none
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    sample_size: int = 256                                  # picture size it was trained at
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent on each side."""
+        return 2 ** (len(self.widths) - 1)
+
+
+class Posterior(NamedTuple):
+    """q(z | image), a diagonal Gaussian: mean and log-variance, each [b, c, h, w]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """z = mean + std * eps (arXiv:1312.6114, Eq. 10); eps: standard normal noise of mean's shape."""
+        return self.mean + (0.5 * self.logvar).exp() * eps
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, 1)) in nats per picture [b] (arXiv:1312.6114, App. B)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
+
+
+class MiddleAttention(nn.Module):
+    """Single-head self-attention over all pixels of the coarsest feature map, residual."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.attention = Attention(channels, heads=1, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.attention(self.norm(x).flatten(2).transpose(1, 2))        # [b, h*w, c]
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, groups: int, attention: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, groups, EPS) for _ in range(2))
+        self.attentions = nn.ModuleList([MiddleAttention(channels, groups)] if attention else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Level(nn.Module):
+    """ResBlocks at one resolution, then a resampling where one is given."""
+
+    def __init__(self, channels: int, width: int, depth: int, groups: int, resample: nn.Module | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(channels if j == 0 else width, width, groups, EPS) for j in range(depth))
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.resample is None else self.resample(x)
+
+
+class Encoder(nn.Module):
+    """Pixels [b, 3, H, W] -> moments [b, 2 * latent_channels, h, w]."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, last = config.widths, len(config.widths) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, config.depth, config.groups,
+                  Downsample(width, pad_all=False) if i < last else None)
+            for i, width in enumerate(widths))
+        self.middle = Middle(widths[-1], config.groups, config.middle_attention)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    """Latents [b, latent_channels, h, w] -> pixels [b, 3, H, W]."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = config.widths[::-1]                                       # coarsest first
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.middle = Middle(widths[0], config.groups, config.middle_attention)
+        self.up = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, config.depth + 1, config.groups,
+                  Upsample(width) if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths))
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(z))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """encode: pixels [b, 3, H, W] in [-1, 1] -> Posterior [b, c, H/f, W/f]; decode: the way back. f = config.downscale."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        c = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1) if config.quant_convs else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(c, c, 1) if config.quant_convs else nn.Identity()
+
+    def encode(self, pixels: Tensor) -> Posterior:
+        f = self.config.downscale
+        for size in pixels.shape[2:]:
+            if size % f:
+                raise ValueError(f"image size {size} is not a multiple of {f}: use {size // f * f} or {(size // f + 1) * f}")
+        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Raw latents z -> pixels, nominally in [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def to_latents(self, z: Tensor) -> Tensor:
+        """The encoder's z -> what diffusion runs on: about zero mean and unit variance."""
+        return (z - self.config.shift_factor) * self.config.scaling_factor
+
+    def from_latents(self, x: Tensor) -> Tensor:
+        return x / self.config.scaling_factor + self.config.shift_factor
+
+    @torch.no_grad()
+    def standardise(self, mean: Tensor, std: Tensor) -> None:
+        """Fold a per-channel standardisation of the latents, mean and std [c], into the two 1x1 quant convolutions.
+
+        encode() then gives (z - mean) / std, and decode() undoes it first: pixels -> pixels is unchanged.
+        """
+        c = self.config.latent_channels
+        scale = torch.cat([1 / std, torch.ones_like(std)])                 # moments: c means, c log-variances
+        offset = torch.cat([-mean / std, -2 * std.log()])
+        self.quant_conv.weight.mul_(scale[:, None, None, None])
+        self.quant_conv.bias.mul_(scale).add_(offset)
+        inner = self.post_quant_conv.weight                                # [c, c, 1, 1]
+        self.post_quant_conv.bias.add_(inner.view(c, c) @ mean)
+        inner.mul_(std[None, :, None, None])

@@ -1,0 +1,149 @@
+"""CLIP's tokenizer: captions in, rows of token ids out, with OpenAI's vocabulary or one trained here.
+
+Byte-level BPE with an end-of-word mark (arXiv:1508.07909; arXiv:2103.00020, Sec. 2.4). Text is composed
+(NFC), its white space collapsed, lower-cased, and split into words by one regular expression; every rule
+is the one that transformers' CLIPTokenizer applies, so a folder written by `save` opens there and gives
+the same ids. (OpenAI's own code also repairs mojibake with ftfy; transformers does not, nor do we.)
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tokenizers as tk
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+END = "</w>"                                             # marks the last symbol of a word
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+OPENAI_FILE, OPENAI_VOCAB = "bpe_simple_vocab_16e6.txt.gz", 49408
+Merges = list[tuple[str, str]]
+
+
+class Tokenizer:
+    """BPE over `vocab` (symbol -> id) by `merges`, best first; rows are `context_length` ids long.
+
+    pad_token: what fills a row behind its EOS. Stable Diffusion 1 uses EOS itself, Stable Diffusion 2 "!"
+    (which transformers then also reads as a token of its own wherever a prompt contains it; so do we).
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: Merges, context_length: int = 77, pad_token: str = EOS):
+        if context_length < 3:
+            raise ValueError(f"context_length {context_length} leaves no room beside BOS and EOS: use 3 or more")
+        if missing := [token for token in (BOS, EOS, pad_token) if token not in vocab]:
+            raise ValueError(f"the vocabulary lacks {', '.join(missing)}: is it a CLIP vocabulary?")
+        self.vocab, self.merges, self.context_length, self.pad_token = vocab, merges, context_length, pad_token
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = vocab[BOS], vocab[EOS], vocab[pad_token]
+        self._bpe = _pipeline(vocab, merges)
+        self._bpe.add_special_tokens(list(dict.fromkeys([BOS, EOS, pad_token])))
+        self._bpe.post_processor = tk.processors.RobertaProcessing(
+            (EOS, vocab[EOS]), (BOS, vocab[BOS]), trim_offsets=False, add_prefix_space=False)
+        self._bpe.enable_truncation(context_length)      # keeps BOS and EOS
+        self._bpe.enable_padding(length=context_length, pad_id=vocab[pad_token], pad_token=pad_token)
+
+    def __len__(self) -> int:
+        """The number of ids: a text encoder's vocab_size."""
+        return len(self.vocab)
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Captions -> int64 [b, context_length]: BOS, tokens (truncated where too long), EOS, padding."""
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of captions: pass [text]")
+        rows = [row.ids for row in self._bpe.encode_batch_fast(list(texts))]
+        return np.array(rows, dtype=np.int64).reshape(-1, self.context_length)
+
+    def cut(self, text: str) -> str:
+        """The end of `text` that `encode` leaves out, '' when all of it fits: for a warning."""
+        beyond = self._bpe.encode(text).overflowing
+        return text[beyond[0].offsets[1][0]:].strip() if beyond else ""     # offsets[0] is BOS
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, context_length: int = 77, pad_token: str = EOS) -> Tokenizer:
+        """A vocabulary of at most `vocab_size` ids from captions; the same captions always give the same one.
+
+        Ids run as in CLIP: 256 byte symbols, the same 256 ending a word, one per merge, BOS, EOS. There are
+        fewer than asked for when no pair of symbols is left that occurs twice: size networks by len().
+        """
+        symbols = _symbols()
+        if vocab_size < len(symbols) + 2:
+            raise ValueError(f"vocab_size {vocab_size} is below the {len(symbols) + 2} that every text needs")
+        # Passing all 512 symbols as "special" fixes their ids: an initial alphabet would leave out the half
+        # with </w>, and what it leaves out is numbered in the order of a hash table, which breaks ties at random.
+        trainer = tk.trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=symbols, min_frequency=2,
+                                         end_of_word_suffix=END, show_progress=False)
+        bpe = _pipeline({}, [])
+        bpe.train_from_iterator(captions, trainer)
+        model = json.loads(bpe.to_str())["model"]
+        vocab = model["vocab"] | {BOS: len(model["vocab"]), EOS: len(model["vocab"]) + 1}
+        return cls(vocab, [tuple(pair) for pair in model["merges"]], context_length, pad_token)
+
+    @classmethod
+    def load(cls, path: str | Path, context_length: int | None = None, pad_token: str | None = None) -> Tokenizer:
+        """From a folder with tokenizer.json, or vocab.json + merges.txt, or OpenAI's .txt.gz (or that file's path).
+
+        The two options default to what the folder's tokenizer_config.json says, and else to 77 and EOS.
+        """
+        path = Path(path)
+        folder, openai = (path, path / OPENAI_FILE) if path.is_dir() else (path.parent, path)
+        if path.is_dir() and (path / "tokenizer.json").exists():
+            model = _read_json(path / "tokenizer.json")["model"]
+            vocab, merges = model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        elif path.is_dir() and (path / "vocab.json").exists() and (path / "merges.txt").exists():
+            vocab = _read_json(path / "vocab.json")
+            merges = _parse_merges((path / "merges.txt").read_text(encoding="utf-8"))
+        elif openai.exists():
+            symbols = _symbols()
+            merges = _parse_merges(gzip.decompress(openai.read_bytes()).decode())[: OPENAI_VOCAB - len(symbols) - 2]
+            vocab = {symbol: i for i, symbol in enumerate([*symbols, *map("".join, merges), BOS, EOS])}
+        else:
+            raise FileNotFoundError(f"{path} needs tokenizer.json, or vocab.json and merges.txt, or {OPENAI_FILE}")
+        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        published = config.get("pad_token") or EOS       # a name, or its description
+        pad_token = pad_token or (published["content"] if isinstance(published, dict) else published)
+        length = int(config.get("model_max_length") or 77)
+        return cls(vocab, merges, context_length or (77 if length > 1e6 else length), pad_token)    # 1e30: "unknown"
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files from which `load` and transformers' CLIPTokenizer.from_pretrained read it back."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad_token}
+        config = names | {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length}
+        whole = json.loads(self._bpe.to_str()) | {"truncation": None, "padding": None}    # the caller's choice there
+        vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
+        files = {"vocab": vocab, "tokenizer": whole, "tokenizer_config": config, "special_tokens_map": names}
+        for name, content in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _pipeline(vocab: dict[str, int], merges: Merges) -> tk.Tokenizer:
+    """Normaliser, splitter and BPE, without special tokens."""
+    bpe = tk.Tokenizer(tk.models.BPE(vocab=vocab, merges=merges, unk_token=EOS, end_of_word_suffix=END))
+    collapse = tk.normalizers.Replace(tk.Regex(r"\s+"), " ")
+    bpe.normalizer = tk.normalizers.Sequence([tk.normalizers.NFC(), collapse, tk.normalizers.Lowercase()])
+    bpe.pre_tokenizer = tk.pre_tokenizers.Sequence([
+        tk.pre_tokenizers.Split(tk.Regex(WORDS), behavior="removed", invert=True),
+        tk.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = tk.decoders.ByteLevel()
+    return bpe
+
+
+def _symbols() -> list[str]:
+    """A printable stand-in for each of the 256 bytes (printable bytes first), then the same ending a word."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    return symbols + [symbol + END for symbol in symbols]
+
+
+def _parse_merges(text: str) -> Merges:
+    """One pair a line, best first, under a header line; a longer line's surplus is not a merge."""
+    return [(pair[0], pair[1]) for line in text.split("\n")[1:] if len(pair := line.split()) == 2]
+
+
+def _read_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -1,0 +1,1 @@
+"""What a training run needs beside its networks: EMA, optimizer, checkpoints, log."""

@@ -1,0 +1,35 @@
+"""log.jsonl: one JSON object per line, in the order the run went, also across interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+class Log:
+    """Rows with at least `stage` and `step`. Opening it at (stage, step) forgets the rows of steps that a resumed
+    run is going to take again."""
+
+    def __init__(self, path: Path, stage: str = "vae", step: int = 0):
+        self.path = path
+        if path.exists():
+            kept = [row for row in read(path) if (row["stage"] != "vae", row["step"]) <= (stage != "vae", step)]
+            torso = path.with_suffix(".tmp")
+            torso.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(torso, path)
+
+    def write(self, **row) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+
+def read(path: Path) -> list[dict]:
+    """All whole rows; a line torn by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

@@ -1,0 +1,91 @@
+"""Optimizers: AdamW (fused), and Muon for the weight matrices inside the blocks.
+
+Muon (K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) replaces a matrix's
+momentum by the nearest semi-orthogonal matrix, so that every direction moves equally far; biases, norms,
+embeddings, first and last layers stay with AdamW. Matrices of one shape are orthogonalised as one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """[k, m, n] -> about U V^T of each matrix's singular value decomposition U S V^T.
+
+    Quintic Newton-Schulz iteration with Muon's coefficients, which trade accuracy for speed: the singular
+    values end between about 0.7 and 1.2. Runs in bfloat16, as is customary.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.transpose(1, 2)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)                                       # [k, m, m], the shorter side
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.transpose(1, 2)).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised. Parameters [out, ...] are treated as matrices [out, rest].
+
+    lr: the root-mean-square of a matrix's update is 0.2 * lr * (its own dimension-free size), so AdamW's
+    learning rates and weight decays fit (arXiv:2502.16982, Eq. 4).
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape[0], p[0].numel()].append(p)
+            for (rows, columns), params in by_shape.items():
+                updates = torch.stack([self.nesterov(p, group["momentum"]) for p in params])   # [k, rows, columns]
+                updates = orthogonalise(updates) * (0.2 * math.sqrt(max(rows, columns)))
+                for p, update in zip(params, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-group["lr"])
+
+    def nesterov(self, p: Tensor, momentum: float) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(buffer, momentum).flatten(1)
+
+
+BLOCKS = ("down.", "middle.", "up.", "blocks.", "layers.")       # where the networks keep their repeated parts
+
+
+def make_optimizers(parameters: dict[str, nn.Parameter], *, kind: str, lr: float, muon_lr: float,
+                    weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
+    """[AdamW] or, for kind "muon", [AdamW, Muon], together covering parameters (name -> parameter) once each."""
+    inner = {name: p for name, p in parameters.items()
+             if kind == "muon" and p.ndim in (2, 4) and any(block in name for block in BLOCKS)}
+    outer = [p for name, p in parameters.items() if name not in inner]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
+    if inner:
+        optimizers.append(Muon(list(inner.values()), lr=muon_lr, weight_decay=weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], step: int, total: int, warmup: int, decay: float) -> float:
+    """Linear warm-up, constant, linear decay to 0 over the last share `decay` of the steps. Returns the factor."""
+    factor = min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(decay * total, 1))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+    return factor

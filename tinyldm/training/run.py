@@ -1,0 +1,83 @@
+"""A run's surroundings: its folder, its progress bar, the signals that end it, its source of randomness."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+
+class Interrupted(Exception):
+    """A signal arrived; the step in progress was finished and saved before this is raised."""
+
+
+class Signals:
+    """SIGINT and SIGTERM, remembered and obeyed between steps. A second one ends the program at once."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.remember)
+
+    def remember(self, number: int, frame) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        print("\nfinishing this step, then saving (once more: leave at once)", flush=True)
+
+
+class Progress:
+    """A progress bar over optimizer steps: loss (smoothed), pictures per second, time left."""
+
+    def __init__(self, title: str, start: int, total: int, batch_size: int):
+        self.bar = tqdm(total=total, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self.batch_size, self.smoothed = batch_size, None
+        self.begun = self.marked = time.perf_counter()
+        self.steps = 0
+
+    def step(self, loss: float) -> None:
+        self.smoothed = loss if self.smoothed is None else 0.95 * self.smoothed + 0.05 * loss
+        self.steps += 1
+        self.bar.set_postfix_str(f"loss {self.smoothed:.4f}, {self.bar.format_dict['rate'] or 0:.2g} x {self.batch_size} images/s",
+                                 refresh=False)
+        self.bar.update()
+
+    def timing(self) -> dict[str, float]:
+        """What of a log row depends on the clock: seconds since the bar began, images per second since the last call."""
+        now = time.perf_counter()
+        rate = self.steps * self.batch_size / (now - self.marked)
+        self.marked, self.steps = now, 0
+        return {"seconds": now - self.begun, "images_per_second": rate}
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def generator(*seed: int) -> torch.Generator:
+    """CPU randomness as a pure function of a few integers (seed, stage, step)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a folder under another name, then put it in place: it is there whole or not at all."""
+    torso = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(torso, ignore_errors=True)
+    fill(torso)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(torso, folder)
+
+
+def write_picture(file: Path, image: np.ndarray) -> None:
+    """uint8 [h, w, 3] -> a PNG, written whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torso = file.with_suffix(".tmp")
+    Image.fromarray(image).save(torso, format="PNG")
+    os.replace(torso, file)

@@ -1,0 +1,1 @@
+"""Public weights in, public weights out: published layouts as rename tables."""

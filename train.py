@@ -1,0 +1,315 @@
+"""Train a latent diffusion model: a VAE first (or a pretrained one), then the network on its latents.
+
+    python train.py --preset tiny                            a whole miniature Stable Diffusion, minutes on a laptop
+    python train.py --preset tiny --resume auto              go on where an interrupted run stopped
+    python train.py --preset tiny --data "shards/*.tar"      your own captioned pictures (or a folder of them)
+    python train.py --preset 5090_week --dry-run             the plan of a week on one RTX 5090
+
+Any field of tinyldm.config.Config is a flag; network fields are KEY=VALUE pairs (--unet widths=64,128,256 depth=2).
+Everything lands in runs/PRESET (or --out): log.jsonl, samples/, checkpoints/. Then: python sample.py "a red fox"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+from tinyldm.cli import guard
+from tinyldm.config import Config, build, parse
+
+if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    CONFIG, DRY_RUN = parse(sys.argv[1:], __doc__)
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tinyldm.data import latents as cache
+from tinyldm.data.pictures import load_pictures
+from tinyldm.device import autocast, pick_device, prefer_plain_attention
+from tinyldm.diffusion.loss import diffusion_loss, make_weight, sample_t
+from tinyldm.diffusion.process import make_process
+from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
+from tinyldm.models.dit import DiT, DiTConfig
+from tinyldm.models.layers import Cond
+from tinyldm.models.unet import UNet, UNetConfig
+from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.pipeline import draw, tile, to_bytes, to_pixels
+from tinyldm.tokenizer import Tokenizer
+from tinyldm.training import checkpoint
+from tinyldm.training.ema import EMA
+from tinyldm.training.log import Log
+from tinyldm.training.optim import make_optimizers, set_lr
+from tinyldm.training.run import Interrupted, Progress, Signals, generator, replace_folder, write_picture
+from tinyldm.vendor_loaders import scheduler
+from tinyldm.vendor_loaders.folder import Model, load_model, load_text, load_vae, load_weights, save_model, save_vae
+
+
+def update(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], clip: float) -> None:
+    """One optimizer step on the gradients at hand, clipped to a global norm."""
+    torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+# ---------------------------------------------------------------- stage 1: the VAE
+
+
+def random_crops(images: np.ndarray, size: int, count: int, seed: int, step: int) -> Tensor:
+    """count crops of size x size (0: whole pictures) -> float32 [count, 3, size, size] in [-1, 1]."""
+    rng = np.random.default_rng([seed, 1, step])
+    chosen = rng.integers(len(images), size=count)
+    side = images.shape[1]
+    size = min(size or side, side)
+    ys, xs = rng.integers(side - size + 1, size=(2, count))
+    return to_pixels(np.stack([images[i, y : y + size, x : x + size] for i, y, x in zip(chosen, ys, xs)]))
+
+
+def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.device, signals: Signals) -> AutoencoderKL:
+    """L1 + MSE + a small KL (arXiv:2112.10752, Eq. 25 without the adversary), on random crops."""
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL(build(VAEConfig, config.vae | {"sample_size": config.resolution}, "--vae")).to(device)
+    parameters = dict(vae.named_parameters())
+    optimizers = make_optimizers(parameters, kind=config.optimizer, lr=config.vae_lr, muon_lr=config.vae_muon_lr)
+    start, loss_sum = 0, 0.0
+    if last := latest(config, run, "vae"):
+        load_weights(vae, last / "vae" / "diffusion_pytorch_model.safetensors")
+        checkpoint.load_optimizers(last / "optimizer.safetensors", optimizers, parameters)
+        start, loss_sum = (checkpoint.read_state(last)[key] for key in ("step", "loss_sum"))
+    log = Log(run / "log.jsonl", "vae", start)
+
+    def fill(folder: Path) -> None:
+        save_vae(folder / "vae", vae)
+        checkpoint.save_optimizers(folder / "optimizer.safetensors", optimizers, parameters)
+
+    bar = Progress("VAE", start, config.vae_steps, config.vae_batch_size)
+    for step in range(start, config.vae_steps):
+        factor = set_lr(optimizers, step, config.vae_steps, config.warmup_steps, decay=0.6)
+        pixels = random_crops(images, config.vae_crop, config.vae_batch_size, config.seed, step).to(device)
+        with autocast(device, config.dtype):
+            posterior = vae.encode(pixels)
+            noise = torch.randn(posterior.mean.shape, generator=generator(config.seed, 1, step)).to(device)
+            decoded = vae.decode(posterior.sample(noise))
+        error = decoded.float() - pixels
+        loss = error.abs().mean() + error.square().mean() + config.vae_kl * posterior.kl().mean()
+        loss.backward()
+        update(list(parameters.values()), optimizers, config.grad_clip)
+        loss_sum += loss.item()
+        bar.step(loss.item())
+        if (step + 1) % config.log_every == 0:
+            log.write(stage="vae", step=step + 1, loss=loss_sum / config.log_every, lr_factor=factor, **bar.timing())
+            loss_sum = 0.0
+        if signals.received or (step + 1) % config.save_every == 0:
+            checkpoint.write(run, "vae", step + 1, fill, {"loss_sum": loss_sum}, config.keep_last)
+        if signals.received:
+            raise Interrupted
+    bar.close()
+    return vae
+
+
+@torch.no_grad()
+def encode_all(config: Config, vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> np.ndarray:
+    """Posterior means, as the VAE gives them: float32 [n, c, h, w]."""
+    means = []
+    for batch in np.array_split(images, max(1, len(images) // 64)):
+        with autocast(device, config.dtype):
+            means.append(vae.encode(to_pixels(batch).to(device)).mean.float().cpu())
+    return torch.cat(means).numpy()
+
+
+def finish_vae(config: Config, run: Path, vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> None:
+    """Measure the latents, fold their per-channel mean and std into the VAE, save it and a picture of what it loses."""
+    z = encode_all(config, vae, images[:2048], device)
+    vae.standardise(*(torch.from_numpy(f(z, axis=(0, 2, 3))).to(device) for f in (np.mean, np.std)))
+    scale = float(1 / encode_all(config, vae, images[:2048], device).std())     # 1, but for rounding
+    vae.config = dataclasses.replace(vae.config, scaling_factor=scale)
+    shown = images[:8]
+    with torch.no_grad():
+        decoded = to_bytes(vae.decode(vae.encode(to_pixels(shown).to(device)).mean))
+    psnr = -10 * np.log10((((decoded.astype(float) - shown) / 255) ** 2).mean(axis=(1, 2, 3))).mean()
+    write_picture(run / "samples" / "vae.png", tile(np.concatenate([shown, decoded]), columns=8))
+    print(f"VAE: {psnr:.1f} dB on 8 pictures, scaling factor {vae.config.scaling_factor:.4f}")
+    replace_folder(run / "vae", lambda folder: save_vae(folder, vae))
+
+
+# ---------------------------------------------------------------- stage 2: diffusion
+
+
+def build_networks(config: Config, vae: AutoencoderKL, captions: list[str]) -> tuple[nn.Module, CLIPText, Tokenizer]:
+    """The network to train, and its text encoder: pretrained and frozen, or new and trained along."""
+    if config.text_weights:
+        text = load_text(config.text_weights)
+        tokenizer = Tokenizer.load(config.text_weights, text.config.context_length)
+    else:
+        length = config.text.get("context_length", 77)
+        tokenizer = Tokenizer.train(captions, config.vocab_size, length)
+        text = CLIPText(build(CLIPTextConfig, config.text | dict(
+            vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), "--text"))
+    channels = dict(in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels,
+                    context_dim=text.config.width)
+    if config.network == "dit":
+        return DiT(build(DiTConfig, config.dit | channels, "--dit")), text, tokenizer
+    size = config.resolution // vae.config.downscale
+    return UNet(build(UNetConfig, config.unet | channels | {"sample_size": size}, "--unet")), text, tokenizer
+
+
+def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.Latents, device: torch.device,
+                    signals: Signals) -> None:
+    torch.manual_seed(config.seed + 1)
+    net, text, tokenizer = build_networks(config, vae, data.captions)
+    net, text = net.to(device), text.to(device)
+    trained = {"net": net} if config.text_weights else {"net": net, "text": text}
+    parameters = {f"{part}.{name}": p for part, module in trained.items() for name, p in module.named_parameters()}
+    optimizers = make_optimizers(parameters, kind=config.optimizer, lr=config.lr, muon_lr=config.muon_lr,
+                                 weight_decay=config.weight_decay)
+    options = {"shift": config.shift} if config.process == "flow" else {}
+    process = make_process(config.process, **options)
+    weight = make_weight(*(("min_snr", config.prediction, config.min_snr_gamma) if config.min_snr_gamma
+                           else ("none", config.prediction)))
+    start, loss_sum = 0, 0.0
+    ema = EMA(trained, config.ema_decay)
+    if last := latest(config, run, "step"):
+        raw, averaged = (load_model(last / "model", device, ema=wanted) for wanted in (False, True))
+        if raw.net.config != net.config:
+            raise ValueError(f"{last} holds another network than this configuration describes: {raw.net.config}")
+        for part, module in trained.items():
+            module.load_state_dict(getattr(raw, part).state_dict())
+            ema.load_state_dict(part, getattr(averaged, part).state_dict())
+        checkpoint.load_optimizers(last / "optimizer.safetensors", optimizers, parameters)
+        start, loss_sum = (checkpoint.read_state(last)[key] for key in ("step", "loss_sum"))
+    log = Log(run / "log.jsonl", "step", start)
+    model = Model(net, vae, text, tokenizer, process, config.prediction,
+                  scheduler.to_config(config.process, options, config.prediction, config.network),
+                  dict(preset=config.preset, resolution=config.resolution, sampler=config.sampler,
+                       steps=config.sample_steps, cfg=config.cfg, data=config.data))
+    ids = torch.from_numpy(tokenizer.encode(data.captions))                     # [n, context_length]
+    empty = torch.from_numpy(tokenizer.encode([""]))[0]
+    compiled = torch.compile(net) if (config.compile if config.compile is not None else device.type == "cuda") else net
+
+    def fill(folder: Path) -> None:
+        averaged = {part: (module, ema.state_dict(part)) for part, module in trained.items()}
+        save_model(folder / "model", net=averaged["net"], vae=run / "vae", text=averaged.get("text", text),
+                   tokenizer=tokenizer, scheduler=model.scheduler, defaults=model.defaults | {"step": step + 1},
+                   non_ema={part: module.state_dict() for part, module in trained.items()})
+        checkpoint.save_optimizers(folder / "optimizer.safetensors", optimizers, parameters)
+
+    bar = Progress(config.network, start, config.max_steps, config.batch_size)
+    for step in range(start, config.max_steps):
+        factor = set_lr(optimizers, step, config.max_steps, config.warmup_steps, config.decay)
+        rng = generator(config.seed, 2, step)                                   # one stream for the whole global batch
+        chosen = cache.indices(len(data), config.seed, step, config.batch_size)
+        x0 = data.batch(chosen)                                                 # [b, c, h, w]
+        eps = torch.randn(x0.shape, generator=rng)
+        t = sample_t(config.times, len(x0), rng, config.times_mean, config.times_scale)
+        dropped = torch.rand(len(x0), generator=rng) < config.caption_dropout
+        tokens = torch.where(dropped[:, None], empty, ids[chosen])              # [b, context_length]
+        loss = torch.zeros((), device=device)
+        for micro in zip(*(part.to(device, non_blocking=True).chunk(config.grad_accum) for part in (x0, eps, t, tokens))):
+            with autocast(device, config.dtype):
+                features = text(micro[3])
+                part = diffusion_loss(compiled, *micro[:3], Cond(features.hidden, pooled=features.pooled), process,
+                                      prediction=config.prediction, weight=weight) / config.grad_accum
+            part.backward()
+            loss += part.detach()
+        update(list(parameters.values()), optimizers, config.grad_clip)
+        ema.update(step + 1)
+        if not (now := loss.item()) < float("inf"):
+            raise ValueError(f"the loss is {now} at step {step}: lower --lr and --muon-lr, and go on with --resume auto")
+        loss_sum += now
+        bar.step(now)
+        last_step = step + 1 == config.max_steps
+        if (step + 1) % config.log_every == 0:
+            log.write(stage="step", step=step + 1, loss=loss_sum / config.log_every, lr_factor=factor, **bar.timing())
+            loss_sum = 0.0
+        if last_step or signals.received or (step + 1) % config.save_every == 0:
+            checkpoint.write(run, "step", step + 1, fill, {"loss_sum": loss_sum, "finished": last_step}, config.keep_last)
+        if last_step or (config.sample_every and (step + 1) % config.sample_every == 0):
+            with ema.applied(), autocast(device, config.dtype):
+                sample_grid(config, model, run / "samples" / f"step-{step + 1:06d}.png", data.captions)
+        if signals.received:
+            raise Interrupted
+    bar.close()
+
+
+def sample_grid(config: Config, model: Model, file: Path, captions: list[str]) -> None:
+    """A picture of fixed prompts from fixed seeds: comparable between steps and between runs."""
+    prompts = config.sample_prompts.split("|") if config.sample_prompts else list(dict.fromkeys(captions))[:8]
+    repeated = [prompt for prompt in prompts for _ in range(2)]
+    for part in (model.net, model.text):
+        part.eval()
+    images = draw(model, repeated, range(len(repeated)), cfg=config.cfg, steps=config.sample_steps, sampler=config.sampler)
+    for part in (model.net, model.text):
+        part.train()
+    write_picture(file, tile(images, columns=8))
+
+
+# ---------------------------------------------------------------- the run
+
+
+def latest(config: Config, run: Path, stage: str) -> Path | None:
+    """The checkpoint to go on from, if it is of this stage."""
+    if config.resume == "no":
+        return None
+    found = checkpoint.names(run) if config.resume == "auto" else [Path(config.resume)]
+    if config.resume != "auto" and not (found[0] / "state.json").exists():
+        raise ValueError(f"--resume {config.resume}: not a checkpoint folder; --resume auto takes the newest")
+    return found[-1] if found and found[-1].name.startswith(stage) else None
+
+
+def prepare_run(config: Config) -> Path:
+    """The run folder, new or resumed, with the resolved config in it."""
+    run = Path(config.out)
+    if config.resume == "no" and (run / "config.json").exists():
+        raise ValueError(f"{run} holds a run already: continue it with --resume auto, or name another folder with --out")
+    run.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(config), indent=1)
+    (run / "config.json").write_text(text)
+    print(f"run folder {run}, configuration in {run / 'config.json'}")
+    return run
+
+
+def prepare_data(config: Config, run: Path, device: torch.device, signals: Signals) -> tuple[AutoencoderKL, cache.Latents]:
+    """The frozen VAE and the latents of all pictures, each made only where it is not there yet."""
+    source = dict(data=config.data, scenes=config.scenes, resolution=config.resolution, seed=config.seed)
+    pictures = None
+    if not (run / "vae").is_dir():
+        if config.vae_weights:
+            replace_folder(run / "vae", lambda folder: save_vae(folder, load_vae(config.vae_weights)))
+        else:
+            pictures = load_pictures(config.data, config.resolution, config.scenes, config.seed)
+            print(f"{len(pictures.captions)} pictures, {pictures.skipped} skipped")
+            finish_vae(config, run, train_vae(config, run, pictures.images, device, signals), pictures.images, device)
+    vae = load_vae(run / "vae", device)
+    mark = cache.fingerprint(vae, **source)
+    if not cache.valid(run / "latents", mark):
+        pictures = pictures or load_pictures(config.data, config.resolution, config.scenes, config.seed)
+        z = encode_all(config, vae, pictures.images, device)
+        cache.write(run / "latents", vae.to_latents(z), pictures.captions, mark)
+    return vae, cache.Latents(run / "latents")
+
+
+def main() -> None:
+    config = CONFIG
+    if DRY_RUN:
+        from tinyldm.training.budget import print_plan
+        return print_plan(config)
+    device = pick_device(config.device)
+    if device.type == "cpu":
+        prefer_plain_attention()
+    run, signals = prepare_run(config), Signals()
+    try:
+        vae, data = prepare_data(config, run, device, signals)
+        train_diffusion(config, run, vae, data, device, signals)
+    except Interrupted:
+        print(f"saved; continue with: python train.py --out {run} --resume auto")
+        sys.exit(128 + signals.received)
+    print(f"done: {run / 'samples'} shows how it went; draw with: python sample.py \"a red fox\" --model {run}")
+
+
+if __name__ == "__main__":
+    guard(main)
