@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,30 @@ from tinyldm.diffusion.guidance import cfg as guided
 from tinyldm.diffusion.guidance import denoiser
 from tinyldm.diffusion.samplers import find_sampler, initial_noise, make_generators
 from tinyldm.models.layers import Cond
+from tinyldm.training import checkpoint
 from tinyldm.vendor_loaders.folder import Model
+
+
+def find_model(path: str | None, runs: Path = Path("runs")) -> Path:
+    """The model folder that a person means: a model folder, the newest checkpoint of a run folder, or, for None,
+    of the run that finished last under `runs`. ValueError with what to do where there is none."""
+    if path is None:
+        finished = [last for run in runs.glob("*") for last in checkpoint.names(run)[-1:]
+                    if checkpoint.read_state(last).get("finished")]
+        if not finished:
+            raise ValueError(f"no finished run under {runs}/: train one with 'python train.py --preset tiny', "
+                             "or name a run or model folder with --model")
+        return max(finished, key=lambda last: (last / "state.json").stat().st_mtime) / "model"
+    folder = Path(path)
+    if (folder / "model_index.json").exists():
+        return folder
+    if (folder / "model" / "model_index.json").exists():
+        return folder / "model"
+    trained = [last for last in checkpoint.names(folder) if (last / "model").is_dir()]
+    if not trained:
+        what = "has no checkpoint of its network yet" if (folder / "config.json").exists() else "is neither a run nor a model folder"
+        raise ValueError(f"{folder} {what}: name a folder that train.py wrote, or leave it out to use the newest finished run")
+    return trained[-1] / "model"
 
 
 def encode_text(model: Model, texts: Sequence[str]) -> Cond:

@@ -94,6 +94,19 @@ def test_latents_with_the_data_s_mean_and_scale_become_standard():
     assert abs(x.mean().item()) < 1e-5 and abs(x.std().item() - 1) < 1e-5
 
 
+def test_standardising_divides_the_latents_and_leaves_reconstructions_as_they_were():
+    torch.manual_seed(2)
+    vae, x, mean, std = build(SMALL), pictures(), torch.randn(4), torch.rand(4) + 0.5
+    with torch.no_grad():
+        before, decoded = vae.encode(x), vae.decode(vae.encode(x).mean)
+        vae.standardise(mean, std)
+        after = vae.encode(x)
+        per_channel = lambda v: v[:, None, None]
+        torch.testing.assert_close(after.mean, (before.mean - per_channel(mean)) / per_channel(std), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close((0.5 * after.logvar).exp(), (0.5 * before.logvar).exp() / per_channel(std))
+        torch.testing.assert_close(vae.decode(after.mean), decoded, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("size, fix", [((18, 16), "image size 18 is not a multiple of 4: use 16 or 20"),
                                        ((16, 23), "image size 23 is not a multiple of 4: use 20 or 24")])
 def test_an_image_size_that_does_not_divide_is_refused_with_the_nearest_that_do(size, fix):

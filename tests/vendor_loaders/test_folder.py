@@ -22,7 +22,7 @@ from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.tokenizer import Tokenizer
 from tinyldm.vendor_loaders import scheduler
-from tinyldm.vendor_loaders.folder import load_model, load_vae, load_weights, save_model, save_vae, save_weights
+from tinyldm.vendor_loaders.folder import load_model, load_text, load_vae, load_weights, save_model, save_vae, save_weights
 
 PROMPT = "a red square on the left of a blue circle"
 FLOW = scheduler.to_config("flow", {"shift": 3.0}, "flow", "unet")
@@ -158,6 +158,11 @@ def test_a_vae_is_saved_and_loaded_alone(parts, tmp_path, save):
     assert same(load_vae(tmp_path / "autoencoder"), parts.vae.state_dict())
     assert same(load_vae(save()), parts.vae.state_dict())
     assert {p.dtype for p in load_vae(tmp_path / "model" / "vae", dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_a_text_encoder_is_loaded_alone(save, parts):
+    text = load_text(save() / "text_encoder")
+    assert same(text, parts.text.state_dict()) and text.config == parts.text.config and not text.training
 
 
 def test_channels_last_weights_are_saved_and_come_back_contiguous(save, parts):

@@ -208,7 +208,7 @@ def save_weights(file: str | Path, module: nn.Module, state_dict: StateDict | No
                          f"for example). Pass the raw module's, not a compiled or wrapped one's")
     file = Path(file)
     file.unlink(missing_ok=True)        # other folders may be linked to the old contents
-    try:    # transformers refuses files without this note
+    try:    # the note: published files carry it, and transformers 4 refused files that do not
         save_file(export_renamed(tensors, KINDS[type(module)].rules), file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"cannot write {file}: {error}") from error
