@@ -96,7 +96,7 @@ class Config:
 
 
 TINY = dict(
-    vae=dict(widths=(16, 32, 64), depth=1, groups=8, middle_attention=False), vae_steps=600,
+    vae=dict(widths=(16, 32, 64), depth=1, groups=8, middle_attention=False), vae_steps=500, vae_lr=8e-3, vae_muon_lr=1e-2,
     text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
     unet=dict(widths=(32, 64, 128), depth=1, attention=(False, False, True), heads=(1, 2, 4), groups=8),
     sample_prompts="a red fox|a small blue cat on the left, in the snow|a large yellow star under the stars|"

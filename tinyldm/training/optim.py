@@ -66,11 +66,16 @@ class Muon(torch.optim.Optimizer):
 BLOCKS = ("down.", "middle.", "up.", "blocks.", "layers.")       # where the networks keep their repeated parts
 
 
+def muon_matrices(parameters: dict[str, nn.Parameter], kind: str) -> dict[str, nn.Parameter]:
+    """Those of the parameters that Muon optimizes; none for kind "adamw"."""
+    return {name: p for name, p in parameters.items()
+            if kind == "muon" and p.ndim in (2, 4) and any(block in name for block in BLOCKS)}
+
+
 def make_optimizers(parameters: dict[str, nn.Parameter], *, kind: str, lr: float, muon_lr: float,
                     weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
     """[AdamW] or, for kind "muon", [AdamW, Muon], together covering parameters (name -> parameter) once each."""
-    inner = {name: p for name, p in parameters.items()
-             if kind == "muon" and p.ndim in (2, 4) and any(block in name for block in BLOCKS)}
+    inner = muon_matrices(parameters, kind)
     outer = [p for name, p in parameters.items() if name not in inner]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]

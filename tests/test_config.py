@@ -1,0 +1,58 @@
+"""The command line: presets, typed overrides, and mistakes answered in one line with exit code 2."""
+
+import json
+
+import pytest
+
+from tinyldm.config import PRESETS, Config, build, pairs, parse
+from tinyldm.models.unet import UNetConfig
+
+
+def test_a_preset_is_its_row_and_what_is_typed_wins():
+    config, dry = parse(["--preset", "tiny", "--max-steps", "7", "--lr=0.5", "--unet", "depth=3"], "")
+    assert (config.max_steps, config.lr, dry) == (7, 0.5, False)
+    assert config.unet == PRESETS["tiny"]["unet"] | {"depth": 3} and PRESETS["tiny"]["unet"]["depth"] != 3
+    assert config.out == "runs/tiny"
+
+
+def test_dashes_and_underscores_are_the_same():
+    assert parse(["--max_steps", "7"], "")[0] == parse(["--max-steps", "7"], "")[0]
+
+
+def test_every_field_is_a_flag():
+    for name, value in (("seed", 3), ("caption_dropout", 0.25), ("sampler", "heun"), ("batch_size", 12)):
+        assert getattr(parse([f"--{name}", str(value)], "")[0], name) == value
+    assert parse(["--compile"], "")[0].compile is True and parse(["--no-compile"], "")[0].compile is False
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--preset", "tinny"], "did you mean 'tiny'"),
+    (["--max-stepz", "3"], "did you mean '--max-steps'"),
+    (["--max-steps", "many"], "invalid int value"),
+    (["--max-steps", "0"], "--max-steps 0 must be at least 1"),
+    (["--batch-size", "10", "--grad-accum", "3"], "not a multiple"),
+    (["--caption-dropout", "1.5"], "between 0 and 1"),
+    (["--network", "unett"], "did you mean 'unet'"),
+    (["--unet", "widths"], "KEY=VALUE"),
+    (["--out", "nowhere", "--resume", "auto"], "nothing to resume"),
+])
+def test_mistakes_are_one_line_with_the_fix_and_exit_code_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(argv, "")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_a_resumed_run_starts_from_its_own_config(tmp_path):
+    config = Config(**(PRESETS["tiny"] | {"out": str(tmp_path), "max_steps": 77, "lr": 0.25}))
+    (tmp_path / "config.json").write_text(json.dumps(vars(config)))
+    resumed, _ = parse(["--out", str(tmp_path), "--resume", "auto", "--lr", "0.5"], "")
+    assert (resumed.max_steps, resumed.lr, resumed.resume) == (77, 0.5, "auto")
+    assert build(UNetConfig, resumed.unet, "--unet") == build(UNetConfig, config.unet, "--unet")
+
+
+def test_network_fields_are_typed_and_checked():
+    assert pairs("unet", ["widths=32,64", "linear_projection=true", "depth=2"]) == {
+        "widths": (32, 64), "linear_projection": True, "depth": 2}
+    with pytest.raises(ValueError, match="did you mean 'widths'"):
+        build(UNetConfig, {"widhts": (1,)}, "--unet")

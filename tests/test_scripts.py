@@ -1,0 +1,171 @@
+"""The scripts, run as a person runs them, on networks of a few thousand parameters."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from tinyldm.training.log import read
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--scenes 24 --resolution 16 --vae-crop 8 --vae-batch-size 4 --batch-size 4 --log-every 3 --save-every 2 "
+         "--keep-last 99 --sample-every 2 --sample-steps 2 --warmup-steps 2 --vae-steps 4 --max-steps 6 "
+         "--vae widths=8,16 groups=4 --unet widths=16,32 attention=False,True heads=1,2 groups=4 "
+         "--text width=16 layers=1 heads=2 mlp_width=32").split()
+
+
+def script(*words, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    done = script("train.py", "--out", folder, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert f"--model {folder}" in done.stdout                  # the next command to type
+    return folder
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return {f"{file.relative_to(folder)}:{name}": tensor
+            for file in sorted(folder.rglob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def test_a_run_leaves_a_log_samples_and_a_model_folder(run):
+    rows = read(run / "log.jsonl")
+    assert [(row["stage"], row["step"]) for row in rows] == [("vae", 3), ("step", 3), ("step", 6)]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert {file.name for file in (run / "samples").iterdir()} == {"vae.png", "step-000002.png", "step-000004.png", "step-000006.png"}
+    model = run / "checkpoints" / "step-000006" / "model"
+    assert {path.name for path in model.iterdir()} >= {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert not list(run.rglob("*.pt")) and not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("point", ["vae-000002", "step-000002"])
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(run, tmp_path, point):
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    stage, step = point.split("-")
+    for checkpoint in (cut / "checkpoints").iterdir():
+        if checkpoint.name.startswith("step") > (stage == "step") or checkpoint.name.startswith(stage) and checkpoint.name > point:
+            shutil.rmtree(checkpoint)
+    if stage == "vae":
+        shutil.rmtree(cut / "vae")
+        shutil.rmtree(cut / "latents")
+    for sample in (cut / "samples").glob("step-*"):
+        if stage == "vae" or sample.stem > point:
+            sample.unlink()
+    done = script("train.py", "--out", cut, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    one, two = (weights(folder / "checkpoints" / "step-000006") for folder in (run, cut))
+    assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+    for sample in (run / "samples").iterdir():
+        assert sample.read_bytes() == (cut / "samples" / sample.name).read_bytes(), sample.name
+    timing = {"seconds", "images_per_second"}
+    logs = [[{k: v for k, v in row.items() if k not in timing} for row in read(folder / "log.jsonl")] for folder in (run, cut)]
+    assert logs[0] == logs[1]
+
+
+def test_k_micro_batches_train_as_one_batch(run, tmp_path):
+    done = script("train.py", "--out", tmp_path / "micro", *SMALL, "--grad-accum", 2, "--dtype", "fp32")
+    whole = script("train.py", "--out", tmp_path / "whole", *SMALL, "--dtype", "fp32")
+    assert done.returncode == whole.returncode == 0, done.stderr + whole.stderr
+    losses = [[row["loss"] for row in read(tmp_path / name / "log.jsonl") if row["stage"] == "step"] for name in ("micro", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_run_folder_is_not_overwritten(run):
+    before = (run / "config.json").read_bytes()
+    done = script("train.py", "--out", run, *SMALL)
+    assert done.returncode == 2 and "--resume auto" in done.stderr and "Traceback" not in done.stderr
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_another_architecture_does_not_resume(run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    done = script("train.py", "--out", tmp_path / "copy", "--resume", "auto", "--max-steps", 8, "--unet", "widths=32,32")
+    assert done.returncode == 2 and "another network" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, number):
+    folder = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "train.py", "--out", folder, *SMALL, "--max-steps", "100000"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (folder / "checkpoints" / "step-000002").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"python train.py --out {folder} --resume auto" in out
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    assert json.loads((newest / "state.json").read_text())["step"] >= 2
+
+
+def test_pictures_of_ones_own_train_too(tmp_path):
+    data = tmp_path / "pictures"
+    data.mkdir()
+    for i in range(8):
+        Image.new("RGB", (20 + i, 24), (30 * i, 100, 200)).save(data / f"{i}.jpg")
+        (data / f"{i}.txt").write_text(f"colour number {i}")
+    done = script("train.py", "--out", tmp_path / "run", *SMALL, "--data", data, "--max-steps", 2, "--vae-steps", 2)
+    assert done.returncode == 0, done.stderr
+    nothing = script("train.py", "--out", tmp_path / "none", *SMALL, "--data", tmp_path / "nowhere")
+    assert nothing.returncode == 2 and "no such folder" in nothing.stderr and not (tmp_path / "none" / "checkpoints").exists()
+
+
+def test_one_seed_gives_one_picture_at_any_batch_size(run, tmp_path):
+    for size in (1, 3):
+        done = script("sample.py", "a red fox", "a blue cat", "-n", 2, "--model", run, "--batch-size", size, "--seed", 5,
+                      "--sampler", "ddpm", "--cfg", 3, "--out", tmp_path / str(size))
+        assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert names == ["0001-5-a-red-fox.png", "0002-6-a-red-fox.png", "0003-5-a-blue-cat.png", "0004-6-a-blue-cat.png", "0005-5-grid.png"]
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "3" / "0005-5-grid.png")
+    for name in names:
+        one, three = (np.asarray(Image.open(tmp_path / size / name)).astype(int) for size in "13")
+        assert abs(one - three).max() <= 1
+    fox = [np.asarray(Image.open(tmp_path / "1" / name)).astype(int) for name in names[:2]]
+    assert abs(fox[0] - fox[1]).max() > 10                     # another seed is another picture
+
+
+def test_pictures_carry_their_settings(run, tmp_path):
+    done = script("sample.py", "a red fox", "--negative-prompt", "blue", "--cfg", 7.5, "--model", run, "--out", tmp_path / "fox.png")
+    assert done.returncode == 0, done.stderr
+    text = Image.open(tmp_path / "fox.png").text["parameters"]
+    assert text == ("a red fox\nNegative prompt: blue\nSteps: 2, Sampler: dpmpp_2m, CFG scale: 7.5, Seed: 0, "
+                    "Size: 16x16, Model: tiny, RNG: CPU")
+
+
+@pytest.mark.parametrize("words, expected", [
+    ([], "no prompt"),
+    (["a fox", "--model", "RUN", "--sampler", "eulr"], "did you mean 'euler'"),
+    (["a fox", "--model", "RUN", "--width", "17"], "use 16 or 18"),
+    (["a fox", "--model", "NOWHERE"], "neither a run nor a model folder"),
+    (["a fox", "--stepz", "3"], "did you mean '--steps'"),
+    (["a fox", "--model", "RUN", "--schedule", "karras"], "needs a discrete table"),
+    (["a fox", "--model", "RUN", "--num-images", "0"], "at least 1"),
+    (["--from-file", "NOWHERE"], "No such file"),
+])
+def test_mistakes_at_sample_are_one_line_and_write_nothing(run, tmp_path, words, expected):
+    names = {"RUN": str(run), "NOWHERE": str(tmp_path / "nowhere")}
+    done = script("sample.py", *(names.get(word, word) for word in words), "--out", tmp_path / "out")
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_long_prompt_is_drawn_and_the_part_left_out_is_named(run, tmp_path):
+    done = script("sample.py", "a red fox " * 12 + "and a zebra", "--model", run, "--out", tmp_path / "x.png")
+    assert done.returncode == 0 and "and a zebra" in done.stderr and "24 tokens" in done.stderr

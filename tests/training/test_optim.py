@@ -1,0 +1,63 @@
+"""Optimizers: which parameter goes where, what Muon does to a matrix, and the learning rate's course."""
+
+import pytest
+import torch
+from torch import nn
+
+from tinyldm.models.unet import UNet, UNetConfig
+from tinyldm.training.optim import Muon, make_optimizers, orthogonalise, set_lr
+
+
+def tiny_unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(UNetConfig(widths=(16, 32), depth=1, attention=(False, True), heads=(1, 2), context_dim=8, groups=8))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(orthogonalise(matrices).float())
+    assert values.min() > 0.3 and values.max() < 1.4
+
+
+def test_orthogonalising_keeps_the_singular_vectors():
+    u, _, vh = torch.linalg.svd(torch.randn(1, 12, 20, generator=torch.Generator().manual_seed(2)), full_matrices=False)
+    matrix = u @ torch.diag_embed(torch.linspace(1, 3, 12)[None]) @ vh
+    rotated = u.transpose(1, 2) @ orthogonalise(matrix).float() @ vh.transpose(1, 2)
+    off = rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < 0.05                             # bfloat16
+
+
+def test_every_parameter_has_exactly_one_optimizer():
+    parameters = dict(tiny_unet().named_parameters())
+    for kind, count in (("muon", 2), ("adamw", 1)):
+        optimizers = make_optimizers(parameters, kind=kind, lr=1e-3, muon_lr=1e-2)
+        owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+        assert len(optimizers) == count
+        assert sorted(owned) == sorted(map(id, parameters.values()))
+
+
+def test_muon_takes_the_inner_matrices_and_nothing_else():
+    parameters = dict(tiny_unet().named_parameters())
+    adamw, muon = make_optimizers(parameters, kind="muon", lr=1e-3, muon_lr=1e-2)
+    names = {id(p): name for name, p in parameters.items()}
+    taken = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert "down.0.resnets.0.conv1.weight" in taken and "middle.attentions.0.block.cross_attention.to_k.weight" in taken
+    assert not any(name.startswith(("conv_in", "conv_out", "time_embedding")) or name.endswith("bias") for name in taken)
+
+
+def test_muon_moves_a_matrix_by_the_size_it_promises():
+    p = nn.Parameter(torch.zeros(32, 32))
+    optimizer = Muon([p], lr=0.1)
+    p.grad = torch.randn(32, 32, generator=torch.Generator().manual_seed(3)) * 1e-6      # the gradient's size is irrelevant
+    optimizer.step()
+    assert 0.5 < p.detach().square().mean().sqrt() / (0.2 * 0.1) < 1.3
+
+
+def test_the_learning_rate_warms_up_stays_and_ends_near_zero():
+    parameters = dict(tiny_unet().named_parameters())
+    optimizers = make_optimizers(parameters, kind="muon", lr=1e-3, muon_lr=1e-2)
+    factors = [set_lr(optimizers, step, total=100, warmup=10, decay=0.2) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9:80] == [1.0] * 71
+    assert factors[-1] == pytest.approx(1 / 20) and factors == sorted(factors[:10]) + factors[10:80] + sorted(factors[80:], reverse=True)
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(1e-2 / 20)

@@ -1,0 +1,241 @@
+"""Reads subject, colour and background from a picture: the judge of `evaluate.py --metric prompts`.
+
+A small residual CNN for pictures of 64 px. It learns from drawn toyworld scenes alone, all pairs of colour and
+subject alike, so it favours neither what a model was trained on nor what was held out, and it never sees a
+generated picture. Its training pictures are a little blurred, noisy, tinted and moved: what a small VAE does to
+a good picture should not count against it. That takes about a minute on two CPU cores, once: the weights are kept in
+the user's cache folder (~/.cache/tinyldm, or $TINYLDM_CACHE) until toyworld or this file changes.
+
+It always names something, so a picture of nothing is right by luck one time in 16 x 8 x 5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from tqdm import trange
+
+from tinyldm.data.toyworld import BACKGROUNDS, COLOURS, SUBJECTS, sample
+from tinyldm.device import autocast
+from tinyldm.pipeline import to_pixels
+
+SIZE = 64
+WORDS: dict[str, tuple[str, ...]] = {
+    "subject": tuple(SUBJECTS), "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
+
+
+class Reading(NamedTuple):
+    """What a picture shows, in toyworld's words."""
+
+    subject: str
+    colour: str
+    background: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    scenes: int = 12_000        # drawn once; every epoch sees them moved and marred afresh
+    steps: int = 700
+    batch_size: int = 128
+    lr: float = 4e-3
+    width: int = 16             # channels at half resolution
+    seed: int = 0
+    blur: float = 1.0           # 0: sharp; 1: the full binomial blur, standard deviation 1 px
+    noise: float = 0.08         # largest standard deviation, for pixels in [-1, 1]
+    tint: float = 0.06          # largest change of a channel's gain and offset
+    shift: int = 3              # px
+
+
+class Block(nn.Module):
+    """x + conv(act(conv(x))), halving the resolution on the way in."""
+
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(channels_in, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        self.inner = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return x + self.inner(x)
+
+
+class Recogniser(nn.Module):
+    """Pixels [b, 3, 64, 64] in [-1, 1] -> logits [b, 16 + 8 + 5], in the order of WORDS."""
+
+    def __init__(self, width: int = Settings.width):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 5, 2, 2, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.Sequential(Block(width, 2 * width), Block(2 * width, 4 * width), Block(4 * width, 6 * width))
+        self.head = nn.Linear(12 * width, sum(map(len, WORDS.values())))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.blocks(self.stem(pixels))                                  # [b, 6 * width, 4, 4]
+        return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1).float())
+
+    @torch.no_grad()
+    def read(self, images: np.ndarray, batch_size: int = 250) -> list[Reading]:
+        """uint8 [b, h, w, 3] of any size, resized to 64 px -> one Reading per picture."""
+        device, found = self.head.weight.device, []
+        for start in range(0, len(images), batch_size):
+            pixels = to_pixels(images[start : start + batch_size]).to(device)
+            if pixels.shape[2:] != (SIZE, SIZE):
+                pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+            chosen = [part.argmax(1).tolist() for part in self(pixels).split([len(words) for words in WORDS.values()], 1)]
+            found += [Reading(*(words[i] for words, i in zip(WORDS.values(), picks))) for picks in zip(*chosen)]
+        return found
+
+
+# ---------------------------------------------------------------- training
+
+
+def mar(pixels: Tensor, settings: Settings, rng: Generator) -> Tensor:
+    """Mirror, blur, tint and noise, each picture by its own amounts. [b, 3, h, w] in [-1, 1] -> the same."""
+    b, c = pixels.shape[:2]
+    uniform = lambda low, high, channels=1: low + (high - low) * torch.rand(b, channels, 1, 1, generator=rng)
+    pixels = torch.where(uniform(0, 1) < 0.5, pixels.flip(3), pixels)
+    row = torch.tensor([1.0, 4, 6, 4, 1]) / 16                              # binomial: a Gaussian of 1 px
+    blurred = F.conv2d(F.pad(pixels, (2, 2, 2, 2), mode="replicate"), row.outer(row).expand(c, 1, 5, 5), groups=c)
+    pixels = torch.lerp(pixels, blurred, uniform(0, settings.blur))
+    pixels = pixels * uniform(1 - settings.tint, 1 + settings.tint, c) + uniform(-settings.tint, settings.tint, c)
+    return pixels + uniform(0, settings.noise) * torch.randn(pixels.shape, generator=rng)
+
+
+def moved(images: np.ndarray, shift: int, rng: np.random.Generator) -> np.ndarray:
+    """Each picture moved by up to `shift` px to any side, its edge repeated. uint8 [b, h, w, 3] -> the same."""
+    h, w = images.shape[1:3]
+    wide = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
+    places = rng.integers(2 * shift + 1, size=(len(images), 2))
+    return np.stack([picture[y : y + h, x : x + w] for picture, (y, x) in zip(wide, places)])
+
+
+def labels(scenes: Iterable) -> Tensor:
+    """Scenes (or Readings) -> their words as numbers, [n, 3]."""
+    return torch.tensor([[words.index(getattr(it, name)) for name, words in WORDS.items()] for it in scenes])
+
+
+def train(settings: Settings = Settings(), device: torch.device | str = "cpu", dtype: str = "auto") -> Recogniser:
+    """A recogniser trained from nothing. The same settings, device and thread count give the same weights."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        net = Recogniser(settings.width).to(device, memory_format=torch.channels_last).train()
+    samples = [sample(i, SIZE, settings.seed, "all") for i in trange(settings.scenes, desc="recogniser: scenes", disable=None)]
+    images, wanted = np.stack([it.image for it in samples]), labels(it.scene for it in samples)
+    rng, noise = np.random.default_rng(settings.seed), Generator().manual_seed(settings.seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=0.02, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=settings.steps, pct_start=0.2)
+    order = np.concatenate([rng.permutation(settings.scenes)
+                            for _ in range(-(-settings.steps * settings.batch_size // settings.scenes))])
+    bar = trange(settings.steps, desc="recogniser: training", disable=None)
+    for step in bar:
+        chosen = order[step * settings.batch_size : (step + 1) * settings.batch_size]
+        pixels = mar(to_pixels(moved(images[chosen], settings.shift, rng)), settings, noise).to(device)
+        with autocast(device, dtype):
+            logits = net(pixels)
+        parts = zip(logits.float().split([len(words) for words in WORDS.values()], 1), wanted[chosen].to(device).T)
+        loss = sum(F.cross_entropy(part, target, label_smoothing=0.05) for part, target in parts)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    return net.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("TINYLDM_CACHE") or Path.home() / ".cache" / "tinyldm")
+
+
+@lru_cache
+def looks() -> str:
+    """Hash of how a few hundred scenes look: it changes with toyworld's tables, shapes, colours and drawing."""
+    digest = hashlib.sha256(json.dumps(WORDS).encode())
+    for i in range(300):
+        digest.update(sample(i, 32, split="all").image.tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(settings: Settings) -> str:
+    """Hash of everything a recogniser is made from: toyworld, the settings, and this file."""
+    facts = json.dumps([looks(), asdict(settings)]).encode()
+    return hashlib.sha256(facts + Path(__file__).read_bytes()).hexdigest()
+
+
+def save(file: Path, net: Recogniser, settings: Settings) -> None:
+    """Weights, with fingerprint and settings in the file's JSON header: one file, there whole or not at all. OSError."""
+    notes = {"fingerprint": fingerprint(settings), "settings": json.dumps(asdict(settings))}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, torso = tempfile.mkstemp(dir=file.parent, prefix=".writing-")   # two evaluations may finish at once
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, torso, metadata=notes)
+        os.replace(torso, file)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error} (is the disk full?)") from error
+    finally:
+        Path(torso).unlink(missing_ok=True)
+
+
+def load(file: Path, settings: Settings) -> Recogniser | None:
+    """The recogniser saved there; None where there is none, it is damaged, or it was made from something else."""
+    try:
+        with safe_open(file, "pt") as opened:
+            if (opened.metadata() or {}).get("fingerprint") != fingerprint(settings):
+                return None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except (OSError, SafetensorError):
+        return None
+    net = Recogniser(settings.width)
+    net.load_state_dict(tensors)
+    return net.eval().requires_grad_(False)
+
+
+def get_recogniser(device: torch.device | str = "cpu", settings: Settings = Settings()) -> Recogniser:
+    """From the cache, or trained now and put there."""
+    file = cache_folder() / "recogniser.safetensors"
+    if (net := load(file, settings)) is None:
+        net = train(settings, device)
+        try:
+            save(file, net, settings)
+        except OSError as error:
+            print(f"warning: the recogniser is not kept for next time: {error}; set TINYLDM_CACHE to a folder that can be "
+                  "written", file=sys.stderr)
+    return net.to(device)
+
+
+# ---------------------------------------------------------------- counting
+
+
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share, 95 % by default (E. B. Wilson, 1927, J. Am. Stat. Assoc. 22)."""
+    if not 0 <= right <= count or count < 1:
+        raise ValueError(f"{right} right of {count}: count at least one, and no more right than there are")
+    centre, spread = right + z * z / 2, z * (right * (count - right) / count + z * z / 4) ** 0.5
+    return (centre - spread) / (count + z * z), (centre + spread) / (count + z * z)
+
+
+def score(wanted: Iterable, read: Iterable[Reading]) -> dict[str, dict]:
+    """Scenes and what was read -> {"subject", "colour", "background", "all": {right, count, share, interval}}."""
+    same = [[getattr(scene, name) == getattr(reading, name) for name in WORDS] for scene, reading in zip(wanted, read, strict=True)]
+    columns: Mapping[str, list[bool]] = dict(zip(WORDS, zip(*same))) | {"all": [all(row) for row in same]}
+    return {name: {"right": sum(hits), "count": len(hits), "share": sum(hits) / len(hits),
+                   "interval": wilson(sum(hits), len(hits))} for name, hits in columns.items()}
