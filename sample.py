@@ -62,7 +62,6 @@ if __name__ == "__main__":                                   # before torch is l
     ARGS = parse()
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm

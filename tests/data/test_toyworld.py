@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from tinyldm.data.toyworld import (
-    BACKGROUNDS, COLOURS, HELD_OUT, POSITIONS, SIZES, SUBJECTS, Scene, caption, contact_sheet, draw, sample, scene)
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT,
+    POSITIONS,
+    SIZES,
+    SUBJECTS,
+    Scene,
+    caption,
+    contact_sheet,
+    draw,
+    sample,
+    scene,
+)
 
 MANY = [scene(i) for i in range(4000)]
 

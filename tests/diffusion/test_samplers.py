@@ -70,15 +70,6 @@ def test_heun_keeps_its_order_from_pure_noise(pixel_mixture, curve_levels):
     assert order == pytest.approx(2, abs=0.2)
 
 
-def test_dpmpp_2m_keeps_its_order_when_long_and_short_steps_alternate(pixel_mixture, curve_levels):
-    def limping(curve, steps, top, bottom):
-        even = curve_levels(curve, 2 * steps, top, bottom)
-        return [level for i, level in enumerate(even) if i % 4 in (0, 1)]
-
-    order = measured_order(dpmpp_2m, pixel_mixture, limping, "cosine", SPANS["cosine"])
-    assert order == pytest.approx(2, abs=0.25)
-
-
 def statistics(mixture, x):
     """Per mode: its share of the samples, its mean, its standard deviation."""
     away = (x[:, None] - mixture.mean).square().sum((2, 3, 4)) / mixture.std**2

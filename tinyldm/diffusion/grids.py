@@ -22,7 +22,8 @@ from bisect import bisect_right
 
 import torch
 
-from .process import CLEAN, Discrete, Flow, Level, Process, check_options, lookup
+from tinyldm.diffusion.process import CLEAN, Discrete, Flow, Level, Process, check_options
+from tinyldm.lookup import lookup
 
 
 def grid(

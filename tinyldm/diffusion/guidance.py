@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .prediction import PREDICTIONS, Network, to_x0
-from .process import Level, lookup
+from tinyldm.diffusion.prediction import PREDICTIONS, Network, to_x0
+from tinyldm.diffusion.process import Level
+from tinyldm.lookup import lookup
 
 Denoiser = Callable[[Tensor, Level], Tensor]
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .prediction import PREDICTIONS, Network, to_target
-from .process import Level, Process, lookup
+from tinyldm.diffusion.prediction import PREDICTIONS, Network, to_target
+from tinyldm.diffusion.process import Level, Process
+from tinyldm.lookup import lookup
 
 Weight = Callable[[Level], Tensor]
 

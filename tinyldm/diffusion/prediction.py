@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .process import Level, lookup
+from tinyldm.diffusion.process import Level
+from tinyldm.lookup import lookup
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]  # net(x, t, cond) -> out; t: [b]
 

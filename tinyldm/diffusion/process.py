@@ -13,17 +13,16 @@ References
   Rectified flow: arXiv:2209.03003.  Its shift, Stable Diffusion 3: arXiv:2403.03206.
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from tinyldm.lookup import lookup
 
 
 class Level(NamedTuple):
@@ -133,15 +132,6 @@ def make_process(name: str, **options) -> Process:
     make = lookup(PROCESSES, name, "process")
     check_options(make, options, f"{name} option")
     return make(**options)
-
-
-def lookup(table: Mapping[str, T], name: str, what: str) -> T:
-    """`table[name]`, or a ValueError that names the nearest entry."""
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(str(name), table, n=1)
-    guess = f"did you mean '{near[0]}'? " if near else ""
-    raise ValueError(f"unknown {what} '{name}': {guess}known: {', '.join(table)}")
 
 
 def check_options(function: Callable, options: Mapping, what: str) -> None:

@@ -21,8 +21,9 @@ from itertools import pairwise
 import torch
 from torch import Generator, Tensor
 
-from .guidance import Denoiser
-from .process import Level, log_snr, lookup
+from tinyldm.diffusion.guidance import Denoiser
+from tinyldm.diffusion.process import Level, log_snr
+from tinyldm.lookup import lookup
 
 Steps = Iterator[tuple[Tensor, Tensor]]
 Generators = Sequence[Generator] | None

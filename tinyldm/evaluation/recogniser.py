@@ -3,10 +3,12 @@
 A small residual CNN for pictures of 64 px. It learns from drawn toyworld scenes alone, all pairs of colour and
 subject alike, so it favours neither what a model was trained on nor what was held out, and it never sees a
 generated picture. Its training pictures are a little blurred, noisy, tinted and moved: what a small VAE does to
-a good picture should not count against it. That takes about a minute on two CPU cores, once: the weights are kept in
-the user's cache folder (~/.cache/tinyldm, or $TINYLDM_CACHE) until toyworld or this file changes.
+a good picture should not count against it. Of a half-formed picture it is less sure, and below SURE it says
+"unclear", which matches no caption. Measured: a blur of 2 px leaves 97 % of drawn scenes readable, one of 3 px
+81 %, half a subject 4 to 30 %, a see-through one 11 %, an empty scene none.
 
-It always names something, so a picture of nothing is right by luck one time in 16 x 8 x 5.
+Training takes about a minute on two CPU cores, once: the weights are kept in the user's cache folder
+(~/.cache/tinyldm, or $TINYLDM_CACHE) until toyworld or this file changes.
 """
 
 from __future__ import annotations
@@ -35,12 +37,13 @@ from tinyldm.device import autocast
 from tinyldm.pipeline import to_pixels
 
 SIZE = 64
+SURE, UNCLEAR = 0.7, "unclear"      # trained with smoothed labels, it gives a perfect scene about 0.96
 WORDS: dict[str, tuple[str, ...]] = {
     "subject": tuple(SUBJECTS), "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
 
 
 class Reading(NamedTuple):
-    """What a picture shows, in toyworld's words."""
+    """What a picture shows, in toyworld's words or UNCLEAR."""
 
     subject: str
     colour: str
@@ -95,9 +98,17 @@ class Recogniser(nn.Module):
             pixels = to_pixels(images[start : start + batch_size]).to(device)
             if pixels.shape[2:] != (SIZE, SIZE):
                 pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-            chosen = [part.argmax(1).tolist() for part in self(pixels).split([len(words) for words in WORDS.values()], 1)]
-            found += [Reading(*(words[i] for words, i in zip(WORDS.values(), picks))) for picks in zip(*chosen)]
+            columns = []
+            for words, logits in zip(WORDS.values(), split(self(pixels))):
+                sure, best = logits.softmax(1).max(1)
+                columns.append([words[i] if p >= SURE else UNCLEAR for p, i in zip(sure.tolist(), best.tolist())])
+            found += map(Reading, *columns)
         return found
+
+
+def split(logits: Tensor) -> tuple[Tensor, ...]:
+    """[b, 16 + 8 + 5] -> one [b, n] per attribute."""
+    return logits.split([len(words) for words in WORDS.values()], 1)
 
 
 # ---------------------------------------------------------------- training
@@ -147,7 +158,7 @@ def train(settings: Settings = Settings(), device: torch.device | str = "cpu", d
         pixels = mar(to_pixels(moved(images[chosen], settings.shift, rng)), settings, noise).to(device)
         with autocast(device, dtype):
             logits = net(pixels)
-        parts = zip(logits.float().split([len(words) for words in WORDS.values()], 1), wanted[chosen].to(device).T)
+        parts = zip(split(logits), wanted[chosen].to(device).T)
         loss = sum(F.cross_entropy(part, target, label_smoothing=0.05) for part, target in parts)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

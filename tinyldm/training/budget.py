@@ -1,17 +1,17 @@
 """The plan of a run, before anything is loaded or written: parameters, FLOPs, memory, hours, disk.
 
-The networks are built on the meta device: shapes without tensors, so any machine plans a run of any size in
-seconds. FLOPs are those of matrix products and convolutions, two per multiply-add; training is counted as three
-forward passes. Weights, gradients, optimizer and EMA follow exactly from the parameters. Activations are an
-estimate (see Kept), and hours are projections from a share of the GPU's peak: the output marks both.
-GB are 10^9 bytes.
+The networks are built on the meta device, shapes without values, so any machine plans a run of any size in
+seconds. FLOPs are those of matrix products and convolutions, two per multiply-add; training counts as three
+forward passes. The bytes of weights, gradients, optimizer and averages follow from the parameters; those of
+activations are an estimate (see Kept), and hours are projections from a share of the GPU's peak.
+A GB is 10^9 bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,26 +28,23 @@ from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.training.optim import muon_matrices
 
-RESERVE = 1.5e9        # estimate: CUDA context, kernels' workspaces, fragmentation
-EAGER = 1.5            # estimate: without torch.compile, autograd keeps this much more (norms and casts not fused)
-ENCODE_MFU = 0.4       # estimate: convolutions of the VAE's encoder
-GPU_FIELDS = ("mfu", "gpu_tflops", "gpu_gb")
+RESERVE = 1.5e9        # estimate: CUDA context, workspaces, fragmentation
+PARTITIONER = 1.07     # torch.compile (2.13) keeps this much more than Kept counts: traced, for the DiT and the U-Net
+EAGER = 1.6            # estimate: and this much more again without it, when every cast and norm keeps its own tensors
+ENCODE_MFU = 0.4       # estimate: share of the peak that the VAE's encoder reaches
 
 
-# ---------------------------------------------------------------- what runs: networks on the meta device
+# ---------------------------------------------------------------- networks on the meta device
 
 
-@dataclass(frozen=True)
-class Networks:
+class Networks(NamedTuple):
     net: nn.Module
     text: CLIPText
     vae: AutoencoderKL
-    text_trained: bool
-    vae_trained: bool
 
 
 def meta_networks(config: Config) -> Networks:
-    """The networks that train.py would build or load; published weights are taken to be those of Stable Diffusion 1."""
+    """What train.py would build or load. Published weights are taken to have the shapes of Stable Diffusion 1's."""
     vae = VAEConfig() if config.vae_weights else build(VAEConfig, config.vae, "--vae")
     text = (CLIPTextConfig(activation="gelu") if config.text_weights
             else build(CLIPTextConfig, config.text | {"vocab_size": config.vocab_size}, "--text"))
@@ -55,57 +52,43 @@ def meta_networks(config: Config) -> Networks:
     with torch.device("meta"):
         net = (DiT(build(DiTConfig, config.dit | channels, "--dit")) if config.network == "dit"
                else UNet(build(UNetConfig, config.unet | channels, "--unet")))
-        return Networks(net, CLIPText(text), AutoencoderKL(vae), not config.text_weights, not config.vae_weights)
+        return Networks(net, CLIPText(text), AutoencoderKL(vae))
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def latent_shape(networks: Networks, resolution: int) -> tuple[int, int, int]:
-    config = networks.vae.config
-    if resolution % config.downscale:
-        raise ValueError(f"resolution {resolution} is not a multiple of {config.downscale}, the VAE's downscale: "
-                         f"use {max(1, resolution // config.downscale) * config.downscale}")
-    side = resolution // config.downscale
-    return config.latent_channels, side, side
+def forwards(networks: Networks, resolution: int, batch: int = 1) -> dict[str, Callable[[], object]]:
+    """A forward pass of each part, on pictures of this size."""
+    (net, text, vae), f = networks, networks.vae.config.downscale
+    if resolution % f:
+        raise ValueError(f"resolution {resolution} is not a multiple of {f}, the VAE's downscale: use {-(-resolution // f) * f}")
+    x = empty(batch, vae.config.latent_channels, resolution // f, resolution // f)
+    ids = empty(batch, text.config.context_length, dtype=torch.long)
+    cond = Cond(empty(*ids.shape, text.config.width))
+    return {"net": lambda: net(x, empty(batch), cond), "text": lambda: text(ids),
+            "encode": lambda: vae.encode(empty(batch, 3, resolution, resolution)), "decode": lambda: vae.decode(x)}
 
 
-def forward_net(networks: Networks, resolution: int, batch: int = 1) -> Tensor:
-    context = empty(batch, networks.text.config.context_length, networks.text.config.width)
-    return networks.net(empty(batch, *latent_shape(networks, resolution)), empty(batch), Cond(context))
-
-
-def forward_text(networks: Networks, batch: int = 1) -> Tensor:
-    return networks.text(empty(batch, networks.text.config.context_length, dtype=torch.long)).hidden
-
-
-def encode(networks: Networks, resolution: int, batch: int = 1) -> Tensor:
-    return networks.vae.encode(empty(batch, 3, resolution, resolution)).mean
-
-
-def decode(networks: Networks, resolution: int, batch: int = 1) -> Tensor:
-    return networks.vae.decode(empty(batch, *latent_shape(networks, resolution)))
+def size(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 # ---------------------------------------------------------------- counting
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 @torch.no_grad()
-def count_flops(forward: Callable[..., Tensor], *args) -> int:
-    """FLOPs of a forward pass on the meta device. There attention runs as two matrix products and is counted;
-    among CPU tensors it is one fused operation that the counter does not know, and counts as nothing."""
+def count_flops(forward: Callable[[], object]) -> int:
+    """FLOPs of a forward pass on the meta device, where attention runs as two matrix products and is counted.
+    (On the CPU it would be one fused operation that the counter does not know, and count as nothing.)"""
     with FlopCounterMode(display=False) as counter:
-        forward(*args)
+        forward()
     return counter.get_total_flops()
 
 
 class Saves(torch.autograd.Function):
-    """Stands for an operation of which only the shape it returns and the tensors it keeps for backward matter."""
+    """Stands for an operation of which only its output's shape and what it keeps for the backward pass matter."""
 
     @staticmethod
     def forward(ctx, out: Tensor, *kept: Tensor) -> Tensor:
@@ -114,73 +97,202 @@ class Saves(torch.autograd.Function):
 
 
 class Kept(TorchFunctionMode):
-    """Counts the bytes that forward passes inside it, on the meta device, keep for the backward pass. An estimate.
+    """Watches forward passes on the meta device for the tensors they would keep for the backward pass on a GPU.
 
-    Autocast and fused attention do not exist on the meta device, so both are acted out: products run in `dtype`,
-    every tensor is cast once; attention keeps q, k, v, its output and one number per query; a norm keeps its
-    input. Pointwise operations are recomputed in the backward pass, from the outputs of products, which are kept.
-    That is how torch.compile's partitioner chooses.
+    That device has neither autocast nor fused attention, so both are acted out: products run in `dtype`, a
+    tensor is cast once; attention keeps q, k, v, its output and a number per query; a norm keeps its input.
+    Pointwise operations keep outputs of products only, the rest is recomputed, about as torch.compile does.
     """
 
-    products = (F.linear, F.conv2d)
-    norms = (F.group_norm, F.layer_norm, F.rms_norm)
+    products, norms = (F.linear, F.conv2d), (F.group_norm, F.layer_norm, F.rms_norm)
 
-    def __init__(self, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype, self.running = dtype, None
-        self.casts: dict[Tensor, Tensor] = {}
-        self.kept: dict[int, Tensor] = {}            # storage -> a tensor that keeps it alive, so that no id returns
-        self.products_out: dict[int, Tensor] = {}
-        self.hooks = saved_tensors_hooks(self.pack, lambda tensor: tensor)
-
-    def __enter__(self):
-        self.hooks.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.hooks.__exit__(*error)
+        self.casts, self.made, self.kept = {}, {}, {}     # tensor -> cast; storage -> a tensor in it, that it stays alive
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.running, kwargs = function, kwargs or {}
         if function is F.scaled_dot_product_attention:
-            q, k, v = (self.cast(x) for x in args[:3])
-            b, heads, n, _ = q.shape
-            out = empty(b, n, heads, v.shape[-1], dtype=v.dtype).transpose(1, 2)      # as the fused kernels lay it out
-            return Saves.apply(out, q, k, v, out, empty(b, heads, n))
+            q, k, v = (self.cast(x) for x in args[:3])                                    # [b, heads, n, d]
+            out = empty(q.shape[0], q.shape[2], *v.shape[1::2], dtype=v.dtype).transpose(1, 2)
+            return Saves.apply(out, q, k, v, out, empty(*q.shape[:3]))
         if function in self.norms:
             with torch.no_grad():
                 out = function(args[0].float(), *args[1:], **kwargs)
             return Saves.apply(out, args[0])
-        if function not in self.products:
-            return function(*args, **kwargs)
-        out = function(*(self.cast(x) for x in args), **{key: self.cast(x) for key, x in kwargs.items()})
-        self.products_out[storage(out)] = out
-        return out
+        if function in self.products:
+            out = function(*map(self.cast, args), **{key: self.cast(x) for key, x in kwargs.items()})
+            self.made[storage(out)] = out
+            return out
+        return function(*args, **kwargs)
 
     def cast(self, x):
-        if not isinstance(x, Tensor) or x.dtype == self.dtype or not x.is_floating_point():
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == self.dtype:
             return x
         if x not in self.casts:
             self.casts[x] = x.to(self.dtype)
         return self.casts[x]
 
     def pack(self, x: Tensor) -> Tensor:
-        anchor = (*self.products, *self.norms, F.scaled_dot_product_attention)
-        if self.running in anchor or storage(x) in self.products_out:
+        own = (*self.products, *self.norms, F.scaled_dot_product_attention)
+        if self.running in own or storage(x) in self.made:
             self.kept[storage(x)] = x
         return x
-
-    def activations(self) -> int:
-        """Bytes kept, without the parameters and without their casts."""
-        weights = {storage(p) for p in self.casts if isinstance(p, nn.Parameter)}
-        weights |= {storage(copy) for p, copy in self.casts.items() if isinstance(p, nn.Parameter)}
-        return sum(x.untyped_storage().nbytes() for at, x in self.kept.items()
-                   if at not in weights and not isinstance(x, nn.Parameter))
-
-    def weight_copies(self) -> int:
-        return sum(copy.untyped_storage().nbytes() for p, copy in self.casts.items() if isinstance(p, nn.Parameter))
 
 
 def storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
+
+
+def count_kept(forward: Callable[[], object], dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
+    """Bytes that a forward pass keeps until the backward pass: (activations, casts of parameters)."""
+    mode = Kept(dtype)
+    with saved_tensors_hooks(mode.pack, lambda x: x), mode:
+        forward()
+    copies = {storage(copy): copy for p, copy in mode.casts.items() if isinstance(p, nn.Parameter)}
+    kept = [x for at, x in mode.kept.items() if at not in copies and not isinstance(x, nn.Parameter)]
+    return tuple(sum(x.untyped_storage().nbytes() for x in tensors) for tensors in (kept, copies.values()))
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training at one picture size."""
+
+    name: str
+    batch: int
+    micro: int
+    trained: dict[str, nn.Module]
+    frozen: int                     # parameters on the GPU beside them
+    flops: dict[str, int]           # per image and part, three times the forward pass where it is trained
+    kept: float                     # bytes of activations per image
+    casts: int                      # bytes of the weights' casts
+    latent: int                     # numbers per picture
+    steps: int
+    hours: float = 0.0              # 0: limited by steps alone
+    rate: float = 0.0               # images per second
+
+
+class Plan(NamedTuple):
+    config: Config
+    networks: Networks
+    stages: list[Stage]
+    pictures: int                   # 0: not known
+
+
+def make_plan(config: Config) -> Plan:
+    """ValueError, with the knob to turn, where a stage does not fit the GPU."""
+    for name in ("mfu", "gpu_tflops", "gpu_gb"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
+    if bad := [f"{key}={hours}" for key, hours in config.hours.items() if not isinstance(hours, (int, float)) or hours < 0]:
+        raise ValueError(f"--hours {bad[0]} is not a number of hours: for example --hours 256=110")
+    sizes = {int(key): hours for key, hours in config.hours.items() if key.isdigit() and hours}
+    if config.resolution not in sizes:
+        sizes = {config.resolution: 0.0}
+    networks = meta_networks(config)
+    stages = [] if config.vae_weights else [make_stage(config, networks, 0, 0.0)]
+    stages += [make_stage(config, networks, resolution, sizes[resolution]) for resolution in sorted(sizes)]
+    return Plan(config, networks, stages, config.scenes if config.data == "toyworld" else config.pictures)
+
+
+def make_stage(config: Config, networks: Networks, resolution: int, hours: float) -> Stage:
+    """Diffusion at one resolution, for so many hours (0: for max_steps); for resolution 0, the VAE's training on crops."""
+    net, text, vae = networks
+    if resolution:
+        trained = {"net": net} if config.text_weights else {"net": net, "text": text}
+        name, batch, micro, steps = f"{resolution} px", config.batch_size, config.batch_size // config.grad_accum, config.max_steps
+    else:
+        resolution, trained = min(config.vae_crop or config.resolution, config.resolution), {"vae": vae}
+        name, batch, micro, steps = f"VAE, {resolution} px", config.vae_batch_size, config.vae_batch_size, config.vae_steps
+    calls = forwards(networks, resolution)
+    parts = ("encode", "decode") if "vae" in trained else tuple(trained)
+    flops = {part: count_flops(call) * (3 if part in parts else 1) for part, call in calls.items()}
+    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    kept, casts = (sum(counts) for counts in zip(*(count_kept(calls[part], dtype) for part in parts)))
+    rate = config.mfu * config.gpu_tflops * 1e12 / (flops["net"] + flops["text"])
+    stage = Stage(
+        name, batch, micro, trained, size(*networks) - size(*trained.values()) if "net" in trained else 0, flops,
+        kept * PARTITIONER * (EAGER if config.compile is False else 1), casts,
+        vae.config.latent_channels * (resolution // vae.config.downscale) ** 2,
+        int(hours * 3600 * rate / batch) if hours else steps, hours, rate)
+    return fitted(config, stage, chosen="vae" in trained or resolution == config.resolution)
+
+
+def memory(config: Config, stage: Stage, micro: int) -> dict[str, float]:
+    """Bytes on the GPU, by kind."""
+    named = {f"{part}.{name}": p for part, module in stage.trained.items() for name, p in module.named_parameters()}
+    count, matrices = (sum(p.numel() for p in some.values()) for some in (named, muon_matrices(named, config.optimizer)))
+    return {"weights, fp32": 4 * count, "their casts, for autocast": stage.casts, "gradients, fp32": 4 * count,
+            f"optimizer ({config.optimizer})": 8 * (count - matrices) + 4 * matrices,
+            "averaged weights, fp32": 4 * count if "net" in stage.trained else 0, "frozen networks, fp32": 4 * stage.frozen,
+            "activations (estimate)": micro * stage.kept, "CUDA, fragmentation (estimate)": RESERVE}
+
+
+def need(config: Config, stage: Stage, micro: int) -> float:
+    """GB in all."""
+    return sum(memory(config, stage, micro).values()) / 1e9
+
+
+def fitted(config: Config, stage: Stage, chosen: bool) -> Stage:
+    """The stage, if it fits the GPU; else with the largest micro-batch that does, unless the config has chosen one."""
+    if need(config, stage, stage.micro) <= config.gpu_gb:
+        return stage
+    micro = next((m for m in range(stage.micro, 0, -1)
+                  if stage.batch % m == 0 and need(config, stage, m) <= config.gpu_gb), 0)
+    if micro and not chosen:
+        return replace(stage, micro=micro)
+    vae = "vae" in stage.trained
+    if micro:
+        knob = f"--vae-batch-size {micro}" if vae else f"--grad-accum {stage.batch // micro} (micro-batch {micro})"
+        advice = f"{knob} would fit, at {need(config, stage, micro):.1f} GB"
+    else:
+        advice = (f"single images need {need(config, stage, 1):.1f} GB, so take a smaller network "
+                  f"(--{'vae' if vae else config.network} KEY=VALUE)")
+    raise ValueError(f"micro-batch {stage.micro} at {stage.name} needs {need(config, stage, stage.micro):.1f} GB (estimate) "
+                     f"of --gpu-gb {config.gpu_gb:g}: {advice}")
+
+
+# ---------------------------------------------------------------- on paper
+
+
+def print_plan(config: Config) -> None:
+    """What train.py --dry-run shows. ValueError for a plan that does not fit the GPU."""
+    print(render(make_plan(config)))
+
+
+def render(plan: Plan) -> str:
+    config, networks, stages, pictures = plan
+    lines = [f"plan of --preset {config.preset}: nothing is loaded, trained or written", "", "parameters"]
+
+    def row(label: str, cell: Callable[[Stage], str]) -> None:
+        lines.append(f"  {label:46}" + "".join(f"{cell(stage):>16}" for stage in stages))
+
+    names = {"net": config.network, "text": "text encoder", "vae": "VAE", "encode": "VAE encoder", "decode": "VAE decoder"}
+    weights = {"net": "", "text": config.text_weights, "vae": config.vae_weights}
+    for part, module in networks._asdict().items():
+        lines.append(f"  {names[part]:46}{size(module):16,}  {'frozen: ' if weights[part] else 'trained'}{weights[part]}")
+    lines += ["", f"{'GFLOP per image: forward, x 3 where trained':48}" + "".join(f"{stage.name:>16}" for stage in stages)]
+    for part in stages[-1].flops:
+        row(names[part], lambda s: f"{s.flops[part] / 1e9:,.4g}" if part in s.flops else "")
+    lines += ["", f"memory, GB of {config.gpu_gb:g}"]
+    row("micro-batch x accumulation", lambda s: f"{s.micro} x {s.batch // s.micro}")
+    for kind in memory(config, stages[0], 1):
+        row(kind, lambda s: f"{memory(config, s, s.micro)[kind] / 1e9:.2f}")
+    row("all", lambda s: f"{need(config, s, s.micro):.2f}")
+    timed = any(stage.hours for stage in stages)
+    lines += ["", f"time (projection: {config.mfu:.0%} of {config.gpu_tflops:g} TFLOP/s)" if timed else "time"]
+    if timed:
+        row("hours", lambda s: f"{s.hours:g}")
+        row("images per second", lambda s: f"{s.rate:,.0f}")
+    row("steps", lambda s: f"{s.steps:,}")
+    row("images", lambda s: f"{s.steps * s.batch:,}")
+    row("FLOPs", lambda s: f"{s.steps * s.batch * s.flops_per_image:.2g}")
+    if pictures:
+        row(f"epochs over {pictures:,} pictures", lambda s: f"{s.steps * s.batch / pictures:,.1f}")
+        encoding = [stage for stage in stages if "net" in stage.trained]
+        ...
+    return "\n".join(lines)

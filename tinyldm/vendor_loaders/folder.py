@@ -37,7 +37,10 @@ from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.unet import UNet
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.tokenizer import Tokenizer
-from tinyldm.vendor_loaders import clip, scheduler as schedulers, unet as unets, vae as vaes
+from tinyldm.vendor_loaders import clip
+from tinyldm.vendor_loaders import scheduler as schedulers
+from tinyldm.vendor_loaders import unet as unets
+from tinyldm.vendor_loaders import vae as vaes
 from tinyldm.vendor_loaders.rename import Rules, export_renamed, load_renamed
 
 StateDict = Mapping[str, Tensor]

@@ -21,7 +21,8 @@ import inspect
 from typing import Any, NamedTuple
 
 from tinyldm.diffusion.prediction import PREDICTIONS
-from tinyldm.diffusion.process import PROCESSES, Process, lookup, make_process
+from tinyldm.diffusion.process import PROCESSES, Process, make_process
+from tinyldm.lookup import lookup
 
 OWN = "TinyLDMScheduler"
 BETA_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
