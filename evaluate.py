@@ -68,7 +68,7 @@ from tinyldm.data.toyworld import BACKGROUNDS, PAIRS, Scene, sample
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.samplers import find_sampler
-from tinyldm.evaluation.recogniser import WORDS, Reading, Recogniser, get_recogniser, score
+from tinyldm.evaluation.recogniser import UNCLEAR, WORDS, Reading, Recogniser, get_recogniser, score
 from tinyldm.pipeline import draw, find_model, to_bytes, to_pixels
 from tinyldm.vendor_loaders.folder import Model, load_model
 
@@ -156,7 +156,7 @@ def right(wish: Wish, reading: Reading) -> bool:
 
 
 def failure_sheet(failures: list[tuple[np.ndarray, Wish, Reading]], columns: int = 6, side: int = 192) -> Image.Image:
-    """The pictures in a grid, each over its prompt and, in red, what was read instead."""
+    """The pictures in a grid, each over its prompt and, in red, what was read instead (?: unclear)."""
     rows = -(-len(failures) // columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 36)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -164,7 +164,8 @@ def failure_sheet(failures: list[tuple[np.ndarray, Wish, Reading]], columns: int
         x, y = i % columns * (side + 8) + 4, i // columns * (side + 36) + 4
         sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
         pen.text((x, y + side + 1), wish.prompt, fill=(44, 36, 60))
-        pen.text((x, y + side + 14), f"{reading.colour} {reading.subject}, {reading.background}", fill=(200, 40, 50))
+        found = f"read: {reading.colour} {reading.subject}, {reading.background}".replace(UNCLEAR, "?")
+        pen.text((x, y + side + 14), found, fill=(200, 40, 50))
     return sheet
 
 

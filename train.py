@@ -56,6 +56,26 @@ def update(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimize
         optimizer.zero_grad(set_to_none=True)
 
 
+def finite(losses: Tensor, step: int) -> float:
+    """The summed loss as a number; an error before a broken network is logged or saved."""
+    if not (value := losses.item()) < float("inf"):
+        raise ValueError(f"the loss is {value} near step {step}: lower the learning rates and go on with --resume auto")
+    return value
+
+
+def write_log(log: Log, stage: str, step: int, losses: Tensor, lr_factor: float, bar: Progress, config: Config) -> None:
+    mean = finite(losses, step) / config.log_every
+    log.write(stage=stage, step=step, loss=mean, lr_factor=lr_factor, **bar.report(mean))
+    losses.zero_()
+
+
+def restore_counters(saved: Path, losses: Tensor) -> int:
+    """The step to go on from; `losses` gets back what was summed before it."""
+    state = checkpoint.read_state(saved)
+    losses.fill_(state["losses"])
+    return state["step"]
+
+
 # ---------------------------------------------------------------- stage 1: the VAE
 
 
@@ -75,11 +95,11 @@ def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.devic
     vae = AutoencoderKL(build(VAEConfig, config.vae | {"sample_size": config.resolution}, "--vae")).to(device)
     parameters = dict(vae.named_parameters())
     optimizers = make_optimizers(parameters, kind=config.optimizer, lr=config.vae_lr, muon_lr=config.vae_muon_lr)
-    start, loss_sum = 0, 0.0
+    start, losses = 0, torch.zeros((), device=device)         # summed since the last line of the log
     if last := latest(config, run, "vae"):
         load_weights(vae, last / "vae" / "diffusion_pytorch_model.safetensors")
         checkpoint.load_optimizers(last / "optimizer.safetensors", optimizers, parameters)
-        start, loss_sum = (checkpoint.read_state(last)[key] for key in ("step", "loss_sum"))
+        start = restore_counters(last, losses)
     log = Log(run / "log.jsonl", "vae", start)
 
     def fill(folder: Path) -> None:
@@ -98,13 +118,12 @@ def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.devic
         loss = error.abs().mean() + error.square().mean() + config.vae_kl * posterior.kl().mean()
         loss.backward()
         update(list(parameters.values()), optimizers, config.grad_clip)
-        loss_sum += loss.item()
-        bar.step(loss.item())
+        losses += loss.detach()
+        bar.update()
         if (step + 1) % config.log_every == 0:
-            log.write(stage="vae", step=step + 1, loss=loss_sum / config.log_every, lr_factor=factor, **bar.timing())
-            loss_sum = 0.0
+            write_log(log, "vae", step + 1, losses, factor, bar, config)
         if signals.received or (step + 1) % config.save_every == 0:
-            checkpoint.write(run, "vae", step + 1, fill, {"loss_sum": loss_sum}, config.keep_last)
+            checkpoint.write(run, "vae", step + 1, fill, {"losses": finite(losses, step)}, config.keep_last)
         if signals.received:
             raise Interrupted
     bar.close()
@@ -171,7 +190,7 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
     process = make_process(config.process, **options)
     weight = make_weight(*(("min_snr", config.prediction, config.min_snr_gamma) if config.min_snr_gamma
                            else ("none", config.prediction)))
-    start, loss_sum = 0, 0.0
+    start, losses = 0, torch.zeros((), device=device)         # summed since the last line of the log
     ema = EMA(trained, config.ema_decay)
     if last := latest(config, run, "step"):
         raw, averaged = (load_model(last / "model", device, ema=wanted) for wanted in (False, True))
@@ -181,7 +200,7 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
             module.load_state_dict(getattr(raw, part).state_dict())
             ema.load_state_dict(part, getattr(averaged, part).state_dict())
         checkpoint.load_optimizers(last / "optimizer.safetensors", optimizers, parameters)
-        start, loss_sum = (checkpoint.read_state(last)[key] for key in ("step", "loss_sum"))
+        start = restore_counters(last, losses)
     log = Log(run / "log.jsonl", "step", start)
     model = Model(net, vae, text, tokenizer, process, config.prediction,
                   scheduler.to_config(config.process, options, config.prediction, config.network),
@@ -208,26 +227,21 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
         t = sample_t(config.times, len(x0), rng, config.times_mean, config.times_scale)
         dropped = torch.rand(len(x0), generator=rng) < config.caption_dropout
         tokens = torch.where(dropped[:, None], empty, ids[chosen])              # [b, context_length]
-        loss = torch.zeros((), device=device)
         for micro in zip(*(part.to(device, non_blocking=True).chunk(config.grad_accum) for part in (x0, eps, t, tokens))):
             with autocast(device, config.dtype):
                 features = text(micro[3])
                 part = diffusion_loss(compiled, *micro[:3], Cond(features.hidden, pooled=features.pooled), process,
                                       prediction=config.prediction, weight=weight) / config.grad_accum
             part.backward()
-            loss += part.detach()
+            losses += part.detach()                                             # no .item(): the loop never waits for the device
         update(list(parameters.values()), optimizers, config.grad_clip)
         ema.update(step + 1)
-        if not (now := loss.item()) < float("inf"):
-            raise ValueError(f"the loss is {now} at step {step}: lower --lr and --muon-lr, and go on with --resume auto")
-        loss_sum += now
-        bar.step(now)
+        bar.update()
         last_step = step + 1 == config.max_steps
         if (step + 1) % config.log_every == 0:
-            log.write(stage="step", step=step + 1, loss=loss_sum / config.log_every, lr_factor=factor, **bar.timing())
-            loss_sum = 0.0
+            write_log(log, "step", step + 1, losses, factor, bar, config)
         if last_step or signals.received or (step + 1) % config.save_every == 0:
-            checkpoint.write(run, "step", step + 1, fill, {"loss_sum": loss_sum, "finished": last_step}, config.keep_last)
+            checkpoint.write(run, "step", step + 1, fill, {"losses": finite(losses, step), "finished": last_step}, config.keep_last)
         if last_step or (config.sample_every and (step + 1) % config.sample_every == 0):
             with ema.applied(), autocast(device, config.dtype):
                 sample_grid(config, model, run / "samples" / f"step-{step + 1:06d}.png", data.captions)

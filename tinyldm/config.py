@@ -107,13 +107,13 @@ WEEK = dict(
     vae_weights="stabilityai/sd-vae-ft-mse", text_weights="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
     resolution=256, batch_size=512, grad_accum=4, warmup_steps=1500, ema_decay=0.9999, caption_dropout=0.1,
     lr=2e-4, muon_lr=2e-3, weight_decay=0.01, save_every=2000, sample_every=2000, log_every=100, cfg=5.0,
-    hours={"encode": 9, "256": 110, "512": 30, "rest": 19}, pictures=10_000_000,
+    hours={"encode": 21, "256": 110, "512": 30, "rest": 7}, pictures=4_600_000,
 )
 PRESETS: dict[str, dict] = {
     "tiny": TINY,
     "tiny_dit": TINY | dict(
         network="dit", dit=dict(width=192, layers=6, heads=4, mlp_width=768, time_dim=128)),
-    "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16)),
+    "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16), grad_accum=8),
     "5090_week_unet": WEEK | dict(
         network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), mfu=0.4),
 }

@@ -4,8 +4,9 @@ A small residual CNN for pictures of 64 px. It learns from drawn toyworld scenes
 subject alike, so it favours neither what a model was trained on nor what was held out, and it never sees a
 generated picture. Its training pictures are a little blurred, noisy, tinted and moved: what a small VAE does to
 a good picture should not count against it. Of a half-formed picture it is less sure, and below SURE it says
-"unclear", which matches no caption. Measured: a blur of 2 px leaves 97 % of drawn scenes readable, one of 3 px
-81 %, half a subject 4 to 30 %, a see-through one 11 %, an empty scene none.
+"unclear", which matches no caption. Measured on 400 drawn scenes, subjects read rightly: 99.8 % as drawn, 98 %
+after a blur of 2 px and 81 % of 3 px, 3 % and 33 % of upper and lower halves, 12 % half transparent, 0.5 % (by
+luck) where there is none.
 
 Training takes about a minute on two CPU cores, once: the weights are kept in the user's cache folder
 (~/.cache/tinyldm, or $TINYLDM_CACHE) until toyworld or this file changes.
@@ -17,7 +18,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -195,15 +195,14 @@ def save(file: Path, net: Recogniser, settings: Settings) -> None:
     """Weights, with fingerprint and settings in the file's JSON header: one file, there whole or not at all. OSError."""
     notes = {"fingerprint": fingerprint(settings), "settings": json.dumps(asdict(settings))}
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, torso = tempfile.mkstemp(dir=file.parent, prefix=".writing-")   # two evaluations may finish at once
-    os.close(handle)
+    torso = file.with_name(f".writing-{os.getpid()}-{file.name}")           # two evaluations may finish at once
     try:
         save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, torso, metadata=notes)
         os.replace(torso, file)
     except SafetensorError as error:
         raise OSError(f"cannot write {file}: {error} (is the disk full?)") from error
     finally:
-        Path(torso).unlink(missing_ok=True)
+        torso.unlink(missing_ok=True)
 
 
 def load(file: Path, settings: Settings) -> Recogniser | None:
@@ -246,7 +245,8 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
 
 def score(wanted: Iterable, read: Iterable[Reading]) -> dict[str, dict]:
     """Scenes and what was read -> {"subject", "colour", "background", "all": {right, count, share, interval}}."""
-    same = [[getattr(scene, name) == getattr(reading, name) for name in WORDS] for scene, reading in zip(wanted, read, strict=True)]
+    same = [[getattr(scene, name) == getattr(reading, name) for name in WORDS]
+            for scene, reading in zip(wanted, read, strict=True)]
     columns: Mapping[str, list[bool]] = dict(zip(WORDS, zip(*same))) | {"all": [all(row) for row in same]}
     return {name: {"right": sum(hits), "count": len(hits), "share": sum(hits) / len(hits),
                    "interval": wilson(sum(hits), len(hits))} for name, hits in columns.items()}

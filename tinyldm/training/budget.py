@@ -1,10 +1,8 @@
 """The plan of a run, before anything is loaded or written: parameters, FLOPs, memory, hours, disk.
 
-The networks are built on the meta device, shapes without values, so any machine plans a run of any size in
-seconds. FLOPs are those of matrix products and convolutions, two per multiply-add; training counts as three
-forward passes. The bytes of weights, gradients, optimizer and averages follow from the parameters; those of
-activations are an estimate (see Kept), and hours are projections from a share of the GPU's peak.
-A GB is 10^9 bytes.
+The networks are built on the meta device, shapes without values: any machine plans a run of any size in seconds.
+FLOPs are those of matrix products and convolutions, two per multiply-add; training counts as three forward passes.
+Activations are an estimate (see Kept), hours are projections from a share of the GPU's peak. A GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -34,9 +32,6 @@ EAGER = 1.6            # estimate: and this much more again without it, when eve
 ENCODE_MFU = 0.4       # estimate: share of the peak that the VAE's encoder reaches
 
 
-# ---------------------------------------------------------------- networks on the meta device
-
-
 class Networks(NamedTuple):
     net: nn.Module
     text: CLIPText
@@ -63,7 +58,7 @@ def forwards(networks: Networks, resolution: int, batch: int = 1) -> dict[str, C
     """A forward pass of each part, on pictures of this size."""
     (net, text, vae), f = networks, networks.vae.config.downscale
     if resolution % f:
-        raise ValueError(f"resolution {resolution} is not a multiple of {f}, the VAE's downscale: use {-(-resolution // f) * f}")
+        raise ValueError(f"resolution {resolution} is not a multiple of the VAE's {f}: use {-(-resolution // f) * f}")
     x = empty(batch, vae.config.latent_channels, resolution // f, resolution // f)
     ids = empty(batch, text.config.context_length, dtype=torch.long)
     cond = Cond(empty(*ids.shape, text.config.width))
@@ -73,9 +68,6 @@ def forwards(networks: Networks, resolution: int, batch: int = 1) -> dict[str, C
 
 def size(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
-
-
-# ---------------------------------------------------------------- counting
 
 
 @torch.no_grad()
@@ -109,7 +101,8 @@ class Kept(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype, self.running = dtype, None
-        self.casts, self.made, self.kept = {}, {}, {}     # tensor -> cast; storage -> a tensor in it, that it stays alive
+        self.casts, self.made, self.kept = {}, {}, {}     # tensor -> cast; storage -> a tensor, which keeps it alive
+        self.weights: set[int] = set()                    # storages of parameters
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.running, kwargs = function, kwargs or {}
@@ -128,6 +121,7 @@ class Kept(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def cast(self, x):
+        self.weights |= {storage(x)} if isinstance(x, nn.Parameter) else set()
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == self.dtype:
             return x
         if x not in self.casts:
@@ -135,8 +129,7 @@ class Kept(TorchFunctionMode):
         return self.casts[x]
 
     def pack(self, x: Tensor) -> Tensor:
-        own = (*self.products, *self.norms, F.scaled_dot_product_attention)
-        if self.running in own or storage(x) in self.made:
+        if self.running in (*self.products, *self.norms, F.scaled_dot_product_attention) or storage(x) in self.made:
             self.kept[storage(x)] = x
         return x
 
@@ -150,12 +143,10 @@ def count_kept(forward: Callable[[], object], dtype: torch.dtype = torch.bfloat1
     mode = Kept(dtype)
     with saved_tensors_hooks(mode.pack, lambda x: x), mode:
         forward()
-    copies = {storage(copy): copy for p, copy in mode.casts.items() if isinstance(p, nn.Parameter)}
-    kept = [x for at, x in mode.kept.items() if at not in copies and not isinstance(x, nn.Parameter)]
-    return tuple(sum(x.untyped_storage().nbytes() for x in tensors) for tensors in (kept, copies.values()))
-
-
-# ---------------------------------------------------------------- the plan
+    copies = [copy for x, copy in mode.casts.items() if isinstance(x, nn.Parameter)]
+    weights = mode.weights | set(map(storage, copies))
+    kept = [x for at, x in mode.kept.items() if at not in weights]
+    return tuple(sum(x.untyped_storage().nbytes() for x in tensors) for tensors in (kept, copies))
 
 
 @dataclass(frozen=True)
@@ -165,15 +156,15 @@ class Stage:
     name: str
     batch: int
     micro: int
+    steps: int
+    hours: float                    # 0: limited by steps alone
+    rate: float                     # images per second, a projection
     trained: dict[str, nn.Module]
     frozen: int                     # parameters on the GPU beside them
     flops: dict[str, int]           # per image and part, three times the forward pass where it is trained
     kept: float                     # bytes of activations per image
     casts: int                      # bytes of the weights' casts
-    latent: int                     # numbers per picture
-    steps: int
-    hours: float = 0.0              # 0: limited by steps alone
-    rate: float = 0.0               # images per second
+    cached: int                     # bytes per picture on disk
 
 
 class Plan(NamedTuple):
@@ -188,47 +179,58 @@ def make_plan(config: Config) -> Plan:
     for name in ("mfu", "gpu_tflops", "gpu_gb"):
         if not getattr(config, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
-    if bad := [f"{key}={hours}" for key, hours in config.hours.items() if not isinstance(hours, (int, float)) or hours < 0]:
-        raise ValueError(f"--hours {bad[0]} is not a number of hours: for example --hours 256=110")
+    for key, hours in config.hours.items():
+        if not isinstance(hours, (int, float)) or hours < 0:
+            raise ValueError(f"--hours {key}={hours} is not a number of hours: for example --hours 256=110")
     sizes = {int(key): hours for key, hours in config.hours.items() if key.isdigit() and hours}
     if config.resolution not in sizes:
         sizes = {config.resolution: 0.0}
     networks = meta_networks(config)
-    stages = [] if config.vae_weights else [make_stage(config, networks, 0, 0.0)]
-    stages += [make_stage(config, networks, resolution, sizes[resolution]) for resolution in sorted(sizes)]
+    stages = [] if config.vae_weights else [vae_stage(config, networks)]
+    stages += [diffusion_stage(config, networks, side, sizes[side]) for side in sorted(sizes)]
     return Plan(config, networks, stages, config.scenes if config.data == "toyworld" else config.pictures)
 
 
-def make_stage(config: Config, networks: Networks, resolution: int, hours: float) -> Stage:
-    """Diffusion at one resolution, for so many hours (0: for max_steps); for resolution 0, the VAE's training on crops."""
-    net, text, vae = networks
-    if resolution:
-        trained = {"net": net} if config.text_weights else {"net": net, "text": text}
-        name, batch, micro, steps = f"{resolution} px", config.batch_size, config.batch_size // config.grad_accum, config.max_steps
-    else:
-        resolution, trained = min(config.vae_crop or config.resolution, config.resolution), {"vae": vae}
-        name, batch, micro, steps = f"VAE, {resolution} px", config.vae_batch_size, config.vae_batch_size, config.vae_steps
-    calls = forwards(networks, resolution)
-    parts = ("encode", "decode") if "vae" in trained else tuple(trained)
-    flops = {part: count_flops(call) * (3 if part in parts else 1) for part, call in calls.items()}
+def vae_stage(config: Config, networks: Networks) -> Stage:
+    """Stage 1: the VAE on crops."""
+    side, batch = min(config.vae_crop or config.resolution, config.resolution), config.vae_batch_size
+    calls = {part: call for part, call in forwards(networks, side).items() if part in ("encode", "decode")}
+    flops = {part: 3 * count_flops(call) for part, call in calls.items()}
+    kept, casts = activations(config, *calls.values())
+    return fitted(config, Stage(f"VAE, {side} px", batch, batch, config.vae_steps, 0.0, 0.0,
+                                {"vae": networks.vae}, 0, flops, kept, casts, cached=0), chosen=True)
+
+
+def diffusion_stage(config: Config, networks: Networks, side: int, hours: float) -> Stage:
+    """Stage 2 on pictures of one size, for so many hours (0: for max_steps)."""
+    (net, text, vae), calls, batch = networks, forwards(networks, side), config.batch_size
+    trained = {"net": net} if config.text_weights else {"net": net, "text": text}
+    flops = {part: (3 if part in trained else 1) * count_flops(call) for part, call in calls.items()}
+    speed = config.mfu * config.gpu_tflops * 1e12 / (flops["net"] + flops["text"])
+    kept, casts = activations(config, *(calls[part] for part in trained))
+    latent = vae.config.latent_channels * (side // vae.config.downscale) ** 2
+    cached = 2 * (latent + text.config.context_length)                           # fp16, and 16-bit token ids
+    steps = int(hours * 3600 * speed / batch) if hours else config.max_steps
+    stage = Stage(f"{side} px", batch, batch // config.grad_accum, steps, hours, speed, trained,
+                  size(*networks) - size(*trained.values()), flops, kept, casts, cached)
+    return fitted(config, stage, chosen=side == config.resolution)
+
+
+def activations(config: Config, *calls: Callable) -> tuple[float, int]:
+    """(bytes per image, estimated; bytes of the weights' casts)."""
     dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
-    kept, casts = (sum(counts) for counts in zip(*(count_kept(calls[part], dtype) for part in parts)))
-    rate = config.mfu * config.gpu_tflops * 1e12 / (flops["net"] + flops["text"])
-    stage = Stage(
-        name, batch, micro, trained, size(*networks) - size(*trained.values()) if "net" in trained else 0, flops,
-        kept * PARTITIONER * (EAGER if config.compile is False else 1), casts,
-        vae.config.latent_channels * (resolution // vae.config.downscale) ** 2,
-        int(hours * 3600 * rate / batch) if hours else steps, hours, rate)
-    return fitted(config, stage, chosen="vae" in trained or resolution == config.resolution)
+    kept, casts = (sum(counts) for counts in zip(*(count_kept(call, dtype) for call in calls)))
+    return kept * PARTITIONER * (EAGER if config.compile is False else 1), casts
 
 
 def memory(config: Config, stage: Stage, micro: int) -> dict[str, float]:
     """Bytes on the GPU, by kind."""
     named = {f"{part}.{name}": p for part, module in stage.trained.items() for name, p in module.named_parameters()}
-    count, matrices = (sum(p.numel() for p in some.values()) for some in (named, muon_matrices(named, config.optimizer)))
+    chosen = muon_matrices(named, config.optimizer)
+    count, matrices = (sum(p.numel() for p in some.values()) for some in (named, chosen))
     return {"weights, fp32": 4 * count, "their casts, for autocast": stage.casts, "gradients, fp32": 4 * count,
             f"optimizer ({config.optimizer})": 8 * (count - matrices) + 4 * matrices,
-            "averaged weights, fp32": 4 * count if "net" in stage.trained else 0, "frozen networks, fp32": 4 * stage.frozen,
+            "averaged weights, fp32": 4 * count * ("net" in stage.trained), "frozen networks, fp32": 4 * stage.frozen,
             "activations (estimate)": micro * stage.kept, "CUDA, fragmentation (estimate)": RESERVE}
 
 
@@ -241,58 +243,57 @@ def fitted(config: Config, stage: Stage, chosen: bool) -> Stage:
     """The stage, if it fits the GPU; else with the largest micro-batch that does, unless the config has chosen one."""
     if need(config, stage, stage.micro) <= config.gpu_gb:
         return stage
-    micro = next((m for m in range(stage.micro, 0, -1)
-                  if stage.batch % m == 0 and need(config, stage, m) <= config.gpu_gb), 0)
-    if micro and not chosen:
+    divisors = (m for m in range(stage.micro, 0, -1) if stage.batch % m == 0)
+    if (micro := next((m for m in divisors if need(config, stage, m) <= config.gpu_gb), 0)) and not chosen:
         return replace(stage, micro=micro)
     vae = "vae" in stage.trained
-    if micro:
-        knob = f"--vae-batch-size {micro}" if vae else f"--grad-accum {stage.batch // micro} (micro-batch {micro})"
-        advice = f"{knob} would fit, at {need(config, stage, micro):.1f} GB"
-    else:
-        advice = (f"single images need {need(config, stage, 1):.1f} GB, so take a smaller network "
-                  f"(--{'vae' if vae else config.network} KEY=VALUE)")
-    raise ValueError(f"micro-batch {stage.micro} at {stage.name} needs {need(config, stage, stage.micro):.1f} GB (estimate) "
-                     f"of --gpu-gb {config.gpu_gb:g}: {advice}")
-
-
-# ---------------------------------------------------------------- on paper
-
-
-def print_plan(config: Config) -> None:
-    """What train.py --dry-run shows. ValueError for a plan that does not fit the GPU."""
-    print(render(make_plan(config)))
+    knob = f"--vae-batch-size {micro}" if vae else f"--grad-accum {stage.batch // max(micro, 1)} (micro-batch {micro})"
+    advice = f"{knob} would fit, at {need(config, stage, micro):.1f} GB" if micro else (
+        f"single images need {need(config, stage, 1):.1f} GB, so shrink it (--{'vae' if vae else config.network})")
+    raise ValueError(f"micro-batch {stage.micro} at {stage.name} needs {need(config, stage, stage.micro):.1f} GB "
+                     f"(estimate), the GPU has {config.gpu_gb:g} (--gpu-gb): {advice}")
 
 
 def render(plan: Plan) -> str:
     config, networks, stages, pictures = plan
     lines = [f"plan of --preset {config.preset}: nothing is loaded, trained or written", "", "parameters"]
 
-    def row(label: str, cell: Callable[[Stage], str]) -> None:
-        lines.append(f"  {label:46}" + "".join(f"{cell(stage):>16}" for stage in stages))
+    def row(label: str, cell: Callable[[Stage], str], diffusion: bool = False) -> None:
+        lines.append(f"  {label:46}" + "".join(f"{cell(s) if s.cached or not diffusion else '':>16}" for s in stages))
 
-    names = {"net": config.network, "text": "text encoder", "vae": "VAE", "encode": "VAE encoder", "decode": "VAE decoder"}
+    names = dict(net=config.network, text="text encoder", vae="VAE", encode="VAE encoder", decode="VAE decoder")
     weights = {"net": "", "text": config.text_weights, "vae": config.vae_weights}
     for part, module in networks._asdict().items():
-        lines.append(f"  {names[part]:46}{size(module):16,}  {'frozen: ' if weights[part] else 'trained'}{weights[part]}")
-    lines += ["", f"{'GFLOP per image: forward, x 3 where trained':48}" + "".join(f"{stage.name:>16}" for stage in stages)]
+        state = f"frozen: {weights[part]}" if weights[part] else "trained"
+        lines.append(f"  {names[part]:20}{size(module):14,}  {state}")
+    lines += ["", f"{'GFLOP per image: forward, x 3 where trained':48}" + "".join(f"{s.name:>16}" for s in stages)]
     for part in stages[-1].flops:
         row(names[part], lambda s: f"{s.flops[part] / 1e9:,.4g}" if part in s.flops else "")
     lines += ["", f"memory, GB of {config.gpu_gb:g}"]
     row("micro-batch x accumulation", lambda s: f"{s.micro} x {s.batch // s.micro}")
     for kind in memory(config, stages[0], 1):
-        row(kind, lambda s: f"{memory(config, s, s.micro)[kind] / 1e9:.2f}")
-    row("all", lambda s: f"{need(config, s, s.micro):.2f}")
-    timed = any(stage.hours for stage in stages)
-    lines += ["", f"time (projection: {config.mfu:.0%} of {config.gpu_tflops:g} TFLOP/s)" if timed else "time"]
-    if timed:
+        row(kind, lambda s: f"{memory(config, s, s.micro)[kind] / 1e9:.3f}")
+    row("all", lambda s: f"{need(config, s, s.micro):.3f}")
+    lines += ["", "time"]
+    if timed := any(s.hours for s in stages):
+        lines[-1] = f"time (projection: {config.mfu:.0%} of {config.gpu_tflops:g} TFLOP/s)"
         row("hours", lambda s: f"{s.hours:g}")
         row("images per second", lambda s: f"{s.rate:,.0f}")
-    row("steps", lambda s: f"{s.steps:,}")
+    row("steps (--max-steps)" if timed else "steps", lambda s: f"{s.steps:,}")
     row("images", lambda s: f"{s.steps * s.batch:,}")
-    row("FLOPs", lambda s: f"{s.steps * s.batch * s.flops_per_image:.2g}")
     if pictures:
-        row(f"epochs over {pictures:,} pictures", lambda s: f"{s.steps * s.batch / pictures:,.1f}")
-        encoding = [stage for stage in stages if "net" in stage.trained]
-        ...
+        row(f"epochs over {pictures:,} pictures", lambda s: f"{s.steps * s.batch / pictures:,.1f}", diffusion=True)
+        row("GB on disk (latents in fp16, token ids)", lambda s: f"{pictures * s.cached / 1e9:,.3g}", diffusion=True)
+    if pictures and timed:
+        speed = ENCODE_MFU * config.gpu_tflops * 1e12 * 3600                                   # FLOPs per hour
+        encoding = {s.name: pictures * s.flops["encode"] / speed for s in stages if s.cached}
+        row(f"hours to encode them (at {ENCODE_MFU:.0%})", lambda s: f"{encoding[s.name]:.1f}", diffusion=True)
+        used, given = sum(encoding.values()) + sum(s.hours for s in stages), sum(config.hours.values())
+        advice = ": TOO MUCH, lower --hours or --pictures" if used > given else ""
+        lines.append(f"  training and encoding: {used:.0f} of {given:g} h{advice}")
     return "\n".join(lines)
+
+
+def print_plan(config: Config) -> None:
+    """What train.py --dry-run shows."""
+    print(render(make_plan(config)))

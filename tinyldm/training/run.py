@@ -35,26 +35,25 @@ class Signals:
 
 
 class Progress:
-    """A progress bar over optimizer steps: loss (smoothed), pictures per second, time left."""
+    """A progress bar over optimizer steps: loss, pictures per second, time left."""
 
     def __init__(self, title: str, start: int, total: int, batch_size: int):
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5)
-        self.batch_size, self.smoothed = batch_size, None
+        self.batch_size = batch_size
         self.begun = self.marked = time.perf_counter()
         self.steps = 0
 
-    def step(self, loss: float) -> None:
-        self.smoothed = loss if self.smoothed is None else 0.95 * self.smoothed + 0.05 * loss
+    def update(self) -> None:
         self.steps += 1
-        self.bar.set_postfix_str(f"loss {self.smoothed:.4f}, {self.bar.format_dict['rate'] or 0:.2g} x {self.batch_size} images/s",
-                                 refresh=False)
         self.bar.update()
 
-    def timing(self) -> dict[str, float]:
-        """What of a log row depends on the clock: seconds since the bar began, images per second since the last call."""
+    def report(self, loss: float) -> dict[str, float]:
+        """Show the loss, and return what a log row has that depends on the clock: seconds since the bar began,
+        images per second since the last report."""
         now = time.perf_counter()
         rate = self.steps * self.batch_size / (now - self.marked)
         self.marked, self.steps = now, 0
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
         return {"seconds": now - self.begun, "images_per_second": rate}
 
     def close(self) -> None:
