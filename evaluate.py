@@ -61,7 +61,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 from tinyldm.data.toyworld import BACKGROUNDS, PAIRS, Scene, sample
@@ -70,6 +70,7 @@ from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.samplers import find_sampler
 from tinyldm.evaluation.recogniser import UNCLEAR, WORDS, Reading, Recogniser, get_recogniser, score
 from tinyldm.pipeline import draw, find_model, to_bytes, to_pixels
+from tinyldm.sheet import INK, RED, captioned
 from tinyldm.vendor_loaders.folder import Model, load_model
 
 SPLITS = {"train": "trained pairs", "held_out": "held-out pairs"}
@@ -157,16 +158,9 @@ def right(wish: Wish, reading: Reading) -> bool:
 
 def failure_sheet(failures: list[tuple[np.ndarray, Wish, Reading]], columns: int = 6, side: int = 192) -> Image.Image:
     """The pictures in a grid, each over its prompt and, in red, what was read instead (?: unclear)."""
-    rows = -(-len(failures) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 36)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (image, wish, reading) in enumerate(failures):
-        x, y = i % columns * (side + 8) + 4, i // columns * (side + 36) + 4
-        sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
-        pen.text((x, y + side + 1), wish.prompt, fill=(44, 36, 60))
-        found = f"read: {reading.colour} {reading.subject}, {reading.background}".replace(UNCLEAR, "?")
-        pen.text((x, y + side + 14), found, fill=(200, 40, 50))
-    return sheet
+    lines = [[(wish.prompt, INK), (f"read: {read.colour} {read.subject}, {read.background}".replace(UNCLEAR, "?"), RED)]
+             for _, wish, read in failures]
+    return captioned([image for image, _, _ in failures], lines, columns, side)
 
 
 def main() -> None:

@@ -68,7 +68,8 @@ from tqdm import tqdm
 
 from tinyldm.device import autocast, pick_device
 from tinyldm.diffusion.samplers import find_sampler
-from tinyldm.pipeline import draw, find_model, tile
+from tinyldm.pipeline import draw, find_model
+from tinyldm.sheet import tile
 from tinyldm.vendor_loaders.folder import Model, load_model
 
 

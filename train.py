@@ -37,7 +37,8 @@ from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.pipeline import draw, tile, to_bytes, to_pixels
+from tinyldm.pipeline import draw, to_bytes, to_pixels
+from tinyldm.sheet import tile
 from tinyldm.tokenizer import Tokenizer
 from tinyldm.training import checkpoint
 from tinyldm.training.ema import EMA
@@ -141,10 +142,11 @@ def encode_all(config: Config, vae: AutoencoderKL, images: np.ndarray, device: t
 
 
 def finish_vae(config: Config, run: Path, vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> None:
-    """Measure the latents, fold their per-channel mean and std into the VAE, save it and a picture of what it loses."""
+    """Measure the latents' mean and scale, make them part of the VAE, save it and a picture of what it loses."""
     z = encode_all(config, vae, images[:2048], device)
-    vae.standardise(*(torch.from_numpy(f(z, axis=(0, 2, 3))).to(device) for f in (np.mean, np.std)))
-    scale = float(1 / encode_all(config, vae, images[:2048], device).std())     # 1, but for rounding
+    mean = z.mean(axis=(0, 2, 3))
+    vae.centre(torch.from_numpy(mean).to(device))
+    scale = 1 / float((z - mean[:, None, None]).std())
     vae.config = dataclasses.replace(vae.config, scaling_factor=scale)
     shown = images[:8]
     with torch.no_grad():

@@ -86,15 +86,3 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
 def to_pixels(images: np.ndarray | Tensor) -> Tensor:
     """uint8 [b, h, w, 3] -> float32 [b, 3, h, w] in [-1, 1]."""
     return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def tile(images: np.ndarray, columns: int = 0, gap: int = 2) -> np.ndarray:
-    """[n, h, w, 3] -> one picture, row by row on white; columns: about the square root of n by default."""
-    n, h, w, _ = images.shape
-    columns = min(columns or int(np.ceil(np.sqrt(n))), n)
-    rows = -(-n // columns)
-    sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = i // columns * (h + gap), i % columns * (w + gap)
-        sheet[y : y + h, x : x + w] = image
-    return sheet

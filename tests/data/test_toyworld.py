@@ -14,7 +14,6 @@ from tinyldm.data.toyworld import (
     SUBJECTS,
     Scene,
     caption,
-    contact_sheet,
     draw,
     sample,
     scene,
@@ -136,11 +135,6 @@ def test_size_and_position_are_visible():
     places = [spot("small", position)[1] for position in POSITIONS]
     assert areas[0] * 1.4 < areas[1] and areas[1] * 1.3 < areas[2]
     assert places[0] < 0.33 < 0.45 < places[1] < 0.55 < 0.67 < places[2]
-
-
-def test_a_contact_sheet_has_a_cell_per_sample():
-    sheet = contact_sheet([sample(i, 32) for i in range(5)], columns=3, zoom=2)
-    assert sheet.size == (3 * 72, 2 * 96)
 
 
 def test_drawing_needs_no_torch():

@@ -20,6 +20,17 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     assert values.min() > 0.3 and values.max() < 1.4
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
+def test_long_and_square_matrices_are_treated_alike(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    plain = matrices.double() / matrices.norm(dim=(1, 2), keepdim=True)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = plain @ plain.transpose(1, 2)
+        plain = a * plain + (b * gram + c * gram @ gram) @ plain
+    assert (orthogonalise(matrices) - plain).abs().max() < (1e-4 if shape[1] != shape[2] else 0.03)
+
+
 def test_orthogonalising_keeps_the_singular_vectors():
     u, _, vh = torch.linalg.svd(torch.randn(1, 12, 20, generator=torch.Generator().manual_seed(2)), full_matrices=False)
     matrix = u @ torch.diag_embed(torch.linspace(1, 3, 12)[None]) @ vh

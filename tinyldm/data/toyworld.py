@@ -19,6 +19,7 @@ from PIL import Image, ImageChops, ImageDraw
 
 from tinyldm.data.toyworld_backdrops import BACKGROUNDS, sky
 from tinyldm.data.toyworld_shapes import INK, RGB, SUBJECTS, Pen, Point, mix
+from tinyldm.sheet import captioned, two_lines
 
 COLOURS: dict[str, RGB] = {
     "red": (222, 48, 52), "orange": (245, 136, 32), "yellow": (252, 208, 44), "green": (36, 146, 78),
@@ -47,7 +48,7 @@ class Scene:
     background: str
     size: str = "medium"
     position: str = "middle"
-    seed: int = 0               # the variation: exact place, mirror, clouds, and the caption's wording
+    seed: int = 0               # the variation: exact place and size, clouds, and the caption's wording
 
 
 class Sample(NamedTuple):
@@ -81,9 +82,8 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
     x = POSITIONS[scene.position] + rng.uniform(-0.02, 0.02)
     x = min(max(x, half + 0.02), 0.98 - half)                    # all of it inside the picture
     feet = 0.84 + 0.06 * (half - 0.25) + rng.uniform(-0.02, 0.02)
-    mirror = rng.choice((-1, 1))
     page.oval(x, feet, half * 0.85, half * 0.16, backdrop.shadow)
-    stamp(canvas, scene, (x * side, (feet - half) * side), (mirror * half * side, half * side), 0.009 * side)
+    stamp(canvas, scene, (x * side, (feet - half) * side), (half * side, half * side), 0.009 * side)
     backdrop.front(page, rng)
     return canvas.reduce(over)
 
@@ -136,21 +136,6 @@ def sample(index: int, size: int = 64, seed: int = 0, split: str = "train") -> S
     return Sample(np.array(draw(it, size)), caption(it), it)
 
 
-def contact_sheet(samples: list[Sample], columns: int = 6, zoom: int = 3) -> Image.Image:
-    """The pictures in a grid, enlarged `zoom` times, each over its caption."""
-    cell = samples[0].image.shape[0] * zoom
-    rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * (cell + 8), rows * (cell + 32)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, it in enumerate(samples):
-        x, y = i % columns * (cell + 8) + 4, i // columns * (cell + 32) + 4
-        sheet.paste(Image.fromarray(it.image).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
-        words = it.caption.split()
-        lines = (" ".join(words[:6]), " ".join(words[6:]))
-        pen.text((x, y + cell + 1), "\n".join(lines), fill=INK, spacing=1)
-    return sheet
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a captioned contact sheet of toyworld.")
     parser.add_argument("--out", default="sheet.png")
@@ -160,7 +145,7 @@ def main() -> None:
     parser.add_argument("--split", choices=PAIRS, default="train")
     args = parser.parse_args()
     samples = [sample(i, args.size, args.seed, args.split) for i in range(args.count)]
-    contact_sheet(samples, zoom=max(1, 192 // args.size)).save(args.out)
+    captioned([it.image for it in samples], [two_lines(it.caption) for it in samples]).save(args.out)
 
 
 if __name__ == "__main__":

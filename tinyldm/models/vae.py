@@ -167,16 +167,11 @@ class AutoencoderKL(nn.Module):
         return x / self.config.scaling_factor + self.config.shift_factor
 
     @torch.no_grad()
-    def standardise(self, mean: Tensor, std: Tensor) -> None:
-        """Fold a per-channel standardisation of the latents, mean and std [c], into the two 1x1 quant convolutions.
-
-        encode() then gives (z - mean) / std, and decode() undoes it first: pixels -> pixels is unchanged.
-        """
+    def centre(self, mean: Tensor) -> None:
+        """Fold the latents' per-channel mean [c] into the two 1x1 quant convolutions: encode() then gives z - mean,
+        decode() adds it back first. With one scalar factor on top, latents are standardised without a shift, which
+        Stable Diffusion's own pipelines ignore. (One factor for all channels, on purpose: a channel that the encoder
+        hardly uses would be blown up to unit variance, and diffusion would spend itself on its noise.)"""
         c = self.config.latent_channels
-        scale = torch.cat([1 / std, torch.ones_like(std)])                 # moments: c means, c log-variances
-        offset = torch.cat([-mean / std, -2 * std.log()])
-        self.quant_conv.weight.mul_(scale[:, None, None, None])
-        self.quant_conv.bias.mul_(scale).add_(offset)
-        inner = self.post_quant_conv.weight                                # [c, c, 1, 1]
-        self.post_quant_conv.bias.add_(inner.view(c, c) @ mean)
-        inner.mul_(std[None, :, None, None])
+        self.quant_conv.bias[:c] -= mean
+        self.post_quant_conv.bias += self.post_quant_conv.weight.view(c, c) @ mean

@@ -17,18 +17,36 @@ from torch import Tensor, nn
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """[k, m, n] -> about U V^T of each matrix's singular value decomposition U S V^T.
 
-    Quintic Newton-Schulz iteration with Muon's coefficients, which trade accuracy for speed: the singular
-    values end between about 0.7 and 1.2. Runs in bfloat16, as is customary.
+    Quintic Newton-Schulz iteration x <- (a + b G + c G^2) x, G = x x^T, with Muon's coefficients, which trade
+    accuracy for speed: the singular values end between about 0.7 and 1.2. Near-square matrices run it in bfloat16,
+    as is customary. Long ones keep to the small side: the factors commute with G, so their product is built from
+    G alone and meets the long matrix once (in float32, since G squares the condition number).
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
-    wide = x.shape[1] <= x.shape[2]
-    x = x if wide else x.transpose(1, 2)
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.transpose(1, 2)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.transpose(1, 2)                                       # [k, m, m], the shorter side
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = _newton_schulz_long(x, steps) if x.shape[2] >= 2 * x.shape[1] else _newton_schulz(x.bfloat16(), steps)
     return (x if wide else x.transpose(1, 2)).to(matrices.dtype)
+
+
+A, B, C = 3.4445, -4.7750, 2.0315
+
+
+def _newton_schulz(x: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)                                       # [k, m, m]
+        x = A * x + (B * gram + C * gram @ gram) @ x
+    return x
+
+
+def _newton_schulz_long(x: Tensor, steps: int) -> Tensor:
+    gram = x @ x.transpose(1, 2)                                           # [k, m, m]
+    product = identity = torch.eye(x.shape[1], device=x.device)
+    for _ in range(steps):
+        factor = A * identity + B * gram + C * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):

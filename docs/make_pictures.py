@@ -1,0 +1,37 @@
+"""Make the README's picture from a finished run.
+
+    python docs/make_pictures.py runs/tiny            writes docs/tiny.png
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tinyldm.data.toyworld import HELD_OUT
+from tinyldm.device import pick_device
+from tinyldm.pipeline import draw, find_model
+from tinyldm.sheet import captioned, two_lines
+from tinyldm.vendor_loaders.folder import load_model
+
+TRAINED = ["a red fox", "a small white rabbit in the snow", "a large orange boat at sea", "a yellow star under the stars",
+           "a green turtle on the sand, on the right", "a blue house on the grass", "a pink flower on grass",
+           "a purple butterfly on the left, at sea", "a red balloon under the stars", "an orange cat on sand",
+           "a big blue bird in the snow", "a little red mushroom on grass"]
+
+
+def main() -> None:
+    run = sys.argv[1] if len(sys.argv) > 1 else "runs/tiny"
+    model = load_model(find_model(run), pick_device())
+    unseen = [f"{'an' if colour == 'orange' else 'a'} {colour} {subject}" for colour, subject in sorted(HELD_OUT)[:12:2]]
+    prompts = TRAINED + unseen
+    defaults = model.defaults
+    images = draw(model, prompts, range(len(prompts)), cfg=defaults["cfg"], steps=defaults["steps"], sampler=defaults["sampler"])
+    sheet = captioned(images, [two_lines(prompt) for prompt in prompts], side=128)
+    file = Path(__file__).parent / "tiny.png"
+    sheet.save(file)
+    print(file)
+
+
+if __name__ == "__main__":
+    main()
