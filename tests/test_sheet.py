@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tinyldm.sheet import INK, captioned, tile, two_lines
+from tinyldm.sheet import captioned, tile, two_lines
 
 
 def test_tiles_lie_row_by_row_on_white():
@@ -18,7 +18,7 @@ def test_a_captioned_sheet_has_a_cell_and_some_ink_per_picture():
     sheet = np.asarray(captioned(images, [two_lines("a red fox on the left, on sand")] * 3, columns=2, side=64))
     assert sheet.shape == (2 * (64 + 36), 2 * (64 + 8), 3)
     below = sheet[70:100, :72]
-    assert (below == INK).all(axis=2).any() and (sheet[104:168, 76:] == 255).all()
+    assert (below.max(axis=2) < 150).any() and (sheet[104:168, 76:] == 255).all()
 
 
 def test_long_captions_break_after_six_words():
