@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from helpers import randomise
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.process import Discrete, Level
@@ -27,16 +28,6 @@ from tinyldm.vendor_loaders.folder import load_model, load_text, load_vae, load_
 PROMPT = "a red square on the left of a blue circle"
 FLOW = scheduler.to_config("flow", {"shift": 3.0}, "flow", "unet")
 UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
-
-
-@torch.no_grad()
-def randomise(module, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        p.copy_(noise * p[0].numel() ** -0.5 if p.dim() > 1 else gain + 0.2 * noise)
-    return module.eval()
 
 
 @pytest.fixture(scope="module")

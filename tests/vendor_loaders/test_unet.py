@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from helpers import randomise
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.vendor_loaders.rename import export_renamed, load_renamed, published_names
@@ -16,17 +17,6 @@ SD2 = replace(SD1, in_channels=5, out_channels=3, depth=2, attention=(True, True
               linear_projection=True)
 FULL_SD1 = UNetConfig()
 FULL_SD2 = UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)
-
-
-@torch.no_grad()
-def randomise(module, seed=0):
-    """Weights of unit gain, biases and norms away from 0 and 1: nothing that a wrong name could hide behind."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        p.copy_(noise * p[0].numel() ** -0.5 if p.dim() > 1 else gain + 0.2 * noise)
-    return module.eval()
 
 
 def inputs(config, size=(8, 16)):

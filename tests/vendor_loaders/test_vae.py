@@ -5,6 +5,7 @@ import diffusers
 import pytest
 import torch
 
+from helpers import randomise
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.vendor_loaders.rename import export_renamed, load_renamed, published_names
 from tinyldm.vendor_loaders.vae import OLD_NAMES, VAE_RULES, from_config, modernise, to_config
@@ -15,17 +16,6 @@ BARE = replace(SMALL, latent_channels=6, depth=2, middle_attention=False, quant_
 CONFIGS = {"sd": SMALL, "without attention and quant convs": BARE, "attention only": replace(SMALL, quant_convs=False),
            "quant convs only": replace(SMALL, middle_attention=False), "one level": replace(SMALL, widths=(16,))}
 FULL = VAEConfig()
-
-
-@torch.no_grad()
-def randomise(module, seed=0):
-    """Weights of unit gain, biases and norms away from 0 and 1: nothing that a wrong name could hide behind."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        p.copy_(noise * p[0].numel() ** -0.5 if p.dim() > 1 else gain + 0.2 * noise)
-    return module.eval()
 
 
 def run(out, x):

@@ -13,6 +13,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """[k, m, n] -> about U V^T of each matrix's singular value decomposition U S V^T.
@@ -29,21 +31,20 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x if wide else x.transpose(1, 2)).to(matrices.dtype)
 
 
-A, B, C = 3.4445, -4.7750, 2.0315
-
-
 def _newton_schulz(x: Tensor, steps: int) -> Tensor:
+    a, b, c = QUINTIC
     for _ in range(steps):
         gram = x @ x.transpose(1, 2)                                       # [k, m, m]
-        x = A * x + (B * gram + C * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
 
 def _newton_schulz_long(x: Tensor, steps: int) -> Tensor:
+    a, b, c = QUINTIC
     gram = x @ x.transpose(1, 2)                                           # [k, m, m]
     product = identity = torch.eye(x.shape[1], device=x.device)
     for _ in range(steps):
-        factor = A * identity + B * gram + C * gram @ gram
+        factor = a * identity + b * gram + c * gram @ gram
         product = factor @ product
         gram = factor @ gram @ factor
     return product @ x
