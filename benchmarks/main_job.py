@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 def timed(*words: str) -> tuple[float, float]:
     """Run a script -> (seconds, peak resident memory in GB of that process)."""
     begun = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL if "--help" in words else None)
+    quiet = subprocess.DEVNULL if "--help" in words else None
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=quiet)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(words)} failed")
@@ -38,7 +39,8 @@ def main() -> None:
     shutil.rmtree(ROOT / args.out, ignore_errors=True)
     rows = [(f"{script} --help", *timed(script, "--help")) for script in ("train.py", "sample.py", "evaluate.py")]
     rows.append((f"train.py --preset {args.preset}", *timed("train.py", "--preset", args.preset, "--out", args.out)))
-    drawn = [timed("sample.py", "a red fox", "--cfg", "7.5", "--model", args.out, "--out", f"{args.out}/fox.png") for _ in range(3)]
+    words = ("sample.py", "a red fox", "--cfg", "7.5", "--model", args.out, "--out", f"{args.out}/fox.png")
+    drawn = [timed(*words) for _ in range(3)]
     rows.append(('sample.py "a red fox" --cfg 7.5 (median of 3)', *sorted(drawn)[1]))
     rows.append(("evaluate.py --metric prompts", *timed("evaluate.py", args.out, "--metric", "prompts")))
     if not args.keep:

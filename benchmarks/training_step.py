@@ -27,17 +27,20 @@ def pairs(batch_size: int, device: torch.device) -> dict:
     """name -> (our step, their step), each a function without arguments."""
     row = PRESETS["tiny"]
     width = row["text"]["width"]
-    unet_config = build(UNetConfig, row["unet"] | {"context_dim": width}, "unet")
     vae_config = build(VAEConfig, row["vae"], "vae")
-    ours, theirs = UNet(unet_config).to(device), diffusers.UNet2DConditionModel.from_config(unets.to_config(unet_config)).to(device)
-    x, t, context = torch.randn(batch_size, 4, 16, 16), torch.rand(batch_size) * 1000, torch.randn(batch_size, 24, width)
-    our_vae, their_vae = AutoencoderKL(vae_config).to(device), diffusers.AutoencoderKL.from_config(vaes.to_config(vae_config)).to(device)
-    crops = torch.rand(batch_size, 3, 32, 32) * 2 - 1
-    x, t, context, crops = (tensor.to(device) for tensor in (x, t, context, crops))
+    channels = dict(in_channels=vae_config.latent_channels, out_channels=vae_config.latent_channels, context_dim=width)
+    unet_config = build(UNetConfig, row["unet"] | channels, "unet")
+    ours, our_vae = UNet(unet_config).to(device), AutoencoderKL(vae_config).to(device)
+    theirs = diffusers.UNet2DConditionModel.from_config(unets.to_config(unet_config)).to(device)
+    their_vae = diffusers.AutoencoderKL.from_config(vaes.to_config(vae_config)).to(device)
+    x = torch.randn(batch_size, vae_config.latent_channels, 64 // vae_config.downscale, 64 // vae_config.downscale)
+    t, context = torch.rand(batch_size) * 1000, torch.randn(batch_size, 24, width)
+    pixels = torch.rand(row.get("vae_batch_size", 16), 3, 64, 64) * 2 - 1
+    x, t, context, pixels = (tensor.to(device) for tensor in (x, t, context, pixels))
     return {
         "U-Net": (ours, lambda: ours(x, t, Cond(context)), theirs, lambda: theirs(x, t, context).sample),
-        "VAE": (our_vae, lambda: our_vae.decode(our_vae.encode(crops).mean),
-                their_vae, lambda: their_vae.decode(their_vae.encode(crops).latent_dist.mean).sample),
+        "VAE": (our_vae, lambda: our_vae.decode(our_vae.encode(pixels).mean),
+                their_vae, lambda: their_vae.decode(their_vae.encode(pixels).latent_dist.mean).sample),
     }
 
 
@@ -64,9 +67,10 @@ def main() -> None:
             prefer_plain_attention()
         print(f"attention: {'torch default (fused)' if fused else 'plain products (what train.py does on a CPU)'}")
         for name, (our_module, our_forward, their_module, their_forward) in pairs(args.batch_size, device).items():
-            times = [(step(our_module, our_forward, device), step(their_module, their_forward, device)) for _ in range(args.rounds)]
+            times = [(step(our_module, our_forward, device), step(their_module, their_forward, device))
+                     for _ in range(args.rounds)]
             one, two = (statistics.median(column) for column in zip(*times[2:]))
-            print(f"  {name:6} batch {args.batch_size}: tinyldm {1e3 * one:6.0f} ms, diffusers {1e3 * two:6.0f} ms, ratio {two / one:.2f}")
+            print(f"  {name:6} tinyldm {1e3 * one:6.0f} ms, diffusers {1e3 * two:6.0f} ms, ratio {two / one:.2f}")
 
 
 if __name__ == "__main__":

@@ -14,16 +14,16 @@ from tinyldm.pipeline import draw, find_model
 from tinyldm.sheet import captioned, two_lines
 from tinyldm.vendor_loaders.folder import load_model
 
-TRAINED = ["a red fox", "a small white rabbit in the snow", "a large orange boat at sea", "a yellow star under the stars",
-           "a green turtle on the sand, on the right", "a blue house on the grass", "a pink flower on grass",
-           "a purple butterfly on the left, at sea", "a red balloon under the stars", "an orange cat on sand",
+TRAINED = ["a red fox", "a small white cat in the snow", "a large orange boat at sea", "a yellow star under the stars",
+           "a green car on the sand, on the right", "a blue house on the grass", "a pink flower on grass",
+           "a purple fish on the left, at sea", "a red heart under the stars", "an orange cat on sand",
            "a big blue bird in the snow", "a little red mushroom on grass"]
 
 
 def main() -> None:
     run = sys.argv[1] if len(sys.argv) > 1 else "runs/tiny"
     model = load_model(find_model(run), pick_device())
-    unseen = [f"{'an' if colour == 'orange' else 'a'} {colour} {subject}" for colour, subject in sorted(HELD_OUT)[:12:2]]
+    unseen = [f"{'an' if colour == 'orange' else 'a'} {colour} {subject}" for colour, subject in sorted(HELD_OUT)[:6]]
     prompts = TRAINED + unseen
     defaults = model.defaults
     images = draw(model, prompts, range(len(prompts)), cfg=defaults["cfg"], steps=defaults["steps"], sampler=defaults["sampler"])

@@ -42,10 +42,10 @@ class Config:
     vae: dict = knob({}, "VAEConfig fields, as key=value")
     vae_weights: str = knob("", "pretrained VAE; empty: train one first (stage 1)")
     vae_steps: int = knob(0, "stage 1: optimizer steps")
-    vae_batch_size: int = knob(64, "stage 1: crops per step")
-    vae_crop: int = knob(32, "stage 1: crop size in pixels (0: whole pictures)")
-    vae_lr: float = knob(2e-3, "stage 1: AdamW's learning rate")
-    vae_muon_lr: float = knob(1e-2, "stage 1: Muon's learning rate, for the inner convolutions")
+    vae_batch_size: int = knob(16, "stage 1: pictures (or crops) per step")
+    vae_crop: int = knob(0, "stage 1: crop size in pixels (0: whole pictures)")
+    vae_lr: float = knob(4e-3, "stage 1: AdamW's learning rate")
+    vae_muon_lr: float = knob(3e-3, "stage 1: Muon's learning rate, for the inner convolutions")
     vae_kl: float = knob(1e-6, "stage 1: weight of the KL term, in nats per picture")
 
     text: dict = knob({}, "CLIPTextConfig fields, as key=value")
@@ -68,13 +68,13 @@ class Config:
     batch_size: int = knob(64, "pictures per optimizer step, over all micro-batches")
     grad_accum: int = knob(1, "micro-batches per step")
     optimizer: str = knob("muon", "muon (AdamW for all but the blocks' matrices) or adamw")
-    lr: float = knob(1e-3, "AdamW's peak learning rate")
-    muon_lr: float = knob(1e-2, "Muon's peak learning rate")
+    lr: float = knob(4e-3, "AdamW's peak learning rate")
+    muon_lr: float = knob(3e-3, "Muon's peak learning rate")
     weight_decay: float = knob(0.0, "decoupled weight decay")
     warmup_steps: int = knob(50, "steps of linear warm-up")
-    decay: float = knob(0.2, "share of the steps, at the end, over which the learning rate falls to 0")
+    decay: float = knob(0.4, "share of the steps, at the end, over which the learning rate falls to 0")
     grad_clip: float = knob(1.0, "largest gradient norm")
-    ema_decay: float = knob(0.999, "decay of the averaged weights, after their warm-up")
+    ema_decay: float = knob(0.995, "decay of the averaged weights, after their warm-up")
 
     log_every: int = knob(20, "steps per line of log.jsonl")
     save_every: int = knob(500, "steps per checkpoint")
@@ -83,7 +83,7 @@ class Config:
     sample_prompts: str = knob("", "prompts of the sample grid, separated by |  (default: captions from the data)")
     sampler: str = knob("dpmpp_2m", "sampler of the grids, and the model's default")
     sample_steps: int = knob(20, "its steps")
-    cfg: float = knob(4.0, "its guidance scale")
+    cfg: float = knob(3.0, "its guidance scale")
 
     hours: dict = knob({}, "dry run: hours of the budget by use (encode, 256, 512, rest)")
     pictures: int = knob(0, "dry run: pictures in the data set the preset is made for")
@@ -96,23 +96,25 @@ class Config:
 
 
 TINY = dict(
-    vae=dict(widths=(16, 32, 64), depth=1, groups=8, middle_attention=False), vae_steps=500, vae_lr=8e-3, vae_muon_lr=1e-2,
+    vae=dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False), vae_steps=600,
     text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
-    unet=dict(widths=(32, 64, 128), depth=1, attention=(False, False, True), heads=(1, 2, 4), groups=8),
+    unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=1250,
     sample_prompts="a red fox|a small blue cat on the left, in the snow|a large yellow star under the stars|"
-                   "a green turtle on sand|a purple flower on grass|a white boat at sea|a pink rabbit|an orange tree",
+                   "a green car on sand|a purple flower on grass|a white boat at sea|a pink bird|an orange tree",
 )
 WEEK = dict(
     data="hf://datasets/jackyhate/text-to-image-2M/data_512_2M/data_{000000..000045}.tar",
     vae_weights="stabilityai/sd-vae-ft-mse", text_weights="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
     resolution=256, batch_size=512, grad_accum=4, warmup_steps=1500, ema_decay=0.9999, caption_dropout=0.1,
-    lr=2e-4, muon_lr=2e-3, weight_decay=0.01, save_every=2000, sample_every=2000, log_every=100, cfg=5.0,
+    lr=2e-4, muon_lr=5e-4, weight_decay=0.01, decay=0.2, max_steps=220_000,
+    save_every=2000, sample_every=2000, log_every=100, cfg=5.0,
     hours={"encode": 21, "256": 110, "512": 30, "rest": 7}, pictures=4_600_000,
 )
 PRESETS: dict[str, dict] = {
     "tiny": TINY,
     "tiny_dit": TINY | dict(
-        network="dit", dit=dict(width=192, layers=6, heads=4, mlp_width=768, time_dim=128)),
+        network="dit", dit=dict(patch=1, width=192, layers=6, heads=4, mlp_width=768, time_dim=128),
+        lr=2e-3, muon_lr=2e-3, max_steps=3000),
     "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16), grad_accum=8),
     "5090_week_unet": WEEK | dict(
         network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), mfu=0.4),

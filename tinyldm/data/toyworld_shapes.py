@@ -121,21 +121,6 @@ def cat(p: Pen) -> None:
     p.oval(-0.1, -0.02, 0.08, 0.06, BLUSH)
 
 
-def rabbit(p: Pen) -> None:
-    p.oval(0.58, 0.7, 0.24, 0.24, p.pale)
-    for s in (-1, 1):
-        p.leaf(-0.1 + s * 0.24, -0.62, 0.17, 0.42, s * 12, p.main)
-        p.leaf(-0.1 + s * 0.24, -0.6, 0.08, 0.3, s * 12, BLUSH)
-    p.oval(0.02, 0.58, 0.54, 0.42, p.main)
-    p.oval(-0.1, 0.66, 0.26, 0.28, p.pale)
-    p.oval(-0.1, 0.0, 0.48, 0.4, p.main)
-    for s in (-1, 1):
-        p.oval(-0.1 + s * 0.3, 0.92, 0.22, 0.1, p.light)
-        p.oval(-0.1 + s * 0.34, 0.12, 0.09, 0.06, BLUSH)
-    p.eyes(-0.1, -0.04, 0.22, 0.09)
-    p.oval(-0.1, 0.12, 0.08, 0.06, INK)
-
-
 def bird(p: Pen) -> None:
     for x in (-0.12, 0.14):
         p.line(((x, 0.6), (x, 0.96), (x - 0.12, 0.96)), 0.09, BEAK)
@@ -162,34 +147,8 @@ def fish(p: Pen) -> None:
     p.oval(-0.63, -0.02, 0.1, 0.11, INK)
 
 
-def turtle(p: Pen) -> None:
-    skin = p.light if min(p.main) < 225 else p.pale
-    p.poly(((0.7, 0.55), (1.0, 0.78), (0.6, 0.76)), skin)
-    for x in (-0.42, 0.42):
-        p.blob(((x - 0.2, 0.5), (x - 0.22, 1.0), (x + 0.2, 1.0), (x + 0.2, 0.5)), skin)
-    p.blob(((-0.5, 0.6), (-0.72, 0.1), (-0.98, -0.02), (-1.0, -0.36), (-0.78, -0.5), (-0.56, -0.3), (-0.4, 0.2)),
-           skin)
-    p.blob(((-0.66, 0.66), (-0.5, -0.1), (0.05, -0.5), (0.6, -0.1), (0.8, 0.66), (0.05, 0.72)), p.main)
-    p.line(((-0.62, 0.66), (0.05, 0.72), (0.76, 0.66)), 0.14, p.dark)
-    p.poly(((-0.2, -0.1), (0.05, -0.28), (0.3, -0.1), (0.3, 0.22), (0.05, 0.4), (-0.2, 0.22)), p.dark)
-    for x in (-0.45, 0.58):
-        p.oval(x + 0.02, 0.3, 0.12, 0.14, p.dark)
-    p.oval(-0.84, -0.22, 0.08, 0.09, INK)
-
-
-def butterfly(p: Pen) -> None:
-    for s in (-1, 1):
-        p.line(((0, -0.5), (s * 0.14, -0.8), (s * 0.3, -0.92)), 0.07, INK)
-        p.blob(((0, 0.1), (s * 0.4, 0.12), (s * 0.74, 0.4), (s * 0.6, 0.9), (s * 0.26, 0.8)), p.dark)
-        p.blob(((0, -0.1), (s * 0.3, -0.6), (s * 0.78, -0.84), (s * 1.0, -0.5), (s * 0.86, 0.08),
-                (s * 0.4, 0.22)), p.main)
-        p.oval(s * 0.68, -0.38, 0.17, 0.2, p.pale)
-        p.oval(s * 0.46, 0.5, 0.12, 0.14, p.pale)
-    p.oval(0, 0.05, 0.12, 0.56, INK)
-    p.oval(0, -0.46, 0.16, 0.16, INK)
-
-
 # ---- plants --------------------------------------------------------------------------------
+
 
 def tree(p: Pen) -> None:
     p.poly(((-0.14, 0.2), (-0.24, 1.0), (0.24, 1.0), (0.14, 0.2)), BROWN)
@@ -257,19 +216,6 @@ def boat(p: Pen) -> None:
     p.line(((-0.8, 0.6), (0.8, 0.6)), 0.12, p.pale)
 
 
-def balloon(p: Pen) -> None:
-    for x in (-0.2, 0.2):
-        p.line(((x * 1.7, 0.3), (x, 0.75)), 0.06, BROWN)
-    p.poly(((-0.26, 0.68), (0.26, 0.68), (0.2, 1.0), (-0.2, 1.0)), BROWN)
-    p.blob(((0, -1.0), (0.54, -0.84), (0.8, -0.36), (0.62, 0.1), (0.3, 0.44), (-0.3, 0.44),
-            (-0.62, 0.1), (-0.8, -0.36), (-0.54, -0.84)), p.main)
-    for s in (-1, 1):
-        p.blob(((s * 0.1, -0.98), (s * 0.44, -0.7), (s * 0.52, -0.3), (s * 0.4, 0.12), (s * 0.2, 0.46),
-                (s * 0.24, 0.0), (s * 0.28, -0.4)), p.pale)
-
-
-# ---- shapes --------------------------------------------------------------------------------
-
 def star(p: Pen) -> None:
     turns = [(i * pi / 5, (1.04, 0.52)[i % 2]) for i in range(10)]
     p.poly([(r * sin(a), 0.06 - r * cos(a)) for a, r in turns], p.main)
@@ -288,4 +234,4 @@ def heart(p: Pen) -> None:
 
 
 SUBJECTS: dict[str, Callable[[Pen], None]] = {f.__name__: f for f in (
-    fox, cat, rabbit, bird, fish, turtle, butterfly, tree, flower, mushroom, house, car, boat, balloon, star, heart)}
+    fox, cat, bird, fish, tree, flower, mushroom, house, car, boat, star, heart)}
