@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.data import latents as cache
+from tinyldm.data import toyworld
 from tinyldm.data.pictures import load_pictures
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
 from tinyldm.diffusion.loss import diffusion_loss, make_weight, sample_t
@@ -235,7 +235,7 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
                 part = diffusion_loss(compiled, *micro[:3], Cond(features.hidden, pooled=features.pooled), process,
                                       prediction=config.prediction, weight=weight) / config.grad_accum
             part.backward()
-            losses += part.detach()                                             # no .item(): the loop never waits for the device
+            losses += part.detach()                                             # no .item(): no waiting for the device
         update(list(parameters.values()), optimizers, config.grad_clip)
         ema.update(step + 1)
         bar.update()
@@ -243,7 +243,8 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
         if (step + 1) % config.log_every == 0:
             write_log(log, "step", step + 1, losses, factor, bar, config)
         if last_step or signals.received or (step + 1) % config.save_every == 0:
-            checkpoint.write(run, "step", step + 1, fill, {"losses": finite(losses, step), "finished": last_step}, config.keep_last)
+            state = {"losses": finite(losses, step), "finished": last_step}
+            checkpoint.write(run, "step", step + 1, fill, state, config.keep_last)
         if last_step or (config.sample_every and (step + 1) % config.sample_every == 0):
             with ema.applied(), autocast(device, config.dtype):
                 sample_grid(config, model, run / "samples" / f"step-{step + 1:06d}.png", data.captions)
@@ -254,7 +255,8 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
 
 def sample_grid(config: Config, model: Model, file: Path, captions: list[str]) -> None:
     """A picture of fixed prompts from fixed seeds: comparable between steps and between runs."""
-    prompts = config.sample_prompts.split("|") if config.sample_prompts else list(dict.fromkeys(captions))[:8]
+    known = toyworld.PROMPTS if config.data == "toyworld" else list(dict.fromkeys(captions))[:8]
+    prompts = config.sample_prompts.split("|") if config.sample_prompts else known
     repeated = [prompt for prompt in prompts for _ in range(2)]
     for part in (model.net, model.text):
         part.eval()

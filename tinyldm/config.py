@@ -80,7 +80,7 @@ class Config:
     save_every: int = knob(500, "steps per checkpoint")
     keep_last: int = knob(2, "checkpoints to keep")
     sample_every: int = knob(500, "steps per sample grid (0: none)")
-    sample_prompts: str = knob("", "prompts of the sample grid, separated by |  (default: captions from the data)")
+    sample_prompts: str = knob("", "prompts of the sample grid, separated by | (default: toyworld's own, else captions of the data)")
     sampler: str = knob("dpmpp_2m", "sampler of the grids, and the model's default")
     sample_steps: int = knob(20, "its steps")
     cfg: float = knob(3.0, "its guidance scale")
@@ -99,8 +99,6 @@ TINY = dict(
     vae=dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False), vae_steps=600,
     text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
     unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=1250,
-    sample_prompts="a red fox|a small blue cat on the left, in the snow|a large yellow star under the stars|"
-                   "a green car on sand|a purple flower on grass|a white boat at sea|a pink bird|an orange tree",
 )
 WEEK = dict(
     data="hf://datasets/jackyhate/text-to-image-2M/data_512_2M/data_{000000..000045}.tar",

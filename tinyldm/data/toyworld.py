@@ -33,6 +33,10 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset({
     ("purple", "fox"), ("green", "cat"), ("yellow", "bird"), ("white", "fish"), ("blue", "tree"),
     ("green", "flower"), ("orange", "house"), ("purple", "car"), ("red", "boat"), ("blue", "star")})
 
+# What the sample grids of a training run ask for.
+PROMPTS = ("a red fox", "a small blue cat on the left, in the snow", "a large yellow star under the stars",
+           "a green car on sand", "a purple flower on grass", "a white boat at sea", "a pink bird", "an orange tree")
+
 _ALL = tuple((colour, subject) for colour in COLOURS for subject in SUBJECTS)
 PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
     "all": _ALL,

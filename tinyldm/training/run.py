@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,9 @@ class Progress:
     """A progress bar over optimizer steps: loss, pictures per second, time left."""
 
     def __init__(self, title: str, start: int, total: int, batch_size: int):
-        self.bar = tqdm(total=total, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5)
+        every = 0.5 if sys.stderr.isatty() else 30             # seconds: a log file needs few of these lines
+        self.bar = tqdm(total=total, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=every,
+                        maxinterval=every)
         self.batch_size = batch_size
         self.begun = self.marked = time.perf_counter()
         self.steps = 0
