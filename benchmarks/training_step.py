@@ -35,7 +35,7 @@ def pairs(batch_size: int, device: torch.device) -> dict:
     their_vae = diffusers.AutoencoderKL.from_config(vaes.to_config(vae_config)).to(device)
     x = torch.randn(batch_size, vae_config.latent_channels, 64 // vae_config.downscale, 64 // vae_config.downscale)
     t, context = torch.rand(batch_size) * 1000, torch.randn(batch_size, 24, width)
-    pixels = torch.rand(row.get("vae_batch_size", 16), 3, 64, 64) * 2 - 1
+    pixels = torch.rand(8, 3, 64, 64) * 2 - 1
     x, t, context, pixels = (tensor.to(device) for tensor in (x, t, context, pixels))
     return {
         "U-Net": (ours, lambda: ours(x, t, Cond(context)), theirs, lambda: theirs(x, t, context).sample),

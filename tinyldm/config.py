@@ -42,10 +42,10 @@ class Config:
     vae: dict = knob({}, "VAEConfig fields, as key=value")
     vae_weights: str = knob("", "pretrained VAE; empty: train one first (stage 1)")
     vae_steps: int = knob(0, "stage 1: optimizer steps")
-    vae_batch_size: int = knob(16, "stage 1: pictures (or crops) per step")
+    vae_batch_size: int = knob(8, "stage 1: pictures (or crops) per step")
     vae_crop: int = knob(0, "stage 1: crop size in pixels (0: whole pictures)")
-    vae_lr: float = knob(4e-3, "stage 1: AdamW's learning rate")
-    vae_muon_lr: float = knob(3e-3, "stage 1: Muon's learning rate, for the inner convolutions")
+    vae_lr: float = knob(3e-3, "stage 1: AdamW's learning rate")
+    vae_muon_lr: float = knob(1.5e-3, "stage 1: Muon's learning rate, for the inner convolutions")
     vae_kl: float = knob(1e-6, "stage 1: weight of the KL term, in nats per picture")
 
     text: dict = knob({}, "CLIPTextConfig fields, as key=value")
@@ -96,9 +96,9 @@ class Config:
 
 
 TINY = dict(
-    vae=dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False), vae_steps=600,
+    vae=dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False), vae_steps=1000,
     text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
-    unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=1250,
+    unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=1000,
 )
 WEEK = dict(
     data="hf://datasets/jackyhate/text-to-image-2M/data_512_2M/data_{000000..000045}.tar",
@@ -112,7 +112,7 @@ PRESETS: dict[str, dict] = {
     "tiny": TINY,
     "tiny_dit": TINY | dict(
         network="dit", dit=dict(patch=1, width=192, layers=6, heads=4, mlp_width=768, time_dim=128),
-        lr=2e-3, muon_lr=2e-3, max_steps=3000),
+        lr=2e-3, muon_lr=2e-3, max_steps=1500),
     "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16), grad_accum=8),
     "5090_week_unet": WEEK | dict(
         network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), mfu=0.4),
