@@ -30,8 +30,10 @@ from tinyldm.data import latents as cache
 from tinyldm.data import toyworld
 from tinyldm.data.pictures import load_pictures
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
-from tinyldm.diffusion.loss import diffusion_loss, make_weight, sample_t
+from tinyldm.diffusion.loss import T_SAMPLERS, diffusion_loss, make_weight, sample_t
 from tinyldm.diffusion.process import make_process
+from tinyldm.diffusion.samplers import find_sampler
+from tinyldm.lookup import lookup
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
@@ -41,6 +43,7 @@ from tinyldm.pipeline import draw, to_bytes, to_pixels
 from tinyldm.sheet import tile
 from tinyldm.tokenizer import Tokenizer
 from tinyldm.training import checkpoint
+from tinyldm.training.budget import forwards, meta_networks, print_plan
 from tinyldm.training.ema import EMA
 from tinyldm.training.log import Log
 from tinyldm.training.optim import make_optimizers, set_lr
@@ -279,10 +282,25 @@ def latest(config: Config, run: Path, stage: str) -> Path | None:
     return found[-1] if found and found[-1].name.startswith(stage) else None
 
 
+def refuse_early(config: Config) -> None:
+    """Whatever cannot work is refused here, before anything is written or trained: names, sizes, fields, weights."""
+    find_sampler(config.sampler)
+    lookup(T_SAMPLERS, config.times, "--times")
+    make_weight("min_snr" if config.min_snr_gamma else "none", config.prediction)
+    make_process(config.process)
+    for flag, weights in (("--vae-weights", config.vae_weights), ("--text-weights", config.text_weights)):
+        if weights and not Path(weights).is_dir():
+            raise ValueError(f"{flag} {weights}: only local folders can be read in this version; --dry-run plans the run")
+    if not config.vae_weights:
+        networks = meta_networks(config)                                        # shapes without values: sizes that do
+        for forward in forwards(networks, config.resolution).values():          # not divide fail here, in a second
+            forward()
+
+
 def prepare_run(config: Config) -> Path:
     """The run folder, new or resumed, with the resolved config in it."""
     run = Path(config.out)
-    if config.resume == "no" and (run / "config.json").exists():
+    if config.resume == "no" and ((run / "vae").exists() or checkpoint.names(run)):
         raise ValueError(f"{run} holds a run already: continue it with --resume auto, or name another folder with --out")
     run.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(config), indent=1)
@@ -314,11 +332,11 @@ def prepare_data(config: Config, run: Path, device: torch.device, signals: Signa
 def main() -> None:
     config = CONFIG
     if DRY_RUN:
-        from tinyldm.training.budget import print_plan
         return print_plan(config)
     device = pick_device(config.device)
     if device.type == "cpu":
         prefer_plain_attention()
+    refuse_early(config)
     run, signals = prepare_run(config), Signals()
     try:
         vae, data = prepare_data(config, run, device, signals)
@@ -326,7 +344,8 @@ def main() -> None:
     except Interrupted:
         print(f"saved; continue with: python train.py --out {run} --resume auto")
         sys.exit(128 + signals.received)
-    print(f"done: {run / 'samples'} shows how it went; draw with: python sample.py \"a red fox\" --model {run}")
+    last = run / "samples" / f"step-{config.max_steps:06d}.png"
+    print(f"done: look at {last}, and draw what you like: python sample.py \"a red fox\" --model {run}")
 
 
 if __name__ == "__main__":

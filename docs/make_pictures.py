@@ -27,7 +27,7 @@ def main() -> None:
     prompts = TRAINED + unseen
     defaults = model.defaults
     images = draw(model, prompts, range(len(prompts)), cfg=defaults["cfg"], steps=defaults["steps"], sampler=defaults["sampler"])
-    sheet = captioned(images, [two_lines(prompt) for prompt in prompts], side=128)
+    sheet = captioned(images, [two_lines(prompt, 5) for prompt in prompts], side=128)
     file = Path(__file__).parent / "tiny.png"
     sheet.save(file)
     print(file)

@@ -93,6 +93,36 @@ def test_a_run_folder_is_not_overwritten(run):
     assert (run / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("words, expected", [
+    (["--resolution", "17"], "not a multiple of"),
+    (["--resolution", "18"], "is not a multiple of 2"),
+    (["--unet", "widhts=16,32"], "did you mean 'widths'"),
+    (["--unet", "widths=16,30"], "must be a multiple of"),
+    (["--sampler", "eulr"], "did you mean 'euler'"),
+    (["--times", "logitnormal"], "did you mean 'logit_normal'"),
+    (["--prediction", "epsilon"], "known: eps"),
+    (["--min-snr-gamma", "5"], "min_snr"),
+    (["--vae-weights", "stabilityai/sd-vae-ft-mse"], "--dry-run"),
+    (["--data", "NOWHERE"], "no such folder"),
+    (["--device", "cuda"], "--device cpu"),
+])
+def test_mistakes_at_train_are_one_line_and_leave_no_run_behind(tmp_path, words, expected):
+    words = [word.replace("NOWHERE", str(tmp_path / "nowhere")) for word in words]
+    done = script("train.py", "--out", tmp_path / "run", *SMALL, *words)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "vae").exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoints(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); import signal; " \
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    done = script("-c", limit, "train.py", "--out", copy, "--resume", "auto", "--max-steps", 8)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " in done.stderr
+    assert {path.name for path in (copy / "checkpoints").iterdir()} == {path.name for path in (run / "checkpoints").iterdir()}
+
+
 def test_another_architecture_does_not_resume(run, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
     done = script("train.py", "--out", tmp_path / "copy", "--resume", "auto", "--max-steps", 8, "--unet", "widths=32,32")
@@ -122,8 +152,6 @@ def test_pictures_of_ones_own_train_too(tmp_path):
         (data / f"{i}.txt").write_text(f"colour number {i}")
     done = script("train.py", "--out", tmp_path / "run", *SMALL, "--data", data, "--max-steps", 2, "--vae-steps", 2)
     assert done.returncode == 0, done.stderr
-    nothing = script("train.py", "--out", tmp_path / "none", *SMALL, "--data", tmp_path / "nowhere")
-    assert nothing.returncode == 2 and "no such folder" in nothing.stderr and not (tmp_path / "none" / "checkpoints").exists()
 
 
 def test_one_seed_gives_one_picture_at_any_batch_size(run, tmp_path):

@@ -96,9 +96,9 @@ class Config:
 
 
 TINY = dict(
-    vae=dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False), vae_steps=1000,
+    vae=dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False), vae_steps=950,
     text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
-    unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=1000,
+    unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=850,
 )
 WEEK = dict(
     data="hf://datasets/jackyhate/text-to-image-2M/data_512_2M/data_{000000..000045}.tar",
@@ -112,7 +112,7 @@ PRESETS: dict[str, dict] = {
     "tiny": TINY,
     "tiny_dit": TINY | dict(
         network="dit", dit=dict(patch=1, width=192, layers=6, heads=4, mlp_width=768, time_dim=128),
-        lr=2e-3, muon_lr=2e-3, max_steps=1500),
+        lr=2e-3, muon_lr=2e-3, max_steps=1000),
     "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16), grad_accum=8),
     "5090_week_unet": WEEK | dict(
         network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), mfu=0.4),
