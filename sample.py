@@ -4,7 +4,7 @@
     python sample.py "a red fox" "a blue boat at sea" -n 4   four pictures of each, and a grid of all
     python sample.py "a red fox" --model runs/tiny --seed 7 --steps 30 --sampler heun --out fox.png
 
-Image i of a prompt is drawn from seed + i alone, whatever the batch size. PNGs carry their settings.
+Image i of a prompt is drawn from seed + i alone, whatever the batch size. PNGs carry what it takes to draw them again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cfg", "--guidance-scale", "--scale", type=float, metavar="W", help="guidance scale, 1 is none (default: the model's)")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
     add("--sampler", metavar="NAME", help="ddim, ddpm, euler, heun, dpmpp_2m (default: the model's)")
-    add("--schedule", default="normal", metavar="NAME", help="normal, karras, trailing, leading, linspace")
+    add("--schedule", default="normal", metavar="NAME", help="normal, karras, trailing, leading, linspace, ...")
     add("--eta", type=float, metavar="E", help="ddim: share of fresh noise, 0 to 1")
     add("--seed", type=int, default=0, metavar="S", help="first seed; -1 picks one (printed and stored)")
     add("-n", "--num-images", type=int, default=1, metavar="N", help="pictures per caption")
@@ -52,6 +52,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, least in (("num_images", 1), ("batch_size", 1), ("seed", -1), ("width", 0), ("height", 0)):
         if getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    if args.seed >= 2**62:
+        fail(f"--seed {args.seed} must be below 2^62")
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        fail(f"--eta {args.eta} must lie between 0 and 1")
+    if Path(args.out).suffix.lower() not in ("", ".png"):
+        fail(f"--out {args.out}: pictures are written as .png; name such a file, or a folder")
     if args.seed == -1:
         args.seed = random.SystemRandom().randrange(2**31)
         print(f"seed {args.seed}")
@@ -67,7 +73,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from tinyldm.device import autocast, pick_device
-from tinyldm.diffusion.samplers import find_sampler
+from tinyldm.diffusion.samplers import SAMPLERS, find_sampler
 from tinyldm.pipeline import draw, find_model
 from tinyldm.sheet import tile
 from tinyldm.vendor_loaders.folder import Model, load_model
@@ -81,6 +87,8 @@ def resolve(args: argparse.Namespace, model: Model) -> None:
     spelled = re.sub(r"[ _-]karras$", "", args.sampler.strip(), flags=re.IGNORECASE)
     if spelled != args.sampler.strip():
         args.sampler, args.schedule = spelled, "karras"
+    if args.eta is not None and find_sampler(args.sampler) is not SAMPLERS["ddim"]:
+        raise ValueError(f"--eta belongs to --sampler ddim, not to {args.sampler}")
     find_sampler(args.sampler)
     own = model.defaults.get("resolution") or model.vae.config.sample_size
     args.width, args.height = args.width or own, args.height or own
@@ -93,7 +101,8 @@ def metadata(args: argparse.Namespace, prompt: str, seed: int, name: str) -> Png
     """The settings as AUTOMATIC1111's `parameters` text, which other tools read back."""
     sampler = args.sampler + (f" {args.schedule.capitalize()}" if args.schedule != "normal" else "")
     facts = {"Steps": args.steps, "Sampler": sampler, "CFG scale": args.cfg, "Seed": seed,
-             "Size": f"{args.width}x{args.height}", "Model": name, "RNG": "CPU"}
+             "Size": f"{args.width}x{args.height}", "Model": name, "RNG": "CPU",
+             **({"Eta": args.eta} if args.eta is not None else {})}
     lines = [prompt, *([f"Negative prompt: {args.negative_prompt}"] if args.negative_prompt else []),
              ", ".join(f"{key}: {value}" for key, value in facts.items())]
     info = PngInfo()

@@ -2,7 +2,7 @@
 
     python train.py --preset tiny                            a whole miniature Stable Diffusion, minutes on a laptop
     python train.py --preset tiny --resume auto              go on where an interrupted run stopped
-    python train.py --preset tiny --data "shards/*.tar"      your own captioned pictures (or a folder of them)
+    python train.py --data "shards/*.tar" --out runs/mine    your own captioned pictures (or a folder of them)
     python train.py --preset 5090_week --dry-run             the plan of a week on one RTX 5090
 
 Any field of tinyldm.config.Config is a flag; network fields are KEY=VALUE pairs (--unet widths=64,128,256 depth=2).
@@ -30,7 +30,9 @@ from tinyldm.data import latents as cache
 from tinyldm.data import toyworld
 from tinyldm.data.pictures import load_pictures
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
+from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.loss import T_SAMPLERS, diffusion_loss, make_weight, sample_t
+from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.process import make_process
 from tinyldm.diffusion.samplers import find_sampler
 from tinyldm.lookup import lookup
@@ -52,9 +54,10 @@ from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.folder import Model, load_model, load_text, load_vae, load_weights, save_model, save_vae
 
 
-def update(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], clip: float) -> None:
+def update(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], clip: float, losses: Tensor) -> None:
     """One optimizer step on the gradients at hand, clipped to a global norm."""
-    torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+    losses += 0 * norm                                        # a gradient that is not finite shows in the loss, unasked
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -63,7 +66,7 @@ def update(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimize
 def finite(losses: Tensor, step: int) -> float:
     """The summed loss as a number; an error before a broken network is logged or saved."""
     if not (value := losses.item()) < float("inf"):
-        raise ValueError(f"the loss is {value} near step {step}: lower the learning rates and go on with --resume auto")
+        raise ValueError(f"loss or gradient is not finite near step {step}: go on with --resume auto and lower --lr, --muon-lr")
     return value
 
 
@@ -121,8 +124,8 @@ def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.devic
         error = decoded.float() - pixels
         loss = error.abs().mean() + error.square().mean() + config.vae_kl * posterior.kl().mean()
         loss.backward()
-        update(list(parameters.values()), optimizers, config.grad_clip)
         losses += loss.detach()
+        update(list(parameters.values()), optimizers, config.grad_clip, losses)
         bar.update()
         if (step + 1) % config.log_every == 0:
             write_log(log, "vae", step + 1, losses, factor, bar, config)
@@ -167,7 +170,7 @@ def build_networks(config: Config, vae: AutoencoderKL, captions: list[str]) -> t
     """The network to train, and its text encoder: pretrained and frozen, or new and trained along."""
     if config.text_weights:
         text = load_text(config.text_weights)
-        tokenizer = Tokenizer.load(config.text_weights, text.config.context_length)
+        tokenizer = Tokenizer.load(Path(config.text_weights) / "tokenizer", text.config.context_length)
     else:
         length = config.text.get("context_length", 77)
         tokenizer = Tokenizer.train(captions, config.vocab_size, length)
@@ -191,16 +194,13 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
     parameters = {f"{part}.{name}": p for part, module in trained.items() for name, p in module.named_parameters()}
     optimizers = make_optimizers(parameters, kind=config.optimizer, lr=config.lr, muon_lr=config.muon_lr,
                                  weight_decay=config.weight_decay)
-    options = {"shift": config.shift} if config.process == "flow" else {}
-    process = make_process(config.process, **options)
+    process = make_process(config.process, **process_options(config))
     weight = make_weight(*(("min_snr", config.prediction, config.min_snr_gamma) if config.min_snr_gamma
                            else ("none", config.prediction)))
     start, losses = 0, torch.zeros((), device=device)         # summed since the last line of the log
     ema = EMA(trained, config.ema_decay)
     if last := latest(config, run, "step"):
         raw, averaged = (load_model(last / "model", device, ema=wanted) for wanted in (False, True))
-        if raw.net.config != net.config:
-            raise ValueError(f"{last} holds another network than this configuration describes: {raw.net.config}")
         for part, module in trained.items():
             module.load_state_dict(getattr(raw, part).state_dict())
             ema.load_state_dict(part, getattr(averaged, part).state_dict())
@@ -208,7 +208,7 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
         start = restore_counters(last, losses)
     log = Log(run / "log.jsonl", "step", start)
     model = Model(net, vae, text, tokenizer, process, config.prediction,
-                  scheduler.to_config(config.process, options, config.prediction, config.network),
+                  scheduler.to_config(config.process, process_options(config), config.prediction, config.network),
                   dict(preset=config.preset, resolution=config.resolution, sampler=config.sampler,
                        steps=config.sample_steps, cfg=config.cfg, data=config.data))
     ids = torch.from_numpy(tokenizer.encode(data.captions))                     # [n, context_length]
@@ -239,34 +239,37 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
                                       prediction=config.prediction, weight=weight) / config.grad_accum
             part.backward()
             losses += part.detach()                                             # no .item(): no waiting for the device
-        update(list(parameters.values()), optimizers, config.grad_clip)
+        update(list(parameters.values()), optimizers, config.grad_clip, losses)
         ema.update(step + 1)
         bar.update()
-        last_step = step + 1 == config.max_steps
+        finished = step + 1 == config.max_steps
         if (step + 1) % config.log_every == 0:
             write_log(log, "step", step + 1, losses, factor, bar, config)
-        if last_step or signals.received or (step + 1) % config.save_every == 0:
-            state = {"losses": finite(losses, step), "finished": last_step}
+        if finished or signals.received or (step + 1) % config.save_every == 0:
+            state = {"losses": finite(losses, step), "finished": finished}
             checkpoint.write(run, "step", step + 1, fill, state, config.keep_last)
-        if last_step or (config.sample_every and (step + 1) % config.sample_every == 0):
-            with ema.applied(), autocast(device, config.dtype):
-                sample_grid(config, model, run / "samples" / f"step-{step + 1:06d}.png", data.captions)
-        if signals.received:
+        if config.sample_every and (step + 1) % config.sample_every == 0 and not finished:
+            sample_grid(config, model, ema, run, step + 1, data.captions)
+        if signals.received and not finished:
             raise Interrupted
     bar.close()
+    sample_grid(config, model, ema, run, config.max_steps, data.captions)
 
 
-def sample_grid(config: Config, model: Model, file: Path, captions: list[str]) -> None:
+def process_options(config: Config) -> dict[str, float]:
+    return {"shift": config.shift} if config.process == "flow" else {}
+
+
+def sample_grid(config: Config, model: Model, ema: EMA, run: Path, step: int, captions: list[str]) -> None:
     """A picture of fixed prompts from fixed seeds: comparable between steps and between runs."""
     known = toyworld.PROMPTS if config.data == "toyworld" else list(dict.fromkeys(captions))[:8]
     prompts = config.sample_prompts.split("|") if config.sample_prompts else known
     repeated = [prompt for prompt in prompts for _ in range(2)]
-    for part in (model.net, model.text):
-        part.eval()
-    images = draw(model, repeated, range(len(repeated)), cfg=config.cfg, steps=config.sample_steps, sampler=config.sampler)
-    for part in (model.net, model.text):
-        part.train()
-    write_picture(file, tile(images, columns=8))
+    model.net.eval(), model.text.eval()
+    with ema.applied(), autocast(pick_device(config.device), config.dtype):
+        images = draw(model, repeated, range(len(repeated)), cfg=config.cfg, steps=config.sample_steps, sampler=config.sampler)
+    model.net.train(), model.text.train()
+    write_picture(run / "samples" / f"step-{step:06d}.png", tile(images, columns=8))
 
 
 # ---------------------------------------------------------------- the run
@@ -274,11 +277,7 @@ def sample_grid(config: Config, model: Model, file: Path, captions: list[str]) -
 
 def latest(config: Config, run: Path, stage: str) -> Path | None:
     """The checkpoint to go on from, if it is of this stage."""
-    if config.resume == "no":
-        return None
-    found = checkpoint.names(run) if config.resume == "auto" else [Path(config.resume)]
-    if config.resume != "auto" and not (found[0] / "state.json").exists():
-        raise ValueError(f"--resume {config.resume}: not a checkpoint folder; --resume auto takes the newest")
+    found = checkpoint.names(run) if config.resume == "auto" else []
     return found[-1] if found and found[-1].name.startswith(stage) else None
 
 
@@ -287,14 +286,17 @@ def refuse_early(config: Config) -> None:
     find_sampler(config.sampler)
     lookup(T_SAMPLERS, config.times, "--times")
     make_weight("min_snr" if config.min_snr_gamma else "none", config.prediction)
-    make_process(config.process)
+    first = grid(make_process(config.process, **process_options(config)), config.sample_steps)[0]
+    to_x0(config.prediction, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), first)           # eps from pure noise
     for flag, weights in (("--vae-weights", config.vae_weights), ("--text-weights", config.text_weights)):
         if weights and not Path(weights).is_dir():
             raise ValueError(f"{flag} {weights}: only local folders can be read in this version; --dry-run plans the run")
     if not config.vae_weights:
         networks = meta_networks(config)                                        # shapes without values: sizes that do
-        for forward in forwards(networks, config.resolution).values():          # not divide fail here, in a second
-            forward()
+        for size in {config.resolution, config.vae_crop or config.resolution}:  # not divide fail here, in a second
+            for part, forward in forwards(networks, size).items():
+                if part != "net" or size == config.resolution:
+                    forward()
 
 
 def prepare_run(config: Config) -> Path:
@@ -303,8 +305,7 @@ def prepare_run(config: Config) -> Path:
     if config.resume == "no" and ((run / "vae").exists() or checkpoint.names(run)):
         raise ValueError(f"{run} holds a run already: continue it with --resume auto, or name another folder with --out")
     run.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(config), indent=1)
-    (run / "config.json").write_text(text)
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"resume": "no"}, indent=1))
     print(f"run folder {run}, configuration in {run / 'config.json'}")
     return run
 

@@ -105,6 +105,11 @@ def test_a_run_folder_is_not_overwritten(run):
     (["--vae-weights", "stabilityai/sd-vae-ft-mse"], "--dry-run"),
     (["--data", "NOWHERE"], "no such folder"),
     (["--device", "cuda"], "--device cpu"),
+    (["--device", "tpu"], "unknown --device"),
+    (["--prediction", "eps"], "eps"),
+    (["--shift", "-1"], "must be a positive number"),
+    (["--vae-crop", "9"], "not a multiple of"),
+    (["--resume", "maybe"], "unknown --resume"),
 ])
 def test_mistakes_at_train_are_one_line_and_leave_no_run_behind(tmp_path, words, expected):
     words = [word.replace("NOWHERE", str(tmp_path / "nowhere")) for word in words]
@@ -123,10 +128,26 @@ def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoints(run, tmp_path):
     assert {path.name for path in (copy / "checkpoints").iterdir()} == {path.name for path in (run / "checkpoints").iterdir()}
 
 
-def test_another_architecture_does_not_resume(run, tmp_path):
+@pytest.mark.parametrize("words", [["--unet", "widths=32,32"], ["--text", "layers=2"], ["--optimizer", "adamw"]])
+def test_a_run_keeps_its_architecture_and_survives_being_asked_for_another(run, tmp_path, words):
     shutil.copytree(run, tmp_path / "copy")
-    done = script("train.py", "--out", tmp_path / "copy", "--resume", "auto", "--max-steps", 8, "--unet", "widths=32,32")
-    assert done.returncode == 2 and "another network" in done.stderr and "Traceback" not in done.stderr
+    done = script("train.py", "--out", tmp_path / "copy", "--resume", "auto", *words)
+    assert done.returncode == 2 and "a run keeps its " + words[0] in done.stderr and "Traceback" not in done.stderr
+    again = script("train.py", "--out", tmp_path / "copy", "--resume", "auto", "--max-steps", 7)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "copy" / "samples" / "step-000007.png").exists()
+
+
+def test_pretrained_parts_are_used_as_they_are(run, tmp_path):
+    model = run / "checkpoints" / "step-000006" / "model"
+    done = script("train.py", "--out", tmp_path / "run", *SMALL, "--vae-weights", model, "--text-weights", model)
+    assert done.returncode == 0, done.stderr
+    new = tmp_path / "run" / "checkpoints" / "step-000006" / "model"
+    for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        one, two = load_file(model / part), load_file(new / part)
+        assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one), part
+    drawn = script("sample.py", "a red fox", "--model", tmp_path / "run", "--no-ema", "--out", tmp_path / "fox.png")
+    assert drawn.returncode == 0, drawn.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -185,11 +206,14 @@ def test_pictures_carry_their_settings(run, tmp_path):
     (["a fox", "--stepz", "3"], "did you mean '--steps'"),
     (["a fox", "--model", "RUN", "--schedule", "karras"], "needs a discrete table"),
     (["a fox", "--model", "RUN", "--num-images", "0"], "at least 1"),
+    (["a fox", "--model", "RUN", "--eta", "0.5"], "--sampler ddim"),
+    (["a fox", "--model", "RUN", "--dtype", "fp8"], "unknown --dtype"),
+    (["a fox", "--model", "RUN", "--out", "fox.jpg"], ".png"),
     (["--from-file", "NOWHERE"], "No such file"),
 ])
 def test_mistakes_at_sample_are_one_line_and_write_nothing(run, tmp_path, words, expected):
     names = {"RUN": str(run), "NOWHERE": str(tmp_path / "nowhere")}
-    done = script("sample.py", *(names.get(word, word) for word in words), "--out", tmp_path / "out")
+    done = script("sample.py", "--out", tmp_path / "out", *(names.get(word, word) for word in words))
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.png"))
 

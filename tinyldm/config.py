@@ -29,7 +29,7 @@ def knob(default: Any, text: str) -> Any:
 class Config:
     preset: str = knob("tiny", "row of settings to start from")
     out: str = knob("", "run folder (default: runs/PRESET)")
-    resume: str = knob("no", "auto: go on from the newest checkpoint in the run folder; or a checkpoint folder; or no")
+    resume: str = knob("no", "auto: go on from the newest checkpoint in the run folder; no: start anew")
     seed: int = knob(0, "every random choice is a function of (seed, step, place in the batch)")
     device: str = knob("auto", "auto, cpu, cuda, mps")
     dtype: str = knob("auto", "autocast: auto (bf16 where the device computes it natively), bf16, fp32")
@@ -49,7 +49,7 @@ class Config:
     vae_kl: float = knob(1e-6, "stage 1: weight of the KL term, in nats per picture")
 
     text: dict = knob({}, "CLIPTextConfig fields, as key=value")
-    text_weights: str = knob("", "pretrained CLIP text encoder; empty: train one along with the network")
+    text_weights: str = knob("", "pretrained CLIP text encoder (a model folder); empty: train one along")
     vocab_size: int = knob(1024, "BPE vocabulary trained on the captions, at most this many ids")
     network: str = knob("unet", "unet or dit")
     unet: dict = knob({}, "UNetConfig fields, as key=value")
@@ -115,7 +115,7 @@ PRESETS: dict[str, dict] = {
         lr=2e-3, muon_lr=2e-3, max_steps=1000),
     "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16), grad_accum=8),
     "5090_week_unet": WEEK | dict(
-        network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), mfu=0.4),
+        network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), max_steps=300_000, mfu=0.4),
 }
 
 
@@ -151,12 +151,23 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     preset = typed.get("preset", "tiny")
     row = lookup(PRESETS, preset, "preset") | {"preset": preset}
     saved = Path(typed.get("out", f"runs/{preset}")) / "config.json"
-    if typed.get("resume", "no") == "no":
+    if lookup({"no": False, "auto": True}, typed.get("resume", "no"), "--resume") is False:
         return row
     if not saved.exists():
         raise ValueError(f"nothing to resume: {saved} is not there; start the run without --resume, or name its folder with --out")
     known = {f.name for f in dataclasses.fields(Config)}
-    return {name: value for name, value in json.loads(saved.read_text()).items() if name in known}
+    row = {name: value for name, value in json.loads(saved.read_text()).items() if name in known}
+    for name in KEPT.intersection(typed):
+        asked = {**row[name], **pairs(name, typed[name])} if isinstance(row[name], dict) else typed[name]
+        if json.loads(json.dumps(asked)) != row[name]:
+            raise ValueError(f"a run keeps its --{name.replace('_', '-')} ({row[name]}): leave it out to resume, "
+                             "or start another run with --out")
+    return row
+
+
+# What weights, optimizer state, word ids and latents hang on: a resumed run cannot change it.
+KEPT = {"seed", "data", "scenes", "resolution", "vae", "vae_weights", "text", "text_weights", "vocab_size", "network",
+        "unet", "dit", "process", "shift", "prediction", "optimizer"}
 
 
 def pairs(name: str, words: list[str]) -> dict[str, Any]:
@@ -175,10 +186,16 @@ def pairs(name: str, words: list[str]) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Numbers that cannot work, refused before anything is written."""
-    for name in ("max_steps", "batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every",
-                 "scenes", "sample_steps", "vae_batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    least = dict.fromkeys(("max_steps", "batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every",
+                           "scenes", "sample_steps", "vae_batch_size"), 1)
+    least |= dict.fromkeys(("seed", "vae_crop", "vae_kl", "warmup_steps", "sample_every", "weight_decay", "min_snr_gamma"), 0)
+    least["vae_steps"] = 0 if config.vae_weights else 1
+    for name, smallest in least.items():
+        if not smallest <= getattr(config, name) < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {smallest}")
+    for name in ("lr", "muon_lr", "vae_lr", "vae_muon_lr", "grad_clip", "shift", "times_scale"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be a positive number")
     for name in ("caption_dropout", "decay", "ema_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must lie between 0 and 1")

@@ -7,11 +7,14 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from tinyldm.lookup import lookup
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """auto: CUDA, else Apple's MPS, else the CPU. ValueError where the one asked for is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    lookup(dict.fromkeys(("auto", "cpu", "cuda", "mps")), name.partition(":")[0], "--device")
     device = torch.device(name)
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
     if not there():
@@ -31,6 +34,7 @@ def native_bf16(device: torch.device) -> bool:
 
 def autocast(device: torch.device, dtype: str = "auto") -> AbstractContextManager:
     """bf16 autocast where it is native (auto), always (bf16) or never (fp32)."""
+    lookup(dict.fromkeys(("auto", "bf16", "fp32")), dtype, "--dtype")
     enabled = native_bf16(device) if dtype == "auto" else dtype == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=True)
 

@@ -36,7 +36,7 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path:
     trained = [last for last in checkpoint.names(folder) if (last / "model").is_dir()]
     if not trained:
         what = "has no checkpoint of its network yet" if (folder / "config.json").exists() else "is neither a run nor a model folder"
-        raise ValueError(f"{folder} {what}: name a folder that train.py wrote, or leave it out to use the newest finished run")
+        raise ValueError(f"{folder} {what}: name a folder that train.py wrote")
     return trained[-1] / "model"
 
 

@@ -1,7 +1,8 @@
 """Cached latents: every picture encoded once, its caption beside it, in an order that is a pure function.
 
 A cache is a folder: latents.npy (float16, standardised, memory-mapped), captions.json, index.json. The index
-holds a fingerprint of all that the latents depend on; a cache that does not match is made anew.
+holds a fingerprint of the VAE's weights, the source's name and the picture size; a cache that does not match is made
+anew. (Pictures that change under the same name are not noticed.)
 """
 
 from __future__ import annotations

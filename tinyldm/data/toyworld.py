@@ -1,7 +1,7 @@
 """toyworld: captioned scenes drawn by the library itself, for training without a download.
 
 A scene is one subject of one colour before one background, in one of three sizes and three
-places: 16 x 8 x 5 x 3 x 3 = 5,760 combinations, each with endless small variations. Scene i is
+places: 12 x 8 x 5 x 3 x 3 = 4,320 combinations, each with endless small variations. Scene i is
 a pure function of (i, seed, split), so the set is infinite, needs no files, and any rank or
 restart sees the same pictures. A tenth of the (colour, subject) pairs is never trained on:
 `split="held_out"` shows whether a model composes what it knows.

@@ -5,7 +5,7 @@ all blocks, and each block adds a small table of its own. On top of it: RMSNorm 
 (arXiv:1910.07467), normalised queries and keys (arXiv:2302.05442, Sec. 2), and rotary positions
 (arXiv:2104.09864) over rows and columns, so that no table of positions ties the network to one size.
 Output gates and the last layer start at zero (arXiv:2212.09748, Sec. 3.2: adaLN-Zero): at first the blocks
-do nothing and the output is zero. The default config has 279M parameters.
+do nothing and the output is zero. The default config has 278M parameters.
 """
 
 from __future__ import annotations

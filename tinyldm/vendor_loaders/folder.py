@@ -189,8 +189,10 @@ def load_vae(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
 
 
 def load_text(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> CLIPText:
-    """Read a CLIP text encoder from its part folder; eval mode, without gradients."""
-    return _load_part(Path(path), CLIPText).to(device, dtype)
+    """Read a CLIP text encoder from its part folder or from the model folder around it; eval mode, without gradients."""
+    path = Path(path)
+    inside = (path / "text_encoder" / "config.json").exists()
+    return _load_part(path / "text_encoder" if inside else path, CLIPText).to(device, dtype)
 
 
 def write_part(path: str | Path, module: nn.Module, state_dict: StateDict | None = None) -> None:
