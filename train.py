@@ -262,7 +262,8 @@ def process_options(config: Config) -> dict[str, float]:
 
 def sample_grid(config: Config, model: Model, ema: EMA, run: Path, step: int, captions: list[str]) -> None:
     """A picture of fixed prompts from fixed seeds: comparable between steps and between runs."""
-    known = toyworld.PROMPTS if config.data == "toyworld" else list(dict.fromkeys(captions))[:8]
+    distinct = list(dict.fromkeys(captions))
+    known = toyworld.PROMPTS if config.data == "toyworld" else distinct[:: -(-len(distinct) // 8)]     # spread over all
     prompts = config.sample_prompts.split("|") if config.sample_prompts else known
     repeated = [prompt for prompt in prompts for _ in range(2)]
     model.net.eval(), model.text.eval()

@@ -105,7 +105,7 @@ def test_a_run_folder_is_not_overwritten(run):
     (["--vae-weights", "stabilityai/sd-vae-ft-mse"], "--dry-run"),
     (["--data", "NOWHERE"], "no such folder"),
     (["--device", "cuda"], "--device cpu"),
-    (["--device", "tpu"], "unknown --device"),
+    (["--device", "tpu"], "unknown device"),
     (["--prediction", "eps"], "eps"),
     (["--shift", "-1"], "must be a positive number"),
     (["--vae-crop", "9"], "not a multiple of"),
