@@ -83,7 +83,7 @@ class Config:
     sample_prompts: str = knob("", "prompts of the sample grid, separated by | (default: toyworld's own, else captions of the data)")
     sampler: str = knob("dpmpp_2m", "sampler of the grids, and the model's default")
     sample_steps: int = knob(20, "its steps")
-    cfg: float = knob(3.0, "its guidance scale")
+    cfg: float = knob(4.5, "its guidance scale")
 
     hours: dict = knob({}, "dry run: hours of the budget by use (encode, 256, 512, rest)")
     pictures: int = knob(0, "dry run: pictures in the data set the preset is made for")
