@@ -84,7 +84,8 @@ class Attention(nn.Module):
         context = x if context is None else context
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # [b, heads, n, d/heads]
         q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
-        q, k = self.q_norm(q), self.k_norm(k)
+        if isinstance(self.q_norm, nn.RMSNorm):
+            q, k = (norm(y.to(norm.weight.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))  # from bf16
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if mask is not None:
