@@ -1,46 +1,56 @@
 """Whole sampling runs against diffusers' schedulers, live, on a toy network: float32-rounding parity.
 
-Where this library does something else on purpose, and why (each has a test at the end or a remedy here):
+The scheduler's config, as diffusers saves it, goes through `sampling`; what that says is run, noise included, and
+compared. Where this library does something else on purpose, and why:
 
-  DDIM steps        DDIMScheduler steps from t to t - T // n instead of to the next time of its own list. The two
-                    agree for leading, and for trailing when n divides T; otherwise ours follows the list.
-  Heun's coordinate HeunDiscreteScheduler works in x / alpha, which is lost near alpha = 0; ours works on the
-                    straight line, which is more accurate and is FlowMatchHeun for flow. `scale=` gives theirs.
-  Karras ends       Euler and Heun take them from the spaced times (so leading and trailing narrow the range),
-                    DPM-Solver++ from the table. Ours: the table, or sigma_min= and sigma_max=.
-  Karras times      DPM-Solver++ rounds the time that the network is told; Euler, Heun and ours do not.
-                    Remedy: [level._replace(t=round(level.t)) for level in levels].
-  DPM-Solver++      spreads n + 1 times and drops the last in leading and linspace; here drop_last=True.
-  Flow to the end   FlowMatchEuler stops at t = 0.001 before 0 (schedule "flow_match"); "normal" is the plain i / n.
-  Trailing times    numpy's arange accumulates rounding: for n = 61, 103, 121, ... theirs has an n + 1st time of -1, for
-                    n = 48, 96, 112, ... it rounds a half the wrong way. Ours has n times, halves to even.
-  One step          with linspace theirs is numpy's linspace(0, 999, 1) = [0], ours starts from the noisiest level.
+  DDIM, PNDM steps  theirs step from t to t - T // n instead of to the next time of their own list. The two agree for
+                    leading, and for trailing when n divides T; otherwise ours follows the list.
+  One step          with linspace theirs is numpy's linspace(0, 999, 1) = [0], a step from almost clean data; ours
+                    starts from the noisiest level. (DPM-Solver++ and UniPC spread one time more and do as ours.)
+  Trailing times    numpy's arange accumulates rounding: for n = 61, 103, 121, ... theirs has an n + 1st time of -1,
+                    for n = 48, 96, 112, ... it rounds a half the wrong way. Ours has n times, halves to even.
   Strength          theirs rounds 50 * 0.58 down to 28, ours to 29.
+  Clipping          where a config does not say clip_sample, DDIM, DDPM made from it clip x0 to [-1, 1]; ours never.
+  Variants          a sampler asked for by name is that sampler: solver_order, solver_type, algorithm_type and PNDM's
+                    Runge-Kutta start (also the default of a PNDM config without skip_prk_steps) are not taken over.
+  Zero SNR          Heun, LMS and PNDM made from a config with rescale_betas_zero_snr ignore it and sample on another
+                    curve than the network's. Ours run on the right one, in coordinates that stay finite at alpha = 0.
+  Flow              a config of a flow means its own times for every sampler. Theirs knows flows in FlowMatchEuler,
+                    FlowMatchHeun, DPM-Solver++ and UniPC alone; other classes take them for Stable Diffusion's curve.
+  Karras by name    on DDIM, DDPM, PNDM (table's ends) and Euler a (ends of its times), which have no such times there.
+  Equal times       theirs find the first step by its time and take the second of two equal ones: Karras times of the
+                    cosine table, rounded or cut, and flow times of several hundred steps skip a step or crash.
+  Rounding          their tables are float32: 1 - alpha_bar has lost 4 digits at t = 0 of "linear" and of its Karras
+                    ends, and the end of "cosine" more. Euler, Euler a, Heun and LMS hold x / alpha in float32, PNDM
+                    divides by alpha: near alpha = 0 they lose up to 4 digits (1e-2 with Heun from the end of cosine).
+
+By default (not through `sampling`) two samplers and a grid differ too: `heun` and `lms` work on the straight line
+(scale=signal is theirs), and "karras" takes its ends from the table (ends=) and tells the network unrounded times
+(rounded=True).
 """
 
-import numpy as np
+import json
+
 import pytest
 
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.guidance import denoiser
-from tinyldm.diffusion.process import Level, make_process
-from tinyldm.diffusion.samplers import (
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    euler,
-    final,
-    heun,
-    initial_noise,
-    make_generators,
-)
+from tinyldm.diffusion.process import make_process
+from tinyldm.diffusion.samplers import ddim, final, find_sampler, heun, initial_noise, make_generators
+from tinyldm.vendor_loaders.scheduler import PREDICTION_TYPES, PUBLISHED, from_config, sampling, to_config
 
 diffusers = pytest.importorskip("diffusers")
 
 SD = make_process("scaled_linear")
 SD_CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-KINDS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+SPACINGS = ("leading", "trailing", "linspace")
 SEEDS = [11, 12]
+NEEDED = {  # without which theirs does something that is refused here
+    "ddim": {"clip_sample": False},
+    "ddpm": {"clip_sample": False},
+    "pndm": {"skip_prk_steps": True},
+}
+KARRAS = [name for name, published in PUBLISHED.items() if published.karras]
 
 
 def start():
@@ -48,159 +58,200 @@ def start():
     return initial_noise((4, 5, 5), generators), generators
 
 
-def theirs(scheduler, net, steps, x, generators=None, **options):
+def theirs(scheduler, net, steps, **options):
     """The loop of a diffusers pipeline."""
     scheduler.set_timesteps(steps)
-    takes_seeds = "generator" in scheduler.step.__code__.co_varnames
+    x, generators = start()
+    x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+    seeds = {"generator": generators} if "generator" in scheduler.step.__code__.co_varnames else {}
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        out = net(scaled, t.expand(len(x)))
-        seeds = {"generator": generators} if takes_seeds and generators else {}
-        x = scheduler.step(out, t, x, **seeds, **options).prev_sample
+        x = scheduler.step(net(scaled, t.expand(len(x))), t, x, **seeds, **options).prev_sample
     return x
 
 
-def close(ours, reference, tolerance=1e-5):
+def ours(config, net, steps, sampler=None, schedule=None):
+    """The loop of sample.py."""
+    process, prediction = from_config(config)
+    found = sampling(config, sampler, schedule)
+    levels = grid(process, steps, found.schedule, **found.grid)
+    x, generators = start()
+    x = x * (levels[0].sigma if found.start_at_sigma else 1.0)
+    denoise = denoiser(net, None, prediction)
+    return final(find_sampler(found.sampler)(denoise, x, levels, generators=generators, **found.options))
+
+
+def close(found, reference, tolerance=1e-5):
     """Relative to the size of the image: errors of float32, not of the method."""
-    error = ((ours - reference).abs().max() / reference.abs().max()).item()
+    error = ((found - reference).abs().max() / reference.abs().max()).item()
     assert error < tolerance, f"relative difference {error:.1e}"
 
 
-@pytest.mark.parametrize("one", [True, False], ids=["alpha_to_one", "first_alpha"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("spacing, offset, steps", [("leading", 1, 30), ("leading", 0, 20), ("trailing", 0, 20)])
-def test_ddim(spacing, offset, steps, kind, one, toy_network):
-    scheduler = diffusers.DDIMScheduler(
-        **SD_CONFIG,
-        clip_sample=False,
-        set_alpha_to_one=one,
-        timestep_spacing=spacing,
-        steps_offset=offset,
-        prediction_type=KINDS[kind],
+def saved(scheduler):
+    return json.loads(scheduler.to_json_string())
+
+
+def make(name, **fields):
+    return getattr(diffusers, PUBLISHED[name].name)(**SD_CONFIG | NEEDED.get(name, {}) | fields)
+
+
+def agrees(scheduler, net, steps, *names, config=None):
+    close(ours(config or saved(scheduler), net, steps, *names), theirs(scheduler, net, steps))
+
+
+def strays(name, spacing, steps):
+    """Whether theirs leaves its own list of times, or starts from its wrong end: see above."""
+    if name in ("ddim", "pndm") and (spacing == "linspace" or spacing == "trailing" and 1000 % steps):
+        return True
+    return spacing == "linspace" and steps == 1 and not PUBLISHED[name].drop_last
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_saved_config_is_drawn_as_its_scheduler_draws(name, spacing, kind, toy_network):
+    scheduler = make(name, timestep_spacing=spacing, steps_offset=1, prediction_type=PREDICTION_TYPES[kind])
+    assert sampling(saved(scheduler)).sampler == name
+    for steps in (1, 2, 5, 20, 30):
+        if not strays(name, spacing, steps):
+            agrees(scheduler, toy_network, steps)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", KARRAS)
+def test_a_saved_config_with_karras_sigmas(name, spacing, kind, toy_network):
+    fields = {"timestep_spacing": spacing, "steps_offset": 1, "prediction_type": PREDICTION_TYPES[kind]}
+    scheduler = make(name, use_karras_sigmas=True, **fields)
+    for steps in (1, 2, 5, 20):
+        if not strays(name, spacing, steps):
+            agrees(scheduler, toy_network, steps)
+    agrees(scheduler, toy_network, 20, None, "karras", config=saved(make(name, **fields)))  # asked for by name
+
+
+@pytest.mark.parametrize("name", [name for name, published in PUBLISHED.items() if "x0" in published.predictions])
+def test_a_network_that_predicts_x0(name, toy_network):
+    agrees(make(name, timestep_spacing="trailing", prediction_type="sample"), toy_network, 20)
+
+
+@pytest.mark.parametrize(
+    "curve, name",
+    [("linear", name) for name in PUBLISHED]
+    + [("squaredcos_cap_v2", name) for name in ("ddim", "ddpm", "dpmpp_2m", "unipc")],
+)
+def test_other_curves(curve, name, toy_network):
+    fields = {"beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "v_prediction"}
+    agrees(make(name, beta_schedule=curve, timestep_spacing="trailing", **fields), toy_network, 10)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", [name for name, published in PUBLISHED.items() if published.zero_snr])
+def test_zero_terminal_snr(name, spacing, toy_network):
+    """At 20 steps: at 2 theirs feel the rounding of x / alpha, which is 4096 at first."""
+    fields = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": spacing}
+    if not strays(name, spacing, 20):
+        agrees(make(name, **fields), toy_network, 20)
+    if name in KARRAS:
+        agrees(make(name, use_karras_sigmas=True, **fields), toy_network, 20)
+
+
+FIELDS = [  # fields of some schedulers
+    ("ddim", {"set_alpha_to_one": False, "steps_offset": 1}),
+    ("pndm", {"set_alpha_to_one": True}),
+    ("euler", {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 10.0}),
+    ("unipc", {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 10.0}),
+    ("dpmpp_2m", {"solver_order": 1}),
+    *[(name, {"final_sigmas_type": "sigma_min", "timestep_spacing": spacing})
+      for name in ("dpmpp_2m", "unipc") for spacing in SPACINGS],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, fields", FIELDS)
+def test_a_field_that_changes_the_picture(name, fields, toy_network):
+    for steps in (14, 15):  # dpmpp_2m: the last of fewer than 15 is of first order
+        agrees(make(name, **fields), toy_network, steps)
+
+
+SD15 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+        "trained_betas": None, "clip_sample": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_sampler_by_name_on_the_published_config_of_stable_diffusion(name, toy_network):
+    """As the class made from_config draws: spacing is that class's default, the rest is the config's."""
+    scheduler = getattr(diffusers, PUBLISHED[name].name)
+    agrees(scheduler.from_config(SD15), toy_network, 17, name, config=SD15)
+    trailing = scheduler.from_config(SD15, timestep_spacing="trailing")
+    agrees(trailing, toy_network, 20, name, "trailing", config=SD15)
+    if name in KARRAS:
+        agrees(scheduler.from_config(SD15, use_karras_sigmas=True), toy_network, 17, name, "karras", config=SD15)
+
+
+@pytest.mark.parametrize("source", PUBLISHED)
+def test_every_sampler_by_name_on_every_saved_config(source, toy_network):
+    config = saved(make(source, timestep_spacing="leading", steps_offset=1))
+    for name, published in PUBLISHED.items():
+        scheduler = getattr(diffusers, published.name).from_config(config, **NEEDED.get(name, {}))
+        agrees(scheduler, toy_network, 9, name, config=config)
+
+
+FLOWS = {
+    "FlowMatchEuler": lambda shift: diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
+    **{f"{name} {order}": lambda shift, name=name, order=order: getattr(diffusers, PUBLISHED[name].name)(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=order)
+       for name, order in (("dpmpp_2m", 1), ("dpmpp_2m", 2), ("unipc", 2))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows(name, shift, toy_network):
+    for steps in (1, 2, 5, 9, 20):
+        agrees(FLOWS[name](shift), toy_network, steps)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_heun_on_a_flow_is_flow_match_heun(shift, toy_network):
+    """Not a scheduler that `sampling` reads, but the same grid and our own coordinate."""
+    scheduler, flow = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift), make_process("flow", shift=shift)
+    found = final(heun(denoiser(toy_network, None, "flow"), start()[0], grid(flow, 9, "flow_match")))
+    close(found, theirs(scheduler, toy_network, 9))
+
+
+# Not cosine with the samplers of k-diffusion and pndm, for rounding (see above).
+EXPORTED = [
+    (process, options, prediction, name)
+    for process, options, predictions in (
+        ("scaled_linear", {}, ("eps", "x0", "v")),
+        ("scaled_linear", {"zero_snr": True}, ("x0", "v")),
+        ("linear", {"steps": 500}, ("v",)),
+        ("cosine", {}, ("v",)),
+        ("flow", {"shift": 2.0}, ("flow",)),
     )
-    options = {"offset": offset} if spacing == "leading" else {}
-    levels = grid(SD, steps, spacing, set_alpha_to_one=one, **options)
-    x, _ = start()
-    close(final(ddim(denoiser(toy_network, None, kind), x, levels)), theirs(scheduler, toy_network, steps, x))
+    for prediction in predictions
+    for name in (("ddim", "ddpm", "dpmpp_2m", "unipc") if process == "cosine" else PUBLISHED)
+]
 
 
-DDPM_GRIDS = [("scaled_linear", "leading"), ("linear", "trailing"), ("cosine", "linspace")]
+@pytest.mark.parametrize("process, options, prediction, name", EXPORTED)
+def test_diffusers_draws_from_an_exported_config_what_is_drawn_here(process, options, prediction, name, toy_network):
+    config = to_config(process, options, prediction, "unet", name)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    agrees(scheduler, toy_network, 20, config=config)
+    kept = {"zero_snr", "shift"} & set(options) or prediction == "x0"  # where another class may have to stand in
+    assert sampling(config).sampler == name or kept
 
 
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_ddim_with_noise(eta, toy_network):
-    scheduler = diffusers.DDIMScheduler(**SD_CONFIG, clip_sample=False, timestep_spacing="trailing")
+    scheduler = make("ddim", timestep_spacing="trailing")
     x, generators = start()
-    ours = final(ddim(denoiser(toy_network, None, "eps"), x, grid(SD, 20), eta=eta, generators=generators))
-    x, generators = start()
-    close(ours, theirs(scheduler, toy_network, 20, x, generators, eta=eta))
+    found = final(ddim(denoiser(toy_network, None, "eps"), x, grid(SD, 20), eta=eta, generators=generators))
+    close(found, theirs(scheduler, toy_network, 20, eta=eta))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name, spacing", DDPM_GRIDS)
-def test_ddpm(name, spacing, kind, toy_network):
-    ends = {"scaled_linear": (0.00085, 0.012), "linear": (1e-4, 0.02), "cosine": (1e-4, 0.02)}[name]
-    scheduler = diffusers.DDPMScheduler(
-        beta_schedule="squaredcos_cap_v2" if name == "cosine" else name,
-        beta_start=ends[0],
-        beta_end=ends[1],
-        clip_sample=False,
-        timestep_spacing=spacing,
-        prediction_type=KINDS[kind],
-    )
-    net = toy_network
-    x, generators = start()
-    levels = grid(make_process(name), 20, spacing)
-    ours = final(ddpm(denoiser(net, None, kind), x, levels, generators=generators))
-    x, generators = start()
-    close(ours, theirs(scheduler, net, 20, x, generators))
-
-
-EULER_GRIDS = [("leading", False), ("trailing", False), ("linspace", False), ("linspace", True)]
-
-
-def euler_start(levels, spacing):
-    """Theirs starts from sigma eps in this picture, except for leading, where it starts from eps."""
-    x, _ = start()
-    return x if spacing == "leading" else levels[0].sigma * x
-
-
-@pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("spacing, karras", EULER_GRIDS)
-def test_euler(spacing, karras, kind, toy_network):
-    scheduler = diffusers.EulerDiscreteScheduler(
-        **SD_CONFIG, timestep_spacing=spacing, use_karras_sigmas=karras, prediction_type=KINDS[kind]
-    )
-    levels = grid(SD, 17, "karras" if karras else "linspace_unrounded" if spacing == "linspace" else spacing)
-    ours = final(euler(denoiser(toy_network, None, kind), euler_start(levels, spacing), levels))
-    scheduler.set_timesteps(17)
-    close(ours, theirs(scheduler, toy_network, 17, start()[0] * scheduler.init_noise_sigma))
-
-
-@pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("spacing, karras", EULER_GRIDS)
-def test_heun_in_the_coordinate_of_diffusers(spacing, karras, kind, toy_network):
-    scheduler = diffusers.HeunDiscreteScheduler(
-        **SD_CONFIG, timestep_spacing=spacing, use_karras_sigmas=karras, prediction_type=KINDS[kind]
-    )
-    levels = grid(SD, 17, "karras" if karras else "linspace_unrounded" if spacing == "linspace" else spacing)
-    denoise = denoiser(toy_network, None, kind)
-    ours = final(heun(denoise, euler_start(levels, spacing), levels, scale=lambda level: level.alpha))
-    scheduler.set_timesteps(17)
-    close(ours, theirs(scheduler, toy_network, 17, start()[0] * scheduler.init_noise_sigma))
-
-
-@pytest.mark.parametrize("steps", [9, 20])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("schedule", ["leading", "trailing", "linspace", "karras"])
-def test_dpmpp_2m(schedule, kind, steps, toy_network):
-    karras = schedule == "karras"
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        **SD_CONFIG,
-        timestep_spacing="linspace" if karras else schedule,
-        use_karras_sigmas=karras,
-        prediction_type=KINDS[kind],
-    )
-    levels = grid(SD, steps, schedule, drop_last=schedule in ("leading", "linspace"))
-    if karras:
-        levels = [level._replace(t=round(level.t)) for level in levels]
-    x, _ = start()
-    close(final(dpmpp_2m(denoiser(toy_network, None, kind), x, levels)), theirs(scheduler, toy_network, steps, x))
-
-
-@pytest.mark.parametrize("steps", [14, 15])  # the last of fewer than 15 is of first order
-def test_dpmpp_2m_that_ends_at_the_first_entry(steps, toy_network):
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        **SD_CONFIG, timestep_spacing="trailing", final_sigmas_type="sigma_min"
-    )
-    x, _ = start()
-    ours = final(dpmpp_2m(denoiser(toy_network, None, "eps"), x, grid(SD, steps, set_alpha_to_one=False)))
-    close(ours, theirs(scheduler, toy_network, steps, x))
-
-
-@pytest.mark.parametrize("steps", [1, 9, 20])
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("order", ["Euler", "Heun"])
-def test_flow_match(order, shift, steps, toy_network):
-    scheduler = getattr(diffusers, f"FlowMatch{order}DiscreteScheduler")(shift=shift)
-    levels = grid(make_process("flow", shift=shift), steps, "flow_match")
-    sampler = {"Euler": euler, "Heun": heun}[order]
-    x, _ = start()
-    close(final(sampler(denoiser(toy_network, None, "flow"), x, levels)), theirs(scheduler, toy_network, steps, x))
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("steps", [9, 20])
-def test_dpmpp_2m_on_flow_levels(steps, shift, toy_network):
-    """DPM-Solver++ spreads 0.999 i / n before the shift and tells the network whole times, cut off."""
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
-    times = (1 - np.linspace(1, 0.001, steps + 1))[::-1].tolist()  # their arithmetic: the cut feels its rounding
-    sigmas = [shift * t / (1 + (shift - 1) * t) for t in times]
-    levels = [Level(float(int(1000 * sigma)), 1 - sigma, sigma) for sigma in sigmas]
-    x, _ = start()
-    close(final(dpmpp_2m(denoiser(toy_network, None, "flow"), x, levels)), theirs(scheduler, toy_network, steps, x))
+# ---- differences
 
 
 def times(scheduler, steps):
@@ -208,47 +259,33 @@ def times(scheduler, steps):
     return scheduler.timesteps.tolist()
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_times_are_theirs_for_many_step_counts(spacing):
     offset = {"offset": 1} if spacing == "leading" else {}
     off_by_rounding = {48, 61, 96, 103, 112, 121, 122, 144, 176, 192} if spacing == "trailing" else {1}
     config = SD_CONFIG | {"timestep_spacing": spacing, "steps_offset": 1}
     for steps in set(range(1, 200)) - off_by_rounding:
-        ours = [level.t for level in grid(SD, steps, spacing, **offset)[:-1]]
-        assert ours == times(diffusers.DDIMScheduler(**config), steps), steps
-        ours = [level.t for level in grid(SD, steps, spacing, drop_last=spacing != "trailing", **offset)[:-1]]
-        assert ours == times(diffusers.DPMSolverMultistepScheduler(**config), steps), steps
+        found = [level.t for level in grid(SD, steps, spacing, **offset)[:-1]]
+        assert found == times(diffusers.DDIMScheduler(**config), steps), steps
+        found = [level.t for level in grid(SD, steps, spacing, drop_last=spacing != "trailing", **offset)[:-1]]
+        assert found == times(diffusers.DPMSolverMultistepScheduler(**config), steps), steps
 
 
-# ------------------------------------------------------------------------------------------- where ours differs
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+def test_ddim_and_pndm_follow_their_own_list_where_diffusers_does_not(name, toy_network):
+    """30 does not divide 1000: a step of diffusers lands beside the next time of its list."""
+    scheduler = make(name, timestep_spacing="trailing", set_alpha_to_one=True)
+    reference = theirs(scheduler, toy_network, 30)
+    assert (ours(saved(scheduler), toy_network, 30) - reference).abs().max() / reference.abs().max() > 1e-3
 
 
-def test_ddim_follows_its_own_list_where_diffusers_does_not(toy_network):
-    """30 does not divide 1000: a DDIM step of diffusers lands beside the next time of its list."""
-    scheduler = diffusers.DDIMScheduler(**SD_CONFIG, clip_sample=False, timestep_spacing="trailing")
-    x, _ = start()
-    ours = final(ddim(denoiser(toy_network, None, "eps"), x, grid(SD, 30)))
-    other = theirs(scheduler, toy_network, 30, x)
-    assert (ours - other).abs().max() / other.abs().max() > 1e-3
-    honest = diffusers.EulerDiscreteScheduler(**SD_CONFIG, timestep_spacing="trailing")  # the same step, honest times
-    honest.set_timesteps(30)
-    levels = grid(SD, 30)
-    ours = final(ddim(denoiser(toy_network, None, "eps"), levels[0].sigma * x, levels))
-    close(ours, theirs(honest, toy_network, 30, x * honest.init_noise_sigma))
-
-
-def test_karras_takes_the_ends_of_the_spaced_times_when_told(toy_network):
-    scheduler = diffusers.EulerDiscreteScheduler(**SD_CONFIG, timestep_spacing="trailing", use_karras_sigmas=True)
-    scheduler.set_timesteps(17)
-    spaced = grid(SD, 17, "trailing")
-    ends = {"sigma_max": spaced[0].sigma / spaced[0].alpha, "sigma_min": spaced[-2].sigma / spaced[-2].alpha}
-    levels = grid(SD, 17, "karras", **ends)
-    ours = final(euler(denoiser(toy_network, None, "eps"), levels[0].sigma * start()[0], levels))
-    close(ours, theirs(scheduler, toy_network, 17, start()[0] * scheduler.init_noise_sigma))
+def test_ddim_on_its_list_is_euler_of_diffusers_which_keeps_to_it(toy_network):
+    honest, levels = make("euler", timestep_spacing="trailing"), grid(SD, 30)
+    found = final(ddim(denoiser(toy_network, None, "eps"), levels[0].sigma * start()[0], levels))
+    close(found, theirs(honest, toy_network, 30))
 
 
 def test_trailing_never_reaches_a_negative_time():
     scheduler = diffusers.DDIMScheduler(**SD_CONFIG, timestep_spacing="trailing")
     assert times(scheduler, 61)[-1] == -1 and len(times(scheduler, 61)) == 62
-    ours = [level.t for level in grid(SD, 61, "trailing")[:-1]]
-    assert ours == times(scheduler, 61)[:-1]
+    assert [level.t for level in grid(SD, 61, "trailing")[:-1]] == times(scheduler, 61)[:-1]

@@ -15,7 +15,8 @@ def times(*args, **options):
 
 
 def fits(name, schedule):
-    return schedule in (("normal", "trailing", "flow_match") if name == "flow" else set(SCHEDULES) - {"flow_match"})
+    on_flows = {"flow_match", "flow_sigmas"}
+    return schedule in ({"normal", "trailing"} | on_flows if name == "flow" else set(SCHEDULES) - on_flows)
 
 
 PAIRS = [(name, schedule) for name in PROCESSES for schedule in SCHEDULES if fits(name, schedule)]
@@ -91,6 +92,35 @@ def test_karras_ends_and_exponent_can_be_chosen():
     assert ratios[2] == pytest.approx(((80 ** (1 / 3) + 0.1 ** (1 / 3)) / 2) ** 3)
 
 
+def test_karras_takes_the_ends_of_another_schedule_and_rounds_its_times_when_told():
+    spaced = grid(SD, 7, "leading", offset=1)
+    levels = grid(SD, 7, "karras", ends="leading", offset=1)
+    for level, end in ((levels[0], spaced[0]), (levels[-2], spaced[-2])):
+        assert level == pytest.approx(end)
+    exact = grid(SD, 7, "karras")
+    assert grid(SD, 7, "karras", rounded=True) == [level._replace(t=round(level.t)) for level in exact]
+
+
+def test_flow_sigmas_tell_the_network_whole_times_and_start_beside_or_at_pure_noise():
+    flow = make_process("flow")
+    levels = grid(flow, 4, "flow_sigmas")
+    assert [level.sigma for level in levels] == pytest.approx([0.999, 0.74925, 0.4995, 0.24975, 0])
+    assert [level.t for level in levels] == [999, 749, 499, 249, 0]
+    levels = grid(flow, 4, "flow_sigmas", from_noise=True)
+    assert [level.sigma for level in levels] == pytest.approx([1, 0.75025, 0.5005, 0.25075, 0])
+    assert [level.t for level in levels] == [999, 750, 500, 250, 0]
+
+
+def test_an_alpha_floor_stands_for_zero_and_touches_nothing_else():
+    for process in (make_process("scaled_linear", zero_snr=True), make_process("flow")):
+        plain, lifted = grid(process, 6), grid(process, 6, alpha_floor=2**-12)
+        assert plain[0].alpha == 0 and lifted[0].alpha == 2**-12 and lifted[1:] == plain[1:]
+    zero = make_process("scaled_linear", zero_snr=True)
+    with pytest.raises(ValueError, match="pass sigma_max"):
+        grid(zero, 6, "karras")
+    assert grid(zero, 6, "karras", alpha_floor=2**-12)[0].alpha == pytest.approx(2**-12)
+
+
 def test_strength_keeps_the_end_of_the_grid():
     whole = grid(SD, 20)
     assert grid(SD, 20, strength=0.6) == whole[-13:]
@@ -112,8 +142,9 @@ def test_what_does_not_fit_is_refused_with_what_does():
     for schedule in ("leading", "linspace", "linspace_unrounded", "karras"):
         with pytest.raises(ValueError, match="needs a discrete table: use 'normal'"):
             grid(flow, 10, schedule)
-    with pytest.raises(ValueError, match="for process 'flow'"):
-        grid(SD, 10, "flow_match")
+    for schedule in ("flow_match", "flow_sigmas"):
+        with pytest.raises(ValueError, match="for process 'flow'"):
+            grid(SD, 10, schedule)
     for steps in (0, -1, 1001):
         with pytest.raises(ValueError, match="use 1 to 1000"):
             grid(SD, steps)

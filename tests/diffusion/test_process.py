@@ -22,6 +22,18 @@ def test_tables_are_the_published_ones(name, schedule, ends):
     torch.testing.assert_close((make_process(name).alpha ** 2).float(), theirs, rtol=3e-5, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine"])
+def test_zero_snr_ends_at_pure_noise_starts_where_it_started_and_is_the_published_rescaling(name):
+    module = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
+    plain, table = make_process(name), make_process(name, zero_snr=True)
+    assert (table.alpha[-1], table.sigma[-1]) == (0, 1)
+    assert table.alpha[0].item() == pytest.approx(plain.alpha[0].item(), rel=1e-12)
+    alpha_bar = plain.alpha**2
+    betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    theirs = (1 - module.rescale_zero_terminal_snr(betas)).cumprod(0)  # in float64, as ours
+    torch.testing.assert_close(table.alpha**2, theirs, rtol=1e-9, atol=1e-15)
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 def test_noise_rises_and_signal_falls_along_every_process(name):
     level = make_process(name)(TIMES)

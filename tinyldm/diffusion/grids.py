@@ -7,11 +7,11 @@ mix at the first level:
     levels = grid(process, 30, strength=0.6)
     x = levels[0].alpha * x0 + levels[0].sigma * eps
 
-How published schedulers map onto it (T = 1000 training steps):
-  DDIM, DDPM, PNDM   leading (offset=1 for Stable Diffusion), trailing, linspace
-  Euler, Heun        leading, trailing, linspace_unrounded, karras
-  DPM-Solver++       trailing; leading and linspace with drop_last=True; karras with the times rounded
-  FlowMatchEuler     flow_match
+How published schedulers map onto it (T = 1000 training steps; vendor_loaders/scheduler.py reads it from a config):
+  DDIM, DDPM, PNDM           leading (offset=1 for Stable Diffusion), trailing, linspace
+  Euler, Euler a, Heun, LMS  leading, trailing, linspace_unrounded, karras with ends= one of these
+  DPM-Solver++, UniPC        trailing; leading and linspace with drop_last=True; karras with rounded=True; flow_sigmas
+  FlowMatchEuler             flow_match
 
 References
   Leading, trailing, linspace: arXiv:2305.08891, Table 2.  Karras: arXiv:2206.00364, Eq. 5.
@@ -20,6 +20,7 @@ References
 import math
 from bisect import bisect_right
 
+import numpy as np
 import torch
 
 from tinyldm.diffusion.process import CLEAN, Discrete, Flow, Level, Process, check_options
@@ -34,6 +35,7 @@ def grid(
     strength: float = 1.0,
     drop_last: bool = False,
     set_alpha_to_one: bool = True,
+    alpha_floor: float = 0.0,
     **options,
 ) -> list[Level]:
     """The levels of `steps` sampling steps: steps + 1 of them, falling in noise, ending at clean data.
@@ -42,7 +44,9 @@ def grid(
     strength          in (0, 1]: keep only the last int(steps * strength) steps, for image to image
     drop_last         spread steps + 1 levels and skip the least noisy, as DPM-Solver++ does in diffusers
     set_alpha_to_one  False: end at the first entry of a discrete table instead of at clean data
-    options           offset (leading); rho, sigma_min, sigma_max (karras)
+    alpha_floor       stands for alpha where it is 0: 2**-12 in diffusers' schedulers that divide by it
+    options           offset (leading); rho, sigma_min, sigma_max, ends, offset, rounded (karras);
+                      from_noise (flow_sigmas)
 
     ValueError for names, counts and strengths that do not fit, with what would.
     """
@@ -52,7 +56,11 @@ def grid(
     if not 1 <= steps <= most:
         raise ValueError(f"{steps} sampling steps: use {'1 or more' if most == math.inf else f'1 to {most}'}")
     last = _at(process, 0.0) if isinstance(process, Discrete) and not set_alpha_to_one else CLEAN
+    if alpha_floor and isinstance(process, Discrete):
+        process = Discrete.from_alpha(process.alpha.masked_fill(process.alpha == 0, alpha_floor))
     levels = spread(process, steps + drop_last, **options)[:steps] + [last]
+    if alpha_floor and levels[0].alpha == 0:
+        levels[0] = Level(levels[0].t, alpha_floor, 1 - alpha_floor)  # only a flow is still at 0
     keep = int(steps * strength + 1e-9)  # 50 * 0.58 is 28.999...: without the nudge it would lose a step
     if not 1 <= keep <= steps:
         raise ValueError(f"strength {strength} keeps {keep} of {steps} steps: use {1 / steps:.2g} to 1")
@@ -90,22 +98,36 @@ def _even_times(process: Process, steps: int) -> list[float]:
 
 
 def _karras(
-    process: Process, steps: int, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None
+    process: Process,
+    steps: int,
+    rho: float = 7.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    ends: str | None = None,
+    offset: int = 0,
+    rounded: bool = False,
 ) -> list[Level]:
     """Even in (sigma / alpha)^(1 / rho): short steps near the data (arXiv:2206.00364, Eq. 5).
 
     sigma_min and sigma_max are in sigma / alpha too; the table's own ends by default (`cosine` ends at 2e4: give
-    it 80). The network's time is interpolated in log(sigma / alpha), so it is not a whole number.
+    it 80), or those of another schedule (`ends`, with its `offset` if it is "leading"). The network's time is
+    interpolated in log(sigma / alpha), so it is not a whole number unless `rounded`.
     """
     table = _table(process, "karras")
     ratios = (table.sigma / table.alpha).tolist()
-    low = (ratios[0] if sigma_min is None else sigma_min) ** (1 / rho)
-    high = (ratios[-1] if sigma_max is None else sigma_max) ** (1 / rho)
+    noisiest, cleanest = ratios[-1], ratios[0]
+    if ends is not None:
+        spaced = lookup(SCHEDULES, ends, "schedule")(table, steps, **({"offset": offset} if offset else {}))
+        first, last = spaced[0], spaced[-1]
+        noisiest, cleanest = first.sigma / first.alpha if first.alpha else math.inf, last.sigma / last.alpha
+    low = (cleanest if sigma_min is None else sigma_min) ** (1 / rho)
+    high = (noisiest if sigma_max is None else sigma_max) ** (1 / rho)
     if math.isinf(high):
         raise ValueError("schedule 'karras' cannot start from pure noise (alpha = 0): pass sigma_max, for example 80")
     logs = [math.log(ratio) for ratio in ratios]
     wanted = [(high + i / max(steps - 1, 1) * (low - high)) ** rho for i in range(steps)]
-    return [_from_ratio(_find(math.log(ratio), logs), ratio) for ratio in wanted]
+    levels = [_from_ratio(_find(math.log(ratio), logs), ratio) for ratio in wanted]
+    return [level._replace(t=float(round(level.t))) for level in levels] if rounded else levels
 
 
 def _flow_match(process: Process, steps: int) -> list[Level]:
@@ -116,6 +138,19 @@ def _flow_match(process: Process, steps: int) -> list[Level]:
     return [_evaluate(process, 1 + i / max(steps - 1, 1) * (low - 1)) for i in range(steps)]
 
 
+def _flow_sigmas(process: Process, steps: int, from_noise: bool = False) -> list[Level]:
+    """diffusers' DPM-Solver++ and, from_noise, UniPC on a flow: 0.999 i / n, or the same from the other end, where
+    the first is 1. The network is told whole times, cut off, 999 at most.
+
+    In numpy, as there: 1000 t is often a whole number but for the last bit, which the cut feels.
+    """
+    if not isinstance(process, Flow):
+        raise ValueError("schedule 'flow_sigmas' is for process 'flow': use 'normal' or 'trailing' here")
+    even = np.linspace(1, 1 / 1000, steps + 1)
+    levels = [_evaluate(process, t) for t in (even[:-1] if from_noise else (1 - even)[:0:-1]).tolist()]
+    return [level._replace(t=float(min(int(level.t), 999))) for level in levels]
+
+
 SCHEDULES = {
     "normal": _trailing,
     "trailing": _trailing,
@@ -124,6 +159,7 @@ SCHEDULES = {
     "linspace_unrounded": _linspace_unrounded,
     "karras": _karras,
     "flow_match": _flow_match,
+    "flow_sigmas": _flow_sigmas,
 }
 
 

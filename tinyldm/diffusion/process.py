@@ -10,6 +10,7 @@ points it stops is in grids.py. None of them asks which process it is given.
 
 References
   DDPM: arXiv:2006.11239.  Improved DDPM (cosine): arXiv:2102.09672.  Latent diffusion: arXiv:2112.10752.
+  Zero terminal SNR: arXiv:2305.08891.
   Rectified flow: arXiv:2209.03003.  Its shift, Stable Diffusion 3: arXiv:2403.03206.
 """
 
@@ -68,6 +69,16 @@ class Discrete:
         alpha_bar = torch.cumprod(1 - betas, 0)
         return cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
+    @classmethod
+    def from_alpha(cls, alpha: Tensor) -> "Discrete":
+        return cls(alpha, (1 - alpha**2).sqrt())
+
+    def to_zero_snr(self) -> "Discrete":
+        """The table moved and stretched so that it ends at pure noise, alpha = 0, and starts where it started
+        (arXiv:2305.08891, Alg. 1). There a network must predict v or x0: eps says nothing about x0."""
+        first, last = self.alpha[0], self.alpha[-1]
+        return Discrete.from_alpha((self.alpha - last) * first / (first - last))
+
     def __len__(self) -> int:
         return len(self.alpha)
 
@@ -99,24 +110,35 @@ class Flow:
         return Level(1000 * t, 1 - sigma, sigma)
 
 
-def scaled_linear(beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> Discrete:
+# zero_snr: see Discrete.to_zero_snr.
+
+
+def scaled_linear(
+    beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000, zero_snr: bool = False
+) -> Discrete:
     """Stable Diffusion 1 and 2: linear in sqrt(beta) (no equation in arXiv:2112.10752; from its code)."""
-    return Discrete.from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2)
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64)
+    return _table(roots**2, zero_snr)
 
 
-def linear(beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000) -> Discrete:
+def linear(beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000, zero_snr: bool = False) -> Discrete:
     """DDPM: linear in beta (arXiv:2006.11239, Section 4)."""
-    return Discrete.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64))
+    return _table(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64), zero_snr)
 
 
-def cosine(offset: float = 0.008, max_beta: float = 0.999, steps: int = 1000) -> Discrete:
+def cosine(offset: float = 0.008, max_beta: float = 0.999, steps: int = 1000, zero_snr: bool = False) -> Discrete:
     """Improved DDPM: alpha_bar falls as a squared cosine (arXiv:2102.09672, Eq. 17).
 
     The last beta is clipped, so that alpha ends near 5e-5 rather than at 0.
     """
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
-    return Discrete.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
+    return _table((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta), zero_snr)
+
+
+def _table(betas: Tensor, zero_snr: bool) -> Discrete:
+    table = Discrete.from_betas(betas)
+    return table.to_zero_snr() if zero_snr else table
 
 
 PROCESSES: dict[str, Callable[..., Process]] = {

@@ -22,6 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from tinyldm.diffusion.guidance import Denoiser
+from tinyldm.diffusion.prediction import to_target, to_x0
 from tinyldm.diffusion.process import Level, log_snr
 from tinyldm.lookup import lookup
 
@@ -64,6 +65,16 @@ def ddpm(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Gene
         yield x, x0
 
 
+def euler_a(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None) -> Steps:
+    """Euler ancestral, from k-diffusion: step down to less noise than wanted, then add the difference afresh.
+
+    In y = x / alpha and s = sigma / alpha it steps to s_nxt^2 / s_now and adds s_nxt sqrt(1 - (s_nxt / s_now)^2) of
+    noise. s_nxt / s_now is the shrink of `ddim`, so that this is ddim at eta = 1, and `ddpm`, to the last term: the
+    three differ by where they are wont to stop and what they start from, which is the grid's matter.
+    """
+    return ddim(denoise, x, levels, generators, eta=1.0)
+
+
 @torch.no_grad()
 def euler(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None) -> Steps:
     """Euler's method on the probability-flow ODE d(x/alpha) = eps d(sigma/alpha) (arXiv:2206.00364, Eq. 4).
@@ -72,14 +83,18 @@ def euler(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Gen
     """
     for now, nxt in pairwise(levels):
         x0 = denoise(x, now)
-        eps = (x - now.alpha * x0) / now.sigma
-        x = nxt.alpha * x0 + nxt.sigma * eps
+        x = _along_the_line(x, x0, now, nxt)
         yield x, x0
 
 
 def straight(level: Level) -> float:
     """The scale that bends any curve into rectified flow: with y = x / scale the coefficients sum to 1."""
     return level.alpha + level.sigma
+
+
+def signal(level: Level) -> float:
+    """The scale of arXiv:2206.00364, k-diffusion and diffusers: y = x / alpha = x0 + (sigma / alpha) eps."""
+    return level.alpha
 
 
 @torch.no_grad()
@@ -112,6 +127,82 @@ def heun(
 
 
 @torch.no_grad()
+def lms(
+    denoise: Denoiser,
+    x: Tensor,
+    levels: Sequence[Level],
+    generators: Generators = None,
+    scale: Callable[[Level], float] = straight,
+) -> Steps:
+    """Linear multistep, from k-diffusion: Adams-Bashforth over uneven steps (Hairer, Norsett, Wanner: Solving
+    Ordinary Differential Equations I, Section III.5). It integrates the cubic through the last four slopes.
+
+    The slopes are those of y = x / scale by s = sigma / scale. As in `heun` the result depends on the scale, and
+    `signal` is the published one. `scale` must make (alpha, sigma) / scale run along a straight line, as these two do.
+    """
+    past: list[tuple[float, Tensor]] = []  # (s, dy / ds), the newest first
+    for now, nxt in pairwise(levels):
+        x0 = denoise(x, now)
+        eps = (x - now.alpha * x0) / now.sigma
+        s, s_nxt = now.sigma / scale(now), nxt.sigma / scale(nxt)
+        slope = (nxt.alpha / scale(nxt) - now.alpha / scale(now)) / (s_nxt - s) * x0 + eps
+        past = [(s, slope), *past[:3]]
+        weights = _lagrange_integrals([at for at, _ in past], s, s_nxt)
+        y = x / scale(now) + sum(weight * slope for weight, (_, slope) in zip(weights, past))
+        x = scale(nxt) * y
+        yield x, x0
+
+
+def _lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
+    """The integral from start to end of every Lagrange polynomial over up to four nodes: two Gauss-Legendre points
+    are exact up to the third degree."""
+    middle, half = (start + end) / 2, (end - start) / 2
+    points = (middle - half / math.sqrt(3), middle + half / math.sqrt(3))
+    return [
+        half * sum(math.prod((point - b) / (a - b) for b in nodes if b is not a) for point in points) for a in nodes
+    ]
+
+
+ADAMS_BASHFORTH = {  # by how many are remembered
+    1: (1,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+@torch.no_grad()
+def pndm(
+    denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None, along: str = "eps"
+) -> Steps:
+    """Pseudo linear multistep, PLMS (arXiv:2202.09778, Eqs. 9 and 12): DDIM's step along a mean of the last four eps,
+    weighted as Adams and Bashforth do for even steps. The first step is taken twice, the second time along the mean
+    of its two ends, in place of the paper's Runge-Kutta start (so in latent diffusion's code): one call more.
+
+    Of second order, because the steps are even in t only. diffusers takes the mean of what the network said;
+    along="v" is that for a v network. It is of first order: v turns even where x0 and eps stay. From alpha = 0, where
+    no mean eps tells x0, the first step is DDIM's.
+    """
+    count = len(levels) - 1
+    past: list[Tensor] = []  # what a network that predicts `along` would have said, the newest first
+    for i, (now, nxt) in enumerate(pairwise(levels), start=1):
+        x0 = denoise(x, now)
+        past = [_said(along, x, x0, now), *past[:3]]
+        mean = sum(weight * out for weight, out in zip(ADAMS_BASHFORTH[len(past)], past))
+        blind = along == "eps" and now.alpha == 0
+        there = _along_the_line(x, x0 if blind else to_x0(along, x, mean, now), now, nxt)
+        if i == 1 < count and not blind:
+            mean = (mean + _said(along, there, denoise(there, nxt), nxt)) / 2
+            there = _along_the_line(x, to_x0(along, x, mean, now), now, nxt)
+        x = there
+        yield x, x0
+
+
+def _said(kind: str, x: Tensor, x0: Tensor, level: Level) -> Tensor:
+    return to_target(kind, x0, (x - level.alpha * x0) / level.sigma, level)
+
+
+@torch.no_grad()
 def dpmpp_2m(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None) -> Steps:
     """DPM-Solver++(2M) (arXiv:2211.01095, Alg. 2): second order from one call per step, by remembering the last.
 
@@ -122,28 +213,104 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: 
     last_x0, last_h = None, math.inf
     for i, (now, nxt) in enumerate(pairwise(levels), start=1):
         x0 = denoise(x, now)
-        h = (log_snr(nxt) - log_snr(now)) / 2
+        h = _lambda_step(now, nxt)
         ahead = x0  # the guess that holds in the middle of the step
         if math.isfinite(h) and math.isfinite(last_h) and (i < count or count >= 15):
             ahead = x0 + h / (2 * last_h) * (x0 - last_x0)
-        x = nxt.sigma / now.sigma * x - nxt.alpha * math.expm1(-h) * ahead
+        x = _exponential(x, ahead, now, nxt)
         last_x0, last_h = x0, h
         yield x, x0
 
 
+@torch.no_grad()
+def unipc(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None) -> Steps:
+    """UniPC-2 with B(h) = e^h - 1 (arXiv:2302.04867, Alg. 5-8, "bh2"): DPM-Solver++(2M) predicts, and once the network
+    has answered there, that step is taken again with the answer. One call per step.
+
+    The last step is of first order and remains uncorrected; so is the correction of the first step of first order.
+    What is yielded is the prediction, which the network saw.
+    """
+    count = len(levels) - 1
+    behind: tuple[Tensor, Level] | None = None  # where the last step began
+    last_x0, last_h = None, math.inf
+    pace, bend = 0.0, 0.0  # this step over the last, and x0 - last_x0 drawn on over this step
+    for i, (now, nxt) in enumerate(pairwise(levels), start=1):
+        x0 = denoise(x, now)
+        if behind is not None:
+            weights = _unic_weights(last_h, pace) if i > 2 else (0.0, 0.5)
+            ahead = last_x0 + weights[0] * bend + weights[1] * (x0 - last_x0)
+            x = _exponential(behind[0], ahead, behind[1], now)
+        h = _lambda_step(now, nxt)
+        pace = h / last_h if 1 < i < count else 0.0  # 0 too where the last step came from alpha = 0
+        bend = pace * (x0 - last_x0) if pace else 0.0
+        behind, last_x0, last_h = (x, now), x0, h
+        x = _exponential(x, x0 + bend / 2, now, nxt)
+        yield x, x0
+
+
+def _unic_weights(h: float, pace: float) -> tuple[float, float]:
+    """The weights of the bend behind and of the change ahead (arXiv:2302.04867, Eq. 5 with r = -1 / pace, for x0)."""
+    change = math.expm1(-h)
+    first = -change / h - 1
+    b1, b2 = first / change, 2 * (-first / h - 1 / 2) / change
+    behind = (b1 - b2) * pace / (1 + pace)
+    return behind, b1 - behind
+
+
+def _along_the_line(x: Tensor, x0: Tensor, now: Level, nxt: Level) -> Tensor:
+    """To nxt with x0 and the noise that it implies held fixed."""
+    return nxt.alpha * x0 + nxt.sigma * ((x - now.alpha * x0) / now.sigma)
+
+
+def _exponential(x: Tensor, x0: Tensor, now: Level, nxt: Level) -> Tensor:
+    """The same step, written with h, as exponential integrators are (arXiv:2211.01095, Eq. 9)."""
+    return nxt.sigma / now.sigma * x - nxt.alpha * math.expm1(-_lambda_step(now, nxt)) * x0
+
+
+def _lambda_step(now: Level, nxt: Level) -> float:
+    """h, the step in lambda = log(alpha / sigma): infinite from pure noise and to clean data."""
+    return (log_snr(nxt) - log_snr(now)) / 2
+
+
 def _shrink(now: Level, nxt: Level) -> float:
-    """exp(-h), h the step in log(alpha / sigma): 0 from pure noise or to clean data, else below 1."""
+    """exp(-h): 0 from pure noise or to clean data, else below 1."""
     return now.alpha * nxt.sigma / (nxt.alpha * now.sigma)
 
 
-SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+SAMPLERS = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "euler": euler,
+    "euler_a": euler_a,
+    "heun": heun,
+    "lms": lms,
+    "pndm": pndm,
+    "dpmpp_2m": dpmpp_2m,
+    "unipc": unipc,
+}
+
+ALIASES = {
+    "ancestral": "ddpm",
+    "dpmpp2m": "dpmpp_2m",
+    "dpm_pp_2m": "dpmpp_2m",
+    "dpm_solverpp": "dpmpp_2m",
+    "euler_ancestral": "euler_a",
+    "plms": "pndm",
+    "uni_pc": "unipc",
+}
+
+
+def sampler_name(name: str) -> str:
+    """The key in SAMPLERS of a name in any spelling: `DPM++ 2M`, `Euler a`, `PLMS`. Unknown names: ValueError."""
+    spelled = name.strip().lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
+    spelled = ALIASES.get(spelled, spelled)
+    lookup(SAMPLERS, spelled, "sampler")
+    return spelled
 
 
 def find_sampler(name: str) -> Callable[..., Steps]:
-    """A sampler by name in any spelling: `dpmpp_2m`, `DPM++ 2M`, `Euler`. Unknown names: ValueError."""
-    spelled = name.strip().lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
-    aliases = {"dpmpp2m": "dpmpp_2m", "dpm_pp_2m": "dpmpp_2m", "dpm_solverpp": "dpmpp_2m", "ancestral": "ddpm"}
-    return lookup(SAMPLERS, aliases.get(spelled, spelled), "sampler")
+    """A sampler by name in any spelling. Unknown names: ValueError."""
+    return SAMPLERS[sampler_name(name)]
 
 
 def final(steps: Steps) -> Tensor:

@@ -1,0 +1,195 @@
+"""Scheduler configs as data. That they draw what diffusers draws is tested in tests/diffusion/test_diffusers_parity.py."""
+
+import json
+
+import pytest
+import torch
+
+from tinyldm.diffusion.grids import grid
+from tinyldm.diffusion.process import Discrete
+from tinyldm.diffusion.samplers import SAMPLERS, signal
+from tinyldm.vendor_loaders import scheduler
+from tinyldm.vendor_loaders.scheduler import PUBLISHED, Sampling, sampling, to_config, why_not_public
+
+diffusers = pytest.importorskip("diffusers")
+
+SD15 = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+        "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+        "trained_betas": None, "clip_sample": False}
+SD3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+FLOW = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+        "flow_shift": 3.0}
+OWN = to_config("flow", {}, "v", "unet")
+
+# ---- what was learned, there and back
+
+PAIRS = [(process, options, prediction, network)
+         for process, options in (("scaled_linear", {"beta_end": 0.011}), ("linear", {"steps": 500}), ("cosine", {}),
+                                  ("cosine", {"offset": 0.02}), ("linear", {"zero_snr": True}), ("flow", {}),
+                                  ("flow", {"shift": 2.5}))
+         for prediction in ("eps", "x0", "v", "flow") for network in ("unet", "dit")]
+
+
+@pytest.mark.parametrize("process, options, prediction, network", PAIRS)
+def test_every_pair_of_process_and_prediction_survives_its_config(process, options, prediction, network):
+    config = json.loads(json.dumps(to_config(process, options, prediction, network)))
+    schedule = scheduler.read_schedule(config)
+    assert schedule.name == process and schedule.prediction == prediction and options.items() <= schedule.options.items()
+    assert to_config(*schedule, network) == config
+    learned = scheduler.from_config(config)
+    assert learned.prediction == prediction and isinstance(learned.process, Discrete) == (process != "flow")
+    known = (process == "flow") == (prediction == "flow") and options != {"offset": 0.02}
+    assert (config["_class_name"] != "TinyLDMScheduler") == known == (why_not_public(process, options, prediction) is None)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("process, options, prediction, network", PAIRS)
+def test_every_sampler_has_a_config_of_the_same_curve_that_can_be_sampled(process, options, prediction, network, name):
+    config = json.loads(json.dumps(to_config(process, options, prediction, network, name)))
+    usual = scheduler.read_schedule(to_config(process, options, prediction, network))
+    assert scheduler.read_schedule(config) == usual
+    found = sampling(config)
+    levels = grid(scheduler.from_config(config).process, 5, found.schedule, **found.grid)
+    assert len(levels) == 6 and levels[-1] == (0.0, 1.0, 0.0) and found.sampler in SAMPLERS
+    if config["_class_name"] == PUBLISHED[name].name:
+        assert found.sampler == name
+
+
+@pytest.mark.parametrize("process, options", [("scaled_linear", {}), ("linear", {"steps": 500}), ("cosine", {}),
+                                              ("scaled_linear", {"zero_snr": True})])
+def test_the_curve_of_the_exported_scheduler_is_the_curve_that_was_trained(process, options):
+    config = to_config(process, options, "v", "unet")
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config).alphas_cumprod
+    ours = scheduler.from_config(config).process
+    assert torch.allclose(ours.alpha.square().float(), theirs, rtol=1e-4, atol=1e-8) and len(ours) == len(theirs)
+
+
+def test_published_scheduler_configs_are_read():
+    usual = {"beta_start": 0.00085, "beta_end": 0.012, "steps": 1000}
+    assert scheduler.read_schedule(SD15) == ("scaled_linear", usual, "eps")
+    sd2 = SD15 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+    assert scheduler.read_schedule(sd2) == ("scaled_linear", usual, "v")
+    zero = sd2 | {"rescale_betas_zero_snr": True}
+    assert scheduler.read_schedule(zero) == ("scaled_linear", usual | {"zero_snr": True}, "v")
+    assert scheduler.read_schedule(SD3) == ("flow", {"shift": 3.0}, "flow")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_silent_config_means_the_defaults_of_its_class(name):
+    kind = getattr(diffusers, PUBLISHED[name].name)
+    silent, whole = {"_class_name": kind.__name__}, json.loads(kind().to_json_string())
+    assert scheduler.read_schedule(silent) == scheduler.read_schedule(whole)
+    fields = PUBLISHED[name].fields | PUBLISHED[name].solver
+    assert set(fields) | {"timestep_spacing", "steps_offset"} | set(PUBLISHED[name].sigma_ends) <= set(whole)
+    assert ("rescale_betas_zero_snr" in whole) == PUBLISHED[name].zero_snr
+    assert ("use_karras_sigmas" in whole) == bool(PUBLISHED[name].karras)
+    fit = {field: values[0] for field, values in fields.items()}  # clip_sample and skip_prk_steps: not the defaults
+    assert sampling(silent) == sampling(whole | fit)
+
+
+@pytest.mark.parametrize("change", [{"trained_betas": [0.1, 0.2]}, {"beta_schedule": "sigmoid"},
+                                    {"prediction_type": "flow_prediction"}, {"use_flow_sigmas": True},
+                                    {"use_dynamic_shifting": True}])
+def test_a_curve_that_cannot_be_expressed_is_refused_by_name(change):
+    config = to_config("linear", {}, "eps", "unet") | change
+    with pytest.raises(ValueError) as error:
+        scheduler.from_config(config)
+    assert any(str(word) in str(error.value) for item in change.items() for word in item)
+
+
+def test_why_a_pair_is_not_public_says_what_would_be():
+    assert why_not_public("scaled_linear", {}, "v") is None and why_not_public("flow", {"shift": 3.0}, "flow") is None
+    assert "train with prediction 'flow'" in why_not_public("flow", {}, "v")
+    assert "'v' or 'eps'" in why_not_public("linear", {}, "flow")
+    assert "the usual max_beta" in why_not_public("cosine", {"max_beta": 0.99}, "v")
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
+        why_not_public("cosin", {}, "v")
+
+
+# ---- how to sample
+
+READ = [
+    (SD15, (), Sampling("pndm", {}, "leading", {"offset": 1, "set_alpha_to_one": False}, False)),
+    (SD15, ("ddim",), Sampling("ddim", {}, "leading", {"offset": 1, "set_alpha_to_one": False}, False)),
+    (SD15, ("DPM++ 2M",), Sampling("dpmpp_2m", {}, "linspace", {"drop_last": True}, False)),
+    (SD15, ("dpmpp_2m", "karras"), Sampling("dpmpp_2m", {}, "karras", {"rounded": True}, False)),
+    (SD15, ("Euler a",), Sampling("euler_a", {}, "linspace_unrounded", {}, True)),
+    (SD15, ("euler", "normal"), Sampling("euler", {}, "linspace_unrounded", {}, True)),
+    (SD15, ("euler", "leading"), Sampling("euler", {}, "leading", {"offset": 1}, False)),
+    (SD15, ("heun", "karras"), Sampling("heun", {"scale": signal}, "karras", {"ends": "linspace_unrounded"}, True)),
+    (SD15 | {"prediction_type": "v_prediction"}, ("PLMS", "trailing"),
+     Sampling("pndm", {"along": "v"}, "trailing", {"set_alpha_to_one": False}, False)),
+    (SD15 | {"use_karras_sigmas": True}, ("unipc",), Sampling("unipc", {}, "karras", {"rounded": True}, False)),
+    (SD15 | {"rescale_betas_zero_snr": True}, ("euler", "trailing"),
+     Sampling("euler", {}, "trailing", {"alpha_floor": 2**-12}, True)),
+    (SD15 | {"rescale_betas_zero_snr": True}, ("heun", "trailing"), Sampling("heun", {}, "trailing", {}, True)),
+    (SD3, (), Sampling("euler", {}, "flow_match", {}, False)),
+    (SD3, ("heun",), Sampling("heun", {}, "flow_match", {}, False)),
+    (SD3, ("dpmpp_2m", "trailing"), Sampling("dpmpp_2m", {}, "trailing", {}, False)),
+    (FLOW, (), Sampling("dpmpp_2m", {}, "flow_sigmas", {}, False)),
+    (FLOW | {"solver_order": 1}, (), Sampling("ddim", {}, "flow_sigmas", {}, False)),
+    (FLOW | {"solver_order": 1}, ("dpmpp_2m",), Sampling("dpmpp_2m", {}, "flow_sigmas", {}, False)),
+    (FLOW, ("lms",), Sampling("lms", {}, "flow_sigmas", {}, False)),
+    (OWN, (), Sampling("dpmpp_2m", {}, "normal", {}, False)),
+    (OWN, ("heun", "trailing"), Sampling("heun", {}, "trailing", {}, False)),
+]
+
+
+@pytest.mark.parametrize("config, names, expected", READ)
+def test_configs_say_how_to_sample(config, names, expected):
+    before = json.dumps(config)
+    assert sampling(config, *names) == expected and json.dumps(config) == before
+
+
+REFUSED = [
+    ("DDIMScheduler", {"clip_sample": True}), ("DDPMScheduler", {"variance_type": "fixed_large"}),
+    ("DDIMScheduler", {"thresholding": True}), ("EulerDiscreteScheduler", {"use_beta_sigmas": True}),
+    ("EulerDiscreteScheduler", {"timestep_type": "continuous"}), ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}), ("UniPCMultistepScheduler", {"solver_order": 3}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}), ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
+    ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}), ("UniPCMultistepScheduler", {"solver_type": "bh1"}),
+    ("UniPCMultistepScheduler", {"disable_corrector": [0]}), ("PNDMScheduler", {"skip_prk_steps": False}),
+    ("LMSDiscreteScheduler", {"use_exponential_sigmas": True}), ("HeunDiscreteScheduler", {"timestep_spacing": "sideways"}),
+]
+
+
+@pytest.mark.parametrize("kind, change", REFUSED)
+def test_a_way_to_sample_that_cannot_be_expressed_is_refused_by_name_and_another_sampler_is_not(kind, change):
+    config = SD15 | {"_class_name": kind} | change
+    with pytest.raises(ValueError, match="|".join(change)):
+        sampling(config)
+    if "timestep_spacing" not in change:
+        assert sampling(config, "euler_a").sampler == "euler_a"  # which has none of these fields
+
+
+def test_flows_refuse_what_bends_their_times():
+    for config in (SD3, FLOW):
+        for change in ({"use_karras_sigmas": True}, {"shift_terminal": 0.1}, {"num_train_timesteps": 500}):
+            with pytest.raises(ValueError, match=next(iter(change))):
+                sampling(config | change)
+
+
+def test_a_scheduler_without_a_counterpart_asks_for_a_sampler():
+    config = SD15 | {"_class_name": "KDPM2DiscreteScheduler"}
+    with pytest.raises(ValueError, match="KDPM2DiscreteScheduler has no counterpart here: name a sampler"):
+        sampling(config)
+    assert sampling(config, "heun").sampler == "heun"
+    with pytest.raises(ValueError, match="did you mean 'heun'"):
+        sampling(config, "hein")
+    with pytest.raises(ValueError, match="did you mean 'karras'"):
+        sampling(config, "heun", "keras")
+
+
+def test_exported_configs_keep_what_stable_diffusion_pipeline_insists_on():
+    for name in PUBLISHED:
+        for process, prediction in (("scaled_linear", "v"), ("flow", "flow")):
+            config = to_config(process, {}, prediction, "unet", name)
+            assert config["steps_offset"] == 1
+            kind = getattr(diffusers, config["_class_name"])
+            assert set(config) - {"_class_name"} <= set(kind().config), "a field that its class does not have"
+    assert to_config("flow", {}, "flow", "unet", "euler")["solver_order"] == 1
+    assert to_config("flow", {}, "flow", "unet", "heun")["solver_order"] == 2
+    assert to_config("flow", {}, "flow", "dit", "heun")["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    stand_ins = {"heun": "DPMSolverMultistepScheduler", "lms": "DPMSolverMultistepScheduler", "pndm": "DDIMScheduler"}
+    for name, kind in stand_ins.items():
+        assert to_config("linear", {"zero_snr": True}, "v", "unet", name)["_class_name"] == kind
