@@ -1,22 +1,37 @@
+"""The U-Net against diffusers' UNet2DConditionModel, live: float32 rounding, 1e-5 relative."""
+
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helpers import randomise
 from tinyldm.models.layers import Cond
-from tinyldm.models.unet import UNet, UNetConfig
-from tinyldm.vendor_loaders.rename import export_renamed, load_renamed, published_names
+from tinyldm.models.unet import TransformerBlock, UNet, UNetConfig
+from tinyldm.vendor_loaders.load import load_weights
+from tinyldm.vendor_loaders.rename import export_renamed, published_names
 from tinyldm.vendor_loaders.unet import UNET_RULES, from_config, to_config
 
-SD1 = UNetConfig(widths=(32, 64, 128), depth=1, attention=(False, False, True), heads=(4, 4, 4), context_dim=24,
-                 groups=8, sample_size=16)
-SD2 = replace(SD1, in_channels=5, out_channels=3, depth=2, attention=(True, True, False), heads=(1, 2, 4),
-              linear_projection=True)
+# The published U-Nets, narrow: levels, depth, where there is attention and how it is entered are theirs.
+SD1 = UNetConfig(widths=(32, 64, 96, 96), context_dim=24, groups=8, sample_size=16)
+SD2 = replace(SD1, heads=(1, 2, 3, 3), context_dim=40, linear_projection=True, upcast_attention=True)
+ODD = replace(SD1, in_channels=5, out_channels=3, widths=(32, 64, 128), depth=1, attention=(False, False, True),
+              heads=(4, 4, 4))
+FINE = replace(ODD, depth=2, attention=(True, True, False), heads=(1, 2, 4), linear_projection=True)
+CONFIGS = {"sd 1": SD1, "sd 2": SD2, "other channels and one block": ODD, "attention where it is fine": FINE}
 FULL_SD1 = UNetConfig()
-FULL_SD2 = UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)
+FULL_SD2 = UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True, upcast_attention=True)
+
+
+def pair(config):
+    """Our U-Net and diffusers', with the same weights."""
+    ours = randomise(UNet(config))
+    theirs = UNet2DConditionModel.from_config(to_config(config)).eval()
+    theirs.load_state_dict(export_renamed(ours.state_dict(), UNET_RULES))
+    return ours, theirs
 
 
 def inputs(config, size=(8, 16)):
@@ -34,38 +49,121 @@ def run(out, x, context):
 
 def assert_close(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+        assert a.shape == b.shape and (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
-@pytest.mark.parametrize("config", [SD1, SD2], ids=["sd1", "sd2"])
-def test_exported_weights_give_diffusers_the_same_output_and_gradients(config):
-    net = randomise(UNet(config))
-    theirs = UNet2DConditionModel.from_config(to_config(config)).eval()
-    theirs.load_state_dict(export_renamed(net.state_dict(), UNET_RULES))
-    x, t, context = inputs(config)
+def error(a, exact):
+    return ((a.float() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("size", [(8, 16), (24, 8)])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_exported_weights_give_diffusers_the_same_output_and_gradients(config, size):
+    net, theirs = pair(config)
+    x, t, context = inputs(config, size)
     assert_close(run(net(x, t, Cond(context)), x, context), run(theirs(x, t, context).sample, x, context))
 
 
-def test_loaded_weights_give_the_output_that_diffusers_gives():
-    theirs = randomise(UNet2DConditionModel.from_config(to_config(SD1)))
-    net = UNet(SD1)
-    load_renamed(net, theirs.state_dict(), UNET_RULES)
-    x, t, context = inputs(SD1)
-    assert_close(run(net(x, t, Cond(context)), x, context), run(theirs(x, t, context).sample, x, context))
+@pytest.mark.parametrize("config", [SD1, SD2], ids=["sd 1", "sd 2"])
+def test_every_weight_gets_the_gradient_that_diffusers_gives_it(config):
+    net, theirs = pair(config)
+    x, t, context = inputs(config, (8, 8))
+    for out in (net(x, t, Cond(context)), theirs(x, t, context).sample):
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    names = published_names(net.state_dict(), UNET_RULES)
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    found = {names[name]: p.grad for name, p in net.named_parameters()}
+    assert found.keys() == expected.keys()
+    assert_close(found.values(), (expected[name] for name in found))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("t", [torch.tensor([999, 3]), torch.tensor(40), torch.tensor([0, 0]), torch.tensor([0.25, 998.75])],
+                         ids=["integers", "one for all", "zero", "floats"])
+def test_times_of_any_type_mean_what_diffusers_means_by_them(t):
+    net, theirs = pair(SD1)
+    x, _, context = inputs(SD1, (8, 8))
+    ours = net(x, t.expand(2), Cond(context))
+    assert_close([ours], [theirs(x, t, context).sample])
+    assert torch.equal(ours, net(x, t.expand(2).double(), Cond(context)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [SD1, SD2], ids=["sd 1", "sd 2"])
+def test_in_bf16_we_are_no_further_from_float32_than_diffusers(config):
+    exact, theirs = pair(config)
+    ours = randomise(UNet(config)).bfloat16()
+    theirs.bfloat16()
+    x, t, context = inputs(config, (16, 24))
+    want = exact(x, t, Cond(context))
+    x, context = x.bfloat16(), context.bfloat16()
+    a, b = error(ours(x, t, Cond(context)), want), error(theirs(x, t, context).sample, want)
+    assert 1e-4 < a < 1.1 * b and b < 0.05
+
+
+@pytest.fixture
+def half_logits():
+    """Attention as plain products in the dtype of q and k; unasked, this PyTorch's kernels add float16 up in float32."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+@torch.no_grad()
+def lift_logits(net):
+    """Add 700² / sqrt(32) to every attention logit, given a context whose first feature is 1. float16 ends at 65504."""
+    for block in (module for module in net.modules() if isinstance(module, TransformerBlock)):
+        for norm, attention in (block.norm1, block.self_attention), (block.norm2, block.cross_attention):
+            norm.weight[0], norm.bias[0] = 0, 1
+            for linear in (attention.to_q, attention.to_k):
+                first = linear.weight.view(attention.heads, -1, linear.in_features)[:, 0]     # of each head
+                first[:], first[:, 0] = 0, 700
+    return net
+
+
+@torch.no_grad()
+def test_upcast_attention_keeps_float16_finite_and_close_to_float32_where_logits_overflow(half_logits):
+    x, t, context = (y.detach() for y in inputs(SD2, (8, 8)))
+    context[..., 0] = 1
+    draw = lambda net, dtype: lift_logits(net).to(dtype)(x.to(dtype), t, Cond(context.to(dtype)))
+    want = draw(randomise(UNet(SD2)), torch.float32)
+    ours = draw(randomise(UNet(SD2)), torch.float16)
+    assert ours.dtype == torch.float16 and error(ours, want) < 0.01
+    assert draw(randomise(UNet(replace(SD2, upcast_attention=False))), torch.float16).isnan().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upcast_attention_changes_nothing_outside_float16(dtype):
+    x, t, context = (y.detach().to(dtype) for y in inputs(SD2, (8, 8)))
+    plain = randomise(UNet(replace(SD2, upcast_attention=False))).to(dtype)
+    assert torch.equal(randomise(UNet(SD2)).to(dtype)(x, t, Cond(context)), plain(x, t, Cond(context)))
+
+
+@torch.no_grad()
+def test_a_folder_that_diffusers_saved_loads_as_the_same_network(tmp_path):
+    theirs = randomise(UNet2DConditionModel.from_config(to_config(SD2)))
+    theirs.save_pretrained(tmp_path)
+    config = from_config(json.loads((tmp_path / "config.json").read_text()))
+    assert config == SD2
+    net = UNet(config)
+    load_weights(net, tmp_path / "diffusion_pytorch_model.safetensors")
+    x, t, context = inputs(SD2, (8, 8))
+    assert_close([net(x, t, Cond(context))], [theirs(x, t, context).sample])
 
 
 def test_the_context_mask_means_what_diffusers_means_by_it():
-    net = randomise(UNet(SD1))
-    theirs = UNet2DConditionModel.from_config(to_config(SD1)).eval()
-    theirs.load_state_dict(export_renamed(net.state_dict(), UNET_RULES))
-    x, t, context = inputs(SD1)
+    net, theirs = pair(SD1)
+    x, t, context = inputs(SD1, (8, 8))
     mask = torch.arange(7) < torch.tensor([[3], [7]])
     ours = run(net(x, t, Cond(context, mask)), x, context)
     assert_close(ours, run(theirs(x, t, context, encoder_attention_mask=mask).sample, x, context))
     assert not torch.allclose(ours[0], net(x, t, Cond(context)))
 
 
-@pytest.mark.parametrize("config", [FULL_SD1, FULL_SD2, SD1, SD2], ids=["full sd1", "full sd2", "sd1", "sd2"])
+@pytest.mark.parametrize("config", [FULL_SD1, FULL_SD2, *CONFIGS.values()], ids=["full sd 1", "full sd 2", *CONFIGS])
 def test_names_and_shapes_are_exactly_those_of_diffusers(config):
     with torch.device("meta"):
         ours = UNet(config)
@@ -85,7 +183,7 @@ def test_every_normalisation_has_the_eps_that_diffusers_gives_it():
     assert {names[key]: value for key, value in eps(ours).items()} == eps(theirs)
 
 
-@pytest.mark.parametrize("config", [FULL_SD1, FULL_SD2, SD1, SD2, replace(SD1, attention=(False,) * 3)])
+@pytest.mark.parametrize("config", [FULL_SD1, FULL_SD2, *CONFIGS.values(), replace(ODD, attention=(False,) * 3)])
 def test_a_config_survives_json_and_diffusers(config):
     written = json.loads(json.dumps(to_config(config)))
     assert from_config(written) == config
@@ -108,6 +206,8 @@ def test_configs_in_the_short_form_of_old_releases_are_read():
     sd2 = old | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True,
                  "upcast_attention": True, "dual_cross_attention": False, "num_class_embeds": None}
     assert from_config(sd2) == FULL_SD2
+    flax = sd2 | {"_class_name": "FlaxUNet2DConditionModel", "dropout": 0.0}         # as in the Flax branch of SD 2.1
+    assert from_config(flax) == FULL_SD2
 
 
 @pytest.mark.parametrize("field, value", [
@@ -117,10 +217,11 @@ def test_configs_in_the_short_form_of_old_releases_are_read():
     ("attention_head_dim", 3), ("a_field_of_the_future", "yes"), ("_class_name", "UNet2DModel"),
     ("down_block_types", ["DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"]),
     ("up_block_types", ["UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"]), ("sample_size", [16, 24]),
+    ("_class_name", "FlaxUNet2DModel"),
 ])
 def test_what_the_network_cannot_be_is_refused_by_name(field, value):
     with pytest.raises(ValueError) as error:
-        from_config(to_config(SD1) | {field: value})
+        from_config(to_config(ODD) | {field: value})
     known_as = {"_class_name": "UNet2DModel", "down_block_types": "AttnDownBlock2D", "up_block_types": "UpBlock2D",
                 "attention_head_dim": "heads=3"}
     assert known_as.get(field, field) in str(error.value) and "\n" not in str(error.value)

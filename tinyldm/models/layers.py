@@ -64,13 +64,16 @@ class Attention(nn.Module):
 
     bias: whether q, k, v have one (the VAE's do, the transformers' do not).
     qk_norm: RMS-normalise q and k per head, which keeps attention logits bounded (arXiv:2302.05442, Sec. 2).
+    upcast: multiply q, k and v in float32 where they are float16, which ends at 65504; Stable Diffusion 2.1 asks for
+    it. (PyTorch's kernels for CUDA and CPU add up in float32 anyway, unless they are told not to.)
     """
 
-    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False, qk_norm: bool = False):
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False, qk_norm: bool = False,
+                 upcast: bool = False):
         super().__init__()
         if dim % heads:
             raise ValueError(f"width {dim} is not divisible by {heads} heads")
-        self.heads = heads
+        self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
@@ -90,8 +93,9 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if mask is not None:
             mask = mask[:, None, None, :]                                       # [b, 1, 1, m]
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        dtype = torch.float32 if self.upcast and v.dtype == torch.float16 else v.dtype
+        out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask)
+        return self.to_out(out.transpose(1, 2).flatten(2).to(v.dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

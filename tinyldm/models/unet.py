@@ -26,6 +26,7 @@ class UNetConfig:
     heads: tuple[int, ...] = (8, 8, 8, 8)                   # attention heads per level (SD 1: 8; SD 2: 5, 10, 20, 20)
     context_dim: int = 768                                  # width of the text features
     linear_projection: bool = False                         # SD 2 enters and leaves its transformers by Linear, SD 1 by 1x1 conv
+    upcast_attention: bool = False                          # SD 2.1's overflows in float16: multiply in float32
     groups: int = 32                                        # GroupNorm groups
     sample_size: int = 64                                   # latent height and width it is trained at
 
@@ -53,11 +54,11 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the caption, feed-forward; each pre-normalised and residual."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int):
+    def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attention = Attention(dim, heads)
-        self.cross_attention = Attention(dim, heads, context_dim)
+        self.self_attention = Attention(dim, heads, upcast=upcast)
+        self.cross_attention = Attention(dim, heads, context_dim, upcast=upcast)
         self.feed_forward = GEGLU(dim)
 
     def forward(self, x: Tensor, cond: Cond) -> Tensor:
@@ -69,13 +70,13 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map: [b, c, h, w] -> [b, c, h, w]."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int, groups: int, linear: bool):
+    def __init__(self, dim: int, heads: int, config: UNetConfig):
         super().__init__()
-        project = (lambda: nn.Linear(dim, dim)) if linear else (lambda: nn.Conv2d(dim, dim, 1))
-        self.linear = linear
-        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.linear = config.linear_projection
+        project = (lambda: nn.Linear(dim, dim)) if self.linear else (lambda: nn.Conv2d(dim, dim, 1))
+        self.norm = nn.GroupNorm(config.groups, dim, eps=1e-6)
         self.proj_in = project()
-        self.block = TransformerBlock(dim, heads, context_dim)
+        self.block = TransformerBlock(dim, heads, config.context_dim, config.upcast_attention)
         self.proj_out = project()
 
     def forward(self, x: Tensor, cond: Cond) -> Tensor:
@@ -94,9 +95,7 @@ class Level(nn.Module):
                  heads: int = 0, resample: nn.Module | None = None):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(c, width, config.groups, 1e-5, emb_dim) for c in in_channels)
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(width, heads, config.context_dim, config.groups, config.linear_projection)
-            for _ in in_channels if heads)
+        self.attentions = nn.ModuleList(SpatialTransformer(width, heads, config) for _ in in_channels if heads)
         self.resample = resample
 
     def apply_block(self, i: int, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
@@ -110,8 +109,7 @@ class Middle(nn.Module):
     def __init__(self, width: int, emb_dim: int, config: UNetConfig, heads: int):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(width, width, config.groups, 1e-5, emb_dim) for _ in range(2))
-        self.attentions = nn.ModuleList(
-            [SpatialTransformer(width, heads, config.context_dim, config.groups, config.linear_projection)])
+        self.attentions = nn.ModuleList([SpatialTransformer(width, heads, config)])
 
     def forward(self, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
         x = self.resnets[0](x, emb)

@@ -130,10 +130,20 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(z))
+        return self.upwards(self.middle(self.conv_in(z)))
+
+    def upwards(self, x: Tensor) -> Tensor:
         for level in self.up:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def check_size(pixels: Tensor, downscale: int) -> None:
+    """ValueError unless the height and width of pixels [b, 3, H, W] can be halved as often as an encoder does."""
+    for size in pixels.shape[2:]:
+        if size % downscale:
+            below, above = size // downscale * downscale, (size // downscale + 1) * downscale
+            raise ValueError(f"image size {size} is not a multiple of {downscale}: use {f'{below} or ' if below else ''}{above}")
 
 
 class AutoencoderKL(nn.Module):
@@ -148,16 +158,21 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(c, c, 1) if config.quant_convs else nn.Identity()
 
     def encode(self, pixels: Tensor) -> Posterior:
-        f = self.config.downscale
-        for size in pixels.shape[2:]:
-            if size % f:
-                raise ValueError(f"image size {size} is not a multiple of {f}: use {size // f * f} or {(size // f + 1) * f}")
+        check_size(pixels, self.config.downscale)
         mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
         """Raw latents z -> pixels, nominally in [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decode_fine(self.decode_coarse(z))
+
+    def decode_coarse(self, z: Tensor) -> Tensor:
+        """The part of decode that sees the whole picture at once, at the latents' size."""
+        return self.decoder.middle(self.decoder.conv_in(self.post_quant_conv(z)))
+
+    def decode_fine(self, x: Tensor) -> Tensor:
+        """The rest, which needs nearly all of the memory and, GroupNorm's statistics aside, looks only around each pixel."""
+        return self.decoder.upwards(x)
 
     def to_latents(self, z: Tensor) -> Tensor:
         """The encoder's z -> what diffusion runs on: about zero mean and unit variance."""

@@ -1,20 +1,23 @@
-"""Stable Diffusion's U-Net in diffusers' layout (`unet/` of a model folder): names and config.json.
+"""Stable Diffusion's U-Net in its two published layouts: diffusers' (`unet/` of a model folder) and CompVis'.
 
 Where the published config misleads: `attention_head_dim` holds the *number* of heads (8 in SD 1; 5, 10, 20,
-20 in SD 2). `upcast_attention` (SD 2.1) is about float16 arithmetic, not about the network, and is not read.
+20 in SD 2).
+
+CompVis numbers the blocks of each side in one row, resamplings among them, so its names depend on the depth.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tinyldm.models.unet import UNetConfig
+from tinyldm.vendor_loaders.rename import Layout, Rules
+from tinyldm.vendor_loaders.weights import Shape
 
 CLASS = "UNet2DConditionModel"
 
-UNET_RULES = [
-    (r"^(down|up)\.", r"\1_blocks."),
-    (r"^middle\.", "mid_block."),
-    (r"^norm_out\.", "conv_norm_out."),
-    (r"^(down|up)(_blocks\.\d+)\.resample\.", r"\1\2.\1samplers.0."),
+# The inside of a transformer is named alike in both layouts.
+TRANSFORMER = [
     (r"\.block\.", ".transformer_blocks.0."),
     (r"\.self_attention\.", ".attn1."),
     (r"\.cross_attention\.", ".attn2."),
@@ -22,6 +25,73 @@ UNET_RULES = [
     (r"\.feed_forward\.proj\.", ".ff.net.0.proj."),
     (r"\.feed_forward\.out\.", ".ff.net.2."),
 ]
+
+UNET_RULES = [
+    (r"^(down|up)\.", r"\1_blocks."),
+    (r"^middle\.", "mid_block."),
+    (r"^norm_out\.", "conv_norm_out."),
+    (r"^(down|up)(_blocks\.\d+)\.resample\.", r"\1\2.\1samplers.0."),
+    *TRANSFORMER,
+]
+
+
+def compvis_rules(config: UNetConfig) -> Rules:
+    """Names below `model.diffusion_model.` of a single-file checkpoint."""
+    row_in = lambda match: 1 + int(match[1]) * (config.depth + 1)            # a level of `down` has depth blocks and
+    row_out = lambda match: int(match[1]) * (config.depth + 1)               # a resampling, one of `up` a block more
+    attended = config.attention[::-1]
+    return [
+        (r"^time_embedding\.linear_1\.", "time_embed.0."),
+        (r"^time_embedding\.linear_2\.", "time_embed.2."),
+        (r"^conv_in\.", "input_blocks.0.0."),
+        (r"^norm_out\.", "out.0."),
+        (r"^conv_out\.", "out.2."),
+        (r"(?<!block)\.norm1\.", ".in_layers.0."),
+        (r"\.conv1\.", ".in_layers.2."),
+        (r"\.time_emb_proj\.", ".emb_layers.1."),
+        (r"(?<!block)\.norm2\.", ".out_layers.0."),
+        (r"\.conv2\.", ".out_layers.3."),
+        (r"\.conv_shortcut\.", ".skip_connection."),
+        (r"^down\.(\d+)\.resnets\.(\d+)\.", lambda m: f"input_blocks.{row_in(m) + int(m[2])}.0."),
+        (r"^down\.(\d+)\.attentions\.(\d+)\.", lambda m: f"input_blocks.{row_in(m) + int(m[2])}.1."),
+        (r"^down\.(\d+)\.resample\.conv\.", lambda m: f"input_blocks.{row_in(m) + config.depth}.0.op."),
+        (r"^middle\.resnets\.0\.", "middle_block.0."),
+        (r"^middle\.attentions\.0\.", "middle_block.1."),
+        (r"^middle\.resnets\.1\.", "middle_block.2."),
+        (r"^up\.(\d+)\.resnets\.(\d+)\.", lambda m: f"output_blocks.{row_out(m) + int(m[2])}.0."),
+        (r"^up\.(\d+)\.attentions\.(\d+)\.", lambda m: f"output_blocks.{row_out(m) + int(m[2])}.1."),
+        (r"^up\.(\d+)\.resample\.",
+         lambda m: f"output_blocks.{row_out(m) + config.depth}.{1 + attended[int(m[1])]}."),
+        *TRANSFORMER,
+    ]
+
+
+def infer(shapes: Mapping[str, Shape]) -> UNetConfig:
+    """The config behind CompVis weights. The number of heads is not in them: Stable Diffusion 1 has 8 everywhere,
+    Stable Diffusion 2, which enters its transformers by Linear, one for every 64 channels."""
+    rows = {int(name.split(".")[1]) for name in shapes if name.startswith("input_blocks.")}
+    halvings = [i for i in sorted(rows) if f"input_blocks.{i}.0.op.weight" in shapes]
+    depth = (halvings[0] if halvings else len(rows)) - 1
+    first = [1 + i * (depth + 1) for i in range(len(halvings) + 1)]           # the first block of each level
+    widths = tuple(shapes[f"input_blocks.{i}.0.out_layers.0.weight"][0] for i in first)
+    linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
+    return UNetConfig(
+        in_channels=shapes["input_blocks.0.0.weight"][1],
+        out_channels=shapes["out.2.weight"][0],
+        widths=widths,
+        depth=depth,
+        attention=tuple(f"input_blocks.{i}.1.proj_in.weight" in shapes for i in first),
+        heads=tuple(width // 64 if linear else 8 for width in widths),
+        context_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        linear_projection=linear,
+        upcast_attention=linear,                                             # 2.1 needs it, 2.0 is none the worse for it
+    )
+
+
+LAYOUTS = {
+    "diffusers": Layout(r"(.*?)time_embedding\.linear_1\.weight", lambda config: UNET_RULES),
+    "CompVis": Layout(r"(.*?)time_embed\.0\.weight", compvis_rules, infer=infer),
+}
 
 # What this network always is. The values are diffusers' defaults too, so a config may leave any of them out.
 FIXED = {
@@ -81,6 +151,7 @@ def to_config(config: UNetConfig) -> dict:
         "attention_head_dim": scalar(config.heads),
         "cross_attention_dim": config.context_dim,
         "use_linear_projection": config.linear_projection,
+        "upcast_attention": config.upcast_attention,
         "norm_num_groups": config.groups,
     }
 
@@ -110,14 +181,16 @@ def from_config(config: dict) -> UNetConfig:
         heads=(heads,) * len(widths) if isinstance(heads, int) else tuple(heads),
         context_dim=context_dim,
         linear_projection=config.get("use_linear_projection", False),
+        upcast_attention=bool(config.get("upcast_attention")),
         groups=config.get("norm_num_groups", 32),
         sample_size=size or 64,
     )
 
 
 def check(config: dict, class_name: str, fixed: dict, known: set[str]) -> None:
-    """ValueError unless config is of this class, agrees with the fixed fields and has no unknown ones switched on."""
-    if (found := config.get("_class_name", class_name)) != class_name:
+    """ValueError unless config is of this class, agrees with the fixed fields and has no unknown ones switched on.
+    A leading "Flax" names the same network: mirrors of hub repositories carry such configs with the same fields."""
+    if (found := config.get("_class_name", class_name)).removeprefix("Flax") != class_name:
         raise ValueError(f"config.json describes a {found}, not a {class_name}: is it the folder of another model?")
     for name, value in config.items():
         if name.startswith("_") or name in known:

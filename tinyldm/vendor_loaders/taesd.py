@@ -1,0 +1,125 @@
+"""TAESD's published layouts: diffusers' AutoencoderTiny (config.json and one file) and the original (two files, no config).
+
+The original files name layers by their index in an nn.Sequential, and so do we: ORIGINAL_RULES is empty once the
+tensors of the encoder's file are prefixed "encoder." and those of the decoder's "decoder.". diffusers numbers
+the decoder's layers from 0 without the clamp that comes first. The hub's taef2.safetensors has diffusers' names
+without a config.json: `infer` reads both layouts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from tinyldm.models.taesd import TAESD, TAESDConfig
+from tinyldm.vendor_loaders.rename import Layout, Rules, published_names
+from tinyldm.vendor_loaders.unet import check, scalar
+
+CLASS = "AutoencoderTiny"
+OWN_CLASS = "TinyLDMAutoencoderTiny"        # what diffusers' class cannot be (taef2) must not open there, silently wrong
+CLASSES = (CLASS, OWN_CLASS)
+
+RULES: Rules = [
+    (r"^encoder\.(\d)", r"encoder.layers.\1"),
+    *((rf"^decoder\.{n}\.", f"decoder.layers.{n - 1}.") for n in range(1, 100)),
+]
+ORIGINAL_RULES: Rules = []
+
+FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
+
+# force_upcast is about float16 arithmetic, latent_magnitude and latent_shift about storing latents as 8-bit pictures,
+# block_out_channels repeats the decoder's. sample_size and normed_middle are ours.
+KNOWN = {"block_out_channels", "decoder_block_out_channels", "encoder_block_out_channels", "force_upcast",
+         "latent_channels", "latent_magnitude", "latent_shift", "normed_middle", "num_decoder_blocks",
+         "num_encoder_blocks", "sample_size", "scaling_factor", "shift_factor"}
+
+DEFAULT = TAESDConfig()
+
+
+def to_config(config: TAESDConfig) -> dict:
+    """The config.json with which diffusers' AutoencoderTiny opens the network; of OWN_CLASS where it cannot."""
+    blocks, widths = list(config.blocks), [config.width] * len(config.blocks)
+    published = FIXED | {
+        "_class_name": CLASS,
+        "latent_channels": config.latent_channels,
+        "encoder_block_out_channels": widths,
+        "decoder_block_out_channels": widths,
+        "num_encoder_blocks": blocks,
+        "num_decoder_blocks": blocks[::-1],
+        "latent_magnitude": 3,
+        "latent_shift": 0.5,
+        "force_upcast": False,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+    }
+    if config.normed_middle:
+        published |= {"_class_name": OWN_CLASS, "normed_middle": True}
+    if config.sample_size != DEFAULT.sample_size:       # diffusers warns of fields it does not know
+        published["sample_size"] = config.sample_size
+    return published
+
+
+def from_config(config: dict) -> TAESDConfig:
+    """A config.json, published or ours -> TAESDConfig. ValueError for what TAESDConfig cannot express."""
+    normed = config.get("normed_middle", False)
+    check(config, OWN_CLASS if normed or config.get("_class_name") == OWN_CLASS else CLASS, FIXED, KNOWN)
+    blocks = tuple(config.get("num_encoder_blocks", (1, 3, 3, 3)))
+    if (other := tuple(config.get("num_decoder_blocks", (3, 3, 3, 1)))) != blocks[::-1]:
+        raise ValueError(f"{CLASS} config has num_decoder_blocks={list(other)}: only the encoder's in reverse, "
+                         f"{list(blocks[::-1])}, can be expressed here")
+    width = scalar(config.get("encoder_block_out_channels", [64] * 4))
+    for name in ("encoder_block_out_channels", "decoder_block_out_channels"):
+        widths = config.get(name, [64] * 4)
+        if not isinstance(width, int) or list(widths) != [width] * len(blocks):
+            raise ValueError(f"{CLASS} config has {name}={widths}: only one width for all {len(blocks)} levels "
+                             f"can be expressed here")
+    return TAESDConfig(
+        latent_channels=config.get("latent_channels", 4),
+        width=width,
+        blocks=blocks,
+        normed_middle=normed,
+        scaling_factor=config.get("scaling_factor", 1.0),
+        shift_factor=config.get("shift_factor") or 0.0,
+        sample_size=config.get("sample_size", DEFAULT.sample_size),
+    )
+
+
+def infer(shapes: Mapping[str, tuple]) -> TAESDConfig:
+    """Names and shapes of a whole autoencoder (the original's with their prefixes, or diffusers') -> its config.
+
+    ValueError where they are not a TAESD's: for instance taesana's, which downscales 32 times with other blocks.
+    """
+    fields: dict[int, set[str]] = {}            # of each of the encoder's layers
+    for name in shapes:
+        if match := re.match(r"encoder\.(?:layers\.)?(\d+)\.(.+)", name):
+            fields.setdefault(int(match[1]), set()).add(match[2])
+    if not fields:
+        raise ValueError("no name starts with 'encoder.': join the encoder's and the decoder's file under these prefixes")
+    blocks, normed = [0], False
+    for index in sorted(fields):
+        if "conv.0.weight" in fields[index]:
+            blocks[-1] += 1
+            normed = "pool.0.weight" in fields[index]
+        elif index > 0 and "bias" not in fields[index]:         # a strided convolution: the next level begins
+            blocks.append(0)
+    weight = lambda index: shapes.get(f"encoder.layers.{index}.weight", shapes.get(f"encoder.{index}.weight", (0, 0)))
+    config = replace(DEFAULT, latent_channels=weight(max(fields))[0], width=weight(0)[0], blocks=tuple(blocks),
+                     normed_middle=normed)
+    with torch.device("meta"):
+        own = TAESD(config).state_dict()
+    names = published_names(own, RULES if "encoder.layers.0.weight" in shapes else ORIGINAL_RULES)
+    expected = {names[key]: tuple(tensor.shape) for key, tensor in own.items()}
+    if wrong := sorted(name for name in expected.keys() | shapes.keys()
+                       if expected.get(name) != tuple(shapes.get(name, ()))):
+        raise ValueError(f"not an autoencoder of the TAESD family that can be expressed here: {len(wrong)} tensors are "
+                         f"missing, unexpected or of another shape, {wrong[0]} the first")
+    return config
+
+
+LAYOUTS = {
+    "diffusers": Layout(r"(|.*\.)encoder\.layers\.0\.weight", lambda config: RULES, infer=infer),
+    "original": Layout(r"(|.*\.)encoder\.0\.weight", lambda config: ORIGINAL_RULES, infer=infer),
+}
