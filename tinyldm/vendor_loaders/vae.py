@@ -1,18 +1,18 @@
-"""Stable Diffusion's autoencoder in diffusers' layout (`vae/` of a model folder): names and config.json.
+"""Stable Diffusion's autoencoder in its two published layouts: diffusers' (`vae/` of a model folder) and CompVis'.
 
-Files published before 2023 (SD 1 among them) name the middle attention's layers query, key, value and
-proj_attn: `modernise` gives them the names in use since. Their config.json lacks scaling_factor (0.18215).
+diffusers files from before 2023 (SD 1 among them) name the middle attention's layers query, key, value and
+proj_attn, and their config.json lacks scaling_factor (0.18215). CompVis counts the decoder's levels from the
+finest and stores the matrices of the attention as 1x1 convolutions.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from tinyldm.models.vae import VAEConfig
+from tinyldm.vendor_loaders.rename import Layout, Rules
 from tinyldm.vendor_loaders.unet import check, scalar
+from tinyldm.vendor_loaders.weights import Shape
 
 CLASS = "AutoencoderKL"
 
@@ -26,7 +26,53 @@ VAE_RULES = [
     (r"\.to_out\.", ".to_out.0."),
 ]
 
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_NAMES = [(rf"\.attentions\.0\.{old}\.", f".attentions.0.{new}.")
+             for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))]
+
+SCALING = {4: (0.18215, 0.0)}           # latent channels -> scaling and shift, where the weights alone can tell
+
+
+def compvis_rules(config: VAEConfig) -> Rules:
+    """Names below `first_stage_model.` of a single-file checkpoint, or of a file with the VAE alone."""
+    finest = len(config.widths) - 1
+    return [
+        (r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{finest - int(match[1])}."),
+        (r"\.(down|up)\.(\d+)\.resnets\.", r".\1.\2.block."),
+        (r"\.(down|up)(\.\d+)\.resample\.", r".\1\2.\1sample."),
+        (r"\.middle\.resnets\.0\.", ".mid.block_1."),
+        (r"\.middle\.resnets\.1\.", ".mid.block_2."),
+        (r"\.middle\.attentions\.0\.norm\.", ".mid.attn_1.norm."),
+        (r"\.middle\.attentions\.0\.attention\.to_([qkv])\.(\w+)$", r".mid.attn_1.\1.\2@1x1"),
+        (r"\.middle\.attentions\.0\.attention\.to_out\.(\w+)$", r".mid.attn_1.proj_out.\1@1x1"),
+        (r"\.conv_shortcut\.", ".nin_shortcut."),
+    ]
+
+
+def infer(shapes: Mapping[str, Shape]) -> VAEConfig:
+    """The config behind CompVis weights. ValueError where they fit several autoencoders of different scale."""
+    count = lambda text: sum(text.format(i) in shapes for i in range(16))
+    levels, channels = count("encoder.down.{}.block.0.norm1.weight"), shapes["decoder.conv_in.weight"][1]
+    if channels not in SCALING:
+        raise ValueError(f"an autoencoder of {channels} latent channels, without a config.json: its scale cannot be told "
+                         f"from the weights (SD 3's and FLUX.1's differ in nothing else); use its diffusers folder")
+    scale, shift = SCALING[channels]
+    return VAEConfig(
+        latent_channels=channels,
+        widths=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
+        depth=count("encoder.down.0.block.{}.norm1.weight"),
+        middle_attention="encoder.mid.attn_1.norm.weight" in shapes,
+        quant_convs="quant_conv.weight" in shapes,
+        scaling_factor=scale,
+        shift_factor=shift,
+    )
+
+
+TRAINING = [(r"^(loss|model_ema)\..*", "")]                    # what the autoencoder's own checkpoints hold beside it
+LAYOUTS = {
+    "diffusers": Layout(r"(.*?)encoder\.down_blocks\.0\.resnets\.0\.norm1\.weight", lambda config: VAE_RULES,
+                        lambda config: OLD_NAMES),
+    "CompVis": Layout(r"(.*?)encoder\.down\.0\.block\.0\.norm1\.weight", compvis_rules, lambda config: TRAINING, infer),
+}
 
 FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "latents_mean": None, "latents_std": None}
 
@@ -78,10 +124,3 @@ def from_config(config: dict) -> VAEConfig:
         shift_factor=config.get("shift_factor") or 0.0,
         sample_size=config.get("sample_size", 32),
     )
-
-
-def modernise(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published tensors, with the old names of the middle attention replaced."""
-    new = lambda match: f".attentions.0.{OLD_NAMES[match[1]]}."
-    return {re.sub(r"\.attentions\.0\.(query|key|value|proj_attn)\.", new, name): tensor
-            for name, tensor in tensors.items()}
