@@ -31,7 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cfg", type=float, metavar="W", help="guidance scale, 1 is none (default: the model's)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: the model's)")
     add("--sampler", metavar="NAME", help="ddim, ddpm, euler, heun, dpmpp_2m (default: the model's)")
-    add("--schedule", default="normal", metavar="NAME", help="normal, karras, trailing, leading, linspace")
+    add("--schedule", metavar="NAME", help="karras, trailing, leading, linspace, ... (default: the model's)")
     add("--batch-size", type=int, default=50, metavar="B", help="pictures drawn at once")
     add("--seed", type=int, default=0, metavar="S", help="seed of the first picture; the next has S + 1")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, mps")
@@ -65,12 +65,10 @@ from tqdm import tqdm
 
 from tinyldm.data.toyworld import BACKGROUNDS, PAIRS, Scene, sample
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
-from tinyldm.diffusion.grids import grid
-from tinyldm.diffusion.samplers import find_sampler
 from tinyldm.evaluation.recogniser import UNCLEAR, WORDS, Reading, Recogniser, get_recogniser, score
-from tinyldm.pipeline import draw, find_model, to_bytes, to_pixels
+from tinyldm.pipeline import Settings, draw, find_model, settings, to_bytes, to_pixels
 from tinyldm.sheet import INK, RED, captioned
-from tinyldm.vendor_loaders.folder import Model, load_model
+from tinyldm.vendor_loaders.load import Model, load_model
 
 SPLITS = {"train": "trained pairs", "held_out": "held-out pairs"}
 
@@ -100,27 +98,22 @@ def make_wishes(count: int, split: str, seed: int = 0) -> list[Wish]:
     return wishes
 
 
-def resolve(args: argparse.Namespace, model: Model) -> None:
-    """Fill what was not typed from the model's own defaults; refuse what cannot work before any work is done."""
+def resolve(args: argparse.Namespace, model: Model) -> Settings:
+    """How to draw: as typed, else by the model's own defaults. Refuses what cannot work before any work is done."""
     if model.defaults.get("data") != "toyworld":
         raise ValueError(f"{args.run} was trained on {model.defaults.get('data', 'something else')}: metric 'prompts' reads "
                          "toyworld's pictures only; use a run trained with --data toyworld")
-    for name, default in (("cfg", 4.0), ("steps", 20), ("sampler", "dpmpp_2m")):
-        if getattr(args, name) is None:
-            setattr(args, name, model.defaults.get(name, default))
-    find_sampler(args.sampler)
-    grid(model.process, args.steps, args.schedule)
+    return settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg)
 
 
-def draw_all(args: argparse.Namespace, model: Model, prompts: list[str], device: torch.device) -> np.ndarray:
+def draw_all(args: argparse.Namespace, model: Model, how: Settings, prompts: list[str], device: torch.device) -> np.ndarray:
     """One picture per prompt, picture i from seed + i: uint8 [n, h, w, 3]."""
     images = []
     with tqdm(total=len(prompts), unit="picture", disable=None) as bar, autocast(device, args.dtype):
         for start in range(0, len(prompts), args.batch_size):
             some = prompts[start : start + args.batch_size]
             seeds = range(args.seed + start, args.seed + start + len(some))
-            images.append(draw(model, some, seeds, cfg=args.cfg, steps=args.steps, sampler=args.sampler,
-                               schedule=args.schedule))
+            images.append(draw(model, some, seeds, how))
             bar.update(len(some))
     return np.concatenate(images)
 
@@ -169,7 +162,7 @@ def main() -> None:
         prefer_plain_attention()
     path = find_model(args.run)
     model = load_model(path, device, ema=not args.no_ema)
-    resolve(args, model)
+    how = resolve(args, model)
     out = Path(args.out) if args.out else Path(args.run) / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
 
@@ -179,14 +172,14 @@ def main() -> None:
               "held_out": make_wishes(args.count // 2, "held_out", args.seed)}
     asked = [(split, wish) for split, some in wishes.items() for wish in some]
     begun = time.perf_counter()
-    images = draw_all(args, model, [wish.prompt for _, wish in asked], device)
+    images = draw_all(args, model, how, [wish.prompt for _, wish in asked], device)
     seconds = time.perf_counter() - begun
     readings = recogniser.read(images)
 
     answers = list(zip(images, asked, readings))
     scores = {title: score([wish.scene for wish in wishes[split]], [read for _, (own, _), read in answers if own == split])
               for split, title in SPLITS.items()}
-    print(f"{path}: {args.sampler}, {args.steps} steps, cfg {args.cfg:g}; {len(images)} pictures in {seconds:.0f} s\n")
+    print(f"{path}: {how.sampler}, {how.steps} steps, cfg {how.cfg:g}; {len(images)} pictures in {seconds:.0f} s\n")
     print(table(judged | scores) + "\n")
 
     failures = {split: [(image, wish, read) for image, (own, wish), read in answers if own == split and not right(wish, read)]
@@ -197,7 +190,8 @@ def main() -> None:
         (out / "failures.png").unlink(missing_ok=True)
     record = {
         "model": str(path), "seconds": round(seconds, 1), "step": model.defaults.get("step"),
-        **{name: getattr(args, name) for name in ("cfg", "steps", "sampler", "schedule", "seed", "dtype", "no_ema")},
+        **{name: getattr(how, name) for name in ("cfg", "steps", "sampler", "schedule")},
+        **{name: getattr(args, name) for name in ("seed", "dtype", "no_ema")},
         "recogniser": {name.strip(): row for name, row in judged.items()},
         "scores": {split: scores[title] for split, title in SPLITS.items()},
         "pictures": [{"prompt": wish.prompt, "seed": args.seed + i, "split": split, "right": right(wish, read), **read._asdict()}

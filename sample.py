@@ -3,6 +3,9 @@
     python sample.py "a red fox" --cfg 7.5                   with the run that finished last under runs/
     python sample.py "a red fox" "a blue boat at sea" -n 4   four pictures of each, and a grid of all
     python sample.py "a red fox" --model runs/tiny --seed 7 --steps 30 --sampler heun --out fox.png
+    python sample.py "a red fox" --model stable-diffusion-v1-5/stable-diffusion-v1-5       a hub id, a folder, or a file
+    python sample.py "a blue fox" --init-image fox.png --strength 0.6                      start from a picture
+    python sample.py "a red hat" --init-image fox.png --mask hat.png                       draw where the mask is white
 
 Image i of a prompt is drawn from seed + i alone, whatever the batch size. PNGs carry what it takes to draw them again.
 """
@@ -24,21 +27,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("prompt", nargs="*", help="one or several captions")
     add("--from-file", metavar="FILE", help="captions from a text file, one per line")
     add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from (default: the empty caption)")
-    add("--model", metavar="FOLDER", help="run or model folder (default: the run that finished last under runs/)")
+    add("--model", metavar="FOLDER|ID|FILE", help="run or model folder, hub id, or .safetensors/.ckpt (default: the run that finished last under runs/)")
+    add("--revision", metavar="NAME", help="hub id: branch, tag or commit")
+    add("--variant", metavar="NAME", help="weights files of a published folder, such as fp16 (default: full precision)")
+    add("--tokenizer", metavar="FOLDER|ID", help="for a single-file checkpoint, which holds none (default: CLIP's, from the hub)")
+    add("--prediction", metavar="NAME", help="for a single-file Stable Diffusion 2: eps (the base models) or v (default: v)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
     add("--cfg", "--guidance-scale", "--scale", type=float, metavar="W", help="guidance scale, 1 is none (default: the model's)")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
-    add("--sampler", metavar="NAME", help="ddim, ddpm, euler, heun, dpmpp_2m (default: the model's)")
-    add("--schedule", default="normal", metavar="NAME", help="normal, karras, trailing, leading, linspace, ...")
+    add("--sampler", metavar="NAME", help="ddim, ddpm, euler, euler_a, heun, lms, pndm, dpmpp_2m, unipc (default: the model's)")
+    add("--schedule", metavar="NAME", help="karras, trailing, leading, linspace, ... (default: the model's)")
     add("--eta", type=float, metavar="E", help="ddim: share of fresh noise, 0 to 1")
     add("--seed", type=int, default=0, metavar="S", help="first seed; -1 picks one (printed and stored)")
     add("-n", "--num-images", type=int, default=1, metavar="N", help="pictures per caption")
     add("--batch-size", type=int, default=16, metavar="B", help="pictures drawn at once")
     add("--width", type=int, default=0, metavar="PX", help="(default: the model's)")
     add("--height", type=int, default=0, metavar="PX", help="(default: the model's)")
+    add("--init-image", metavar="FILE", help="a picture to start from instead of noise")
+    add("--strength", type=float, metavar="S", help="how much of it may change, 0 to 1 (default: 0.75; with a mask 1)")
+    add("--mask", metavar="FILE", help="with --init-image: draw where this picture is white, keep the rest")
+    add("--preview", nargs="?", const="", metavar="TAESD", help="write preview.png while drawing, with this tiny autoencoder "
+        "(folder or hub id; default: the one for Stable Diffusion, from the hub)")
     add("--out", "--outdir", default="samples", metavar="PATH", help="a folder, or a .png file (default: samples/)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", metavar="NAME", help="autocast: auto (bf16 on GPUs), bf16, fp32")
+    add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16, fp16, fp32")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
     args = parser.parse_args(argv)
     if args.from_file:
@@ -47,6 +59,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         except OSError as error:
             fail(f"--from-file {args.from_file}: {error.strerror}")
         args.prompt += [line.strip() for line in lines if line.strip()]
+    check(args)
+    if args.seed == -1:
+        args.seed = random.SystemRandom().randrange(2**31)
+        print(f"seed {args.seed}")
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be seen to be wrong before torch is loaded."""
     if not args.prompt:
         fail('no prompt: python sample.py "a red fox"')
     for name, least in (("num_images", 1), ("batch_size", 1), ("seed", -1), ("width", 0), ("height", 0)):
@@ -56,53 +77,120 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         fail(f"--seed {args.seed} must be below 2^62")
     if args.eta is not None and not 0 <= args.eta <= 1:
         fail(f"--eta {args.eta} must lie between 0 and 1")
+    if args.strength is not None and not 0 < args.strength <= 1:
+        fail(f"--strength {args.strength} must lie above 0 and at most at 1")
+    if (args.mask or args.strength is not None) and not args.init_image:
+        fail(f"--{'mask' if args.mask else 'strength'} needs a picture to change: --init-image FILE")
     if Path(args.out).suffix.lower() not in ("", ".png"):
         fail(f"--out {args.out}: pictures are written as .png; name such a file, or a folder")
-    if args.seed == -1:
-        args.seed = random.SystemRandom().randrange(2**31)
-        print(f"seed {args.seed}")
-    return args
+    if args.strength is None:
+        args.strength = 1.0 if args.mask else 0.75
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
     ARGS = parse()
 
+from collections.abc import Callable
+
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 from tqdm import tqdm
 
-from tinyldm.device import autocast, pick_device
-from tinyldm.diffusion.samplers import SAMPLERS, find_sampler
-from tinyldm.pipeline import draw, find_model
+from tinyldm.device import pick_device, pick_dtype, prefer_plain_attention
+from tinyldm.diffusion.prediction import PREDICTIONS
+from tinyldm.lookup import lookup
+from tinyldm.pipeline import (Canvas, Settings, check_size, decode, draw, find_model, picture_size, settings, to_bytes,
+                              to_pixels, unit)
 from tinyldm.sheet import tile
-from tinyldm.vendor_loaders.folder import Model, load_model
+from tinyldm.training.run import write_picture
+from tinyldm.vendor_loaders.hub import is_hub_id
+from tinyldm.vendor_loaders.load import Model, load_model, load_vae
+
+TINY_VAE = {4: "madebyollin/taesd"}                          # by latent channels: Stable Diffusion 1's and 2's
 
 
-def resolve(args: argparse.Namespace, model: Model) -> None:
-    """Fill what was not typed from the model's own defaults; 'dpmpp_2m_karras' names sampler and schedule at once."""
-    for name, default in (("cfg", 4.0), ("steps", 20), ("sampler", "dpmpp_2m")):
-        if getattr(args, name) is None:
-            setattr(args, name, model.defaults.get(name, default))
-    spelled = re.sub(r"[ _-]karras$", "", args.sampler.strip(), flags=re.IGNORECASE)
-    if spelled != args.sampler.strip():
-        args.sampler, args.schedule = spelled, "karras"
-    if args.eta is not None and find_sampler(args.sampler) is not SAMPLERS["ddim"]:
-        raise ValueError(f"--eta belongs to --sampler ddim, not to {args.sampler}")
-    find_sampler(args.sampler)
-    own = model.defaults.get("resolution") or model.vae.config.sample_size
-    args.width, args.height = args.width or own, args.height or own
+def open_model(args: argparse.Namespace) -> tuple[Model, str]:
+    """The model, and its name for people."""
+    device = pick_device(args.device)
+    if device.type == "cpu":
+        prefer_plain_attention()
+    source = find_model(args.model)
+    if args.revision:
+        if not is_hub_id(source):
+            raise ValueError(f"--revision {args.revision} is for a hub id, {source} is a path: leave it out")
+        source = f"{source}@{args.revision}"
+    if args.prediction:
+        lookup(PREDICTIONS, args.prediction, "--prediction")
+    model = load_model(source, device, pick_dtype(args.dtype, device), not args.no_ema, args.variant, args.tokenizer, args.prediction)
     for prompt in [*args.prompt, args.negative_prompt]:
         if cut := model.tokenizer.cut(prompt):
             print(f"warning: the model reads {model.tokenizer.context_length} tokens; left out: \"{cut}\"", file=sys.stderr)
+    return model, str(model.defaults.get("preset", source))
 
 
-def metadata(args: argparse.Namespace, prompt: str, seed: int, name: str) -> PngInfo:
+def resolve(args: argparse.Namespace, model: Model) -> Settings:
+    """How to draw: as typed, else by the model's own defaults."""
+    how = settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg)
+    if args.eta is not None and how.sampler != "ddim":
+        raise ValueError(f"--eta belongs to --sampler ddim, not to {how.sampler}")
+    return how
+
+
+def open_picture(file: str) -> Image.Image:
+    """Upright, RGB. ValueError for what is not a picture."""
+    try:
+        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not a picture that can be read"
+        raise ValueError(f"{file}: {reason}") from error
+
+
+def open_canvas(args: argparse.Namespace, model: Model) -> Canvas:
+    """--init-image and --mask, fitted to the size to draw: as typed, else the picture's shape at the model's own scale."""
+    picture, multiple = open_picture(args.init_image), unit(model)
+    own = min(picture_size(model))
+    scale = own / min(picture.size)
+    width, height = (typed or max(multiple, round(side * scale / multiple) * multiple)
+                     for typed, side in zip((args.width, args.height), picture.size))
+    check_size(model, width, height)
+    fit = lambda image: to_pixels(np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))[None])
+    mask = None
+    if args.mask:
+        drawn = open_picture(args.mask).convert("L").convert("RGB")
+        if abs(drawn.width * picture.height / (drawn.height * picture.width) - 1) > 0.02:       # cropped, they would not match
+            raise ValueError(f"--mask {args.mask} is {drawn.width}x{drawn.height}, the picture {picture.width}x{picture.height}: "
+                             "paint it in the picture's shape")
+        mask = (fit(drawn)[:, :1] + 1) / 2
+        if not mask.any():
+            raise ValueError(f"--mask {args.mask} has no white in it: nothing would be drawn")
+    return Canvas(fit(picture), args.strength, mask)
+
+
+def open_preview(args: argparse.Namespace, model: Model, file: Path) -> Callable[[Tensor], None]:
+    """A function that writes the current guess of the pictures to `file`."""
+    channels = model.vae.config.latent_channels
+    if not args.preview and channels not in TINY_VAE:
+        raise ValueError(f"no tiny autoencoder is known for {channels} latent channels: name one, --preview FOLDER")
+    tiny = load_vae(args.preview or TINY_VAE[channels], next(model.net.parameters()).device)
+    if tiny.config.latent_channels != channels:
+        raise ValueError(f"--preview {args.preview} has {tiny.config.latent_channels} latent channels, the model {channels}")
+
+    def show(x0: Tensor) -> None:
+        write_picture(file, tile(to_bytes(decode(tiny, x0.float()))))
+
+    return show
+
+
+def metadata(args: argparse.Namespace, how: Settings, image: np.ndarray, prompt: str, seed: int, name: str) -> PngInfo:
     """The settings as AUTOMATIC1111's `parameters` text, which other tools read back."""
-    sampler = args.sampler + (f" {args.schedule.capitalize()}" if args.schedule != "normal" else "")
-    facts = {"Steps": args.steps, "Sampler": sampler, "CFG scale": args.cfg, "Seed": seed,
-             "Size": f"{args.width}x{args.height}", "Model": name, "RNG": "CPU",
-             **({"Eta": args.eta} if args.eta is not None else {})}
+    facts = {"Steps": how.steps, "Sampler": how.sampler, "Schedule type": how.schedule, "CFG scale": how.cfg, "Seed": seed,
+             "Size": f"{image.shape[1]}x{image.shape[0]}", "Model": name, "RNG": "CPU",
+             **({"Eta": args.eta} if args.eta is not None else {}),
+             **({"Denoising strength": args.strength, "Init image": Path(args.init_image).name} if args.init_image else {}),
+             **({"Mask": Path(args.mask).name} if args.mask else {})}
     lines = [prompt, *([f"Negative prompt: {args.negative_prompt}"] if args.negative_prompt else []),
              ", ".join(f"{key}: {value}" for key, value in facts.items())]
     info = PngInfo()
@@ -117,37 +205,50 @@ def free_name(folder: Path, prompt: str, seed: int) -> Path:
     return folder / f"{max(taken, default=0) + 1:04d}-{seed}-{slug}.png"
 
 
-def main() -> None:
-    args = ARGS
-    device = pick_device(args.device)
-    path = find_model(args.model)
-    model = load_model(path, device, ema=not args.no_ema)
-    resolve(args, model)
+def draw_all(args: argparse.Namespace, model: Model, how: Settings, jobs: list[tuple[str, int]],
+             preview_file: Path) -> list[np.ndarray]:
+    """One picture per (prompt, seed), a batch at a time."""
     if args.compile:
         model.net.compile()
-    out = Path(args.out)
-    single = out.suffix.lower() == ".png"
-    (out.parent if single else out).mkdir(parents=True, exist_ok=True)
-
-    jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_images)]
-    dtype = "fp32" if args.dtype == "auto" and device.type == "cpu" else args.dtype    # exact where speed allows
+    canvas = open_canvas(args, model) if args.init_image else None
+    if canvas is None:
+        check_size(model, *picture_size(model, args.width, args.height))
+    show = open_preview(args, model, preview_file) if args.preview is not None else None
     images = []
-    with tqdm(total=len(jobs) * args.steps, unit="step", disable=None) as bar, autocast(device, dtype):
+    with tqdm(total=len(jobs) * how.steps, unit="step", disable=None) as bar:
+        def on_step(x0: Tensor) -> None:
+            bar.update(len(x0))
+            if show:
+                show(x0)
+
         for start in range(0, len(jobs), args.batch_size):
             prompts, seeds = zip(*jobs[start : start + args.batch_size])
-            images.extend(draw(
-                model, prompts, seeds, negative=args.negative_prompt, cfg=args.cfg, steps=args.steps, eta=args.eta,
-                sampler=args.sampler, schedule=args.schedule, width=args.width, height=args.height, on_step=bar.update))
-    name = str(model.defaults.get("preset", path))
+            images.extend(draw(model, prompts, seeds, how, negative=args.negative_prompt, width=args.width,
+                               height=args.height, eta=args.eta, canvas=canvas, on_step=on_step))
+    return images
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = ARGS
+    model, name = open_model(args)
+    how = resolve(args, model)
+    out = Path(args.out)
+    single = out.suffix.lower() == ".png"
+    folder = out.parent if single else out
+    folder.mkdir(parents=True, exist_ok=True)
+
+    jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_images)]
+    images = draw_all(args, model, how, jobs, folder / "preview.png")
     files = []
     for (prompt, seed), image in zip(jobs, images):
         if not single or len(jobs) == 1:
             files.append(out if single else free_name(out, prompt, seed))
-            Image.fromarray(image).save(files[-1], pnginfo=metadata(args, prompt, seed, name))
+            Image.fromarray(image).save(files[-1], pnginfo=metadata(args, how, image, prompt, seed, name))
     if len(jobs) > 1:
         files.append(out if single else free_name(out, "grid", args.seed))
         sheet = tile(np.stack(images), columns=args.num_images if args.num_images > 1 else 0)
-        Image.fromarray(sheet).save(files[-1], pnginfo=metadata(args, " | ".join(args.prompt), args.seed, name))
+        Image.fromarray(sheet).save(files[-1], pnginfo=metadata(args, how, images[0], " | ".join(args.prompt), args.seed, name))
     print("\n".join(map(str, files)))
 
 

@@ -41,7 +41,7 @@ from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.pipeline import draw, to_bytes, to_pixels
+from tinyldm.pipeline import draw, settings, to_bytes, to_pixels
 from tinyldm.sheet import tile
 from tinyldm.tokenizer import Tokenizer
 from tinyldm.training import checkpoint
@@ -51,7 +51,8 @@ from tinyldm.training.log import Log
 from tinyldm.training.optim import make_optimizers, set_lr
 from tinyldm.training.run import Interrupted, Progress, Signals, generator, replace_folder, write_picture
 from tinyldm.vendor_loaders import scheduler
-from tinyldm.vendor_loaders.folder import Model, load_model, load_text, load_vae, load_weights, save_model, save_vae
+from tinyldm.vendor_loaders.folder import save_model, save_vae
+from tinyldm.vendor_loaders.load import Model, load_model, load_text, load_tokenizer, load_vae, load_weights, locate_part
 
 
 def update(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], clip: float, losses: Tensor) -> None:
@@ -170,7 +171,7 @@ def build_networks(config: Config, vae: AutoencoderKL, captions: list[str]) -> t
     """The network to train, and its text encoder: pretrained and frozen, or new and trained along."""
     if config.text_weights:
         text = load_text(config.text_weights)
-        tokenizer = Tokenizer.load(Path(config.text_weights) / "tokenizer", text.config.context_length)
+        tokenizer = load_tokenizer(config.text_weights, text.config.context_length)
     else:
         length = config.text.get("context_length", 77)
         tokenizer = Tokenizer.train(captions, config.vocab_size, length)
@@ -208,7 +209,7 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
         start = restore_counters(last, losses)
     log = Log(run / "log.jsonl", "step", start)
     model = Model(net, vae, text, tokenizer, process, config.prediction,
-                  scheduler.to_config(config.process, process_options(config), config.prediction, config.network),
+                  scheduler.to_config(config.process, process_options(config), config.prediction, config.network, config.sampler),
                   dict(preset=config.preset, resolution=config.resolution, sampler=config.sampler,
                        steps=config.sample_steps, cfg=config.cfg, data=config.data))
     ids = torch.from_numpy(tokenizer.encode(data.captions))                     # [n, context_length]
@@ -268,7 +269,7 @@ def sample_grid(config: Config, model: Model, ema: EMA, run: Path, step: int, ca
     repeated = [prompt for prompt in prompts for _ in range(2)]
     model.net.eval(), model.text.eval()
     with ema.applied(), autocast(pick_device(config.device), config.dtype):
-        images = draw(model, repeated, range(len(repeated)), cfg=config.cfg, steps=config.sample_steps, sampler=config.sampler)
+        images = draw(model, repeated, range(len(repeated)), settings(model))
     model.net.train(), model.text.train()
     write_picture(run / "samples" / f"step-{step:06d}.png", tile(images, columns=8))
 
@@ -289,9 +290,9 @@ def refuse_early(config: Config) -> None:
     make_weight("min_snr" if config.min_snr_gamma else "none", config.prediction)
     first = grid(make_process(config.process, **process_options(config)), config.sample_steps)[0]
     to_x0(config.prediction, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), first)           # eps from pure noise
-    for flag, weights in (("--vae-weights", config.vae_weights), ("--text-weights", config.text_weights)):
-        if weights and not Path(weights).is_dir():
-            raise ValueError(f"{flag} {weights}: only local folders can be read in this version; --dry-run plans the run")
+    for weights, network in ((config.vae_weights, AutoencoderKL), (config.text_weights, CLIPText)):
+        if weights:
+            locate_part(weights, network)                                       # from the hub: download it now
     if not config.vae_weights:
         networks = meta_networks(config)                                        # shapes without values: sizes that do
         for size in {config.resolution, config.vae_crop or config.resolution}:  # not divide fail here, in a second

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tinyldm.data.toyworld import HELD_OUT
 from tinyldm.device import pick_device
-from tinyldm.pipeline import draw, find_model
+from tinyldm.pipeline import draw, find_model, settings
 from tinyldm.sheet import captioned, two_lines
-from tinyldm.vendor_loaders.folder import load_model
+from tinyldm.vendor_loaders.load import load_model
 
 TRAINED = ["a red fox", "a small white cat in the snow", "a large orange boat at sea", "a yellow star under the stars",
            "a green car on the sand, on the right", "a blue house on the grass", "a pink flower on grass",
@@ -25,8 +25,7 @@ def main() -> None:
     model = load_model(find_model(run), pick_device())
     unseen = [f"{'an' if colour == 'orange' else 'a'} {colour} {subject}" for colour, subject in sorted(HELD_OUT)[:6]]
     prompts = TRAINED + unseen
-    defaults = model.defaults
-    images = draw(model, prompts, range(len(prompts)), cfg=defaults["cfg"], steps=defaults["steps"], sampler=defaults["sampler"])
+    images = draw(model, prompts, range(len(prompts)), settings(model))
     sheet = captioned(images, [two_lines(prompt, 5) for prompt in prompts], side=128)
     file = Path(__file__).parent / "tiny.png"
     sheet.save(file)

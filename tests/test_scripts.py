@@ -24,7 +24,7 @@ SMALL = ("--scenes 24 --resolution 16 --vae-crop 8 --vae-batch-size 4 --batch-si
 
 
 def script(*words, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment, **options)
 
 
@@ -102,7 +102,7 @@ def test_a_run_folder_is_not_overwritten(run):
     (["--times", "logitnormal"], "did you mean 'logit_normal'"),
     (["--prediction", "epsilon"], "known: eps"),
     (["--min-snr-gamma", "5"], "min_snr"),
-    (["--vae-weights", "stabilityai/sd-vae-ft-mse"], "--dry-run"),
+    (["--vae-weights", "stabilityai/sd-vae-ft-mse"], "is not in the cache"),
     (["--data", "NOWHERE"], "no such folder"),
     (["--device", "cuda"], "--device cpu"),
     (["--device", "tpu"], "unknown device"),
@@ -194,15 +194,19 @@ def test_pictures_carry_their_settings(run, tmp_path):
     done = script("sample.py", "a red fox", "--negative-prompt", "blue", "--cfg", 7.5, "--model", run, "--out", tmp_path / "fox.png")
     assert done.returncode == 0, done.stderr
     text = Image.open(tmp_path / "fox.png").text["parameters"]
-    assert text == ("a red fox\nNegative prompt: blue\nSteps: 2, Sampler: dpmpp_2m, CFG scale: 7.5, Seed: 0, "
+    assert text == ("a red fox\nNegative prompt: blue\nSteps: 2, Sampler: dpmpp_2m, Schedule type: flow_sigmas, CFG scale: 7.5, Seed: 0, "
                     "Size: 16x16, Model: tiny, RNG: CPU")
 
 
 @pytest.mark.parametrize("words, expected", [
     ([], "no prompt"),
     (["a fox", "--model", "RUN", "--sampler", "eulr"], "did you mean 'euler'"),
-    (["a fox", "--model", "RUN", "--width", "17"], "use 16 or 18"),
-    (["a fox", "--model", "NOWHERE"], "neither a run nor a model folder"),
+    (["a fox", "--model", "RUN", "--width", "17"], "use 16 or 20"),
+    (["a fox", "--model", "NOWHERE"], "does not exist"),
+    (["a fox", "--model", "nobody/nothing"], "is not in the cache"),
+    (["a fox", "--model", "RUN", "--mask", "x.png"], "--init-image"),
+    (["a fox", "--model", "RUN", "--init-image", "NOWHERE"], "No such file"),
+    (["a fox", "--model", "RUN", "--revision", "main"], "for a hub id"),
     (["a fox", "--stepz", "3"], "did you mean '--steps'"),
     (["a fox", "--model", "RUN", "--schedule", "karras"], "needs a discrete table"),
     (["a fox", "--model", "RUN", "--num-images", "0"], "at least 1"),

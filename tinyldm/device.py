@@ -32,6 +32,16 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What to load weights in for drawing. auto: on CUDA bf16, or fp16 where bf16 is emulated; elsewhere fp32."""
+    if name == "auto":
+        return DTYPES["fp32" if device.type != "cuda" else "bf16" if native_bf16(device) else "fp16"]
+    return lookup(DTYPES, name, "--dtype")
+
+
 def autocast(device: torch.device, dtype: str = "auto") -> AbstractContextManager:
     """bf16 autocast where it is native (auto), always (bf16) or never (fp32)."""
     lookup(dict.fromkeys(("auto", "bf16", "fp32")), dtype, "--dtype")

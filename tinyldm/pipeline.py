@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +13,22 @@ from torch import Tensor
 
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.guidance import cfg as guided
-from tinyldm.diffusion.guidance import denoiser
-from tinyldm.diffusion.samplers import find_sampler, initial_noise, make_generators
+from tinyldm.diffusion.guidance import denoiser, inpaint
+from tinyldm.diffusion.samplers import find_sampler, initial_noise, make_generators, sampler_name
 from tinyldm.models.layers import Cond
+from tinyldm.models.tiling import decode_tiled, tiled
+from tinyldm.models.unet import UNet
 from tinyldm.training import checkpoint
-from tinyldm.vendor_loaders.folder import Model
+from tinyldm.vendor_loaders import hub
+from tinyldm.vendor_loaders.load import FILES, VAE, Model
+from tinyldm.vendor_loaders.scheduler import Sampling, sampling
+
+ONE_BY_ONE, TILED = 512 * 512, 1024 * 1024      # pixels of a picture above which the VAE decodes singly, and in tiles
 
 
-def find_model(path: str | None, runs: Path = Path("runs")) -> Path:
-    """The model folder that a person means: a model folder, the newest checkpoint of a run folder, or, for None,
-    of the run that finished last under `runs`. ValueError with what to do where there is none."""
+def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
+    """The model that a person means: a model folder, a checkpoint file or hub id as it is, the newest checkpoint of a run
+    folder, or, for None, of the run that finished last under `runs`. ValueError with what to do where there is none."""
     if path is None:
         finished = [last for run in runs.glob("*") for last in checkpoint.names(run)[-1:]
                     if checkpoint.read_state(last).get("finished")]
@@ -29,7 +37,12 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path:
                              "or name a run or model folder with --model")
         return max(finished, key=lambda last: (last / "state.json").stat().st_mtime) / "model"
     folder = Path(path)
-    if (folder / "model_index.json").exists():
+    if hub.is_hub_id(path):
+        return path
+    if not folder.exists():
+        raise ValueError(f"{folder} does not exist: name a run, a model folder, a checkpoint file or a hub id such as "
+                         "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    if (folder / "model_index.json").exists() or folder.suffix in FILES:
         return folder
     if (folder / "model" / "model_index.json").exists():
         return folder / "model"
@@ -40,6 +53,43 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path:
     return trained[-1] / "model"
 
 
+class Settings(NamedTuple):
+    """How to draw, beside what: everything that has a default of the model's own."""
+
+    sampler: str            # as typed or by default, for people to read
+    schedule: str
+    steps: int
+    cfg: float
+    how: Sampling
+
+
+def settings(model: Model, *, sampler: str | None = None, schedule: str | None = None, steps: int | None = None,
+             cfg: float | None = None) -> Settings:
+    """Fill what is None: from the model's own defaults (tinyldm.json), else as diffusers draws with such a folder: the
+    scheduler that its config names, 50 steps, guidance 7.5. 'dpmpp_2m_karras' names sampler and schedule at once.
+
+    ValueError for names that nobody knows and for steps and schedules that do not fit the model's process.
+    """
+    defaults = model.defaults
+    sampler = sampler if sampler is not None else defaults.get("sampler")
+    if sampler is not None:
+        spelled = re.sub(r"[ _-]karras$", "", sampler.strip(), flags=re.IGNORECASE)
+        schedule = "karras" if spelled != sampler.strip() else schedule
+        sampler = sampler_name(spelled)
+    how = sampling(model.scheduler, sampler, schedule)
+    steps = steps if steps is not None else defaults.get("steps", 50)
+    grid(model.process, steps, how.schedule, **how.grid)
+    return Settings(how.sampler, how.schedule, steps, cfg if cfg is not None else defaults.get("cfg", 7.5), how)
+
+
+class Canvas(NamedTuple):
+    """A picture to start from, and where to draw on it."""
+
+    pixels: Tensor                  # [1, 3, h, w] in [-1, 1]
+    strength: float                 # in (0, 1]: the share of the steps that is run, so how much may change
+    mask: Tensor | None = None      # [1, 1, h, w] in [0, 1], 1 where to draw; None: everywhere
+
+
 def encode_text(model: Model, texts: Sequence[str]) -> Cond:
     """Prompts -> Cond with context [b, n, d]. All n positions are attended to, padding included, as in training."""
     device = next(model.text.parameters()).device
@@ -48,34 +98,93 @@ def encode_text(model: Model, texts: Sequence[str]) -> Cond:
 
 
 @torch.no_grad()
-def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], *, negative: str = "", cfg: float = 4.0,
-         steps: int = 20, sampler: str = "dpmpp_2m", schedule: str = "normal", width: int = 0, height: int = 0,
-         eta: float | None = None, on_step: Callable[[int], None] = lambda images: None) -> np.ndarray:
+def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], how: Settings, *, negative: str = "", width: int = 0,
+         height: int = 0, eta: float | None = None, canvas: Canvas | None = None,
+         on_step: Callable[[Tensor], None] = lambda x0: None) -> np.ndarray:
     """One picture per (prompt, seed), as one batch -> uint8 [b, height, width, 3].
 
-    Image i's noise is a function of seeds[i] alone, never of the batch. width and height default to the model's
-    own; both must be multiples of the VAE's downscale. on_step is called with the batch size after every step.
+    Image i's noise is a function of seeds[i] alone, never of the batch. width and height default to the canvas's, or
+    the model's own. on_step is called after every step with the current guess of the clean latents [b, c, h, w].
     """
-    f = model.vae.config.downscale
-    own = model.defaults.get("resolution") or model.vae.config.sample_size
-    width, height = width or own, height or own
+    check_size(model, *(size := picture_size(model, width, height) if canvas is None else canvas.pixels.shape[:1:-1]))
+    parameter = next(model.net.parameters())
+    sampler, options = find_sampler(how.how.sampler), how.how.options | ({} if eta is None else {"eta": eta})
+    strength = 1.0 if canvas is None else canvas.strength
+    levels = grid(model.process, how.steps, how.how.schedule, strength=strength, **how.how.grid)
+    generators, f = make_generators(seeds), model.vae.config.downscale
+    noise = initial_noise((model.vae.config.latent_channels, size[1] // f, size[0] // f), generators).to(parameter.device)
+
+    net = lambda x, t, cond: model.net(x.to(parameter.dtype), t, cond)
+    cond = encode_text(model, prompts)
+    if how.cfg == 1:
+        denoise = denoiser(net, cond, model.prediction)
+    else:
+        both = cond.cat(encode_text(model, [negative] * len(prompts)))
+        denoise = guided(denoiser(net, both, model.prediction), how.cfg)
+    if canvas is None:
+        x = levels[0].sigma * noise if how.how.start_at_sigma else noise
+    else:
+        known = encode(model.vae, canvas.pixels.to(parameter.device))                   # [1, c, h, w]
+        x = levels[0].alpha * known + levels[0].sigma * noise
+        if canvas.mask is not None:
+            cells = torch.nn.functional.max_pool2d(canvas.mask.to(x), f)                # a latent that is touched is drawn
+            denoise = inpaint(denoise, known, cells)
+    for x, x0 in sampler(denoise, x, levels, generators=generators, **options):
+        on_step(x0)
+    pixels = decode(model.vae, x)
+    if canvas is not None and canvas.mask is not None:
+        pixels = torch.lerp(canvas.pixels.to(pixels), pixels, canvas.mask.to(pixels))   # what was to stay stays exactly
+    return to_bytes(pixels)
+
+
+def picture_size(model: Model, width: int = 0, height: int = 0) -> tuple[int, int]:
+    """(width, height) in pixels, what is 0 replaced by the model's own: what it was trained at."""
+    trained = (model.net.config.sample_size * model.vae.config.downscale if isinstance(model.net, UNet)
+               else model.vae.config.sample_size)
+    own = model.defaults.get("resolution", trained)
+    return width or own, height or own
+
+
+def unit(model: Model) -> int:
+    """Width and height of pictures are multiples of this: the VAE's downscale times what the network divides by."""
+    return model.vae.config.downscale * (2 ** (len(model.net.config.widths) - 1) if isinstance(model.net, UNet)
+                                         else model.net.config.patch)
+
+
+def check_size(model: Model, width: int, height: int) -> None:
+    """ValueError for sizes that the model cannot draw, and for networks that draw only with more than noise and text."""
+    f = unit(model)
     for size in (width, height):
         if size % f:
             raise ValueError(f"image size {size} is not a multiple of {f}: use {size // f * f or f} or {(size // f + 1) * f}")
-    levels = grid(model.process, steps, schedule)
-    options = {} if eta is None else {"eta": eta}
-    generators = make_generators(seeds)
-    device = next(model.net.parameters()).device
-    x = initial_noise((model.net.config.in_channels, height // f, width // f), generators).to(device)
+    if (takes := model.net.config.in_channels) != (channels := model.vae.config.latent_channels):
+        raise ValueError(f"the network takes {takes} channels, the VAE makes {channels}: models made for inpainting alone "
+                         "cannot be drawn with; any ordinary model inpaints with --mask")
 
-    cond = encode_text(model, prompts)
-    if cfg == 1:
-        denoise = denoiser(model.net, cond, model.prediction)
+
+def encode(vae: VAE, pixels: Tensor) -> Tensor:
+    """Pixels [b, 3, h, w] in [-1, 1] -> standardised latents [b, c, h/f, w/f], float32: the posterior's mean."""
+    means, f = lambda some: vae.encode(some).mean, vae.config.downscale
+    pixels = pixels.to(next(vae.parameters()).dtype)
+    large = pixels.shape[2] * pixels.shape[3] > TILED
+    z = tiled(means, pixels, 1 / f, tile=64 * f, overlap=16 * f) if large else means(pixels)
+    return vae.to_latents(z.float())
+
+
+def decode(vae: VAE, x: Tensor) -> Tensor:
+    """Standardised latents -> pixels, in one pass where they are small, else one by one, else in tiles.
+
+    ValueError where they are not finite, which would be drawn as black.
+    """
+    z = vae.from_latents(x).to(next(vae.parameters()).dtype)
+    area = z.shape[2] * z.shape[3] * vae.config.downscale**2
+    if area > TILED:
+        pixels = torch.cat([decode_tiled(vae.decode_fine, vae.decode_coarse(one), vae.config.downscale) for one in z.split(1)])
     else:
-        denoise = guided(denoiser(model.net, cond.cat(encode_text(model, [negative] * len(prompts))), model.prediction), cfg)
-    for x, _ in find_sampler(sampler)(denoise, x, levels, generators=generators, **options):
-        on_step(len(prompts))
-    return to_bytes(model.vae.decode(model.vae.from_latents(x).to(next(model.vae.parameters()).dtype)))
+        pixels = torch.cat([vae.decode(part) for part in z.split(1 if area > ONE_BY_ONE else len(z))])
+    if not pixels.isfinite().all():
+        raise ValueError("the pictures are not finite numbers: use --dtype fp32 (float16 overflows in some models) or a lower --cfg")
+    return pixels
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:

@@ -17,6 +17,7 @@ from tinyldm.diffusion.process import make_process
 from tinyldm.evaluation import recogniser
 from tinyldm.evaluation.recogniser import UNCLEAR, Reading, Settings, get_recogniser, mar, moved, score, train, wilson
 from tinyldm.pipeline import to_pixels
+from tinyldm.vendor_loaders.scheduler import to_config
 
 ROOT = Path(__file__).parents[2]
 TINY = Settings(scenes=32, steps=2, batch_size=16, width=4)
@@ -263,11 +264,11 @@ def test_a_folder_without_a_model_and_a_model_of_other_data_are_refused(tmp_path
 
 
 def test_what_was_not_typed_comes_from_the_model():
-    model = evaluate.Model(*[None] * 4, make_process("flow"), "flow", {},
+    model = evaluate.Model(*[None] * 4, make_process("flow"), "flow", to_config("flow", {}, "flow", "unet"),
                            {"data": "toyworld", "cfg": 2.5, "steps": 7, "sampler": "heun"})
     args = evaluate.parse(["x", "--steps", "9"])
-    evaluate.resolve(args, model)
-    assert (args.cfg, args.steps, args.sampler) == (2.5, 9, "heun")
+    how = evaluate.resolve(args, model)
+    assert (how.cfg, how.steps, how.sampler) == (2.5, 9, "heun")
     for typed in (["--sampler", "huen"], ["--schedule", "karas"]):
         with pytest.raises(ValueError, match="did you mean"):
             evaluate.resolve(evaluate.parse(["x", *typed]), model)
