@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tinyldm.data import latents as cache
 from tinyldm.data import toyworld
-from tinyldm.data.pictures import load_pictures
+from tinyldm.data.pictures import check_source, load_pictures
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.loss import T_SAMPLERS, diffusion_loss, make_weight, sample_t
@@ -290,6 +290,7 @@ def refuse_early(config: Config) -> None:
     make_weight("min_snr" if config.min_snr_gamma else "none", config.prediction)
     first = grid(make_process(config.process, **process_options(config)), config.sample_steps)[0]
     to_x0(config.prediction, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), first)           # eps from pure noise
+    check_source(config.data)
     for weights, network in ((config.vae_weights, AutoencoderKL), (config.text_weights, CLIPText)):
         if weights:
             locate_part(weights, network)                                       # from the hub: download it now

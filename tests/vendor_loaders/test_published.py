@@ -109,7 +109,7 @@ def test_every_tensor_of_a_published_network_has_its_place_by_its_config(name, l
 
 @pytest.mark.parametrize("name, loader, layout, like, untold, count", [
     ("sd15_checkpoint", unet, "CompVis", "sd15_unet", ("sample_size",), 686),
-    ("sd21_checkpoint", unet, "CompVis", "sd21_unet", ("sample_size", "upcast_attention"), 686),
+    ("sd21_checkpoint", unet, "CompVis", "sd21_unet", ("sample_size",), 686),
     ("sd15_checkpoint", vae, "CompVis", "ft_mse_vae", ("sample_size",), 248),
     ("sd21_checkpoint", vae, "CompVis", "ft_mse_vae", ("sample_size",), 248),
     ("sd15_checkpoint", clip, "transformers", "sd15_text_encoder", IDS, 196),

@@ -41,7 +41,7 @@ def sd(tmp_path_factory):
     autoencoder = randomise(AutoencoderKL(VAEConfig(widths=(32, 64), depth=1)), 3)
     one = SimpleNamespace(net=randomise(UNet(net), 1), vae=autoencoder, text=randomise(CLIPText(text), 2))
     two = SimpleNamespace(
-        net=randomise(UNet(replace(net, widths=(64, 128), heads=(1, 2), linear_projection=True, sample_size=96)), 4),
+        net=randomise(UNet(replace(net, widths=(64, 128), heads=(1, 2), linear_projection=True, upcast_attention=True, sample_size=96)), 4),
         vae=autoencoder, tower=randomise(CLIPText(replace(text, layers=3, activation="gelu", pad_token_id=0, projection_dim=128)), 5))
     one.tensors = (published(one.net, unet.LAYOUTS["CompVis"], NET) | published(one.vae, vae.LAYOUTS["CompVis"], VAE)
                    | published(one.text, clip.LAYOUTS["transformers"], TEXT1)

@@ -28,6 +28,12 @@ class Pictures(NamedTuple):
     skipped: int = 0          # unreadable pictures and pictures without a caption
 
 
+def check_source(source: str) -> None:
+    """ValueError for what cannot be read, before anything else is prepared for it."""
+    if "://" in source:
+        raise ValueError(f"--data {source}: only local folders and shards can be read yet; download it and pass the path")
+
+
 def load_pictures(source: str, size: int, scenes: int, seed: int = 0) -> Pictures:
     """All pictures of a source at size x size. scenes, seed: how many to draw, and which (toyworld only).
 
@@ -36,8 +42,7 @@ def load_pictures(source: str, size: int, scenes: int, seed: int = 0) -> Picture
     if source == "toyworld":
         samples = [toyworld.sample(i, size, seed) for i in range(scenes)]
         return Pictures(np.stack([s.image for s in samples]), [s.caption for s in samples])
-    if source.startswith("hf://") or "://" in source:
-        raise ValueError(f"--data {source}: only local folders and shards can be read yet; download it and pass the path")
+    check_source(source)
     pairs = read_folder(Path(source)) if os.path.isdir(source) else read_shards(source)
     images, captions, skipped = [], [], 0
     for data, caption in pairs:
