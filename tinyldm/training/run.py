@@ -72,7 +72,11 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a folder under another name, then put it in place: it is there whole or not at all."""
     torso = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(torso, ignore_errors=True)
-    fill(torso)
+    try:
+        fill(torso)
+    except BaseException:
+        shutil.rmtree(torso, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(torso, folder)
 

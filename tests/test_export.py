@@ -1,0 +1,349 @@
+"""Export: what train.py saved becomes a folder from which diffusers draws the picture that sample.py draws.
+
+To one 8-bit step, at the model's own steps and guidance, from the same seed. The networks are small and random, with
+well-scaled weights; the picture's contrast is checked, so that neither grey nor saturated ones can agree by accident.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors import safe_open
+
+from helpers import randomise
+from tinyldm import export
+from tinyldm.config import PRESETS, Config
+from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
+from tinyldm.models.dit import DiT, DiTConfig
+from tinyldm.models.unet import UNet, UNetConfig
+from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.pipeline import draw, find_model, settings
+from tinyldm.tokenizer import Tokenizer
+from tinyldm.training.budget import meta_networks
+from tinyldm.vendor_loaders import single_file
+from tinyldm.vendor_loaders.folder import save_model
+from tinyldm.vendor_loaders.kinds import KINDS, first_layout
+from tinyldm.vendor_loaders.load import Model, load_model
+from tinyldm.vendor_loaders.rename import published_shapes
+from tinyldm.vendor_loaders.scheduler import PUBLISHED, from_config, to_config
+from tinyldm.vendor_loaders.single_file import SD1, why_not_one_file
+
+ROOT = Path(__file__).parent.parent
+PROMPT, SEED = "a red square on the left of a blue circle", 3
+DEFAULTS = {"preset": "tiny", "data": "toyworld", "steps": 4, "cfg": 3.0, "sampler": "ddim", "step": 6}
+RUN = {"batch_size": 64, "optimizer": "muon", "lr": 0.004, "ema_decay": 0.995, "caption_dropout": 0.1, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = Tokenizer.train([PROMPT, "a small green triangle"] * 3, vocab_size=600, context_length=16)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = CLIPTextConfig(vocab_size=len(tokenizer), width=32, layers=2, heads=2, mlp_width=64, context_length=16, **ids)
+    unet = UNetConfig(widths=(16, 32), depth=1, attention=(True, False), heads=(4, 4), context_dim=32, groups=8, sample_size=16)
+    vae = VAEConfig(widths=(16, 32), depth=1, groups=8, sample_size=32)
+    return SimpleNamespace(
+        net=randomise(UNet(unet), 1), dit=randomise(DiT(DiTConfig(width=32, layers=2, heads=2, mlp_width=64, context_dim=32)), 2),
+        vae=contrasting(vae, 3), text=randomise(CLIPText(text), 4), tokenizer=tokenizer,
+        wide=randomise(UNet(replace(unet, in_channels=16, out_channels=16)), 5),
+        shifted=contrasting(replace(vae, latent_channels=16, quant_convs=False, scaling_factor=0.36, shift_factor=0.6), 6),
+        both=contrasting(replace(vae, shift_factor=-0.5), 7),
+        projected=randomise(CLIPText(replace(text, projection_dim=24)), 4))
+
+
+@torch.no_grad()
+def contrasting(config, seed):
+    """An autoencoder whose random pictures are neither grey nor much clipped."""
+    vae = randomise(AutoencoderKL(config), seed)
+    vae.decoder.conv_out.weight *= 0.35
+    return vae
+
+
+@pytest.fixture
+def make_run(parts, tmp_path):
+    """make_run(process, options, prediction, ...) writes a run folder as train.py leaves it, and returns its path."""
+    def make(process="scaled_linear", options={}, prediction="eps", name="run", config={}, raw=None, **changes):
+        whole = dict(net=parts.net, vae=parts.vae, text=parts.text, tokenizer=parts.tokenizer, defaults=DEFAULTS) | changes
+        network = "dit" if isinstance(whole["net"], DiT) else "unet"
+        last = tmp_path / name / "checkpoints" / "step-000006"
+        save_model(last / "model", **whole, non_ema=raw, scheduler=to_config(process, options, prediction, network,
+                                                                             whole["defaults"].get("sampler")))
+        (last / "state.json").write_text(json.dumps({"stage": "step", "step": 6, "finished": True}))
+        (tmp_path / name / "config.json").write_text(json.dumps(RUN | config))
+        return tmp_path / name
+    return make
+
+
+@pytest.fixture
+def exported(monkeypatch, tmp_path):
+    """exported(run, "--flag", ...) runs the command in this process and returns the folder that it wrote."""
+    def run(source, *words, name="public"):
+        folder = tmp_path / "given" / name
+        monkeypatch.setattr(export, "ARGS", export.parse([str(source), str(folder), *map(str, words)]), raising=False)
+        export.main()
+        return folder
+    return run
+
+
+def ours(source, **size):
+    """What sample.py draws."""
+    model = load_model(find_model(str(source)))
+    return draw(model, [PROMPT], [SEED], settings(model), **size)[0].astype(int)
+
+
+def theirs(folder, **size):
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    how = json.loads((folder / "tinyldm.json").read_text())
+    image = pipeline(PROMPT, num_inference_steps=how["steps"], guidance_scale=how["cfg"],
+                     generator=torch.Generator().manual_seed(SEED), **size).images[0]
+    return np.asarray(image).astype(int)
+
+
+def assert_same(*pictures):
+    first = pictures[0]
+    assert first.std() > 20 and ((first == 0) | (first == 255)).mean() < 0.5
+    for other in pictures[1:]:
+        assert first.shape == other.shape and abs(first - other).max() <= 1
+
+
+def command(module, *words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *module, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+# ---- diffusers draws what sample.py draws
+
+PAIRS = [(process, {}, prediction) for process in ("scaled_linear", "linear", "cosine") for prediction in ("eps", "x0", "v")
+         if (process, prediction) != ("cosine", "eps")]        # which starts where rounding is amplified 20,000 times
+PAIRS += [("flow", {"shift": shift}, "flow") for shift in (1.0, 3.0)] + [("scaled_linear", {"zero_snr": True}, "v")]
+FEW = [("flow", {"shift": 3.0}, "flow"), pytest.param("scaled_linear", {}, "v", marks=pytest.mark.slow)]
+MORE = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("cosine", {}, "x0"), ("scaled_linear", {"zero_snr": True}, "v"))]
+
+
+@pytest.mark.parametrize("process, options, prediction", FEW)
+def test_the_command_writes_a_folder_that_diffusers_opens_and_draws_from(make_run, tmp_path, process, options, prediction):
+    run, folder = make_run(process, options, prediction, defaults=DEFAULTS | {"sampler": "dpmpp_2m"}), tmp_path / "public"
+    done = command(["-m", "tinyldm.export"], run, folder)
+    assert done.returncode == 0, done.stderr
+    assert f"--model {folder}" in done.stdout and "StableDiffusionPipeline" in done.stdout
+    drawn = command(["sample.py"], PROMPT, "--model", folder, "--seed", SEED, "--out", tmp_path / "drawn.png")
+    assert drawn.returncode == 0, drawn.stderr
+    assert_same(theirs(folder), np.asarray(Image.open(tmp_path / "drawn.png")).astype(int), ours(run))
+
+
+@pytest.mark.parametrize("process, options, prediction", PAIRS)
+def test_every_pair_that_diffusers_implements_draws_the_same_picture_there(make_run, exported, process, options, prediction):
+    run = make_run(process, options, prediction)
+    folder = exported(run)
+    assert_same(theirs(folder), ours(folder), ours(run))
+
+
+@pytest.mark.parametrize("sampler", PUBLISHED)
+@pytest.mark.parametrize("process, options, prediction", [("scaled_linear", {}, "v"), FEW[0], *MORE])
+def test_a_named_sampler_is_the_folder_s_in_diffusers_too_or_is_refused(make_run, exported, process, options, prediction, sampler):
+    run = make_run(process, options, prediction)
+    there = (sampler in ("ddim", "euler", "dpmpp_2m", "unipc") if process == "flow" else
+             prediction in PUBLISHED[sampler].predictions and (PUBLISHED[sampler].zero_snr or not options))
+    if not there:
+        with pytest.raises(ValueError, match=f"'{sampler}'.*the nearest is"):
+            exported(run, "--sampler", sampler)
+        assert not (run.parent / "given").exists()
+        return
+    folder = exported(run, "--sampler", sampler)
+    model = load_model(run / "checkpoints/step-000006/model")
+    named = draw(model, [PROMPT], [SEED], settings(model, sampler=sampler))[0].astype(int)
+    assert_same(theirs(folder), ours(folder), named)
+
+
+def test_a_default_sampler_that_diffusers_lacks_is_replaced_and_the_command_says_so(make_run, exported, capsys):
+    run = make_run("flow", {}, "flow", defaults=DEFAULTS | {"sampler": "heun"})
+    folder = exported(run)
+    assert "heun" in (said := capsys.readouterr().out) and "dpmpp_2m" in said
+    assert_same(theirs(folder), ours(folder))
+
+
+@pytest.mark.parametrize("size", [{}, {"width": 56, "height": 40}])
+@pytest.mark.parametrize("net, vae", [("wide", "shifted"), ("net", "both")])
+def test_shift_and_projection_which_that_pipeline_misreads_are_folded_away(make_run, exported, parts, net, vae, size):
+    run = make_run("flow", {}, "flow", net=getattr(parts, net), vae=getattr(parts, vae), text=parts.projected)
+    assert json.loads((find_model(str(run)) / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
+    folder = exported(run)
+    model = load_model(folder)
+    assert model.vae.config.shift_factor == 0 and model.text.projection is None
+    assert_same(theirs(folder, **size), ours(folder, **size), ours(run, **size))
+    pixels = torch.rand(1, 3, 36, 52, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    one, two = (v.to_latents(v.encode(pixels).mean) for v in (model.vae, getattr(parts, vae)))
+    assert (one - two).abs().max() < 1e-5 * two.abs().max()
+
+
+def test_a_dit_is_for_sample_py_and_the_command_says_so(make_run, exported, parts, capsys):
+    run = make_run("flow", {"shift": 3.0}, "flow", net=parts.dit, defaults=DEFAULTS | {"sampler": "heun"})
+    folder = exported(run)
+    assert "No stock pipeline of diffusers" in capsys.readouterr().out
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
+    assert "StableDiffusionPipeline" not in (folder / "README.md").read_text()
+    assert_same(ours(folder), ours(run))
+    assert load_model(exported(run, "--sampler", "lms", name="lms")).defaults["sampler"] == "lms"
+
+
+# ---- the real presets
+
+
+@pytest.mark.parametrize("preset", [name for name, row in PRESETS.items() if row.get("network", "unet") == "unet"])
+def test_every_u_net_preset_has_the_names_and_shapes_of_published_classes(preset):
+    made = {"net": diffusers.UNet2DConditionModel.from_config, "vae": diffusers.AutoencoderKL.from_config,
+            "text": lambda config: transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))}
+    short = lambda shapes: {name.removeprefix("text_model."): tuple(shape) for name, shape in shapes.items()}
+    for part, module in meta_networks(Config(**(PRESETS[preset] | {"preset": preset})))._asdict().items():
+        shapes = published_shapes(module.state_dict(), first_layout(module).rules(module.config))
+        config = KINDS[type(module)].to_config(module.config)
+        assert KINDS[type(module)].from_config(config) == module.config
+        with torch.device("meta"):
+            published = made[part](config).state_dict()
+        assert short(shapes) == short({name: tensor.shape for name, tensor in published.items()})
+
+
+# ---- what is written
+
+
+def stored_dtypes(folder):
+    found = set()
+    for file in folder.rglob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            found |= {tensors.get_tensor(name).dtype for name in tensors.keys()}
+    return found
+
+
+@pytest.mark.parametrize("name, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_dtype_stores_all_weights_in_it(make_run, exported, parts, name, dtype):
+    run = make_run("flow", {}, "flow", vae=parts.both)
+    folder, whole = exported(run, "--dtype", name), exported(run, name="whole")
+    assert stored_dtypes(folder) == {dtype}
+    assert abs(ours(folder) - ours(whole)).mean() < (2 if name == "fp16" else 8)
+
+
+def test_no_ema_gives_away_the_raw_weights(make_run, exported, parts):
+    run = make_run(raw={"net": {name: 2 * p for name, p in parts.net.state_dict().items()}})
+    averaged, raw = (load_model(exported(run, *words, name=str(len(words)))).net for words in ([], ["--no-ema"]))
+    assert torch.equal(averaged.conv_in.weight, parts.net.conv_in.weight)
+    assert torch.equal(raw.conv_in.weight, 2 * parts.net.conv_in.weight)
+    assert not list((run.parent / "given").rglob("*non_ema*"))
+
+
+def test_the_model_card_tells_what_is_known_of_the_training(make_run, exported, parts):
+    text = (exported(make_run("flow", {"shift": 3.0}, "flow"), "--sampler", "unipc") / "README.md").read_text()
+    rows = dict(row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ") and len(row) > 5)
+    told = (exported(exported(make_run(name="other"), name="mine"), name="copy") / "README.md").read_text()     # no run around it
+    assert "trained along" not in told and "trained first" not in told and "| process | scaled_linear" in told
+    count = sum(p.numel() for p in parts.net.parameters()) / 1e6
+    assert rows == {
+        "preset": "tiny", "network": f"UNet, {count:.1f} million parameters", "text encoder": "trained along, 0.0 million parameters",
+        "autoencoder": "trained first, 0.2 million parameters", "data": "toyworld", "process": "flow (shift 3)", "prediction": "flow",
+        "steps": "6", "pictures per step": "64", "optimizer": "muon", "learning rate": "0.004", "caption dropout": "0.1",
+        "EMA decay": "0.995", "seed": "0", "sampler": "unipc, 4 steps, guidance 3"}
+    assert "num_inference_steps=4, guidance_scale=3" in text
+
+
+def test_no_path_of_this_machine_leaks_into_the_folder(make_run, exported, tmp_path):
+    data, weights = tmp_path / "pictures", tmp_path / "clip"
+    folder = exported(make_run(defaults=DEFAULTS | {"data": str(data)},
+                               config={"text_weights": str(weights), "vae_weights": "stabilityai/sd-vae-ft-mse"}))
+    for file in folder.rglob("*"):
+        if file.is_file():
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+    text = (folder / "README.md").read_text()
+    assert "| data | pictures |" in text and "| clip, " in text and "stabilityai/sd-vae-ft-mse" in text
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("process, prediction", [("flow", "eps"), ("flow", "x0"), ("flow", "v"), ("scaled_linear", "flow"),
+                                                 ("cosine", "flow")])
+def test_pairs_that_no_scheduler_of_diffusers_computes_are_refused_with_the_reason(make_run, exported, process, prediction):
+    run = make_run(process, {}, prediction)
+    with pytest.raises(ValueError, match="cannot be exported.*train with.*sample.py draws with its run folder") as error:
+        exported(run)
+    assert "\n" not in str(error.value) and not (run.parent / "given").exists()
+
+
+def test_a_refusal_is_one_line_with_exit_code_2_and_writes_nothing(make_run, tmp_path):
+    done = command(["-m", "tinyldm.export"], make_run("flow", {}, "v"), tmp_path / "given" / "public")
+    assert done.returncode == 2 and done.stderr.startswith("error: this model cannot be exported") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "given").exists()
+
+
+def test_a_folder_that_is_not_empty_is_refused_and_untouched(make_run, exported, tmp_path, capsys):
+    (tmp_path / "given" / "public").mkdir(parents=True)
+    (tmp_path / "given" / "public" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit) as error:
+        exported(make_run())
+    assert error.value.code == 2 and "name another folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "given").rglob("*")] == ["public", "mine.txt"]
+    (tmp_path / "given" / "public" / "mine.txt").unlink()
+    assert (exported(make_run(name="again")) / "model_index.json").exists()      # an empty one is filled
+
+
+@pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_what_fails_on_the_way_leaves_no_folder(make_run, exported, monkeypatch, failure):
+    def fail(*args):
+        raise failure
+    monkeypatch.setattr(export, "card", fail)                  # all the weights are written by then
+    run = make_run()
+    with pytest.raises(type(failure)):
+        exported(run)
+    assert not list((run.parent / "given").iterdir())
+
+
+# ---- one file
+
+
+def test_a_single_file_of_another_shape_is_refused_and_nothing_is_written(make_run, exported, tmp_path):
+    run = make_run()
+    with pytest.raises(ValueError, match="--single-file: .*a U-Net of Stable Diffusion 1's shape"):
+        exported(run, "--single-file", tmp_path / "one.safetensors")
+    with pytest.raises(SystemExit):
+        exported(run, "--single-file", tmp_path / "nowhere" / "one.safetensors")
+    assert not (tmp_path / "one.safetensors").exists() and not (tmp_path / "given").exists()
+
+
+def test_a_full_size_stable_diffusion_1_fits_into_one_file_and_deviations_do_not(parts):
+    def whole(unet={}, vae={}, text={}, scheduler={}, network=None):
+        config = SD1 | {"prediction_type": "epsilon"} | scheduler
+        with torch.device("meta"):
+            return Model(network or UNet(UNetConfig(**unet)), AutoencoderKL(VAEConfig(**vae)), CLIPText(CLIPTextConfig(**text)),
+                         parts.tokenizer, *from_config(config), config, {})
+    assert why_not_one_file(whole()) is None and why_not_one_file(export.public(whole(), "dpmpp_2m")) is None
+    assert why_not_one_file(whole(unet={"sample_size": 32}, text={"pad_token_id": 0})) is None     # which no weight depends on
+    for change, reason in (({"network": parts.dit}, "U-Net"), ({"unet": {"widths": (192, 384, 768, 768)}}, "U-Net"),
+                           ({"unet": {"linear_projection": True}}, "U-Net"), ({"vae": {"scaling_factor": 0.13025}}, "VAE"),
+                           ({"text": {"activation": "gelu"}}, "quick_gelu"), ({"text": {"layers": 11}}, "CLIP-L"),
+                           ({"scheduler": {"prediction_type": "v_prediction"}}, "eps-prediction"),
+                           ({"scheduler": {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}}, "scaled_linear"),
+                           ({"scheduler": {"beta_schedule": "linear"}}, "scaled_linear")):
+        assert reason in why_not_one_file(whole(**change)), change
+
+
+def test_one_file_in_compvis_layout_draws_the_same_picture(make_run, exported, parts, tmp_path, monkeypatch):
+    shape = dict(context_dim=64, sample_size=64)
+    run = make_run("scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}, "eps",
+                   net=randomise(UNet(UNetConfig(widths=(32, 64), depth=1, attention=(True, False), heads=(8, 8), **shape))),
+                   vae=contrasting(VAEConfig(widths=(32, 64), depth=1), 3),
+                   text=randomise(CLIPText(replace(parts.text.config, width=64, heads=1, bos_token_id=len(parts.tokenizer) - 2))))
+    model = load_model(find_model(str(run)))
+    for module in (export, single_file):                       # the full size takes gigabytes
+        monkeypatch.setattr(module, "why_not_one_file", lambda model: None)
+    exported(run, "--single-file", tmp_path / "one.safetensors")
+    parts.tokenizer.save(tmp_path / "tokenizer")
+    again = load_model(tmp_path / "one.safetensors", tokenizer=str(tmp_path / "tokenizer"))
+    assert_same(*(draw(one, [PROMPT], [SEED], settings(model), width=32, height=40)[0].astype(int) for one in (model, again)))

@@ -1,0 +1,229 @@
+"""Give a trained model away.
+
+    python -m tinyldm.export runs/tiny my-model/                       a folder that sample.py and diffusers open
+    python -m tinyldm.export runs/tiny my-model/ --dtype fp16          half the size
+    python -m tinyldm.export runs/mine my-model/ --single-file my.safetensors     and one file, for a Stable Diffusion 1
+
+The folder has diffusers' layout and a model card with the facts of the training. Of a U-Net,
+StableDiffusionPipeline.from_pretrained(FOLDER) draws the pictures that sample.py draws; where no scheduler of
+diffusers computes the model's process and prediction, that is refused with the reason. A DiT's folder is for
+sample.py: no stock pipeline of diffusers fits it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from tinyldm.cli import Parser, fail, guard
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, prog="python -m tinyldm.export")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run or model folder, hub id or checkpoint file")
+    add("folder", metavar="FOLDER", help="where to write; must not exist yet, or be empty")
+    add("--sampler", metavar="NAME", help="the sampler that the folder names as its default (default: the model's)")
+    add("--dtype", default="fp32", metavar="NAME", help="of the weights: fp32, fp16, bf16 (default: fp32)")
+    add("--no-ema", action="store_true", help="the raw weights instead of the averaged ones")
+    add("--single-file", metavar="FILE", help="also write one .safetensors in CompVis' layout, for models of Stable Diffusion 1's shape")
+    args = parser.parse_args(argv)
+    if args.single_file and Path(args.single_file).suffix != ".safetensors":
+        fail(f"--single-file {args.single_file}: the file is written as .safetensors; name it so")
+    if args.single_file and not Path(args.single_file).parent.is_dir():
+        fail(f"--single-file {args.single_file}: there is no such folder")
+    if (folder := Path(args.folder)).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fail(f"{folder} is there already and not empty: name another folder")
+    return args
+
+
+if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    ARGS = parse()
+
+import torch
+from torch import nn
+
+from tinyldm.device import DTYPES
+from tinyldm.lookup import lookup
+from tinyldm.models.clip_text import CLIPText
+from tinyldm.models.dit import DiT
+from tinyldm.models.vae import AutoencoderKL
+from tinyldm.pipeline import find_model, settings
+from tinyldm.training.run import replace_folder
+from tinyldm.vendor_loaders import scheduler
+from tinyldm.vendor_loaders.folder import save_model
+from tinyldm.vendor_loaders.hub import is_hub_id
+from tinyldm.vendor_loaders.kinds import KINDS, VAE
+from tinyldm.vendor_loaders.load import Model, load_model
+from tinyldm.vendor_loaders.single_file import save_checkpoint, why_not_one_file
+
+
+SAME_STEPS = {"euler": "ddim"}              # a scheduler's name for one is as good as for the other
+
+
+@torch.no_grad()
+def without_shift(vae: VAE) -> VAE:
+    """The same autoencoder with its shift_factor, which StableDiffusionPipeline ignores, in its 1x1 quant convolutions."""
+    if not vae.config.shift_factor or not isinstance(vae, AutoencoderKL):
+        return vae
+    c = vae.config.latent_channels
+    plain = AutoencoderKL(replace(vae.config, quant_convs=True, shift_factor=0.0)).to(next(vae.parameters()))
+    plain.encoder, plain.decoder = vae.encoder, vae.decoder
+    for name, channels in (("quant_conv", 2 * c), ("post_quant_conv", c)):
+        if vae.config.quant_convs:
+            getattr(plain, name).load_state_dict(getattr(vae, name).state_dict())
+        else:
+            nn.init.dirac_(getattr(plain, name).weight)              # the identity
+            nn.init.zeros_(getattr(plain, name).bias)
+    plain.centre(torch.full((c,), vae.config.shift_factor).to(plain.quant_conv.bias))
+    return plain
+
+
+def without_projection(text: CLIPText) -> CLIPText:
+    """The same tower without the projection of its pooled feature, which a U-Net does not read and which makes
+    StableDiffusionPipeline take that feature for the caption."""
+    if text.projection is None:
+        return text
+    with torch.device("meta"):
+        plain = CLIPText(replace(text.config, projection_dim=None))
+    plain.load_state_dict({name: p for name, p in text.state_dict().items() if not name.startswith("projection.")}, assign=True)
+    return plain
+
+
+def public(model: Model, sampler: str | None) -> Model:
+    """The model as published classes can hold it, with a scheduler config that draws with `sampler`."""
+    learned = scheduler.read_schedule(model.scheduler)
+    if isinstance(model.net, DiT):
+        network = "dit"
+    else:
+        network = "unet"
+        if reason := scheduler.why_not_public(*learned):
+            raise ValueError(f"this model cannot be exported: {reason}. sample.py draws with its run folder")
+        model = replace(model, vae=without_shift(model.vae), text=without_projection(model.text))
+    wanted = sampler or model.defaults.get("sampler")
+    fits = network == "dit" or model.scheduler["_class_name"] != scheduler.FLOW_MATCH       # StableDiffusionPipeline crashes with it
+    config = model.scheduler if not wanted and fits else scheduler.to_config(*learned, network, wanted)
+    asked = settings(model, sampler=wanted).sampler
+    drawn_with = scheduler.sampling(config).sampler if network == "unet" else asked         # sample.py has them all
+    if SAME_STEPS.get(asked, asked) == SAME_STEPS.get(drawn_with, drawn_with):
+        drawn_with = asked
+    elif sampler:
+        raise ValueError(f"no scheduler of diffusers runs sampler '{sampler}' on this model's process: the nearest is {drawn_with}")
+    else:
+        print(f"no scheduler of diffusers runs the model's sampler {asked} on its process: the folder names {drawn_with}")
+    defaults = model.defaults | {"sampler": drawn_with}
+    if data := defaults.get("data"):
+        defaults["data"] = portable(data)
+    return replace(model, scheduler=config, defaults=defaults)
+
+
+def portable(source: str) -> str:
+    """A path or hub id without the folders of this machine."""
+    return source if is_hub_id(source) or "://" in source else Path(source).name
+
+
+def opens_in_diffusers(model: Model) -> bool:
+    """Whether stock classes of diffusers hold every part: not a DiT, and not taef2's autoencoder."""
+    return not any(KINDS[type(part)].to_config(part.config).get("_class_name", "").startswith("TinyLDM")
+                   for part in (model.net, model.vae))
+
+
+NOT_STOCK = "No stock pipeline of diffusers fits its network or its autoencoder: draw with tinyldm."
+
+
+def facts(model: Model, source: Path | str) -> dict[str, str]:
+    """What is known of the training: from the run around the model folder, where there is one."""
+    checkpoint = Path(source).parent                             # RUN/checkpoints/step-001000
+    trained_here = (checkpoint / "state.json").exists()
+    config = json.loads((checkpoint.parents[1] / "config.json").read_text()) if trained_here else {}
+    came_from = lambda part, else_: (portable(config.get(f"{part}_weights", "")) or else_) + ", " if trained_here else ""
+    millions = lambda net: f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} million parameters"
+    process, options, prediction = scheduler.read_schedule(model.scheduler)
+    told = ", ".join(f"{name} {value:g}" for name, value in options.items() if isinstance(value, (int, float)))
+    named = {
+        "preset": model.defaults.get("preset"),
+        "network": f"{type(model.net).__name__}, {millions(model.net)}",
+        "text encoder": came_from("text", "trained along") + millions(model.text),
+        "autoencoder": came_from("vae", "trained first") + millions(model.vae),
+        "data": model.defaults.get("data"),
+        "picture size": model.defaults.get("resolution"),
+        "process": f"{process} ({told})" if told else process,
+        "prediction": prediction,
+        "steps": model.defaults.get("step"),
+        "pictures per step": config.get("batch_size"),
+        "optimizer": config.get("optimizer"),
+        "learning rate": config.get("lr"),
+        "caption dropout": config.get("caption_dropout"),
+        "EMA decay": config.get("ema_decay"),
+        "seed": config.get("seed"),
+    }
+    return {name: str(value) for name, value in named.items() if value not in (None, "")}
+
+
+def card(model: Model, source: Path | str, folder: Path) -> str:
+    """README.md of the exported folder."""
+    how = settings(model)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts(model, source).items())
+    with_diffusers = f"""```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{folder.name}")
+pipeline("a red fox", num_inference_steps={how.steps}, guidance_scale={how.cfg:g}).images[0]
+```""" if opens_in_diffusers(model) else NOT_STOCK
+    return f"""---
+library_name: {'diffusers' if opens_in_diffusers(model) else 'tinyldm'}
+pipeline_tag: text-to-image
+tags: [text-to-image, latent-diffusion, tinyldm]
+---
+
+# {folder.name}
+
+A latent diffusion model trained with tinyldm.
+
+| | |
+|---|---|
+{rows}
+| sampler | {how.sampler}, {how.steps} steps, guidance {how.cfg:g} |
+
+## Draw
+
+```sh
+python sample.py "a red fox" --model {folder.name}
+```
+
+{with_diffusers}
+
+Nobody has examined what this model draws for bias or harm. It knows what its data showed, and no more.
+"""
+
+
+def main() -> None:
+    args = ARGS
+    source = find_model(args.run)
+    dtype = lookup(DTYPES, args.dtype, "--dtype")
+    model = public(load_model(source, ema=not args.no_ema), args.sampler)
+    for part in (model.net, model.vae, model.text):             # last, so that what is folded is rounded once
+        part.to(dtype)
+    if args.single_file and (reason := why_not_one_file(model)):
+        raise ValueError(f"--single-file: {reason}")
+    folder = Path(args.folder)
+
+    def fill(torso: Path) -> None:
+        save_model(torso, net=model.net, vae=model.vae, text=model.text, tokenizer=model.tokenizer,
+                   scheduler=model.scheduler, defaults=model.defaults)
+        (torso / "README.md").write_text(card(model, source, folder), encoding="utf-8")
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(folder, fill)
+    if args.single_file:
+        save_checkpoint(args.single_file, model)
+        print(f"{args.single_file}: loads as a Stable Diffusion 1 wherever those load")
+    print(f"{folder}: python sample.py \"a red fox\" --model {folder}" + (
+        f"\n  or in Python: StableDiffusionPipeline.from_pretrained(\"{folder}\")" if opens_in_diffusers(model)
+        else f"\n{NOT_STOCK}"))
+
+
+if __name__ == "__main__":
+    guard(main)
