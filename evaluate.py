@@ -64,7 +64,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tinyldm.data.toyworld import BACKGROUNDS, PAIRS, Scene, sample
-from tinyldm.device import autocast, pick_device, prefer_plain_attention
+from tinyldm.device import autocast, pick_device
 from tinyldm.evaluation.recogniser import UNCLEAR, WORDS, Reading, Recogniser, get_recogniser, score
 from tinyldm.pipeline import Settings, draw, find_model, settings, to_bytes, to_pixels
 from tinyldm.sheet import INK, RED, captioned
@@ -158,8 +158,6 @@ def failure_sheet(failures: list[tuple[np.ndarray, Wish, Reading]], columns: int
 def main() -> None:
     args = ARGS
     device = pick_device(args.device)
-    if device.type == "cpu":
-        prefer_plain_attention()
     path = find_model(args.run)
     model = load_model(path, device, ema=not args.no_ema)
     how = resolve(args, model)

@@ -99,7 +99,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from tinyldm.device import pick_device, pick_dtype, prefer_plain_attention
+from tinyldm.device import pick_device, pick_dtype
 from tinyldm.diffusion.prediction import PREDICTIONS
 from tinyldm.lookup import lookup
 from tinyldm.pipeline import (Canvas, Settings, check_size, decode, draw, find_model, picture_size, settings, to_bytes,
@@ -115,8 +115,6 @@ TINY_VAE = {4: "madebyollin/taesd"}                          # by latent channel
 def open_model(args: argparse.Namespace) -> tuple[Model, str]:
     """The model, and its name for people."""
     device = pick_device(args.device)
-    if device.type == "cpu":
-        prefer_plain_attention()
     source = find_model(args.model)
     if args.revision:
         if not is_hub_id(source):

@@ -257,8 +257,10 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
     sample_grid(config, model, ema, run, config.max_steps, data.captions)
 
 
-def process_options(config: Config) -> dict[str, float]:
-    return {"shift": config.shift} if config.process == "flow" else {}
+def process_options(config: Config) -> dict[str, float | bool]:
+    if config.process == "flow" and config.zero_terminal_snr:
+        raise ValueError("--zero-terminal-snr is for tables; flow ends in pure noise by itself: leave it out")
+    return {"shift": config.shift} if config.process == "flow" else {"zero_snr": config.zero_terminal_snr}
 
 
 def sample_grid(config: Config, model: Model, ema: EMA, run: Path, step: int, captions: list[str]) -> None:

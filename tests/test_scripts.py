@@ -102,6 +102,8 @@ def test_a_run_folder_is_not_overwritten(run):
     (["--times", "logitnormal"], "did you mean 'logit_normal'"),
     (["--prediction", "epsilon"], "known: eps"),
     (["--min-snr-gamma", "5"], "min_snr"),
+    (["--zero-terminal-snr"], "leave it out"),
+    (["--process", "scaled_linear", "--prediction", "eps", "--zero-terminal-snr"], "pure noise"),
     (["--vae-weights", "stabilityai/sd-vae-ft-mse"], "is not in the cache"),
     (["--data", "NOWHERE"], "no such folder"),
     (["--device", "cuda"], "--device cpu"),

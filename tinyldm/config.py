@@ -57,6 +57,7 @@ class Config:
 
     process: str = knob("flow", "scaled_linear, linear, cosine or flow")
     shift: float = knob(1.0, "flow: shift of time towards noise")
+    zero_terminal_snr: bool = knob(False, "rescale the table so that its last level is pure noise (not for flow, which has it)")
     prediction: str = knob("flow", "what the network predicts: eps, x0, v or flow")
     times: str = knob("logit_normal", "how training times are drawn: uniform or logit_normal")
     times_mean: float = knob(0.0, "logit_normal: mean of logit(t), above 0 trains more on noise")
@@ -158,16 +159,16 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(Config)}
     row = {name: value for name, value in json.loads(saved.read_text()).items() if name in known}
     for name in KEPT.intersection(typed):
-        asked = {**row[name], **pairs(name, typed[name])} if isinstance(row[name], dict) else typed[name]
-        if json.loads(json.dumps(asked)) != row[name]:
-            raise ValueError(f"a run keeps its --{name.replace('_', '-')} ({row[name]}): leave it out to resume, "
+        asked = {**row[name], **pairs(name, typed[name])} if isinstance(row.get(name), dict) else typed[name]
+        if json.loads(json.dumps(asked)) != row.get(name):
+            raise ValueError(f"a run keeps its --{name.replace('_', '-')} ({row.get(name)}): leave it out to resume, "
                              "or start another run with --out")
     return row
 
 
 # What weights, optimizer state, word ids and latents hang on: a resumed run cannot change it.
 KEPT = {"seed", "data", "scenes", "resolution", "vae", "vae_weights", "text", "text_weights", "vocab_size", "network",
-        "unet", "dit", "process", "shift", "prediction", "optimizer"}
+        "unet", "dit", "process", "shift", "zero_terminal_snr", "prediction", "optimizer"}
 
 
 def pairs(name: str, words: list[str]) -> dict[str, Any]:

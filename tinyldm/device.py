@@ -50,6 +50,7 @@ def autocast(device: torch.device, dtype: str = "auto") -> AbstractContextManage
 
 
 def prefer_plain_attention() -> None:
-    """On CPUs, attention over a few dozen tokens runs several times faster (backward, bf16) as plain matrix products
-    than through the fused kernel. This switch, in spite of its name, governs the CPU's too."""
+    """For training on CPUs: attention over a few dozen tokens runs several times faster (backward, bf16) as plain matrix
+    products than through the fused kernel. Drawing does not: forward alone, and over many tokens, the fused kernel
+    wins. This switch, in spite of its name, governs the CPU's too."""
     torch.backends.cuda.enable_flash_sdp(False)

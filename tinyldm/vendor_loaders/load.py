@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from tinyldm.diffusion.process import Process
 from tinyldm.models.clip_text import CLIPText
@@ -128,10 +129,18 @@ def load_weights(module: nn.Module, file: str | Path) -> None:
         _fill(module, open_weights(file))
 
 
+class Undrawn(TorchFunctionMode):
+    """Initial weights are not drawn: drawing on the meta device, where it does nothing, imports torch's compiler (1 s)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        drawing = getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_")
+        return (args or (kwargs["tensor"],))[0] if drawing else func(*args, **(kwargs or {}))
+
+
 def build_network(network: type[nn.Module], config: Any, weights: Weights, device: str | torch.device,
                   dtype: torch.dtype) -> Any:
     """A network with these weights, made on its device in its dtype; eval mode, without gradients."""
-    with torch.device("meta"):                  # no memory and no time for weights that are replaced at once
+    with torch.device("meta"), Undrawn():       # no memory and no time for weights that are replaced at once
         module = network(config)
     _fill(module, weights, device, dtype)
     return module.eval().requires_grad_(False)

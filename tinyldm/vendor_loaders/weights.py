@@ -21,7 +21,7 @@ from torch import Tensor
 INCOMPLETE = "copy or download it again, or export it anew"
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 ALSO_CALLED = {"model": ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")}
-WINDOW = 32 * 2**20                     # bytes of a mapped file that may stay resident
+WINDOW = 16 * 2**20                     # bytes of a mapped file that may stay resident
 
 Shape = tuple[int, ...]
 Stream = Iterator[tuple[str, Tensor]]
