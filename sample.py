@@ -6,6 +6,9 @@
     python sample.py "a red fox" --model stable-diffusion-v1-5/stable-diffusion-v1-5       a hub id, a folder, or a file
     python sample.py "a blue fox" --init-image fox.png --strength 0.6                      start from a picture
     python sample.py "a red hat" --init-image fox.png --mask hat.png                       draw where the mask is white
+    python sample.py "a blue fox" --init-image fox.png --invert "a red fox"                keep the rest, by DDIM inversion
+    python sample.py "a red fox" "a blue boat" --interpolate 5 --frames 24                 an animation, and its frames
+    python sample.py "a (red:1.4) fox [on grass]" --prompt-weights                         AUTOMATIC1111's parentheses
 
 Image i of a prompt is drawn from seed + i alone, whatever the batch size. PNGs carry what it takes to draw them again.
 """
@@ -13,6 +16,7 @@ Image i of a prompt is drawn from seed + i alone, whatever the batch size. PNGs 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 import sys
@@ -34,8 +38,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prediction", metavar="NAME", help="for a single-file Stable Diffusion 2: eps (the base models) or v (default: v)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
     add("--cfg", "--guidance-scale", "--scale", type=float, metavar="W", help="guidance scale, 1 is none (default: the model's)")
+    add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: share of the standard deviation that guidance "
+        "added and that is taken back (default: 0; 0.7 is usual)")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance only where LOW < sigma/alpha "
+        "<= HIGH (noise over signal, from inf or so at first to 0 at last); twice as fast elsewhere")
+    add("--prompt-weights", action="store_true", help="(x) [x] (x:1.3) weigh what they enclose, also in --negative-prompt")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
-    add("--sampler", metavar="NAME", help="ddim, ddpm, euler, euler_a, heun, lms, pndm, dpmpp_2m, unipc (default: the model's)")
+    add("--sampler", metavar="NAME", help="ddim, ddpm, euler, euler_a, heun, edm, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc, adaptive (default: the model's)")
     add("--schedule", metavar="NAME", help="karras, trailing, leading, linspace, ... (default: the model's)")
     add("--eta", type=float, metavar="E", help="ddim: share of fresh noise, 0 to 1")
     add("--seed", type=int, default=0, metavar="S", help="first seed; -1 picks one (printed and stored)")
@@ -46,9 +55,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--init-image", metavar="FILE", help="a picture to start from instead of noise")
     add("--strength", type=float, metavar="S", help="how much of it may change, 0 to 1 (default: 0.75; with a mask 1)")
     add("--mask", metavar="FILE", help="with --init-image: draw where this picture is white, keep the rest")
+    add("--invert", nargs="?", const="", metavar="CAPTION", help="with --init-image: start from its own noise, found by "
+        "inversion; CAPTION says what it shows (default: the prompt, which at --cfg 1 draws it again)")
+    add("--interpolate", nargs="?", const="", metavar="SEED2", help="an animation from --seed to SEED2 (default: the same seed) "
+        "and, of two captions, from the first to the second")
+    add("--frames", type=int, metavar="N", help="with --interpolate (default: 16)")
     add("--preview", nargs="?", const="", metavar="TAESD", help="write preview.png while drawing, with this tiny autoencoder "
         "(folder or hub id; default: the one for Stable Diffusion, from the hub)")
-    add("--out", "--outdir", default="samples", metavar="PATH", help="a folder, or a .png file (default: samples/)")
+    add("--out", "--outdir", default="samples", metavar="PATH", help="a folder, or a .png file (default: samples/); an animation "
+        "may be .webp or .gif")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16, fp16, fp32")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
@@ -79,12 +94,38 @@ def check(args: argparse.Namespace) -> None:
         fail(f"--eta {args.eta} must lie between 0 and 1")
     if args.strength is not None and not 0 < args.strength <= 1:
         fail(f"--strength {args.strength} must lie above 0 and at most at 1")
-    if (args.mask or args.strength is not None) and not args.init_image:
-        fail(f"--{'mask' if args.mask else 'strength'} needs a picture to change: --init-image FILE")
-    if Path(args.out).suffix.lower() not in ("", ".png"):
-        fail(f"--out {args.out}: pictures are written as .png; name such a file, or a folder")
+    for name in ("mask", "strength", "invert"):
+        if getattr(args, name) is not None and not args.init_image:
+            fail(f"--{name} needs a picture to change: --init-image FILE")
+    if not 0 <= args.guidance_rescale <= 1:
+        fail(f"--guidance-rescale {args.guidance_rescale} must lie between 0 and 1")
+    if args.guidance_interval and not 0 <= args.guidance_interval[0] < args.guidance_interval[1]:
+        fail("--guidance-interval must be two rising numbers from 0 on, such as 0.3 5, the last may be inf")
+    if args.invert is not None and (args.mask or args.eta or args.interpolate is not None):
+        fail("--invert starts from the picture's own noise: leave out --mask, --eta and --interpolate")
+    check_interpolation(args)
+    endings = ("", ".png") if args.interpolate is None else ("", ".png", ".webp", ".gif")
+    if Path(args.out).suffix.lower() not in endings:
+        fail(f"--out {args.out}: name a folder, or a file that ends in {', '.join(endings[1:])}")
     if args.strength is None:
         args.strength = 1.0 if args.mask else 0.75
+
+
+def check_interpolation(args: argparse.Namespace) -> None:
+    """--interpolate becomes a seed, --frames a number."""
+    if args.interpolate is None:
+        if args.frames is not None:
+            fail(f"--frames {args.frames} needs --interpolate SEED2")
+        return
+    args.frames = 16 if args.frames is None else args.frames
+    if args.interpolate and not args.interpolate.isdecimal():
+        fail(f"--interpolate {args.interpolate} must be a seed, 0 or more; captions come before it")
+    if args.frames < 2:
+        fail(f"--frames {args.frames} must be at least 2")
+    if len(args.prompt) > 2 or args.num_images > 1:
+        fail(f"--interpolate goes from one picture to one other: give one caption or two, not {len(args.prompt)}, and no -n")
+    if len(args.prompt) == 1 and args.interpolate in ("", str(args.seed)):
+        fail("--interpolate has nowhere to go: give a second caption, or another seed, --interpolate SEED2")
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
@@ -99,11 +140,13 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
+from tinyldm.animation import Morph, even, write_animation
 from tinyldm.device import pick_device, pick_dtype
 from tinyldm.diffusion.prediction import PREDICTIONS
 from tinyldm.lookup import lookup
 from tinyldm.pipeline import (Canvas, Settings, check_size, decode, draw, find_model, picture_size, settings, to_bytes,
                               to_pixels, unit)
+from tinyldm.prompts import plain
 from tinyldm.sheet import tile
 from tinyldm.training.run import write_picture
 from tinyldm.vendor_loaders.hub import is_hub_id
@@ -124,7 +167,7 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str]:
         lookup(PREDICTIONS, args.prediction, "--prediction")
     model = load_model(source, device, pick_dtype(args.dtype, device), not args.no_ema, args.variant, args.tokenizer, args.prediction)
     for prompt in [*args.prompt, args.negative_prompt]:
-        if cut := model.tokenizer.cut(prompt):
+        if cut := model.tokenizer.cut(plain(prompt) if args.prompt_weights else prompt):
             print(f"warning: the model reads {model.tokenizer.context_length} tokens; left out: \"{cut}\"", file=sys.stderr)
     return model, str(model.defaults.get("preset", source))
 
@@ -134,7 +177,11 @@ def resolve(args: argparse.Namespace, model: Model) -> Settings:
     how = settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg)
     if args.eta is not None and how.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {how.sampler}")
-    return how
+    if how.cfg == 1 and (args.guidance_rescale or args.guidance_interval):
+        raise ValueError(f"--guidance-{'rescale' if args.guidance_rescale else 'interval'} has no guidance to change: "
+                         "use it with --cfg above 1")
+    return how._replace(rescale=args.guidance_rescale, interval=args.guidance_interval and tuple(args.guidance_interval),
+                        weighted=args.prompt_weights)
 
 
 def open_picture(file: str) -> Image.Image:
@@ -164,7 +211,7 @@ def open_canvas(args: argparse.Namespace, model: Model) -> Canvas:
         mask = (fit(drawn)[:, :1] + 1) / 2
         if not mask.any():
             raise ValueError(f"--mask {args.mask} has no white in it: nothing would be drawn")
-    return Canvas(fit(picture), args.strength, mask)
+    return Canvas(fit(picture), args.strength, mask, args.invert)
 
 
 def open_preview(args: argparse.Namespace, model: Model, file: Path) -> Callable[[Tensor], None]:
@@ -182,18 +229,29 @@ def open_preview(args: argparse.Namespace, model: Model, file: Path) -> Callable
     return show
 
 
-def metadata(args: argparse.Namespace, how: Settings, image: np.ndarray, prompt: str, seed: int, name: str) -> PngInfo:
+def parameters(args: argparse.Namespace, how: Settings, image: np.ndarray, prompt: str, seed: int, name: str) -> str:
     """The settings as AUTOMATIC1111's `parameters` text, which other tools read back."""
+    quote = lambda text: json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
     facts = {"Steps": how.steps, "Sampler": how.sampler, "Schedule type": how.schedule, "CFG scale": how.cfg, "Seed": seed,
              "Size": f"{image.shape[1]}x{image.shape[0]}", "Model": name, "RNG": "CPU",
              **({"Eta": args.eta} if args.eta is not None else {}),
+             **({"CFG Rescale": how.rescale} if how.rescale else {}),
+             **({"Guidance interval": "{:g} to {:g}".format(*how.interval)} if how.interval else {}),
+             **({"Emphasis": "No norm"} if how.weighted else {}),
              **({"Denoising strength": args.strength, "Init image": Path(args.init_image).name} if args.init_image else {}),
-             **({"Mask": Path(args.mask).name} if args.mask else {})}
+             **({"Inverted as": quote(args.invert or prompt)} if args.invert is not None else {}),
+             **({"Mask": Path(args.mask).name} if args.mask else {}),
+             **({"Variation seed": args.interpolate or args.seed, "Frames": args.frames} if args.frames else {})}
     lines = [prompt, *([f"Negative prompt: {args.negative_prompt}"] if args.negative_prompt else []),
              ", ".join(f"{key}: {value}" for key, value in facts.items())]
+    return "\n".join(lines)
+
+
+def write_png(file: Path, image: np.ndarray, text: str) -> Path:
     info = PngInfo()
-    info.add_text("parameters", "\n".join(lines))
-    return info
+    info.add_text("parameters", text)
+    Image.fromarray(image).save(file, pnginfo=info)
+    return file
 
 
 def free_name(folder: Path, prompt: str, seed: int) -> Path:
@@ -204,8 +262,8 @@ def free_name(folder: Path, prompt: str, seed: int) -> Path:
 
 
 def draw_all(args: argparse.Namespace, model: Model, how: Settings, jobs: list[tuple[str, int]],
-             preview_file: Path) -> list[np.ndarray]:
-    """One picture per (prompt, seed), a batch at a time."""
+             preview_file: Path, morph: Morph | None = None) -> list[np.ndarray]:
+    """One picture per (prompt, seed), on its way to what `morph` says, a batch at a time."""
     if args.compile:
         model.net.compile()
     canvas = open_canvas(args, model) if args.init_image else None
@@ -213,17 +271,48 @@ def draw_all(args: argparse.Namespace, model: Model, how: Settings, jobs: list[t
         check_size(model, *picture_size(model, args.width, args.height))
     show = open_preview(args, model, preview_file) if args.preview is not None else None
     images = []
-    with tqdm(total=len(jobs) * how.steps, unit="step", disable=None) as bar:
+    with tqdm(total=len(jobs) * how.steps * (1 if args.invert is None else 2), unit="step", disable=None) as bar:
         def on_step(x0: Tensor) -> None:
             bar.update(len(x0))
             if show:
                 show(x0)
 
         for start in range(0, len(jobs), args.batch_size):
-            prompts, seeds = zip(*jobs[start : start + args.batch_size])
+            part = slice(start, start + args.batch_size)
+            prompts, seeds = zip(*jobs[part])
             images.extend(draw(model, prompts, seeds, how, negative=args.negative_prompt, width=args.width,
-                               height=args.height, eta=args.eta, canvas=canvas, on_step=on_step))
+                               height=args.height, eta=args.eta, canvas=canvas, on_step=on_step,
+                               morph=morph and morph._replace(shares=morph.shares[part])))
     return images
+
+
+def draw_pictures(args: argparse.Namespace, model: Model, how: Settings, name: str, out: Path, folder: Path) -> list[Path]:
+    """A file per caption and seed and, where there are several, one with all."""
+    single = out != folder
+    jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_images)]
+    images = draw_all(args, model, how, jobs, folder / "preview.png")
+    files = []
+    for (prompt, seed), image in zip(jobs, images):
+        if not single or len(jobs) == 1:
+            file = out if single else free_name(out, prompt, seed)
+            files.append(write_png(file, image, parameters(args, how, image, prompt, seed, name)))
+    if len(jobs) > 1:
+        file = out if single else free_name(out, "grid", args.seed)
+        sheet = tile(np.stack(images), columns=args.num_images if args.num_images > 1 else 0)
+        files.append(write_png(file, sheet, parameters(args, how, images[0], " | ".join(args.prompt), args.seed, name)))
+    return files
+
+
+def draw_animation(args: argparse.Namespace, model: Model, how: Settings, name: str, out: Path, folder: Path) -> list[Path]:
+    """The way from one picture to another: an animation, and its frames side by side in a .png of the same name."""
+    jobs = [(args.prompt[0], args.seed)] * args.frames
+    morph = Morph(args.prompt[-1], int(args.interpolate or args.seed), even(args.frames))
+    images = draw_all(args, model, how, jobs, folder / "preview.png", morph)
+    strip = out.with_suffix(".png") if out != folder else free_name(out, "-to-".join(args.prompt), args.seed)
+    moving = strip.with_suffix(".gif" if out.suffix.lower() == ".gif" else ".webp")
+    text = parameters(args, how, images[0], " | ".join(args.prompt), args.seed, name)
+    write_animation(moving, images, text)
+    return [moving, write_png(strip, tile(np.stack(images), columns=min(len(images), 12)), text)]
 
 
 @torch.inference_mode()
@@ -232,21 +321,9 @@ def main() -> None:
     model, name = open_model(args)
     how = resolve(args, model)
     out = Path(args.out)
-    single = out.suffix.lower() == ".png"
-    folder = out.parent if single else out
+    folder = out.parent if out.suffix else out
     folder.mkdir(parents=True, exist_ok=True)
-
-    jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_images)]
-    images = draw_all(args, model, how, jobs, folder / "preview.png")
-    files = []
-    for (prompt, seed), image in zip(jobs, images):
-        if not single or len(jobs) == 1:
-            files.append(out if single else free_name(out, prompt, seed))
-            Image.fromarray(image).save(files[-1], pnginfo=metadata(args, how, image, prompt, seed, name))
-    if len(jobs) > 1:
-        files.append(out if single else free_name(out, "grid", args.seed))
-        sheet = tile(np.stack(images), columns=args.num_images if args.num_images > 1 else 0)
-        Image.fromarray(sheet).save(files[-1], pnginfo=metadata(args, how, images[0], " | ".join(args.prompt), args.seed, name))
+    files = (draw_pictures if args.interpolate is None else draw_animation)(args, model, how, name, out, folder)
     print("\n".join(map(str, files)))
 
 

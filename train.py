@@ -12,9 +12,11 @@ Everything lands in runs/PRESET (or --out): log.jsonl, samples/, checkpoints/. T
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tinyldm.cli import guard
 from tinyldm.config import Config, build, parse
@@ -31,9 +33,9 @@ from tinyldm.data import toyworld
 from tinyldm.data.pictures import check_source, load_pictures
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
 from tinyldm.diffusion.grids import grid
-from tinyldm.diffusion.loss import T_SAMPLERS, diffusion_loss, make_weight, sample_t
+from tinyldm.diffusion.loss import T_SAMPLERS, diffusion_loss, make_noise, make_weight, sample_t
 from tinyldm.diffusion.prediction import to_x0
-from tinyldm.diffusion.process import make_process
+from tinyldm.diffusion.process import PROCESSES, Process, make_process
 from tinyldm.diffusion.samplers import find_sampler
 from tinyldm.lookup import lookup
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
@@ -52,7 +54,7 @@ from tinyldm.training.optim import make_optimizers, set_lr
 from tinyldm.training.run import Interrupted, Progress, Signals, generator, replace_folder, write_picture
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.folder import save_model, save_vae
-from tinyldm.vendor_loaders.load import Model, load_model, load_text, load_tokenizer, load_vae, load_weights, locate_part
+from tinyldm.vendor_loaders.load import Model, load_model, load_text, load_tokenizer, load_vae, load_weights
 
 
 def update(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], clip: float, losses: Tensor) -> None:
@@ -178,8 +180,8 @@ def build_networks(config: Config, vae: AutoencoderKL, captions: list[str]) -> t
         text = CLIPText(build(CLIPTextConfig, config.text | dict(
             vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), "--text"))
-    channels = dict(in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels,
-                    context_dim=text.config.width)
+    channels = dict(in_channels=vae.config.latent_channels, context_dim=text.config.width,
+                    out_channels=vae.config.latent_channels * (1 + config.learned_variance))
     if config.network == "dit":
         return DiT(build(DiTConfig, config.dit | channels, "--dit")), text, tokenizer
     size = config.resolution // vae.config.downscale
@@ -196,8 +198,7 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
     optimizers = make_optimizers(parameters, kind=config.optimizer, lr=config.lr, muon_lr=config.muon_lr,
                                  weight_decay=config.weight_decay)
     process = make_process(config.process, **process_options(config))
-    weight = make_weight(*(("min_snr", config.prediction, config.min_snr_gamma) if config.min_snr_gamma
-                           else ("none", config.prediction)))
+    goal = objective(config, process)
     start, losses = 0, torch.zeros((), device=device)         # summed since the last line of the log
     ema = EMA(trained, config.ema_decay)
     if last := latest(config, run, "step"):
@@ -209,7 +210,8 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
         start = restore_counters(last, losses)
     log = Log(run / "log.jsonl", "step", start)
     model = Model(net, vae, text, tokenizer, process, config.prediction,
-                  scheduler.to_config(config.process, process_options(config), config.prediction, config.network, config.sampler),
+                  scheduler.to_config(config.process, process_options(config), config.prediction, config.network, config.sampler,
+                                      config.learned_variance),
                   dict(preset=config.preset, resolution=config.resolution, sampler=config.sampler,
                        steps=config.sample_steps, cfg=config.cfg, data=config.data))
     ids = torch.from_numpy(tokenizer.encode(data.captions))                     # [n, context_length]
@@ -229,15 +231,16 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
         rng = generator(config.seed, 2, step)                                   # one stream for the whole global batch
         chosen = cache.indices(len(data), config.seed, step, config.batch_size)
         x0 = data.batch(chosen)                                                 # [b, c, h, w]
-        eps = torch.randn(x0.shape, generator=rng)
-        t = sample_t(config.times, len(x0), rng, config.times_mean, config.times_scale)
+        noise = make_noise(x0.shape, rng, config.noise_offset, config.input_perturbation)
+        t = sample_t(config.times, len(x0), rng, config.times_mean, config.times_scale, process, config.stratified_times)
         dropped = torch.rand(len(x0), generator=rng) < config.caption_dropout
         tokens = torch.where(dropped[:, None], empty, ids[chosen])              # [b, context_length]
-        for micro in zip(*(part.to(device, non_blocking=True).chunk(config.grad_accum) for part in (x0, eps, t, tokens))):
+        whole = (x0, noise.eps, t, noise.mixed, tokens)
+        for *micro, mixed, words in zip(*(part.to(device, non_blocking=True).chunk(config.grad_accum) for part in whole)):
             with autocast(device, config.dtype):
-                features = text(micro[3])
-                part = diffusion_loss(compiled, *micro[:3], Cond(features.hidden, pooled=features.pooled), process,
-                                      prediction=config.prediction, weight=weight) / config.grad_accum
+                features = text(words)
+                part = diffusion_loss(compiled, *micro, Cond(features.hidden, pooled=features.pooled), process,
+                                      mixed=mixed, **goal) / config.grad_accum
             part.backward()
             losses += part.detach()                                             # no .item(): no waiting for the device
         update(list(parameters.values()), optimizers, config.grad_clip, losses)
@@ -257,10 +260,23 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
     sample_grid(config, model, ema, run, config.max_steps, data.captions)
 
 
-def process_options(config: Config) -> dict[str, float | bool]:
-    if config.process == "flow" and config.zero_terminal_snr:
-        raise ValueError("--zero-terminal-snr is for tables; flow ends in pure noise by itself: leave it out")
-    return {"shift": config.shift} if config.process == "flow" else {"zero_snr": config.zero_terminal_snr}
+def process_options(config: Config) -> dict[str, Any]:
+    """What make_process takes: --shift and --zero-terminal-snr where the process has them, and --process-options."""
+    takes = inspect.signature(lookup(PROCESSES, config.process, "process")).parameters
+    if config.zero_terminal_snr and "zero_snr" not in takes:
+        raise ValueError(f"--zero-terminal-snr is for tables, not for {config.process}: leave it out (flow ends in pure noise by itself)")
+    if config.process == "betas" and not config.process_options.get("betas"):
+        raise ValueError("--process betas needs them: --process-options betas=0.0001,0.0002,... from the cleanest level to the noisiest")
+    named = {"shift": config.shift, "zero_snr": config.zero_terminal_snr}
+    return {name: value for name, value in named.items() if name in takes} | config.process_options
+
+
+def objective(config: Config, process: Process) -> dict[str, Any]:
+    """How diffusion_loss measures: prediction, weight, loss."""
+    name = "min_snr" if config.min_snr_gamma and config.loss_weight == "none" else config.loss_weight
+    gamma = config.p2_gamma if name == "p2" else config.min_snr_gamma or None
+    return dict(prediction=config.prediction, weight=make_weight(name, config.prediction, gamma, process), loss=config.loss,
+                huber_c=config.huber_c)
 
 
 def sample_grid(config: Config, model: Model, ema: EMA, run: Path, step: int, captions: list[str]) -> None:
@@ -289,13 +305,16 @@ def refuse_early(config: Config) -> None:
     """Whatever cannot work is refused here, before anything is written or trained: names, sizes, fields, weights."""
     find_sampler(config.sampler)
     lookup(T_SAMPLERS, config.times, "--times")
-    make_weight("min_snr" if config.min_snr_gamma else "none", config.prediction)
-    first = grid(make_process(config.process, **process_options(config)), config.sample_steps)[0]
-    to_x0(config.prediction, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), first)           # eps from pure noise
+    process, pixel = make_process(config.process, **process_options(config)), torch.zeros(1, 1, 1, 1)
+    for first in (grid(process, config.sample_steps)[0], process(torch.ones(1))):
+        to_x0(config.prediction, pixel, pixel, first)                           # eps from pure noise
+    answer = torch.zeros(1, 1 + config.learned_variance, 1, 1)
+    diffusion_loss(lambda *told: answer, pixel, pixel, torch.ones(1), None, process, **objective(config, process))
     check_source(config.data)
-    for weights, network in ((config.vae_weights, AutoencoderKL), (config.text_weights, CLIPText)):
-        if weights:
-            locate_part(weights, network)                                       # from the hub: download it now
+    if config.vae_weights:
+        load_vae(config.vae_weights)                                            # downloaded, whole and of the right kind
+    if config.text_weights:
+        load_text(config.text_weights), load_tokenizer(config.text_weights)
     if not config.vae_weights:
         networks = meta_networks(config)                                        # shapes without values: sizes that do
         for size in {config.resolution, config.vae_crop or config.resolution}:  # not divide fail here, in a second

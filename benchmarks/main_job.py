@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--out", default="runs/benchmark")
     parser.add_argument("--keep", action="store_true", help="keep the run folder")
     args = parser.parse_args()
+    if (ROOT / args.out).exists() and not (ROOT / args.out / "config.json").exists():
+        sys.exit(f"{args.out} is there and is no run: name another --out")
     shutil.rmtree(ROOT / args.out, ignore_errors=True)
     rows = [(f"{script} --help", *timed(script, "--help")) for script in ("train.py", "sample.py", "evaluate.py")]
     rows.append((f"train.py --preset {args.preset}", *timed("train.py", "--preset", args.preset, "--out", args.out)))

@@ -32,6 +32,11 @@ def test_every_field_is_a_flag():
     (["--max-steps", "0"], "--max-steps 0 must be at least 1"),
     (["--batch-size", "10", "--grad-accum", "3"], "not a multiple"),
     (["--caption-dropout", "1.5"], "between 0 and 1"),
+    (["--loss-weight", "p2", "--min-snr-gamma", "5"], "leave one out"),
+    (["--times", "mode", "--times-scale", "2"], "between -1 and 1.75"),
+    (["--times-scale=-1"], "be a positive number"),
+    (["--noise-offset=-1"], "must be at least 0"),
+    (["--huber-c", "0"], "must be a positive number"),
     (["--network", "unett"], "did you mean 'unet'"),
     (["--unet", "widths"], "KEY=VALUE"),
     (["--out", "nowhere", "--resume", "auto"], "nothing to resume"),
@@ -41,6 +46,12 @@ def test_mistakes_are_one_line_with_the_fix_and_exit_code_2(argv, words, capsys)
         parse(argv, "")
     error = capsys.readouterr().err
     assert end.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_times_have_their_kinds_own_mean_and_scale_unless_typed():
+    assert (parse([], "")[0].times_mean, parse([], "")[0].times_scale) == (None, None)
+    config = parse(["--times-mean=-0.5", "--times-scale", "2", "--process-options", "betas=0.1,0.2", "zero_snr=true"], "")[0]
+    assert (config.times_mean, config.times_scale, config.process_options) == (-0.5, 2.0, {"betas": (0.1, 0.2), "zero_snr": True})
 
 
 def test_a_resumed_run_starts_from_its_own_config(tmp_path):

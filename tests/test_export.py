@@ -320,9 +320,10 @@ def test_a_single_file_of_another_shape_is_refused_and_nothing_is_written(make_r
 def test_a_full_size_stable_diffusion_1_fits_into_one_file_and_deviations_do_not(parts):
     def whole(unet={}, vae={}, text={}, scheduler={}, network=None):
         config = SD1 | {"prediction_type": "epsilon"} | scheduler
+        learned = from_config(config)
         with torch.device("meta"):
             return Model(network or UNet(UNetConfig(**unet)), AutoencoderKL(VAEConfig(**vae)), CLIPText(CLIPTextConfig(**text)),
-                         parts.tokenizer, *from_config(config), config, {})
+                         parts.tokenizer, *learned, config, {})
     assert why_not_one_file(whole()) is None and why_not_one_file(export.public(whole(), "dpmpp_2m")) is None
     assert why_not_one_file(whole(unet={"sample_size": 32}, text={"pad_token_id": 0})) is None     # which no weight depends on
     for change, reason in (({"network": parts.dit}, "U-Net"), ({"unet": {"widths": (192, 384, 768, 768)}}, "U-Net"),

@@ -1,7 +1,9 @@
 """The scripts, run as a person runs them, on networks of a few thousand parameters."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from tinyldm.config import parse
 from tinyldm.training.log import read
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +89,67 @@ def test_k_micro_batches_train_as_one_batch(run, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+OBJECTIVES = [
+    "--process edm --prediction v --loss-weight edm --times log_normal --loss huber",
+    "--process linear --prediction eps --learned-variance --min-snr-gamma 5 --noise-offset 0.1 --input-perturbation 0.1 "
+    "--stratified-times --times uniform --sampler ddpm",
+    "--process betas --process-options betas=0.01,0.02,0.05,0.1,0.2,0.4 zero_snr=True --prediction v --learned-variance "
+    "--loss-weight soft_min_snr --times normal",
+    "--process ve --prediction eps --loss l1 --times mode --times-scale=-0.5",
+    "--process vp --prediction x0 --loss-weight p2 --times cosmap --process-options beta_max=12",
+    "--network dit --dit patch=1 width=32 layers=1 heads=2 mlp_width=32 time_dim=16 --process cosine --zero-terminal-snr "
+    "--prediction v --learned-variance --stratified-times",
+]
+
+
+UNSAFE = [
+    ("--process ve --prediction v --zero-terminal-snr", "--zero-terminal-snr is for tables, not for ve"),
+    ("--process linear --prediction eps --zero-terminal-snr", "pure noise"),
+    ("--process flow --prediction eps", "pure noise"),
+    ("--learned-variance", "use scaled_linear, linear, cosine or betas"),
+    ("--process edm --prediction v --learned-variance", "use scaled_linear, linear, cosine or betas"),
+    ("--loss hubber", "did you mean 'huber'"),
+    ("--process vp --prediction v --loss-weight soft_minsnr", "did you mean 'soft_min_snr'"),
+    ("--loss-weight edm", "rectified flow chooses its levels"),
+    ("--prediction v --min-snr-gamma 5", "rectified flow chooses its levels"),
+    ("--process cosine --prediction eps --loss-weight edm", "predict 'v'"),
+    ("--process betas --prediction v", "--process-options betas="),
+    ("--process edm --prediction v --process-options sigma_mx=3", "did you mean 'sigma_max'"),
+    ("--times logit_norml", "did you mean 'logit_normal'"),
+]
+
+
+@pytest.mark.parametrize("words, expected", UNSAFE)
+def test_unsafe_objectives_are_refused_early_with_the_reason(words, expected):
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        train.refuse_early(parse([*SMALL, *words.split()], "")[0])
+    train.refuse_early(parse(SMALL, "")[0])
+
+
+@pytest.mark.parametrize("words", [words if i == 2 else pytest.param(words, marks=pytest.mark.slow)
+                                   for i, words in enumerate(OBJECTIVES)])
+def test_every_objective_trains_goes_on_and_draws(run, tmp_path, words):
+    folder = tmp_path / "run"
+    short = ["--vae-weights", run / "checkpoints" / "step-000006" / "model", "--max-steps", 4, "--sample-every", 0, "--log-every", 2]
+    done = script("train.py", "--out", folder, *SMALL, *words.split(), *short)
+    assert done.returncode == 0, done.stderr
+    assert all(np.isfinite(row["loss"]) for row in read(folder / "log.jsonl"))
+    whole = weights(folder / "checkpoints" / "step-000004")
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    done = script("train.py", "--out", folder, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    again = weights(folder / "checkpoints" / "step-000004")
+    assert whole.keys() == again.keys() and all(np.array_equal(whole[name], again[name]) for name in whole)
+    drawn = script("sample.py", "a red fox", "--model", folder, "--steps", 2, "--out", tmp_path / "fox.png")
+    assert drawn.returncode == 0, drawn.stderr
+    if "--learned-variance" in words and "dit" not in words:
+        refused = script("-m", "tinyldm.export", folder, tmp_path / "public")
+        assert refused.returncode == 2 and "it learned its variance" in refused.stderr and not (tmp_path / "public").exists()
+
+
 def test_a_run_folder_is_not_overwritten(run):
     before = (run / "config.json").read_bytes()
     done = script("train.py", "--out", run, *SMALL)
@@ -105,6 +169,8 @@ def test_a_run_folder_is_not_overwritten(run):
     (["--zero-terminal-snr"], "leave it out"),
     (["--process", "scaled_linear", "--prediction", "eps", "--zero-terminal-snr"], "pure noise"),
     (["--vae-weights", "stabilityai/sd-vae-ft-mse"], "is not in the cache"),
+    (["--text-weights", "README.md"], "a text encoder is read from its folder"),
+    (["--text-weights", "docs"], "docs/config.json does not exist"),
     (["--data", "NOWHERE"], "no such folder"),
     (["--device", "cuda"], "--device cpu"),
     (["--device", "tpu"], "unknown device"),

@@ -51,3 +51,7 @@ def guard(main: Callable[[], None]) -> None:
         if os.environ.get("TINYLDM_TRACEBACK"):
             raise
         fail(" ".join(str(error).split()) or type(error).__name__)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{type(error).__name__} {error}".lower() or os.environ.get("TINYLDM_TRACEBACK"):
+            raise
+        fail(f"out of memory: use a smaller --batch-size, fewer pixels, or --dtype bf16 ({' '.join(str(error).split())[:200]})")

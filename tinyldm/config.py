@@ -55,14 +55,23 @@ class Config:
     unet: dict = knob({}, "UNetConfig fields, as key=value")
     dit: dict = knob({}, "DiTConfig fields, as key=value")
 
-    process: str = knob("flow", "scaled_linear, linear, cosine or flow")
+    process: str = knob("flow", "scaled_linear, linear, cosine, betas, vp, ve, edm or flow")
+    process_options: dict = knob({}, "its options, as key=value (beta_start, betas, sigma_max, ...)")
     shift: float = knob(1.0, "flow: shift of time towards noise")
     zero_terminal_snr: bool = knob(False, "rescale the table so that its last level is pure noise (not for flow, which has it)")
     prediction: str = knob("flow", "what the network predicts: eps, x0, v or flow")
-    times: str = knob("logit_normal", "how training times are drawn: uniform or logit_normal")
-    times_mean: float = knob(0.0, "logit_normal: mean of logit(t), above 0 trains more on noise")
-    times_scale: float = knob(1.0, "logit_normal: standard deviation of logit(t)")
-    min_snr_gamma: float = knob(0.0, "min-SNR loss weight for eps, x0 and v (0: off)")
+    learned_variance: bool = knob(False, "the network answers with twice the channels and learns its variance (tables only)")
+    times: str = knob("logit_normal", "how training times are drawn: uniform, normal, logit_normal, mode, cosmap, log_normal (EDM's)")
+    times_mean: float | None = knob(None, "mean of t (normal), logit(t) (logit_normal: 0; above trains more on noise), log(sigma) (log_normal)")
+    times_scale: float | None = knob(None, "standard deviation of the same; mode: how much it favours the middle")
+    stratified_times: bool = knob(False, "one time from every equal part of their distribution, in every batch")
+    loss: str = knob("mse", "mse, l1 or huber")
+    huber_c: float = knob(0.1, "huber: the error at which it turns from squared to absolute")
+    loss_weight: str = knob("none", "of noise levels, for eps, x0 and v: none, min_snr, soft_min_snr, p2, edm")
+    min_snr_gamma: float = knob(0.0, "gamma of min_snr (alone it switches that on) or soft_min_snr (0: 5)")
+    p2_gamma: float = knob(1.0, "gamma of p2")
+    noise_offset: float = knob(0.0, "offset noise: so much of one number per picture and channel, 0.1 for example (0: none)")
+    input_perturbation: float = knob(0.0, "so much more noise than the network is asked for, 0.1 for example (0: none)")
     caption_dropout: float = knob(0.1, "share of captions replaced by the empty one, for classifier-free guidance")
 
     max_steps: int = knob(1000, "optimizer steps")
@@ -131,8 +140,8 @@ def parse(argv: list[str] | None, description: str) -> tuple[Config, bool]:
         elif hints[knob_.name] is dict:
             parser.add_argument(flag, nargs="+", metavar="KEY=VALUE", default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(flag, type=hints[knob_.name], default=argparse.SUPPRESS, help=text,
-                                metavar=hints[knob_.name].__name__.upper())
+            kind = float if hints[knob_.name] == float | None else hints[knob_.name]
+            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
     parser.add_argument("--dry-run", action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")
     typed = vars(parser.parse_args(argv))
     dry_run = typed.pop("dry_run")
@@ -168,7 +177,7 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
 
 # What weights, optimizer state, word ids and latents hang on: a resumed run cannot change it.
 KEPT = {"seed", "data", "scenes", "resolution", "vae", "vae_weights", "text", "text_weights", "vocab_size", "network",
-        "unet", "dit", "process", "shift", "zero_terminal_snr", "prediction", "optimizer"}
+        "unet", "dit", "process", "process_options", "shift", "zero_terminal_snr", "prediction", "learned_variance", "optimizer"}
 
 
 def pairs(name: str, words: list[str]) -> dict[str, Any]:
@@ -189,14 +198,20 @@ def check(config: Config) -> None:
     """Numbers that cannot work, refused before anything is written."""
     least = dict.fromkeys(("max_steps", "batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every",
                            "scenes", "sample_steps", "vae_batch_size"), 1)
-    least |= dict.fromkeys(("seed", "vae_crop", "vae_kl", "warmup_steps", "sample_every", "weight_decay", "min_snr_gamma"), 0)
+    least |= dict.fromkeys(("seed", "vae_crop", "vae_kl", "warmup_steps", "sample_every", "weight_decay", "min_snr_gamma",
+                            "noise_offset", "input_perturbation"), 0)
     least["vae_steps"] = 0 if config.vae_weights else 1
     for name, smallest in least.items():
         if not smallest <= getattr(config, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {smallest}")
-    for name in ("lr", "muon_lr", "vae_lr", "vae_muon_lr", "grad_clip", "shift", "times_scale"):
+    for name in ("lr", "muon_lr", "vae_lr", "vae_muon_lr", "grad_clip", "shift", "huber_c", "p2_gamma"):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be a positive number")
+    low, high = (-1, 1.75) if config.times == "mode" else (1e-9, 1e9)        # beyond, mode is no distribution
+    if config.times_scale is not None and not low <= config.times_scale <= high:
+        raise ValueError(f"--times-scale {config.times_scale} must lie between -1 and 1.75 for mode, be a positive number else")
+    if config.min_snr_gamma and config.loss_weight in ("p2", "edm"):
+        raise ValueError(f"--min-snr-gamma is for min_snr and soft_min_snr, not for --loss-weight {config.loss_weight}: leave one out")
     for name in ("caption_dropout", "decay", "ema_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must lie between 0 and 1")

@@ -28,12 +28,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sampler", metavar="NAME", help="the sampler that the folder names as its default (default: the model's)")
     add("--dtype", default="fp32", metavar="NAME", help="of the weights: fp32, fp16, bf16 (default: fp32)")
     add("--no-ema", action="store_true", help="the raw weights instead of the averaged ones")
+    add("--tokenizer", metavar="FOLDER|ID", help="of a checkpoint file, which holds none (default: CLIP's, from the hub)")
+    add("--prediction", metavar="NAME", help="of a Stable Diffusion 2 file: eps (the base models) or v (default: v)")
     add("--single-file", metavar="FILE", help="also write one .safetensors in CompVis' layout, for models of Stable Diffusion 1's shape")
     args = parser.parse_args(argv)
     if args.single_file and Path(args.single_file).suffix != ".safetensors":
         fail(f"--single-file {args.single_file}: the file is written as .safetensors; name it so")
     if args.single_file and not Path(args.single_file).parent.is_dir():
         fail(f"--single-file {args.single_file}: there is no such folder")
+    if args.single_file and Path(args.single_file).exists():
+        fail(f"--single-file {args.single_file} is there already: name another file")
     if (folder := Path(args.folder)).exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"{folder} is there already and not empty: name another folder")
     return args
@@ -99,6 +103,9 @@ def public(model: Model, sampler: str | None) -> Model:
         network = "dit"
     else:
         network = "unet"
+        if model.net.config.out_channels == 2 * model.net.config.in_channels:
+            raise ValueError("this model cannot be exported: it learned its variance, and of diffusers' schedulers only "
+                             "DDPMScheduler takes the channels that say it. sample.py draws with its run folder")
         if reason := scheduler.why_not_public(*learned):
             raise ValueError(f"this model cannot be exported: {reason}. sample.py draws with its run folder")
         model = replace(model, vae=without_shift(model.vae), text=without_projection(model.text))
@@ -133,12 +140,17 @@ def opens_in_diffusers(model: Model) -> bool:
 NOT_STOCK = "No stock pipeline of diffusers fits its network or its autoencoder: draw with tinyldm."
 
 
+def trained_here(source: Path | str) -> bool:
+    """Whether the source is RUN/checkpoints/step-001000/model, a run's own."""
+    step = Path(source).resolve().parent
+    return (step / "state.json").exists() and (step.parent.parent / "config.json").exists()
+
+
 def facts(model: Model, source: Path | str) -> dict[str, str]:
     """What is known of the training: from the run around the model folder, where there is one."""
-    checkpoint = Path(source).parent                             # RUN/checkpoints/step-001000
-    trained_here = (checkpoint / "state.json").exists()
-    config = json.loads((checkpoint.parents[1] / "config.json").read_text()) if trained_here else {}
-    came_from = lambda part, else_: (portable(config.get(f"{part}_weights", "")) or else_) + ", " if trained_here else ""
+    file = Path(source).resolve().parents[2] / "config.json" if trained_here(source) else None
+    config = json.loads(file.read_text()) if file else {}
+    came_from = lambda part, else_: (portable(config.get(f"{part}_weights", "")) or else_) + ", " if file else ""
     millions = lambda net: f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} million parameters"
     process, options, prediction = scheduler.read_schedule(model.scheduler)
     told = ", ".join(f"{name} {value:g}" for name, value in options.items() if isinstance(value, (int, float)))
@@ -180,7 +192,8 @@ tags: [text-to-image, latent-diffusion, tinyldm]
 
 # {folder.name}
 
-A latent diffusion model trained with tinyldm.
+{'A latent diffusion model trained with tinyldm.' if trained_here(source) else
+ f'Converted with tinyldm from {portable(str(source))}; its licence and its limits are those of the original.'}
 
 | | |
 |---|---|
@@ -203,12 +216,12 @@ def main() -> None:
     args = ARGS
     source = find_model(args.run)
     dtype = lookup(DTYPES, args.dtype, "--dtype")
-    model = public(load_model(source, ema=not args.no_ema), args.sampler)
+    model = public(load_model(source, ema=not args.no_ema, tokenizer=args.tokenizer, prediction=args.prediction), args.sampler)
     for part in (model.net, model.vae, model.text):             # last, so that what is folded is rounded once
         part.to(dtype)
     if args.single_file and (reason := why_not_one_file(model)):
         raise ValueError(f"--single-file: {reason}")
-    folder = Path(args.folder)
+    folder = Path(args.folder).resolve()
 
     def fill(torso: Path) -> None:
         save_model(torso, net=model.net, vae=model.vae, text=model.text, tokenizer=model.tokenizer,

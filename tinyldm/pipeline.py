@@ -11,13 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyldm.animation import Morph, slerp
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.guidance import cfg as guided
-from tinyldm.diffusion.guidance import denoiser, inpaint
-from tinyldm.diffusion.samplers import find_sampler, initial_noise, make_generators, sampler_name
+from tinyldm.diffusion.guidance import Denoiser, denoiser, inpaint, interval
+from tinyldm.diffusion.ode import invert
+from tinyldm.diffusion.process import input_scale
+from tinyldm.diffusion.samplers import find_sampler, sampler_name
+from tinyldm.noise import initial_noise, make_generators
 from tinyldm.models.layers import Cond
 from tinyldm.models.tiling import decode_tiled, tiled
 from tinyldm.models.unet import UNet
+from tinyldm.prompts import plain, token_weights
 from tinyldm.training import checkpoint
 from tinyldm.vendor_loaders import hub
 from tinyldm.vendor_loaders.load import FILES, VAE, Model
@@ -54,13 +59,16 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
 
 
 class Settings(NamedTuple):
-    """How to draw, beside what: everything that has a default of the model's own."""
+    """How to draw, beside what. The first five have defaults of the model's own."""
 
     sampler: str            # as typed or by default, for people to read
     schedule: str
     steps: int
     cfg: float
     how: Sampling
+    rescale: float = 0.0    # in [0, 1]: `guidance.cfg`
+    interval: tuple[float, float] | None = None     # of sigma / alpha in which there is guidance: `guidance.interval`
+    weighted: bool = False  # captions hold weights, as in "a (fox:1.3)": prompts.py
 
 
 def settings(model: Model, *, sampler: str | None = None, schedule: str | None = None, steps: int | None = None,
@@ -88,23 +96,45 @@ class Canvas(NamedTuple):
     pixels: Tensor                  # [1, 3, h, w] in [-1, 1]
     strength: float                 # in (0, 1]: the share of the steps that is run, so how much may change
     mask: Tensor | None = None      # [1, 1, h, w] in [0, 1], 1 where to draw; None: everywhere
+    shows: str | None = None        # its caption: start from the noise that it is drawn from, found by inversion; "": the prompt
 
 
-def encode_text(model: Model, texts: Sequence[str]) -> Cond:
-    """Prompts -> Cond with context [b, n, d]. All n positions are attended to, padding included, as in training."""
+def encode_text(model: Model, texts: Sequence[str], weighted: bool = False) -> Cond:
+    """Prompts -> Cond with context [b, n, d]. All n positions are attended to, padding included, as in training.
+
+    weighted: a token's features are multiplied by its weight, nothing else changes, `pooled` neither. (AUTOMATIC1111's
+    "No norm". Its "Original" then scales all by one number to restore their mean, which may be anywhere near 0.)
+    """
     device = next(model.text.parameters()).device
-    features = model.text(torch.from_numpy(model.tokenizer.encode(list(texts))).to(device))
-    return Cond(features.hidden, pooled=features.pooled)
+    captions = [plain(text) for text in texts] if weighted else list(texts)
+    features = model.text(torch.from_numpy(model.tokenizer.encode(captions)).to(device))
+    if not weighted:
+        return Cond(features.hidden, pooled=features.pooled)
+    weights = torch.tensor([token_weights(model.tokenizer, text) for text in texts]).to(features.hidden)     # [b, n]
+    return Cond(features.hidden * weights[..., None], pooled=features.pooled)
+
+
+def towards(cond: Cond, there: Cond, share: Tensor) -> Cond:
+    """Conditions share [b] of the way from cond to there, every token along its own arc."""
+    bend = lambda a, b: None if a is None else slerp(a.float(), b.float(), share.view(-1, *[1] * (a.dim() - 1))).to(a.dtype)
+    return Cond(bend(cond.context, there.context), cond.mask, bend(cond.pooled, there.pooled))
+
+
+def guide(ask: Callable[[Cond], Denoiser], cond: Cond, negative: Cond, how: Settings, prediction: str) -> Denoiser:
+    """The denoiser with the guidance that `how` asks for; `ask` makes a plain one for a condition."""
+    denoise = guided(ask(cond.cat(negative)), how.cfg, how.rescale, prediction)
+    return denoise if how.interval is None else interval(denoise, ask(cond), *how.interval)
 
 
 @torch.no_grad()
 def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], how: Settings, *, negative: str = "", width: int = 0,
-         height: int = 0, eta: float | None = None, canvas: Canvas | None = None,
+         height: int = 0, eta: float | None = None, canvas: Canvas | None = None, morph: Morph | None = None,
          on_step: Callable[[Tensor], None] = lambda x0: None) -> np.ndarray:
     """One picture per (prompt, seed), as one batch -> uint8 [b, height, width, 3].
 
     Image i's noise is a function of seeds[i] alone, never of the batch. width and height default to the canvas's, or
     the model's own. on_step is called after every step with the current guess of the clean latents [b, c, h, w].
+    morph: pictures on their way to another; give all the same seed, and the noise that random samplers add is the same.
     """
     check_size(model, *(size := picture_size(model, width, height) if canvas is None else canvas.pixels.shape[:1:-1]))
     parameter = next(model.net.parameters())
@@ -114,18 +144,31 @@ def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], how: Settin
     generators, f = make_generators(seeds), model.vae.config.downscale
     noise = initial_noise((model.vae.config.latent_channels, size[1] // f, size[0] // f), generators).to(parameter.device)
 
-    net = lambda x, t, cond: model.net(x.to(parameter.dtype), t, cond)
-    cond = encode_text(model, prompts)
-    if how.cfg == 1:
-        denoise = denoiser(net, cond, model.prediction)
-    else:
-        both = cond.cat(encode_text(model, [negative] * len(prompts)))
-        denoise = guided(denoiser(net, both, model.prediction), how.cfg)
+    cond = encode_text(model, prompts, how.weighted)
+    if morph is not None:
+        share = torch.tensor(morph.shares, device=noise.device)                         # [b]
+        there = initial_noise(noise.shape[1:], make_generators([morph.seed])).to(noise)
+        noise = slerp(noise, there, share.view(-1, 1, 1, 1), (1, 2, 3))
+        cond = towards(cond, encode_text(model, [morph.prompt], how.weighted), share)
+
+    net, spread = lambda x, t, cond: model.net(x.to(parameter.dtype), t, cond), []
+    ask = lambda cond: denoiser(net, cond, model.prediction, spread)
+    denoise = ask(cond)
+    if how.cfg != 1:
+        denoise = guide(ask, cond, encode_text(model, [negative] * len(seeds), how.weighted), how, model.prediction)
+    if how.sampler == "ddpm" and model.net.config.out_channels == 2 * noise.shape[1]:   # the variance is learned
+        options = options | {"spread": lambda: spread[0][: len(noise)]}
     if canvas is None:
-        x = levels[0].sigma * noise if how.how.start_at_sigma else noise
+        x = (levels[0].sigma if how.how.start_at_sigma else input_scale(levels[0])) * noise
     else:
         known = encode(model.vae, canvas.pixels.to(parameter.device))                   # [1, c, h, w]
         x = levels[0].alpha * known + levels[0].sigma * noise
+        if canvas.shows is not None:
+            captions = [canvas.shows] if canvas.shows else prompts
+            known = known.expand(len(captions), -1, -1, -1)
+            for x, x0 in invert(ask(encode_text(model, captions, how.weighted)), known, levels):
+                on_step(x0.expand_as(noise))
+            x = x.expand_as(noise)
         if canvas.mask is not None:
             cells = torch.nn.functional.max_pool2d(canvas.mask.to(x), f)                # a latent that is touched is drawn
             denoise = inpaint(denoise, known, cells)

@@ -60,6 +60,10 @@ class Tokenizer:
         beyond = self._bpe.encode(text).overflowing
         return text[beyond[0].offsets[1][0]:].strip() if beyond else ""     # offsets[0] is BOS
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in `text` every position of its row comes from, as [start, end); (0, 0) for BOS, EOS and padding."""
+        return self._bpe.encode(text).offsets
+
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, context_length: int = 77, pad_token: str = EOS) -> Tokenizer:
         """A vocabulary of at most `vocab_size` ids from captions; the same captions always give the same one.

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinyldm.diffusion.grids import Levels
 from tinyldm.diffusion.prediction import to_target
-from tinyldm.diffusion.process import Level
+from tinyldm.diffusion.process import Level, input_scale
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,34 @@ class Mixture:
             assert bool((t == t[0]).all())
             t0 = t[:1].double() / 1000 if not hasattr(process, "alpha") else (t[:1].double() + 0.5) / len(process)
             level = Level(*(value.item() for value in process(t0)))
+            x = x * input_scale(level)  # as it was before the denoiser scaled it
             x0 = self(x, level)
             return to_target(kind, x0, (x - level.alpha * x0) / level.sigma, level)
 
         return net
 
+    def line(self) -> Tensor:
+        """The direction [c, h, w] of the line through 0 on which the means lie."""
+        return torch.nn.functional.normalize(self.mean[0], dim=(0, 1, 2)) if self.mean[0].numel() > 1 else torch.ones_like(self.mean[0])
+
     def cdf(self, x: Tensor, level: Level) -> Tensor:
-        """P(pixel < x) at this level, for images of a single pixel."""
+        """P(place along the line < x) at this level, for images of a single pixel P(pixel < x)."""
         spread = ((level.alpha * self.std) ** 2 + level.sigma**2).sqrt()
-        away = (x.reshape(-1, 1) - level.alpha * self.mean.flatten()) / spread
+        away = (x.reshape(-1, 1) - level.alpha * (self.mean * self.line()).sum((1, 2, 3))) / spread
         return (self.weight * torch.special.ndtr(away)).sum(1).view_as(x)
 
     def carry(self, x: Tensor, start: Level, end: Level) -> Tensor:
-        """The exact solution of the probability-flow ODE in one dimension: it keeps every quantile."""
-        wanted = self.cdf(x, start)
-        low, high = torch.full_like(x, -20.0), torch.full_like(x, 20.0)
+        """The exact solution of the probability-flow ODE. In one dimension it keeps every quantile. In more it is known
+        where the means lie on a line and all stds are one: the ODE falls apart into that line, and what is Gaussian."""
+        along = (x * self.line()).sum((1, 2, 3), keepdim=True)
+        wanted = self.cdf(along, start)
+        low, high = torch.full_like(along, -20.0), torch.full_like(along, 20.0)
         for _ in range(60):
             middle = (low + high) / 2
             below = self.cdf(middle, end) < wanted
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (low + high) / 2
+        std = [math.hypot(level.alpha * self.std[0].item(), level.sigma) for level in (start, end)]
+        return (low + high) / 2 * self.line() + (x - along * self.line()) * std[1] / std[0]
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +88,19 @@ def image_mixture() -> Mixture:
     return Mixture(mean, torch.tensor([0.2, 0.3, 0.4]).double(), torch.tensor([0.5, 0.3, 0.2]).double())
 
 
+def _on_a_line(direction: Tensor) -> Mixture:
+    direction = direction.double() / direction.double().norm()
+    mean = torch.tensor([-1.0, 0.5, 1.2], dtype=torch.float64).view(3, 1, 1, 1) * direction
+    return Mixture(mean, torch.full((3,), 0.35).double(), torch.tensor([0.4, 0.35, 0.25]).double())
+
+
+@pytest.fixture(scope="session")
+def solved_mixtures(pixel_mixture) -> dict[str, Mixture]:
+    """Those whose probability-flow ODE has a closed solution, by form."""
+    image = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(3))
+    return {"1-D": pixel_mixture, "2-D": _on_a_line(torch.tensor([[[0.6, -0.8]]])), "image": _on_a_line(image)}
+
+
 def _vp(t: float) -> tuple[float, float]:
     """The continuous limit of scaled_linear: beta(t) = 1000 (sqrt(beta_0) + t (sqrt(beta_1) - sqrt(beta_0)))^2."""
     low, high = math.sqrt(0.85), math.sqrt(12.0)
@@ -90,6 +112,7 @@ CURVES = {
     "vp": _vp,
     "cosine": lambda t: (math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)),
     "flow": lambda t: (1 - t, t),
+    "ve": lambda t: (1.0, 0.01 * 5000**t),
 }
 
 
@@ -97,9 +120,18 @@ CURVES = {
 def curve_levels():
     """levels(curve, steps, top, bottom): a dense even grid on a smooth curve (tables would round the times)."""
 
-    def levels(curve: str, steps: int, top: float, bottom: float) -> list[Level]:
-        times = [top + (bottom - top) * i / steps for i in range(steps + 1)]
-        return [Level(1000 * t, *CURVES[curve](t)) for t in times]
+    def levels(curve: str, steps: int, top: float, bottom: float) -> Levels:
+        def at(t: float) -> Level:
+            return Level(1000 * t, *CURVES[curve](t))
+
+        def between(ratio: float) -> Level:
+            low, high = 0.0, 1.0
+            for _ in range(52):
+                t = (low + high) / 2
+                low, high = (t, high) if at(t).sigma < ratio * at(t).alpha else (low, t)
+            return at(high)
+
+        return Levels([at(top + (bottom - top) * i / steps) for i in range(steps + 1)], between)
 
     return levels
 

@@ -19,7 +19,13 @@ compared. Where this library does something else on purpose, and why:
                     FlowMatchHeun, DPM-Solver++ and UniPC alone; other classes take them for Stable Diffusion's curve.
   Karras by name    on DDIM, DDPM, PNDM (table's ends) and Euler a (ends of its times), which have no such times there.
   Equal times       theirs find the first step by its time and take the second of two equal ones: Karras times of the
-                    cosine table, rounded or cut, and flow times of several hundred steps skip a step or crash.
+                    cosine table, rounded or cut, times of beta sigmas cut (from 50 steps on) and flow times of several
+                    hundred steps skip a step or crash.
+  Cut times         DPM-Solver++ and UniPC cut the times of exponential and beta sigmas to whole ones (2e-3 in the
+                    picture); ours tells the network where on the curve it is.
+  Learned variance  of DDPM: theirs adds noise in a last step from t > 0 to clean data, where beta_tilde is 0 and its
+                    logarithm is put at 1e-20. Ours adds none.
+  Brownian tree     DPM++ SDE draws from torchsde's tree; ours draws the same path from its generators, one seed an image.
   Rounding          their tables are float32: 1 - alpha_bar has lost 4 digits at t = 0 of "linear" and of its Karras
                     ends, and the end of "cosine" more. Euler, Euler a, Heun and LMS hold x / alpha in float32, PNDM
                     divides by alpha: near alpha = 0 they lose up to 4 digits (1e-2 with Heun from the end of cosine).
@@ -29,14 +35,21 @@ By default (not through `sampling`) two samplers and a grid differ too: `heun` a
 (rounded=True).
 """
 
+import importlib.util
 import json
+import sys
+import types
+from pathlib import Path
 
 import pytest
+import torch
 
-from tinyldm.diffusion.grids import grid
+from tinyldm.diffusion.grids import Levels, grid
 from tinyldm.diffusion.guidance import denoiser
 from tinyldm.diffusion.process import make_process
-from tinyldm.diffusion.samplers import ddim, final, find_sampler, heun, initial_noise, make_generators
+from tinyldm.diffusion.samplers import ddim, ddpm, dpmpp_sde, final, find_sampler, heun, SAMPLERS
+from tinyldm.diffusion.step import signal
+from tinyldm.noise import initial_noise, make_generators, randn_like
 from tinyldm.vendor_loaders.scheduler import PREDICTION_TYPES, PUBLISHED, from_config, sampling, to_config
 
 diffusers = pytest.importorskip("diffusers")
@@ -112,7 +125,7 @@ def strays(name, spacing, steps):
 def test_a_saved_config_is_drawn_as_its_scheduler_draws(name, spacing, kind, toy_network):
     scheduler = make(name, timestep_spacing=spacing, steps_offset=1, prediction_type=PREDICTION_TYPES[kind])
     assert sampling(saved(scheduler)).sampler == name
-    for steps in (1, 2, 5, 20, 30):
+    for steps in (1, 2, 5, 8, 20, 30, 50):
         if not strays(name, spacing, steps):
             agrees(scheduler, toy_network, steps)
 
@@ -123,7 +136,7 @@ def test_a_saved_config_is_drawn_as_its_scheduler_draws(name, spacing, kind, toy
 def test_a_saved_config_with_karras_sigmas(name, spacing, kind, toy_network):
     fields = {"timestep_spacing": spacing, "steps_offset": 1, "prediction_type": PREDICTION_TYPES[kind]}
     scheduler = make(name, use_karras_sigmas=True, **fields)
-    for steps in (1, 2, 5, 20):
+    for steps in (1, 2, 5, 8, 20, 50):
         if not strays(name, spacing, steps):
             agrees(scheduler, toy_network, steps)
     agrees(scheduler, toy_network, 20, None, "karras", config=saved(make(name, **fields)))  # asked for by name
@@ -241,6 +254,155 @@ def test_diffusers_draws_from_an_exported_config_what_is_drawn_here(process, opt
     agrees(scheduler, toy_network, 20, config=config)
     kept = {"zero_snr", "shift"} & set(options) or prediction == "x0"  # where another class may have to stand in
     assert sampling(config).sampler == name or kept
+
+
+# ---- what is compared sampler against sampler, not by config
+
+MULTI, ENDED = {}, {"ends": "linspace_unrounded"}  # these take the table's own ends, those of k-diffusion their times'
+BY_SIGMA = {
+    "euler": ("EulerDiscreteScheduler", {}, ENDED),
+    "heun": ("HeunDiscreteScheduler", {"scale": signal}, ENDED),
+    "lms": ("LMSDiscreteScheduler", {"scale": signal}, ENDED),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}, MULTI),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {}, MULTI),
+    "unipc": ("UniPCMultistepScheduler", {}, MULTI),
+}
+STEPS = (1, 2, 5, 8, 20, 50)
+
+
+def tolerance(steps):
+    """1e-5, and twice that for what 50 steps in float32 add up to, or x / alpha in float32 costs (see Rounding)."""
+    return 1e-5 if steps < 50 else 2e-5
+
+
+def draws(name, net, prediction, levels, start_at_sigma=False, **options):
+    x, generators = start()
+    x = x * (levels[0].sigma if start_at_sigma else 1.0)
+    return final(SAMPLERS[name](denoiser(net, None, prediction), x, levels, generators=generators, **options))
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@pytest.mark.parametrize("schedule", ["exponential", "beta"])
+@pytest.mark.parametrize("name", BY_SIGMA)
+def test_exponential_and_beta_sigmas(name, schedule, kind, toy_network):
+    scheduler, options, ends = BY_SIGMA[name]
+    sde = {"algorithm_type": "sde-dpmsolver++"} if name == "dpmpp_2m_sde" else {}
+    spacing = {} if ends is MULTI else {"timestep_spacing": "linspace"}
+    fields = {"prediction_type": PREDICTION_TYPES[kind], f"use_{schedule}_sigmas": True} | sde | spacing
+    made = getattr(diffusers, scheduler)(**SD_CONFIG | fields)
+    for steps in STEPS:
+        if steps == 1 and ends is ENDED:
+            continue  # numpy's linspace(0, 999, 1) is [0]: see One step
+        levels = grid(SD, steps, schedule, **ends)
+        told = times(made, steps)
+        if ends is MULTI and len(set(told)) < len(told):
+            continue  # see Equal times
+        reference = theirs(made, toy_network, steps)
+        if ends is MULTI:  # see Cut times
+            cut = [level._replace(t=t) for level, t in zip(levels, [*map(float, told), 0.0])]
+            assert all(-0.1 < level.t - other.t < 1.1 for level, other in zip(levels, cut))
+            levels = Levels(cut, levels.curve)
+        close(draws(name, toy_network, kind, levels, ends is ENDED, **options), reference, tolerance(50 if ends is ENDED else steps))
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@pytest.mark.parametrize("spacing", [*SPACINGS, "karras"])
+def test_dpmpp_2m_sde_with_its_noise(spacing, kind, toy_network):
+    fields = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing, "steps_offset": 1}
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **SD_CONFIG | fields, algorithm_type="sde-dpmsolver++", prediction_type=PREDICTION_TYPES[kind]
+    )
+    offset = {"offset": 1} if spacing == "leading" else {}
+    habit = {"karras": {"rounded": True}, "trailing": {}}.get(spacing, {"drop_last": True})
+    for steps in STEPS:
+        found = draws("dpmpp_2m_sde", toy_network, kind, grid(SD, steps, spacing, **offset, **habit))
+        close(found, theirs(scheduler, toy_network, steps), tolerance(steps))
+
+
+def dpm_solver_sde(monkeypatch, **fields):
+    """diffusers' DPMSolverSDEScheduler, which asks for torchsde as it is imported, for its Brownian tree alone."""
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+    file = Path(diffusers.__file__).parent / "schedulers" / "scheduling_dpmsolver_sde.py"
+    spec = importlib.util.spec_from_file_location("diffusers.schedulers.scheduling_dpmsolver_sde_here", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.DPMSolverSDEScheduler(**SD_CONFIG | fields)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("spacing", [*SPACINGS, "karras", "exponential", "beta"])
+def test_dpmpp_sde_given_the_same_brownian_path(spacing, kind, toy_network, monkeypatch):
+    """Its tree is replaced by one that draws the increments of W(sigma) in turn, from our generators."""
+    by_sigma = spacing in ("karras", "exponential", "beta")
+    fields = {f"use_{spacing}_sigmas": True} if by_sigma else {"timestep_spacing": spacing, "steps_offset": 1}
+    scheduler = dpm_solver_sde(monkeypatch, prediction_type=PREDICTION_TYPES[kind], **fields)
+    schedule = "linspace_unrounded" if spacing == "linspace" else spacing
+    options = ENDED if by_sigma else {"offset": 1} if spacing == "leading" else {}
+    for steps in STEPS:
+        if steps == 1 and spacing not in ("trailing", "leading"):
+            continue  # linspace(0, 999, 1) again
+        levels = grid(SD, steps, schedule, **options)
+        x, generators = start()
+        scheduler.set_timesteps(steps)
+        path = {}
+
+        def tree(sigma, sigma_next):
+            a, b = float(sigma), float(sigma_next)
+            if path.get("from") != a:  # the look of a new step
+                path.update({"from": a, "at": b, "w": (a - b) ** 0.5 * randn_like(x, generators)})
+                return path["w"] / (a - b) ** 0.5
+            return (path["w"] + (path["at"] - b) ** 0.5 * randn_like(x, generators)) / (a - b) ** 0.5
+
+        scheduler.noise_sampler = tree
+        y = x * levels[0].sigma / levels[0].alpha
+        for t in scheduler.timesteps:
+            said = toy_network(scheduler.scale_model_input(y, t).float(), t.expand(len(y)))
+            y = scheduler.step(said, t, y).prev_sample
+        mine = levels[0].sigma * start()[0]
+        found = final(dpmpp_sde(denoiser(toy_network, None, kind), mine, levels, generators=start()[1]))
+        close(found, y.float(), tolerance(steps))
+
+
+def test_ddpm_with_learned_variance(toy_network):
+    """learned_range: the network's further channels lie between the logarithms of beta_tilde and beta."""
+    scheduler = diffusers.DDPMScheduler(**SD_CONFIG, variance_type="learned_range", clip_sample=False)
+    said = []
+
+    def net(x, t, cond=None):
+        said[:] = [toy_network(x, t).sin()]
+        return toy_network(x, t)
+
+    both = lambda x, t: torch.cat([net(x, t), said[0]], 1)
+    for steps in (2, 5, 20, 50):
+        x, generators = start()
+        found = final(ddpm(denoiser(net, None, "eps"), x, grid(SD, steps, "leading"), generators, spread=lambda: said[0]))
+        close(found, theirs(scheduler, both, steps))
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", ["exponential", "beta"])
+@pytest.mark.parametrize("name", ["euler", "heun", "lms"])
+def test_a_saved_config_with_exponential_and_beta_sigmas(name, schedule, spacing, toy_network):
+    scheduler = make(name, timestep_spacing=spacing, steps_offset=1, **{f"use_{schedule}_sigmas": True})
+    assert sampling(saved(scheduler)).schedule == schedule
+    close(ours(saved(scheduler), toy_network, 20), theirs(scheduler, toy_network, 20), tolerance(50))
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_saved_config_of_the_stochastic_multistep_solver(spacing, toy_network):
+    scheduler = make("dpmpp_2m", algorithm_type="sde-dpmsolver++", timestep_spacing=spacing, steps_offset=1)
+    assert sampling(saved(scheduler)).sampler == "dpmpp_2m_sde"
+    agrees(scheduler, toy_network, 20)
+
+
+@pytest.mark.parametrize("schedule", [None, "karras", "exponential", "beta", "900,500,100"])
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - set(PUBLISHED)))
+def test_samplers_without_a_class_run_on_published_configs_and_export_another(name, schedule, toy_network):
+    for config, prediction in ((SD15, "eps"), (saved(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)), "flow")):
+        assert bool(ours(config, toy_network, 5, name, schedule).isfinite().all())
+        process = "flow" if prediction == "flow" else "scaled_linear"
+        written = to_config(process, {}, prediction, "unet", name)
+        assert sampling(written).sampler == name or name in ("dpmpp_sde", "edm", "adaptive")
 
 
 @pytest.mark.parametrize("eta", [0.4, 1.0])

@@ -3,11 +3,12 @@ import math
 import pytest
 import torch
 
-from tinyldm.diffusion.grids import SCHEDULES, grid
-from tinyldm.diffusion.process import CLEAN, PROCESSES, Level, make_process
+from tinyldm.diffusion.grids import SCHEDULES, Levels, curve, find_schedule, grid
+from tinyldm.diffusion.process import CLEAN, PROCESSES, Discrete, Level, make_process
 
 SD = make_process("scaled_linear")
-DISCRETE = [name for name in PROCESSES if name != "flow"]
+DISCRETE = [name for name in PROCESSES if isinstance(make_process(name), Discrete)]
+BY_NOISE = ["karras", "exponential", "log_snr", "beta"]
 
 
 def times(*args, **options):
@@ -15,8 +16,8 @@ def times(*args, **options):
 
 
 def fits(name, schedule):
-    on_flows = {"flow_match", "flow_sigmas"}
-    return schedule in ({"normal", "trailing"} | on_flows if name == "flow" else set(SCHEDULES) - on_flows)
+    on_flows, on_tables = {"flow_match", "flow_sigmas"}, {"leading", "linspace", "linspace_unrounded"}
+    return schedule not in (on_flows if name != "flow" else set()) | (on_tables if name not in DISCRETE else set())
 
 
 PAIRS = [(name, schedule) for name in PROCESSES for schedule in SCHEDULES if fits(name, schedule)]
@@ -139,7 +140,7 @@ def test_what_does_not_fit_is_refused_with_what_does():
         grid(SD, 10, "karras", roh=3)
     with pytest.raises(ValueError, match="unknown trailing option 'offset'"):
         grid(SD, 10, "trailing", offset=1)
-    for schedule in ("leading", "linspace", "linspace_unrounded", "karras"):
+    for schedule in ("leading", "linspace", "linspace_unrounded"):
         with pytest.raises(ValueError, match="needs a discrete table: use 'normal'"):
             grid(flow, 10, schedule)
     for schedule in ("flow_match", "flow_sigmas"):
@@ -156,3 +157,101 @@ def test_every_step_count_of_the_table_has_a_grid():
         for steps in [*range(1, 1000, 77), 999, 1000]:
             found = times(SD, steps, schedule)
             assert len(found) == steps + 1 and 0 <= min(found) and max(found) <= 999
+
+
+def ratios(levels):
+    return [level.sigma / level.alpha for level in levels]
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_exponential_is_even_in_log_snr_and_has_that_name_too(name):
+    levels = grid(make_process(name), 9, "exponential", sigma_min=0.05, sigma_max=20.0)
+    logs = [math.log(ratio) for ratio in ratios(levels[:-1])]
+    assert logs == pytest.approx([math.log(20) + i / 8 * math.log(0.05 / 20) for i in range(9)], abs=1e-9)
+    assert levels == grid(make_process(name), 9, "log_snr", sigma_min=0.05, sigma_max=20.0)
+
+
+def test_beta_puts_as_many_steps_below_as_above_the_middle_and_more_at_the_ends():
+    from scipy.stats import beta
+
+    found = ratios(grid(SD, 9, "beta")[:-1])
+    parts = [(ratio - found[-1]) / (found[0] - found[-1]) for ratio in found]
+    assert parts == pytest.approx([beta.ppf(1 - i / 8, 0.6, 0.6) for i in range(9)])
+    assert parts == pytest.approx([1 - part for part in reversed(parts)]) and parts[0] - parts[1] < parts[3] - parts[4]
+    even = ratios(grid(SD, 9, "beta", shape=1.0)[:-1])
+    assert [a - b for a, b in zip(even, even[1:])] == pytest.approx([(even[0] - even[-1]) / 8] * 8)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "edm", "flow"])
+@pytest.mark.parametrize("schedule", BY_NOISE)
+def test_levels_by_noise_lie_on_a_continuous_curve(schedule, name):
+    """They are the process at the time that they name: alpha and sigma from there, not from a formula of tables."""
+    process = make_process(name, **({"shift": 3.0} if name == "flow" else {}))
+    unshifted = make_process(name)
+    levels = grid(process, 7, schedule)
+    for level in levels[:-1]:
+        there = unshifted(torch.tensor([level.t / 1000], dtype=torch.float64))
+        assert level == pytest.approx([value.item() for value in there], rel=1e-9)
+    noisiest = process(torch.tensor([0.999 if name == "flow" else 1.0], dtype=torch.float64))
+    assert ratios(levels)[0] == pytest.approx((noisiest.sigma / noisiest.alpha).item(), rel=1e-6)
+
+
+def test_the_ends_of_a_continuous_curve_are_its_own_or_a_thousandth_short_of_them():
+    edm = grid(make_process("edm"), 18, "karras")
+    assert (edm[0].sigma, edm[-2].sigma) == pytest.approx((80, 0.002))
+    flow = grid(make_process("flow"), 5, "log_snr")
+    assert (flow[0].sigma, flow[-2].sigma) == pytest.approx((0.999, 0.001))
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_curve_by_noise_undoes_the_process(name):
+    process = make_process(name)
+    at = curve(process)
+    for t in (0.05, 0.5, 0.9):
+        level = Level(*(value.item() for value in process(torch.tensor([t], dtype=torch.float64))))
+        assert at(level.sigma / level.alpha) == pytest.approx(level, rel=1e-6)
+
+
+def test_levels_keep_their_curve_when_sliced():
+    levels = grid(SD, 10, strength=0.5)
+    assert isinstance(levels[2:], Levels) and levels[2:].curve is levels.curve and isinstance(levels[2], Level)
+    middle = levels.curve(0.5)
+    assert middle.sigma / middle.alpha == pytest.approx(0.5) and levels[0].t > middle.t > 0
+
+
+def test_a_list_of_times_is_a_schedule_as_numbers_or_as_typed():
+    levels = grid(SD, 50, "999,800,500,200,50")
+    assert [level.t for level in levels] == [999, 800, 500, 200, 50, 0] and levels[-1] == CLEAN
+    assert levels == grid(SD, 1, [999, 800, 500, 200, 50]) == grid(SD, 5, " 999, 800,500 ,200,50")
+    assert levels[1] == Level(800.0, SD.alpha[800].item(), SD.sigma[800].item())
+    assert grid(SD, 5, [999, 800, 500, 200, 50], strength=0.4) == levels[-3:]
+    assert len(grid(SD, 5, "999.5,3".replace("999.5", "998.5"))) == 3
+
+
+def test_times_on_a_continuous_curve_are_thousandths_before_the_shift():
+    flow = make_process("flow", shift=3.0)
+    assert times(flow, 50, "1000,750,500,250") == pytest.approx(times(flow, 4))
+    assert grid(make_process("ve"), 1, [500])[0].sigma == pytest.approx((0.01 * 50) ** 0.5)
+
+
+def test_lists_that_do_not_fall_or_lie_outside_are_refused():
+    for wrong in ("1000,500", "500,800", "500,500", [999, -1], []):
+        with pytest.raises(ValueError, match="give falling times, 999 at most and 0 at least"):
+            grid(SD, 5, wrong)
+    with pytest.raises(ValueError, match="1000 at most and 0.001 at least"):
+        grid(make_process("flow"), 5, [500, 0])
+    with pytest.raises(ValueError, match="is not a list of times: write them as 999,800"):
+        grid(SD, 5, "999,80o")
+    with pytest.raises(ValueError, match="did you mean 'log_snr'"):
+        find_schedule("logsnr")
+    with pytest.raises(ValueError, match="cannot fall from 0.1 to 0.5: pass sigma_max"):
+        grid(SD, 5, "exponential", sigma_min=0.5, sigma_max=0.1)
+
+
+def test_scipy_is_loaded_for_beta_alone():
+    import subprocess
+    import sys
+
+    code = ("import sys; from tinyldm.diffusion.grids import grid; from tinyldm.diffusion.process import make_process as m; "
+            "grid(m('flow'), 3, 'karras'); assert 'scipy' not in sys.modules; grid(m('flow'), 3, 'beta'); assert 'scipy.stats' in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)

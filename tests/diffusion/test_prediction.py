@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tinyldm.diffusion.prediction import PREDICTIONS, to_target, to_x0
-from tinyldm.diffusion.process import PROCESSES, Level, make_process
+from tinyldm.diffusion.process import PROCESSES, Level, input_scale, make_process
 
 
 def draw(n, dtype=torch.float64):
@@ -21,6 +21,51 @@ def test_x0_comes_back_from_every_target_at_every_level(name, kind):
     x = level.alpha * x0 + level.sigma * eps
     found = to_x0(kind, x, to_target(kind, x0, eps, level), level)
     torch.testing.assert_close(found, x0, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize("name, options", [(name, {}) for name in PROCESSES] + [("cosine", {"zero_snr": True}), ("flow", {"shift": 5.0})])
+def test_x0_comes_back_at_random_levels_and_at_both_ends_and_nothing_is_changed(name, options, kind):
+    generator = torch.Generator().manual_seed(2)
+    times = torch.cat([torch.tensor([0.0, 1.0]), torch.rand(500, generator=generator)]).double()
+    level = make_process(name, **options)(times)
+    if kind == "eps":
+        level = Level(*(value[level.alpha.flatten() > 0] for value in level))
+    x0, eps = (3 * value for value in draw(len(level.t)))
+    x = level.alpha * x0 + level.sigma * eps
+    target = to_target(kind, x0, eps, level)
+    before = [value.clone() for value in (x0, eps, x, target, *level)]
+    found = to_x0(kind, x, target, level)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x0, eps, x, target, *level)))
+    torch.testing.assert_close(found, x0, rtol=1e-9, atol=1e-9)
+    single = Level(*(value.float() for value in level))
+    assert to_x0(kind, x.float(), target.float(), single).isfinite().all()
+    assert to_target(kind, x0.float(), eps.float(), single).isfinite().all()
+
+
+def test_v_on_ve_is_edms_preconditioning_at_unit_data_variance_to_the_last_digits():
+    """D(x) = c_skip x + c_out F(c_in x) of arXiv:2206.00364, Eq. 7 and Table 1 with sigma_data = 1: F = -v, c_in = 1 / scale.
+    And the weight c_out^-2 on the error of D is 1 on the error of v."""
+    level = make_process("edm")(torch.linspace(0, 1, 400, dtype=torch.float64))
+    sigma, (x0, eps) = level.sigma, draw(400)
+    x = x0 + sigma * eps
+    c_skip, c_out, c_in = 1 / (sigma**2 + 1), sigma / (sigma**2 + 1).sqrt(), 1 / (sigma**2 + 1).sqrt()
+
+    def v(scaled):  # any network
+        return torch.tanh(2 * scaled) - 0.3 * scaled
+
+    torch.testing.assert_close(x / input_scale(level), c_in * x, rtol=1e-14, atol=0)
+    theirs = c_skip * x + c_out * -v(c_in * x)
+    torch.testing.assert_close(to_x0("v", x, v(x / input_scale(level)), level), theirs, rtol=1e-12, atol=1e-12)
+    effective = (x0 - c_skip * x) / c_out  # Eq. 8: what F should say
+    torch.testing.assert_close(to_target("v", x0, eps, level), -effective, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_channels_beyond_xs_are_the_variances_and_say_nothing_about_x0(kind):
+    x, out = draw(3)
+    level = Level(0.0, 0.6, 0.8)
+    assert torch.equal(to_x0(kind, x, torch.cat([out, 7 + 0 * out], 1), level), to_x0(kind, x, out, level))
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)

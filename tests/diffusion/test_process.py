@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tinyldm.diffusion.process import PROCESSES, Level, log_snr, make_process
+from tinyldm.diffusion.process import CLEAN, PROCESSES, Level, find_t, input_scale, log_snr, make_process
 
 TIMES = torch.linspace(0, 1, 1001, dtype=torch.float64)
 
@@ -42,8 +42,8 @@ def test_noise_rises_and_signal_falls_along_every_process(name):
     assert (level.t.diff() >= 0).all() and level.t[0] == 0
 
 
-@pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine"])
-def test_discrete_processes_preserve_variance(name):
+@pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine", "betas", "vp"])
+def test_tables_and_vp_preserve_variance(name):
     level = make_process(name)(TIMES)
     torch.testing.assert_close(level.alpha**2 + level.sigma**2, torch.ones_like(level.alpha), rtol=1e-14, atol=0)
 
@@ -90,6 +90,87 @@ def test_log_snr_of_floats_is_that_of_tensors_and_infinite_at_the_ends():
     assert log_snr(level).flatten().tolist() == pytest.approx(floats, rel=1e-12)
     assert floats[0] == pytest.approx(math.log(level.alpha[0].item() ** 2 / level.sigma[0].item() ** 2))
     assert (log_snr(Level(0.0, 1.0, 0.0)), log_snr(Level(1000.0, 0.0, 1.0))) == (math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_a_list_of_betas_is_the_table_that_diffusers_makes_of_trained_betas(zero_snr):
+    diffusers = pytest.importorskip("diffusers")
+    betas = (torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.2 + 1e-3).sort()[0].tolist()
+    theirs = diffusers.DDIMScheduler(num_train_timesteps=50, trained_betas=betas, rescale_betas_zero_snr=zero_snr)
+    ours = make_process("betas", betas=betas, zero_snr=zero_snr)
+    torch.testing.assert_close((ours.alpha**2).float(), theirs.alphas_cumprod, rtol=2e-5, atol=1e-7)
+    usual = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist()
+    assert torch.equal(make_process("betas", betas=usual).alpha, make_process("linear").alpha)
+    assert torch.equal(make_process("betas").alpha, make_process("linear").alpha)
+
+
+@pytest.mark.parametrize("betas", [[], [0.1], [0.1, 0.0], [0.1, 1.1], [-0.1, 0.2], [0.1, math.nan]])
+def test_betas_that_are_no_table_are_refused(betas):
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        make_process("betas", betas=betas)
+
+
+def test_vp_is_the_integral_of_its_betas_and_the_limit_of_ddpms_table():
+    level = make_process("vp")(TIMES)
+    fine = torch.linspace(0, 1, 1_000_001, dtype=torch.float64)
+    integral = torch.cumulative_trapezoid(0.1 + fine * 19.9, fine)[999::1000]  # of beta(t), at t = 0.001, 0.002, ...
+    torch.testing.assert_close(level.alpha.flatten()[1:], (-integral / 2).exp(), rtol=1e-9, atol=0)  # Eq. 29
+    torch.testing.assert_close(level.sigma.flatten()[1:], (1 - (-integral).exp()).sqrt(), rtol=1e-9, atol=0)  # Eq. 33
+    many = [make_process("linear", beta_start=0.1 / n, beta_end=20 / n, steps=n).alpha[-1] for n in (1000, 10_000)]
+    away = [abs(alpha / level.alpha.flatten()[-1] - 1).item() for alpha in many]
+    assert 8 < away[0] / away[1] < 12 and away[1] < 0.01  # of first order in 1 / n
+    assert (level.alpha[0], level.sigma[0]) == (1, 0)
+
+
+def test_ve_is_the_published_one_and_edm_tells_log_sigma():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=50.0)
+    theirs.set_sigmas(1001, sigma_min=0.01, sigma_max=50.0, sampling_eps=1e-5)
+    level = make_process("ve")(TIMES)
+    torch.testing.assert_close(level.sigma.flatten().float(), theirs.discrete_sigmas, rtol=1e-4, atol=0)
+    assert (level.alpha == 1).all()
+    level = make_process("edm")(TIMES)
+    assert level.sigma.flatten()[[0, -1]].tolist() == pytest.approx([0.002, 80])
+    c_noise = level.sigma.flatten().log() / 4  # arXiv:2206.00364, Table 1
+    told = (c_noise - c_noise[0]) / (c_noise[-1] - c_noise[0]) * 1000
+    torch.testing.assert_close(level.t, told, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_network_sees_unit_scale_and_tables_and_flow_to_the_last_bit_unscaled(name, dtype):
+    level = make_process(name)(torch.linspace(0, 1, 100_001, dtype=dtype))
+    scale = input_scale(level)
+    assert scale.dtype == dtype and scale.shape == level.alpha.shape
+    if name in ("ve", "edm"):
+        torch.testing.assert_close(scale, (1 + level.sigma**2).sqrt(), rtol=1e-6, atol=0)
+    else:
+        assert (scale == 1).all()
+    floats = [input_scale(Level(0.0, a, s)) for a, s in zip(level.alpha.flatten()[::997].tolist(), level.sigma.flatten()[::997].tolist())]
+    assert floats == pytest.approx(scale.flatten()[::997].tolist(), rel=1e-6)
+    assert input_scale(Level(0.0, 1.0, 7e-4)) == 1 == input_scale(Level(0.0, *torch.tensor([1.0, 7e-4]).double()))  # below 1e-6: rounding
+    assert input_scale(CLEAN) == 1 and all(isinstance(value, float) for value in floats)
+
+
+@pytest.mark.parametrize("name, options", [(name, {}) for name in PROCESSES] + [("flow", {"shift": 3.0}), ("linear", {"zero_snr": True})])
+def test_find_t_inverts_every_process(name, options):
+    process = make_process(name, **options)
+    t = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.998 + 0.001
+    level = process(t)
+    ratio = (level.sigma / level.alpha).flatten()
+    found = find_t(process, ratio * (1 - 1e-12))
+    there = process(found)
+    torch.testing.assert_close((there.sigma / there.alpha).flatten(), ratio, rtol=1e-6, atol=0)
+    if not hasattr(process, "alpha"):
+        torch.testing.assert_close(found, t, rtol=1e-7, atol=1e-9)
+    ends = [process(end) for end in (find_t(process, torch.tensor([0.0, math.inf])), torch.tensor([0.0, 1.0]).double())]
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*ends))
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0)])
+def test_ve_refuses_ends_without_a_logarithm(low, high):
+    with pytest.raises(ValueError, match="positive and rising"):
+        make_process("ve", sigma_min=low, sigma_max=high)
 
 
 def test_unknown_names_and_options_name_the_nearest():

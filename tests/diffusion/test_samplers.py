@@ -4,33 +4,27 @@ from functools import partial
 import pytest
 import torch
 
-from tinyldm.diffusion.grids import grid
+from tinyldm.diffusion.grids import Levels, curve, grid
 from tinyldm.diffusion.guidance import denoiser
 from tinyldm.diffusion.prediction import PREDICTIONS
-from tinyldm.diffusion.process import PROCESSES, Level, make_process
-from tinyldm.diffusion.samplers import (
-    SAMPLERS,
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    euler,
-    euler_a,
-    final,
-    find_sampler,
-    heun,
-    initial_noise,
-    lms,
-    make_generators,
-    pndm,
-    randn_like,
-    sampler_name,
-    signal,
-    unipc,
-)
+from tinyldm.diffusion.process import PROCESSES, Discrete, Level, make_process
+from tinyldm.diffusion.samplers import adaptive, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, edm, euler, euler_a, final, find_sampler, heun, lms, pndm, sampler_name, SAMPLERS, unipc
+from tinyldm.diffusion.step import signal
+from tinyldm.noise import initial_noise, make_generators, randn_like
 
 SD = make_process("scaled_linear")
 FLOW = make_process("flow")
-STOCHASTIC = {"ddpm": ddpm, "euler_a": euler_a, "ddim eta=1": partial(ddim, eta=1.0)}
+VE = make_process("ve")
+STOCHASTIC = {
+    "ddpm": ddpm,
+    "euler_a": euler_a,
+    "ddim eta=1": partial(ddim, eta=1.0),
+    "ddim eta=0.3": partial(ddim, eta=0.3),
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_sde": dpmpp_sde,
+    "edm": edm,
+}
+ANY = SAMPLERS | STOCHASTIC
 
 
 def noise(n, shape=(4, 6, 6)):
@@ -41,7 +35,8 @@ def noise(n, shape=(4, 6, 6)):
 
 # Where each grid starts and stops. Not at t = 0: there sigma grows like sqrt(t) on vp, which no method of finite
 # order resolves. DPM++ starts at finite log(alpha / sigma), because its step from alpha = 0 is of first order.
-SPANS = {"vp": (1.0, 0.02), "cosine": (0.98, 0.02), "flow": (0.98, 0.02)}
+SPANS = {"vp": (1.0, 0.02), "cosine": (0.98, 0.02), "flow": (0.98, 0.02), "ve": (1.0, 0.1)}
+FORMS = {"1-D": (1, 1, 1), "2-D": (1, 1, 2), "image": (3, 4, 4)}
 COARSE, FINE = (80, 160, 320), (640, 1280, 2560)
 # The order, the step counts where it shows, and the steps left off at the end. lms starts at first order, which in the
 # end is what remains of its error; unipc's last step is of first order, and short of it its corrector shows.
@@ -54,6 +49,13 @@ ORDERS = {
     "pndm along v": (1, COARSE, 0),
     "dpmpp_2m": (2, COARSE, 0),
     "unipc": (3, FINE, 1),
+    "dpmpp_sde eta=0": (2, COARSE, 0),
+    "heun in x / alpha": (2, COARSE, 0),
+}
+VARIANTS = {
+    "pndm along v": partial(pndm, along="v"),
+    "dpmpp_sde eta=0": partial(dpmpp_sde, eta=0.0),
+    "heun in x / alpha": partial(heun, scale=signal),
 }
 
 
@@ -62,7 +64,7 @@ def measured_order(sampler, mixture, curve_levels, curve, span, counts=COARSE, s
     errors = []
     for steps in counts:
         levels = curve_levels(curve, steps, *span)
-        x = noise(256, (1, 1, 1)).double()
+        x = math.hypot(levels[0].alpha, levels[0].sigma) * noise(256 // mixture.mean[0].numel() + 8, mixture.mean[0].shape).double()
         exact = mixture.carry(x, levels[0], levels[-1 - short])
         found = list(sampler(mixture, x, levels))[-1 - short][0]
         errors.append((found - exact).abs().mean().item())
@@ -70,17 +72,88 @@ def measured_order(sampler, mixture, curve_levels, curve, span, counts=COARSE, s
     return math.log(errors[0] / errors[-1]) / math.log(counts[-1] / counts[0])
 
 
-@pytest.mark.parametrize("curve", SPANS)
-@pytest.mark.parametrize("name", ORDERS)
-def test_deterministic_samplers_converge_at_their_order(name, curve, pixel_mixture, curve_levels):
+def runs(name, curve, form):
+    """Orders that show in thousands of steps only: in more than one dimension on one curve now, on the others `-m slow`."""
+    long = ORDERS[name][1] is FINE and form != "1-D" and curve != "ve"
+    return pytest.param(name, curve, form, marks=pytest.mark.slow if long else ())
+
+
+@pytest.mark.parametrize("name, curve, form", [runs(name, curve, form) for name in ORDERS for curve in SPANS for form in FORMS])
+def test_deterministic_samplers_converge_at_their_order(name, curve, form, solved_mixtures, curve_levels):
     order, counts, short = ORDERS[name]
-    sampler = {**SAMPLERS, "pndm along v": partial(pndm, along="v")}[name]
-    found = measured_order(sampler, pixel_mixture, curve_levels, curve, SPANS[curve], counts, short)
+    sampler = (SAMPLERS | VARIANTS)[name]
+    counts = counts if form == "1-D" else counts[1:]
+    found = measured_order(sampler, solved_mixtures[form], curve_levels, curve, SPANS[curve], counts, short)
+    print(f"order {found:.2f}")
     assert found == pytest.approx(order, abs=0.2)
 
 
 def test_every_deterministic_sampler_has_its_order_measured():
-    assert set(SAMPLERS) - set(STOCHASTIC) <= set(ORDERS)
+    assert set(SAMPLERS) - set(STOCHASTIC) - {"adaptive"} <= set(ORDERS)
+
+
+def watched(denoise, seen):
+    """The denoiser, which notes where it was called."""
+
+    def watching(x, level):
+        seen.append(level.t)
+        return denoise(x, level)
+
+    return watching
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("curve", SPANS)
+def test_the_error_of_adaptive_follows_its_tolerance(curve, form, solved_mixtures, curve_levels):
+    """Root mean square, as the tolerance is; the errors of all steps add up to a few of them. With a pair of orders 3 and 2
+    the calls grow with the cube root: a thousandth of the tolerance takes up to ten times as many."""
+    mixture, levels = solved_mixtures[form], curve_levels(curve, 20, *SPANS[curve])
+    x = math.hypot(levels[0].alpha, levels[0].sigma) * noise(64, mixture.mean[0].shape).double()
+    exact = mixture.carry(x, levels[0], levels[-1])
+    errors, calls = [], []
+    for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
+        found = final(adaptive(watched(mixture, seen := []), x, levels, rtol=tolerance, atol=tolerance))
+        errors.append((found - exact).square().mean().sqrt().item() / tolerance)
+        calls.append(len(seen))
+    print(f"error / tolerance {', '.join(f'{error:.2g}' for error in errors)} in {calls} calls")
+    assert max(errors) < 2 and min(errors) > 0.05
+    assert calls == sorted(calls) and calls[-1] < 15 * calls[0]
+
+
+def test_adaptive_stops_where_it_is_told_and_needs_three_calls_a_step(image_mixture):
+    """However many levels it is given, from pure noise to clean data; the first look is its only extra one."""
+    x = noise(3, (1, 1, 2)).double()
+    exact = final(adaptive(image_mixture, x, grid(FLOW, 20), rtol=1e-6, atol=1e-6))
+    for steps in (1, 2, 20, 500):
+        levels = grid(FLOW, steps)
+        found = list(adaptive(watched(image_mixture, seen := []), x, levels, rtol=1e-4, atol=1e-4))
+        torch.testing.assert_close(found[-1][0], exact, rtol=0, atol=1e-3)
+        assert 3 * len(found) <= len(seen) < 4 * len(found) + 24  # few steps are refused
+
+
+def test_adaptive_walks_backwards_too_from_clean_data_to_where_it_came_from(image_mixture):
+    x, levels = noise(8, (1, 1, 2)).double(), grid(FLOW, 10)
+    tight = {"rtol": 1e-5, "atol": 1e-5}
+    down = final(adaptive(image_mixture, x, levels, **tight))
+    seen = []
+    again = final(adaptive(watched(image_mixture, seen), down, Levels(levels[::-1], levels.curve), **tight))
+    torch.testing.assert_close(again, x, rtol=0, atol=2e-3)
+    assert len(seen) < 300  # a wrong slope at clean data would cost many small steps
+
+
+def test_adaptive_says_when_no_step_will_do():
+    with pytest.raises(ValueError, match="raise them"):
+        final(adaptive(lambda x, level: x * math.nan, noise(1), grid(SD, 4)))
+
+
+@pytest.mark.parametrize("sampler", [adaptive, dpmpp_sde, edm])
+def test_samplers_that_look_between_the_levels_say_what_they_need(sampler, image_mixture):
+    x, levels = noise(2, (1, 1, 2)).double(), grid(SD, 6)
+    bare, generators = list(levels), make_generators([1, 2])
+    with pytest.raises(ValueError, match=r"pass Levels\(levels, curve\(process\)\)"):
+        final(sampler(image_mixture, x, bare, generators))
+    runs = [final(sampler(image_mixture, x, some, make_generators([1, 2]))) for some in (levels, Levels(bare, curve(SD)))]
+    assert torch.equal(*runs)
 
 
 def test_lms_is_exact_where_the_slope_is_a_cubic():
@@ -99,13 +172,6 @@ def test_lms_is_exact_where_the_slope_is_a_cubic():
     for i in range(3, len(y)):
         exact = y[i - 1] + area(ratios[i + 1]) - area(ratios[i])
         torch.testing.assert_close(y[i], exact, rtol=1e-12, atol=1e-12)
-
-
-def test_heun_is_of_second_order_in_the_coordinate_of_its_paper_too(pixel_mixture, curve_levels):
-    def published(*args):
-        return heun(*args, scale=lambda level: level.alpha)
-
-    assert measured_order(published, pixel_mixture, curve_levels, "vp", SPANS["vp"]) == pytest.approx(2, abs=0.2)
 
 
 def test_heun_keeps_its_order_from_pure_noise(pixel_mixture, curve_levels):
@@ -135,6 +201,58 @@ def test_any_process_and_prediction_make_the_same_denoiser(name, kind, image_mix
         torch.testing.assert_close(denoise(x, level), image_mixture(x, level), rtol=1e-7, atol=1e-7)
 
 
+def crowd(denoise, n, shape):
+    """A denoiser of [1, 1, n, pixels]: n images as one, so that one generator draws for them all."""
+    return lambda x, level: denoise(x.view(n, *shape), level).view_as(x)
+
+
+def drawn(sampler, denoise, mixture, levels, n, seed=1):
+    """n images from the sampler, begun with exact draws at the first level."""
+    shape = mixture.mean[0].shape
+    eps = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = levels[0].alpha * mixture.sample(n) + levels[0].sigma * eps
+    x = final(sampler(crowd(denoise, n, shape), x.view(1, 1, n, -1), levels, generators=make_generators([seed])))
+    return x.view(n, *shape)
+
+
+# Steps from which the bias of the method is below what these sizes can see. (ddim at eta = 1 and euler_a are ddpm: below.)
+STEPS = {name: 400 for name in ("ddpm", "ddim eta=0.3")} | {
+    name: 100 for name in ("dpmpp_2m_sde", "dpmpp_sde", "edm")
+}
+
+
+@pytest.mark.parametrize("curve", SPANS)
+@pytest.mark.parametrize("name", [*STEPS])
+def test_stochastic_samplers_draw_from_the_distribution_in_1d(name, curve, pixel_mixture, curve_levels):
+    """Kolmogorov-Smirnov, 20000 draws: exact ones exceed 0.0138 once in a thousand."""
+    levels, n = curve_levels(curve, STEPS[name], *SPANS[curve]), 20_000
+    x = drawn(STOCHASTIC[name], pixel_mixture, pixel_mixture, levels, n)
+    cdf = pixel_mixture.cdf(x.flatten().sort().values, levels[-1])
+    rank = torch.arange(n, dtype=torch.float64)
+    distance = torch.maximum((rank + 1) / n - cdf, cdf - rank / n).max().item()
+    print(f"KS {distance:.4f}")
+    assert distance < 0.0138
+
+
+def sliced_wasserstein(x, y, directions=50):
+    """The mean over random directions of the 1-Wasserstein distance of the projections. x, y: [n, ...]."""
+    away = torch.randn(x[0].numel(), directions, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    away = away / away.norm(dim=0)
+    return ((x.flatten(1) @ away).sort(0).values - (y.flatten(1) @ away).sort(0).values).abs().mean().item()
+
+
+@pytest.mark.parametrize("curve", SPANS)
+@pytest.mark.parametrize("name", [*STEPS])
+def test_stochastic_samplers_draw_from_the_distribution_in_2d(name, curve, image_mixture, curve_levels):
+    """Sliced Wasserstein-1 distance of 15000 draws to as many exact ones: two exact sets are 0.01 to 0.02 apart."""
+    levels, n = curve_levels(curve, STEPS[name], *SPANS[curve]), 15_000
+    x = drawn(STOCHASTIC[name], image_mixture, image_mixture, levels, n)
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    distance = sliced_wasserstein(x, levels[-1].alpha * image_mixture.sample(n, seed=7) + levels[-1].sigma * eps)
+    print(f"SW {distance:.4f}")
+    assert distance < 0.025
+
+
 KINDS = [*PREDICTIONS]
 # Every process with every sampler; the predictions rotate, so that each meets every process and every sampler.
 TRIPLES = [
@@ -146,22 +264,18 @@ TRIPLES = [
 
 @pytest.mark.parametrize("process_name, kind, name", TRIPLES)
 def test_any_process_prediction_and_sampler_draw_from_the_mixture(process_name, kind, name, image_mixture):
-    """Shares, means and standard deviations of the modes. With 2000 draws the smallest mode's mean scatters by
-    0.02; the first-order samplers add a bias of 0.03 at 60 steps (0.005 at second order; the ancestral ones 0.03 at
-    100)."""
-    process, mixture, n = make_process(process_name), image_mixture, 2000
-    sampler = {**SAMPLERS, "ddim eta=0.3": partial(ddim, eta=0.3)}[name]
-    levels = grid(process, 100 if name in STOCHASTIC else 60, "normal" if process_name == "flow" else "linspace")
+    """Shares, means and standard deviations of the modes. With 4000 draws the smallest mode's mean scatters by
+    0.015; the first-order samplers add a bias of 0.03 at 60 steps (0.005 at second order; the stochastic ones 0.03 to
+    0.04 at 100)."""
+    process, mixture, n = make_process(process_name), image_mixture, 4000
+    levels = grid(process, 100 if name in STOCHASTIC else 60, "linspace" if isinstance(process, Discrete) else "normal")
     if process_name == "flow" and kind == "eps":
         levels = levels[1:]  # eps-prediction cannot start from alpha = 0
-    eps = torch.randn(n, 1, 1, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    x = levels[0].alpha * mixture.sample(n) + levels[0].sigma * eps  # alpha is 0.07 at most, but it is not 0
     denoise = denoiser(mixture.network(process, kind), None, kind)
-    generators = make_generators(range(n)) if name in (*STOCHASTIC, "ddim eta=0.3") else None
-    drawn = statistics(mixture, final(sampler(denoise, x, levels, generators=generators)))
+    found = statistics(mixture, drawn(ANY[name], denoise, mixture, levels, n))
     exact = statistics(mixture, mixture.sample(100_000, seed=2))
-    for found, wanted, tolerance in zip(drawn, exact, (0.03, 0.08, 0.05)):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+    for one, wanted, tolerance in zip(found, exact, (0.03, 0.08, 0.06)):
+        torch.testing.assert_close(one, wanted, rtol=0, atol=tolerance)
 
 
 # ------------------------------------------------------------------------------------------------- identities
@@ -194,10 +308,125 @@ def test_the_ancestral_step_is_the_posterior_of_bayes():
     assert drawn.var().item() == pytest.approx(prior * (1 - gain * ratio), rel=0.03)
 
 
+@pytest.mark.parametrize("process", [SD, VE, make_process("cosine"), make_process("vp")], ids=["sd", "ve", "cosine", "vp"])
+def test_edm_is_algorithm_2_of_its_paper(process, image_mixture):
+    """Transcribed: arXiv:2206.00364, Alg. 2, in its own coordinate x / alpha; the first level lies above s_tmax."""
+    s_churn, s_tmin, s_tmax, s_noise = 5.0, 0.05, 4.0, 1.007
+    levels, generators = grid(process, 12, "karras", sigma_min=0.02, sigma_max=10.0), make_generators([1, 2])
+    at, y = curve(process), levels[0].sigma / levels[0].alpha * noise(2, (1, 1, 2)).double()
+    options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "scale": signal}
+    found = edm(image_mixture, levels[0].alpha * y, levels, make_generators([1, 2]), **options)
+    times = [level.sigma / level.alpha for level in levels]
+    churned = 0
+    for (x, _), t, t_next, nxt in zip(found, times, times[1:], levels[1:]):
+        gamma = min(s_churn / 12, math.sqrt(2) - 1) if s_tmin <= t <= s_tmax else 0.0
+        t_hat = t + gamma * t
+        if gamma:
+            y = y + math.sqrt(t_hat**2 - t**2) * s_noise * randn_like(y, generators)
+            churned += 1
+        D = lambda y, t: image_mixture(at(t).alpha * y, at(t))
+        d = (y - D(y, t_hat)) / t_hat
+        there = y + (t_next - t_hat) * d
+        if t_next > 0:
+            there = y + (t_next - t_hat) * (d / 2 + (there - D(there, t_next)) / t_next / 2)
+        y = there
+        torch.testing.assert_close(x, nxt.alpha * y, rtol=1e-6, atol=1e-6)
+    assert 0 < churned < 12
+
+
+def test_the_look_of_dpmpp_sde_shares_its_noise_with_the_step(image_mixture):
+    """Its Brownian path in sigma / alpha: the noise up to the middle and the whole step's correlate as the square root of
+    the ratio of their lengths; the look is at the middle of lambda."""
+    now, nxt, seen = grid(SD, 5)[1], grid(SD, 5)[2], []
+
+    def denoise(x, level):
+        seen.append((x, level))
+        return torch.zeros_like(x)
+
+    x, levels = torch.zeros(1, 1, 1, 40_000).double(), Levels([now, nxt], curve(SD))
+    end = final(dpmpp_sde(denoise, x, levels, make_generators([3])))
+    middle, (a, b, c) = seen[1][1], [level.sigma / level.alpha for level in (now, seen[1][1], nxt)]
+    assert b == pytest.approx(math.sqrt(a * c)) and nxt.t < middle.t < now.t
+    correlation = torch.corrcoef(torch.stack([seen[1][0].flatten(), end.flatten()]))[0, 1].item()
+    assert correlation == pytest.approx(math.sqrt((a - b) / (a - c)), abs=0.01)
+    assert end.std().item() == pytest.approx(nxt.sigma * math.sqrt(1 - (c / a) ** 2), rel=0.02)
+    assert seen[1][0].std().item() == pytest.approx(middle.sigma * math.sqrt(1 - (b / a) ** 2), rel=0.02)
+
+
+def test_churn_never_leaves_the_grid_and_none_is_heun(image_mixture):
+    x, levels, seen = noise(2, (1, 1, 2)).double(), grid(SD, 10), []
+    churned = final(edm(watched(image_mixture, seen), x, levels, make_generators([1, 2])))
+    assert seen[0] == seen[0] and max(seen) <= 999
+    assert torch.equal(final(edm(image_mixture, x, levels, s_churn=0.0)), final(heun(image_mixture, x, levels)))
+    assert (churned - final(heun(image_mixture, x, levels))).abs().max() > 1e-3
+
+
+def test_deterministic_members_of_a_family_are_the_plain_samplers(image_mixture):
+    x, levels = noise(2, (1, 1, 2)).double(), grid(SD, 10)
+    assert torch.equal(final(dpmpp_2m_sde(image_mixture, x, levels, eta=0.0)), final(dpmpp_2m(image_mixture, x, levels)))
+
+
+@pytest.mark.parametrize("raw", [-1.0, 0.0, 0.4, 1.0])
+@pytest.mark.parametrize("process", [SD, make_process("cosine")], ids=["sd", "cosine"])
+def test_a_learned_spread_interpolates_between_beta_tilde_and_beta(process, raw):
+    """arXiv:2102.09672, Eq. 15, with both from the table; per value, on a step of many table entries."""
+    n, now, nxt = 40_000, *grid(process, 7, "trailing")[3:5]
+    x0, x = torch.full((1, 1, 1, n), 0.7).double(), torch.full((1, 1, 1, n), -0.4).double()
+    beta = 1 - (now.alpha / nxt.alpha) ** 2
+    tilde = beta * nxt.sigma**2 / now.sigma**2
+    v = (raw + 1) / 2
+    wanted = math.exp(v * math.log(beta) + (1 - v) * math.log(tilde))
+    said = torch.full_like(x, raw)
+    found = final(ddpm(lambda x, level: x0, x, [now, nxt], make_generators([0]), spread=lambda: said))
+    plain = final(ddpm(lambda x, level: x0, x, [now, nxt], make_generators([0])))
+    assert found.var().item() == pytest.approx(wanted, rel=0.03) and found.mean().item() == pytest.approx(plain.mean().item(), abs=0.02)
+    assert torch.allclose(found, plain) == (raw == -1.0)
+
+
+def test_the_last_step_of_a_learned_spread_adds_no_noise():
+    found = final(ddpm(lambda x, level: x / 2, noise(2), grid(SD, 3)[-2:], spread=lambda: torch.ones(2, 4, 6, 6)))
+    torch.testing.assert_close(found, noise(2) / 2)
+
+
+# ------------------------------------------------------------------------------------- any start, grid and dtype
+
+GRIDS = ["normal", "leading", "linspace_unrounded", "karras", "exponential", "beta", "900,400,90"]
+
+
+@pytest.mark.parametrize("process_name", ["scaled_linear", "cosine", "vp", "ve", "flow"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_runs_from_any_level_on_any_grid(name, process_name, image_mixture):
+    process = make_process(process_name)
+    for schedule in GRIDS:
+        if not isinstance(process, Discrete) and schedule in ("leading", "linspace_unrounded"):
+            continue
+        for steps, strength in ((1, 1.0), (2, 0.5), (5, 0.6), (9, 1.0)):
+            whole = grid(process, steps, schedule)
+            levels = grid(process, steps, schedule, strength=max(strength, 1 / (len(whole) - 1)))
+            x = levels[0].alpha * image_mixture.sample(4) + levels[0].sigma * noise(4, (1, 1, 2)).double()
+            end = final(SAMPLERS[name](image_mixture, x, levels, generators=make_generators(range(4))))
+            wild = 1e4 if name in ("lms", "pndm") else 10  # extrapolates over steps as long as these
+            assert bool(end.isfinite().all()) and end.abs().max() < wild, (schedule, steps)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_network_in_bfloat16_draws_nearly_the_same_in_float32(name, toy_network):
+    """What the network says is rounded to 8 bits; x stays float32. Coarse rounding, so a coarse bound."""
+    rounded = lambda x, t, cond: toy_network(x, t).bfloat16()
+    ends = [
+        final(SAMPLERS[name](denoiser(net, None, "v"), noise(2), grid(SD, 12), generators=make_generators([1, 2])))
+        for net in (toy_network, rounded)
+    ]
+    assert ends[0].dtype == ends[1].dtype == torch.float32
+    assert not torch.equal(*ends) and (ends[0] - ends[1]).abs().mean() < 0.02 * ends[0].abs().mean()
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("process", [SD, FLOW], ids=["discrete", "flow"])
 def test_one_step_jumps_to_the_guess_about_pure_noise(name, process, image_mixture):
     x, levels = noise(3, (1, 1, 2)).double(), grid(process, 1)
+    if name == "adaptive":
+        return  # takes as many as it needs
     steps = list(SAMPLERS[name](image_mixture, x, levels, generators=make_generators(range(3))))
     assert len(steps) == 1
     for value in steps[0]:
@@ -207,7 +436,11 @@ def test_one_step_jumps_to_the_guess_about_pure_noise(name, process, image_mixtu
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_step_yields_x_and_the_guess_on_the_way_and_ends_on_the_guess(name, image_mixture):
     x, levels = noise(3, (1, 1, 2)).double(), grid(FLOW, 6)
-    steps = list(SAMPLERS[name](image_mixture, x, levels, generators=make_generators(range(3))))
+    options = {"s_churn": 0.0} if name == "edm" else {}  # its guess is that about the noisier x
+    steps = list(SAMPLERS[name](image_mixture, x, levels, generators=make_generators(range(3)), **options))
+    if name == "adaptive":
+        assert torch.equal(steps[0][1], image_mixture(x, levels[0]))
+        return
     assert len(steps) == 6
     before = [x] + [step[0] for step in steps]
     for start, level, (_, x0) in zip(before, levels, steps):
@@ -248,7 +481,7 @@ def test_heun_looks_twice_at_every_step_but_the_last(image_mixture):
 @pytest.mark.parametrize("name", ["euler", *STOCHASTIC])
 def test_same_seed_gives_the_same_image_at_any_batch_size(name, toy_network):
     """4 x 9 x 9 is no multiple of 16: there a draw for the whole batch differs from one draw per image."""
-    sampler, levels = (STOCHASTIC | SAMPLERS)[name], grid(SD, 8)
+    sampler, levels = ANY[name], grid(SD, 8)
 
     def images(seeds):
         generators = make_generators(seeds)
@@ -297,7 +530,8 @@ def test_samplers_change_none_of_their_arguments_and_hold_no_state(name, toy_net
     assert torch.equal(x, x_before) and levels == levels_before
     for one, other in zip(*runs):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-    assert len({step[0].data_ptr() for step in runs[0]}) == 5  # what was yielded is not overwritten later
+    assert len({step[0].data_ptr() for step in runs[0]}) == len(runs[0]) > 1  # what was yielded is not overwritten later
+    assert name == "adaptive" or len(runs[0]) == 5
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -311,7 +545,7 @@ def test_names_are_found_in_any_spelling_and_unknown_ones_name_the_nearest():
     for spelling in ("DPM++ 2M", "dpm++-2m", "dpmpp_2m", "DPMPP_2M", "dpmpp2m"):
         assert find_sampler(spelling) is dpmpp_2m
     assert find_sampler("Euler") is euler and find_sampler(" DDIM ") is ddim
-    names = {"Euler a": "euler_a", "euler_ancestral": "euler_a", "PLMS": "pndm", "UniPC": "unipc"}
+    names = {"DPM++ 2M SDE": "dpmpp_2m_sde", "DPM++ SDE": "dpmpp_sde", "EDM": "edm", "Euler a": "euler_a", "euler_ancestral": "euler_a", "PLMS": "pndm", "UniPC": "unipc"}
     assert {spelling: sampler_name(spelling) for spelling in names} == names
     with pytest.raises(ValueError, match="unknown sampler 'hein': did you mean 'heun'"):
         find_sampler("hein")

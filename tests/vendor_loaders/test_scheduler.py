@@ -7,7 +7,8 @@ import torch
 
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.process import Discrete
-from tinyldm.diffusion.samplers import SAMPLERS, signal
+from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.diffusion.step import signal
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, Sampling, sampling, to_config, why_not_public
 
@@ -21,10 +22,14 @@ FLOW = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_p
         "flow_shift": 3.0}
 OWN = to_config("flow", {}, "v", "unet")
 
+CONTINUOUS = ("vp", "ve", "edm")
+
 # ---- what was learned, there and back
 
 PAIRS = [(process, options, prediction, network)
          for process, options in (("scaled_linear", {"beta_end": 0.011}), ("linear", {"steps": 500}), ("cosine", {}),
+                                  ("betas", {"betas": [0.1, 0.2, 0.25, 0.3, 0.5, 0.9]}), ("vp", {"beta_max": 15.0}), ("ve", {}),
+                                  ("edm", {}), ("betas", {"betas": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "zero_snr": True}),
                                   ("cosine", {"offset": 0.02}), ("linear", {"zero_snr": True}), ("flow", {}),
                                   ("flow", {"shift": 2.5}))
          for prediction in ("eps", "x0", "v", "flow") for network in ("unet", "dit")]
@@ -37,8 +42,8 @@ def test_every_pair_of_process_and_prediction_survives_its_config(process, optio
     assert schedule.name == process and schedule.prediction == prediction and options.items() <= schedule.options.items()
     assert to_config(*schedule, network) == config
     learned = scheduler.from_config(config)
-    assert learned.prediction == prediction and isinstance(learned.process, Discrete) == (process != "flow")
-    known = (process == "flow") == (prediction == "flow") and options != {"offset": 0.02}
+    assert learned.prediction == prediction and isinstance(learned.process, Discrete) == (process not in ("flow", *CONTINUOUS))
+    known = (process == "flow") == (prediction == "flow") and options != {"offset": 0.02} and process not in CONTINUOUS
     assert (config["_class_name"] != "TinyLDMScheduler") == known == (why_not_public(process, options, prediction) is None)
 
 
@@ -56,7 +61,9 @@ def test_every_sampler_has_a_config_of_the_same_curve_that_can_be_sampled(proces
 
 
 @pytest.mark.parametrize("process, options", [("scaled_linear", {}), ("linear", {"steps": 500}), ("cosine", {}),
-                                              ("scaled_linear", {"zero_snr": True})])
+                                              ("scaled_linear", {"zero_snr": True}),
+                                              ("betas", {"betas": [0.1, 0.2, 0.3, 0.4, 0.5, 0.9]}),
+                                              ("betas", {"betas": [0.1, 0.2, 0.3, 0.4, 0.5, 0.9], "zero_snr": True})])
 def test_the_curve_of_the_exported_scheduler_is_the_curve_that_was_trained(process, options):
     config = to_config(process, options, "v", "unet")
     theirs = getattr(diffusers, config["_class_name"]).from_config(config).alphas_cumprod
@@ -95,6 +102,33 @@ def test_a_curve_that_cannot_be_expressed_is_refused_by_name(change):
     with pytest.raises(ValueError) as error:
         scheduler.from_config(config)
     assert any(str(word) in str(error.value) for item in change.items() for word in item)
+
+
+def test_a_published_list_of_betas_is_read_and_one_of_another_length_refused():
+    betas = (torch.linspace(0.01, 0.1, 1000, dtype=torch.float64)).tolist()
+    config = json.loads(diffusers.DDIMScheduler(trained_betas=betas, prediction_type="v_prediction").to_json_string())
+    name, options, prediction = scheduler.read_schedule(config)
+    assert (name, prediction) == ("betas", "v") and options == {"betas": pytest.approx(betas)}
+    assert len(scheduler.from_config(config).process) == 1000 and sampling(SD15 | {"trained_betas": betas}, "euler")
+    with pytest.raises(ValueError, match="2 trained_betas for 1000 num_train_timesteps"):
+        scheduler.read_schedule(config | {"trained_betas": [0.1, 0.2]})
+
+
+@pytest.mark.parametrize("process", CONTINUOUS)
+def test_continuous_processes_are_tinyldms_own_and_ve_starts_from_its_sigma(process):
+    config = json.loads(json.dumps(to_config(process, {}, "v", "unet", "euler")))
+    assert config["_class_name"] == "TinyLDMScheduler" and "continuous process" in why_not_public(process, {}, "v")
+    found = sampling(config, "euler")
+    assert found.start_at_sigma == (process != "vp") and found.schedule == {"edm": "karras"}.get(process, "normal")
+    levels = grid(scheduler.from_config(config).process, 4, found.schedule, **found.grid)
+    assert levels[0].sigma == pytest.approx({"vp": 1, "ve": 50, "edm": 80}[process], rel=1e-4)
+
+
+def test_networks_that_learn_their_variance_are_tinyldms_own():
+    config = to_config("linear", {}, "v", "unet", "ddim", learned_variance=True)
+    assert config["_class_name"] == "TinyLDMScheduler"
+    usual = {"beta_start": 1e-4, "beta_end": 0.02, "steps": 1000, "zero_snr": False}
+    assert scheduler.read_schedule(config) == ("linear", usual, "v")
 
 
 def test_why_a_pair_is_not_public_says_what_would_be():
@@ -143,13 +177,13 @@ def test_configs_say_how_to_sample(config, names, expected):
 
 REFUSED = [
     ("DDIMScheduler", {"clip_sample": True}), ("DDPMScheduler", {"variance_type": "fixed_large"}),
-    ("DDIMScheduler", {"thresholding": True}), ("EulerDiscreteScheduler", {"use_beta_sigmas": True}),
+    ("DDIMScheduler", {"thresholding": True}), ("EulerDiscreteScheduler", {"timestep_type": "continuous"}),
     ("EulerDiscreteScheduler", {"timestep_type": "continuous"}), ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}), ("UniPCMultistepScheduler", {"solver_order": 3}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver"}), ("UniPCMultistepScheduler", {"solver_order": 3}),
     ("DPMSolverMultistepScheduler", {"solver_order": 3}), ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
     ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}), ("UniPCMultistepScheduler", {"solver_type": "bh1"}),
     ("UniPCMultistepScheduler", {"disable_corrector": [0]}), ("PNDMScheduler", {"skip_prk_steps": False}),
-    ("LMSDiscreteScheduler", {"use_exponential_sigmas": True}), ("HeunDiscreteScheduler", {"timestep_spacing": "sideways"}),
+    ("HeunDiscreteScheduler", {"timestep_spacing": "sideways"}),
 ]
 
 

@@ -1,56 +1,62 @@
 """Grids: at which noise levels a sampler stops. A scheduler's habits are a list of Levels, nothing else.
 
-`grid(process, steps)` gives steps + 1 levels of Python floats, from noise to data. Slice it, concatenate it
-or build it by hand: samplers only look at neighbours. To start part-way, from an image, pass `strength`, then
-mix at the first level:
+`grid(process, steps)` gives steps + 1 levels of Python floats, from noise to data. Slice it or build it by hand: most
+samplers only look at neighbours. To start part-way, from an image, pass `strength`, then mix at the first level:
 
     levels = grid(process, 30, strength=0.6)
     x = levels[0].alpha * x0 + levels[0].sigma * eps
 
 How published schedulers map onto it (T = 1000 training steps; vendor_loaders/scheduler.py reads it from a config):
   DDIM, DDPM, PNDM           leading (offset=1 for Stable Diffusion), trailing, linspace
-  Euler, Euler a, Heun, LMS  leading, trailing, linspace_unrounded, karras with ends= one of these
-  DPM-Solver++, UniPC        trailing; leading and linspace with drop_last=True; karras with rounded=True; flow_sigmas
+  Euler, Euler a, Heun, LMS  leading, trailing, linspace_unrounded; karras, exponential, beta with ends= one of these
+  DPM-Solver++, UniPC        trailing; leading, linspace with drop_last; karras with rounded, exponential, beta; flow_sigmas
   FlowMatchEuler             flow_match
 
-References
-  Leading, trailing, linspace: arXiv:2305.08891, Table 2.  Karras: arXiv:2206.00364, Eq. 5.
+Leading, trailing, linspace: arXiv:2305.08891, Table 2.  Karras: arXiv:2206.00364, Eq. 5.  Beta: arXiv:2407.12173.
 """
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from tinyldm.diffusion.process import CLEAN, Discrete, Flow, Level, Process, check_options
+from tinyldm.diffusion.process import CLEAN, Discrete, Flow, Level, Process, check_options, find_t
 from tinyldm.lookup import lookup
 
 
+class Levels(list):
+    """Levels, and the curve that they lie on, sigma / alpha -> Level: for samplers that look between them."""
+
+    def __init__(self, levels: Iterable[Level], curve: Callable[[float], Level]) -> None:
+        super().__init__(levels)
+        self.curve = curve
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        return Levels(found, self.curve) if isinstance(key, slice) else found
+
+
 def grid(
-    process: Process,
-    steps: int,
-    schedule: str = "normal",
-    *,
-    strength: float = 1.0,
-    drop_last: bool = False,
-    set_alpha_to_one: bool = True,
-    alpha_floor: float = 0.0,
-    **options,
-) -> list[Level]:
+    process: Process, steps: int, schedule: str | Sequence[float] = "normal", *, strength: float = 1.0,
+    drop_last: bool = False, set_alpha_to_one: bool = True, alpha_floor: float = 0.0, **options,
+) -> Levels:
     """The levels of `steps` sampling steps: steps + 1 of them, falling in noise, ending at clean data.
 
-    schedule          a name in SCHEDULES; "normal" is trailing, for every process
+    schedule          a name in SCHEDULES, "normal" is trailing; or the times to stop at before the end, as numbers or as
+                      "999,800,500,200,50": entries of a table or 1000 t (before a flow's shift); `steps` is then unused
     strength          in (0, 1]: keep only the last int(steps * strength) steps, for image to image
     drop_last         spread steps + 1 levels and skip the least noisy, as DPM-Solver++ does in diffusers
     set_alpha_to_one  False: end at the first entry of a discrete table instead of at clean data
     alpha_floor       stands for alpha where it is 0: 2**-12 in diffusers' schedulers that divide by it
-    options           offset (leading); rho, sigma_min, sigma_max, ends, offset, rounded (karras);
-                      from_noise (flow_sigmas)
+    options           offset (leading); from_noise (flow_sigmas); those of _by_noise (karras, exponential, beta)
 
     ValueError for names, counts and strengths that do not fit, with what would.
     """
-    spread = lookup(SCHEDULES, schedule, "schedule")
+    spread = find_schedule(schedule)
     check_options(spread, options, f"{schedule} option")
     most = len(process) - drop_last if isinstance(process, Discrete) else math.inf
     if not 1 <= steps <= most:
@@ -58,13 +64,33 @@ def grid(
     last = _at(process, 0.0) if isinstance(process, Discrete) and not set_alpha_to_one else CLEAN
     if alpha_floor and isinstance(process, Discrete):
         process = Discrete.from_alpha(process.alpha.masked_fill(process.alpha == 0, alpha_floor))
-    levels = spread(process, steps + drop_last, **options)[:steps] + [last]
+    levels = spread(process, steps + drop_last, **options)
+    levels = levels[: len(levels) - drop_last] + [last]
     if alpha_floor and levels[0].alpha == 0:
         levels[0] = Level(levels[0].t, alpha_floor, 1 - alpha_floor)  # only a flow is still at 0
+    steps = len(levels) - 1
     keep = int(steps * strength + 1e-9)  # 50 * 0.58 is 28.999...: without the nudge it would lose a step
     if not 1 <= keep <= steps:
         raise ValueError(f"strength {strength} keeps {keep} of {steps} steps: use {1 / steps:.2g} to 1")
-    return levels[steps - keep :]
+    return Levels(levels[steps - keep :], curve(process))
+
+
+def find_schedule(schedule: str | Sequence[float]) -> Callable[..., list[Level]]:
+    """A schedule by name, or one that stops at the given times. ValueError for unknown names and what is no number."""
+    if isinstance(schedule, str) and not schedule.strip()[:1].isdigit():
+        return lookup(SCHEDULES, schedule, "schedule")
+    try:
+        times = [float(time) for time in (schedule.split(",") if isinstance(schedule, str) else schedule)]
+    except ValueError:
+        raise ValueError(f"schedule '{schedule}' is not a list of times: write them as 999,800,500,200,50") from None
+
+    def listed(process: Process, steps: int) -> list[Level]:
+        low, top = (0, len(process) - 1) if isinstance(process, Discrete) else (0.001, 1000)
+        if not times or not top >= times[0] >= times[-1] >= low or any(a <= b for a, b in pairwise(times)):
+            raise ValueError(f"schedule {schedule}: give falling times, {top} at most and {low} at least")
+        return [_at(process, t) if isinstance(process, Discrete) else _evaluate(process, t / 1000) for t in times]
+
+    return listed
 
 
 def _trailing(process: Process, steps: int) -> list[Level]:
@@ -75,98 +101,87 @@ def _trailing(process: Process, steps: int) -> list[Level]:
 
 
 def _leading(process: Process, steps: int, offset: int = 0) -> list[Level]:
-    """Ends at the cleanest level and never sees the noisiest: the grid of DDIM and, with `offset` added to every
-    time, of Stable Diffusion 1."""
-    stride, top = len(_table(process, "leading")) // steps, len(process) - 1
+    """Ends at the cleanest level and never sees the noisiest: DDIM's and, with `offset` added, Stable Diffusion 1's."""
+    stride, top = len(_only(process, Discrete, "leading")) // steps, len(process) - 1
     return [_at(process, min(stride * i + offset, top)) for i in range(steps - 1, -1, -1)]
 
 
-def _linspace(process: Process, steps: int) -> list[Level]:
-    """Both ends, rounded to whole times (halves to even)."""
-    return [_at(process, round(t)) for t in _even_times(process, steps)]
-
-
-def _linspace_unrounded(process: Process, steps: int) -> list[Level]:
-    """Both ends, with sigma / alpha interpolated between the table's entries: k-diffusion's own grid."""
-    return [_at(process, t) for t in _even_times(process, steps)]
-
-
-def _even_times(process: Process, steps: int) -> list[float]:
-    top = len(_table(process, "linspace")) - 1
+def _linspace(process: Process, steps: int, whole: Callable[[float], float] = round) -> list[Level]:
+    """Both ends, rounded to whole times (halves to even); unrounded, with sigma / alpha interpolated between entries, it is
+    k-diffusion's own grid. A single step starts from the noisiest level."""
+    top = len(_only(process, Discrete, "linspace")) - 1
     stride = top / max(steps - 1, 1)
-    return [top] + [i * stride for i in range(steps - 2, -1, -1)]  # a single step starts from the noisiest level
+    return [_at(process, whole(t)) for t in [top] + [i * stride for i in range(steps - 2, -1, -1)]]
 
 
-def _karras(
-    process: Process,
-    steps: int,
-    rho: float = 7.0,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    ends: str | None = None,
-    offset: int = 0,
-    rounded: bool = False,
+def _by_noise(
+    process: Process, steps: int, rho: float = 7.0, shape: float = 1.0, sigma_min: float | None = None,
+    sigma_max: float | None = None, ends: str | None = None, offset: int = 0, rounded: bool = False,
 ) -> list[Level]:
-    """Even in (sigma / alpha)^(1 / rho): short steps near the data (arXiv:2206.00364, Eq. 5).
+    """Even in (sigma / alpha)^(1 / rho). Karras: rho = 7, short steps near the data (arXiv:2206.00364, Eq. 5).
+    Exponential: rho = inf, even in log-SNR. Beta: rho = 1, spread like the quantiles of Beta(shape, shape), close at both
+    ends (diffusers' reading of arXiv:2407.12173, which spreads times so).
 
-    sigma_min and sigma_max are in sigma / alpha too; the table's own ends by default (`cosine` ends at 2e4: give
-    it 80), or those of another schedule (`ends`, with its `offset` if it is "leading"). The network's time is
-    interpolated in log(sigma / alpha), so it is not a whole number unless `rounded`.
+    sigma_min and sigma_max are in sigma / alpha too; the curve's own ends by default (`cosine` ends at 2e4: give it 80), or
+    those of another schedule (`ends`, with its `offset`). The network's time is no whole number unless `rounded`.
     """
-    table = _table(process, "karras")
-    ratios = (table.sigma / table.alpha).tolist()
-    noisiest, cleanest = ratios[-1], ratios[0]
     if ends is not None:
-        spaced = lookup(SCHEDULES, ends, "schedule")(table, steps, **({"offset": offset} if offset else {}))
-        first, last = spaced[0], spaced[-1]
-        noisiest, cleanest = first.sigma / first.alpha if first.alpha else math.inf, last.sigma / last.alpha
-    low = (cleanest if sigma_min is None else sigma_min) ** (1 / rho)
-    high = (noisiest if sigma_max is None else sigma_max) ** (1 / rho)
-    if math.isinf(high):
-        raise ValueError("schedule 'karras' cannot start from pure noise (alpha = 0): pass sigma_max, for example 80")
-    logs = [math.log(ratio) for ratio in ratios]
-    wanted = [(high + i / max(steps - 1, 1) * (low - high)) ** rho for i in range(steps)]
-    levels = [_from_ratio(_find(math.log(ratio), logs), ratio) for ratio in wanted]
+        first, *_, last = 2 * lookup(SCHEDULES, ends, "schedule")(process, steps, **({"offset": offset} if offset else {}))
+    else:  # a thousandth short of pure noise and of clean data
+        first, last = (at if at.alpha * at.sigma > 0 else _evaluate(process, short)
+                       for at, short in ((_evaluate(process, 1.0), 0.999), (_evaluate(process, 0.0), 0.001)))
+    high = sigma_max if sigma_max is not None else first.sigma / first.alpha if first.alpha else math.inf
+    low = last.sigma / last.alpha if sigma_min is None else sigma_min
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"sigma / alpha cannot fall from {high:g} to {low:g}: pass sigma_max, for example 80")
+    places = [1 - i / max(steps - 1, 1) for i in range(steps)]
+    if shape != 1:
+        from scipy.stats import beta  # slow to import, and needed here only
+
+        places = beta.ppf(places, shape, shape).tolist()
+    into, back = (math.log, math.exp) if rho == math.inf else (lambda x: x ** (1 / rho), lambda x: x**rho)
+    at = curve(process)
+    levels = [at(back(into(low) + place * (into(high) - into(low)))) for place in places]
     return [level._replace(t=float(round(level.t))) for level in levels] if rounded else levels
 
 
 def _flow_match(process: Process, steps: int) -> list[Level]:
     """diffusers' FlowMatchEuler: linspace from 1 to the time of 1 in 1000, which it shifts once more."""
-    if not isinstance(process, Flow):
-        raise ValueError("schedule 'flow_match' is for process 'flow': use 'normal' or 'trailing' here")
-    low = _evaluate(process, 1 / 1000).sigma
+    low = _evaluate(_only(process, Flow, "flow_match"), 1 / 1000).sigma
     return [_evaluate(process, 1 + i / max(steps - 1, 1) * (low - 1)) for i in range(steps)]
 
 
 def _flow_sigmas(process: Process, steps: int, from_noise: bool = False) -> list[Level]:
-    """diffusers' DPM-Solver++ and, from_noise, UniPC on a flow: 0.999 i / n, or the same from the other end, where
-    the first is 1. The network is told whole times, cut off, 999 at most.
-
-    In numpy, as there: 1000 t is often a whole number but for the last bit, which the cut feels.
-    """
-    if not isinstance(process, Flow):
-        raise ValueError("schedule 'flow_sigmas' is for process 'flow': use 'normal' or 'trailing' here")
+    """diffusers' DPM-Solver++ and, from_noise, UniPC on a flow: 0.999 i / n, or the same from the other end, where the
+    first is 1. The network is told whole times, cut off, 999 at most: in numpy, as there, for the cut feels the last bit."""
     even = np.linspace(1, 1 / 1000, steps + 1)
-    levels = [_evaluate(process, t) for t in (even[:-1] if from_noise else (1 - even)[:0:-1]).tolist()]
+    even = (even[:-1] if from_noise else (1 - even)[:0:-1]).tolist()
+    levels = [_evaluate(_only(process, Flow, "flow_sigmas"), t) for t in even]
     return [level._replace(t=float(min(int(level.t), 999))) for level in levels]
 
 
 SCHEDULES = {
-    "normal": _trailing,
-    "trailing": _trailing,
-    "leading": _leading,
-    "linspace": _linspace,
-    "linspace_unrounded": _linspace_unrounded,
-    "karras": _karras,
-    "flow_match": _flow_match,
-    "flow_sigmas": _flow_sigmas,
+    "normal": _trailing, "trailing": _trailing, "leading": _leading,
+    "linspace": _linspace, "linspace_unrounded": partial(_linspace, whole=float),
+    "karras": _by_noise, "exponential": partial(_by_noise, rho=math.inf), "beta": partial(_by_noise, rho=1.0, shape=0.6),
+    "log_snr": partial(_by_noise, rho=math.inf),  # exponential by its other name: log(sigma / alpha) is half of it
+    "flow_match": _flow_match, "flow_sigmas": _flow_sigmas,
 }
 
 
-def _table(process: Process, schedule: str) -> Discrete:
-    if not isinstance(process, Discrete):
-        raise ValueError(f"schedule '{schedule}' needs a discrete table: use 'normal' or 'trailing' with this process")
+def _only(process: Process, kind: type, schedule: str) -> Process:
+    if not isinstance(process, kind):
+        why = "needs a discrete table" if kind is Discrete else "is for process 'flow'"
+        raise ValueError(f"schedule '{schedule}' {why}: use 'normal' or 'trailing' with this process")
     return process
+
+
+def curve(process: Process) -> Callable[[float], Level]:
+    """The process by sigma / alpha instead of by time. Beyond the ends of a table the network is told the last time."""
+    if not isinstance(process, Discrete):
+        return lambda ratio: _evaluate(process, find_t(process, torch.tensor([ratio], dtype=torch.float64)).item())
+    logs = (process.sigma / process.alpha).log().tolist()
+    return lambda ratio: _from_ratio(_find(math.log(ratio), logs), ratio)
 
 
 def _evaluate(process: Process, t: float) -> Level:
@@ -179,8 +194,7 @@ def _at(table: Discrete, t: float) -> Level:
     low = int(t)
     if t == low:
         return Level(float(t), table.alpha[low].item(), table.sigma[low].item())
-    ratio = torch.lerp(*(table.sigma / table.alpha)[low : low + 2], t - low).item()
-    return _from_ratio(t, ratio)
+    return _from_ratio(t, torch.lerp(*(table.sigma / table.alpha)[low : low + 2], t - low).item())
 
 
 def _from_ratio(t: float, ratio: float) -> Level:
@@ -192,5 +206,4 @@ def _from_ratio(t: float, ratio: float) -> Level:
 def _find(x: float, table: list[float]) -> float:
     """The fractional index where the rising table reaches x, clamped to its ends."""
     low = min(max(bisect_right(table, x) - 1, 0), len(table) - 2)
-    weight = (x - table[low]) / (table[low + 1] - table[low])
-    return low + min(max(weight, 0.0), 1.0)
+    return low + min(max((x - table[low]) / (table[low + 1] - table[low]), 0.0), 1.0)

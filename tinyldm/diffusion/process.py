@@ -4,20 +4,16 @@ Everything in this package rests on one equation,
 
     x_t = alpha(t) * x0 + sigma(t) * eps          t = 0 is data, t = 1 is noise,
 
-and a process is no more than its two coefficients: `process(t) -> Level`. What a network learns to say
-about (x0, eps) is in prediction.py, how a sampler walks down the curve is in samplers.py, and at which
-points it stops is in grids.py. None of them asks which process it is given.
-
-References
-  DDPM: arXiv:2006.11239.  Improved DDPM (cosine): arXiv:2102.09672.  Latent diffusion: arXiv:2112.10752.
-  Zero terminal SNR: arXiv:2305.08891.
-  Rectified flow: arXiv:2209.03003.  Its shift, Stable Diffusion 3: arXiv:2403.03206.
+and a process is no more than its two coefficients: `process(t) -> Level`, t: [b] in [0, 1], Level of its dtype and device.
+What networks say about (x0, eps), how samplers walk and where they stop holds for every process. References: DDPM
+arXiv:2006.11239, cosine 2102.09672, zero terminal SNR 2305.08891, score SDE 2011.13456, EDM 2206.00364, flow 2209.03003.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,12 +23,8 @@ from tinyldm.lookup import lookup
 
 
 class Level(NamedTuple):
-    """One noise level: a point on the curve, and what the network is told about it.
-
-    Python floats while sampling, so that no step waits for the device. While training, `t` is `[b]` and
-    `alpha`, `sigma` are `[b, 1, 1, 1]`. `t` is the network's time: the index 0..999 for discrete tables,
-    1000 t for flow.
-    """
+    """One noise level: a point on the curve, and `t`, what the network is told: the index 0..999 for tables, else 1000 t.
+    Python floats while sampling, so that no step waits for the device; while training `[b]`, `[b, 1, 1, 1]` twice."""
 
     t: float | Tensor
     alpha: float | Tensor
@@ -48,26 +40,32 @@ def log_snr(level: Level) -> float | Tensor:
     """log(alpha^2 / sigma^2): +inf for clean data, -inf for pure noise."""
     if isinstance(level.alpha, Tensor):
         return 2 * (level.alpha.log() - level.sigma.log())
-    if level.alpha == 0 or level.sigma == 0:
-        return -math.inf if level.alpha == 0 else math.inf
-    return 2 * math.log(level.alpha / level.sigma)
+    inside = level.alpha > 0 and level.sigma > 0
+    return 2 * math.log(level.alpha / level.sigma) if inside else math.copysign(math.inf, level.alpha - level.sigma)
+
+
+def input_scale(level: Level) -> float | Tensor:
+    """max(1, sqrt(alpha^2 + sigma^2)): the network sees x / input_scale, of unit scale where the data are (on VE c_in of
+    arXiv:2206.00364, Table 1). Exactly 1 on tables and flow: rounding above 1 is not taken for variance."""
+    square = level.alpha**2 + level.sigma**2
+    above = square > 1 + 1e-6
+    return square.where(above, 1.0).sqrt() if isinstance(square, Tensor) else square**0.5 if above else 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Discrete:
     """A curve known at `len(process)` points: DDPM and its descendants (alpha^2 + sigma^2 = 1).
-
-    A uniform t in [0, 1) picks every index equally often; (i + 0.5) / 1000 is the middle of index i.
-    """
+    A uniform t in [0, 1) picks every index equally often; (i + 0.5) / 1000 is the middle of index i."""
 
     alpha: Tensor  # [1000] float64, falling
     sigma: Tensor  # [1000] float64, rising
 
     @classmethod
-    def from_betas(cls, betas: Tensor) -> "Discrete":
+    def from_betas(cls, betas: Tensor, zero_snr: bool = False) -> "Discrete":
         """alpha_bar = prod(1 - beta), alpha = sqrt(alpha_bar)  (arXiv:2006.11239, Eq. 4)."""
         alpha_bar = torch.cumprod(1 - betas, 0)
-        return cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+        table = cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+        return table.to_zero_snr() if zero_snr else table
 
     @classmethod
     def from_alpha(cls, alpha: Tensor) -> "Discrete":
@@ -76,14 +74,13 @@ class Discrete:
     def to_zero_snr(self) -> "Discrete":
         """The table moved and stretched so that it ends at pure noise, alpha = 0, and starts where it started
         (arXiv:2305.08891, Alg. 1). There a network must predict v or x0: eps says nothing about x0."""
-        first, last = self.alpha[0], self.alpha[-1]
+        first, last = self.alpha[[0, -1]]
         return Discrete.from_alpha((self.alpha - last) * first / (first - last))
 
     def __len__(self) -> int:
         return len(self.alpha)
 
     def __call__(self, t: Tensor) -> Level:
-        """t: [b] in [0, 1] -> Level of t's dtype on t's device."""
         index = (t * len(self)).long().clamp(0, len(self) - 1)
         alpha, sigma = (table.to(t)[index].view(-1, 1, 1, 1) for table in (self.alpha, self.sigma))
         return Level(index.to(t.dtype), alpha, sigma)
@@ -91,11 +88,8 @@ class Discrete:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow: the straight line x_t = (1 - t) x0 + t eps  (arXiv:2209.03003, Eq. 1, time reversed).
-
-    `shift` above 1 moves time towards noise, as larger images need: t <- s t / (1 + (s - 1) t)
-    (arXiv:2403.03206, Eq. 23).
-    """
+    """Rectified flow: the straight line x_t = (1 - t) x0 + t eps  (arXiv:2209.03003, Eq. 1, time reversed). `shift` above 1
+    moves time towards noise, as larger images need: t <- s t / (1 + (s - 1) t)  (arXiv:2403.03206, Eq. 23)."""
 
     shift: float = 1.0
 
@@ -104,55 +98,88 @@ class Flow:
             raise ValueError(f"flow shift {self.shift} is not positive: 1 leaves time alone, 3 suits larger images")
 
     def __call__(self, t: Tensor) -> Level:
-        """t: [b] in [0, 1] -> Level of t's dtype on t's device."""
         t = self.shift * t / (1 + (self.shift - 1) * t)
         sigma = t.view(-1, 1, 1, 1)
         return Level(1000 * t, 1 - sigma, sigma)
 
 
-# zero_snr: see Discrete.to_zero_snr.
+@dataclass(frozen=True)
+class VP:
+    """DDPM in continuous time, beta(t) = beta_min + t (beta_max - beta_min)  (arXiv:2011.13456, Eqs. 29 and 33)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __call__(self, t: Tensor) -> Level:
+        log_alpha = (-t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2) / 2).view(-1, 1, 1, 1)
+        return Level(1000 * t, log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt())
 
 
-def scaled_linear(
-    beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000, zero_snr: bool = False
-) -> Discrete:
-    """Stable Diffusion 1 and 2: linear in sqrt(beta) (no equation in arXiv:2112.10752; from its code)."""
-    roots = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64)
-    return _table(roots**2, zero_snr)
+@dataclass(frozen=True)
+class VE:
+    """Noise on top of the data: alpha = 1, t is even in log(sigma) (arXiv:2011.13456, Eq. 30). EDM tells its network
+    log(sigma) too (arXiv:2206.00364, Table 1: c_noise): with another range of sigma this is EDM's process."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max} must be positive and rising")
+
+    def __call__(self, t: Tensor) -> Level:
+        sigma = (self.sigma_min * (self.sigma_max / self.sigma_min) ** t).view(-1, 1, 1, 1)
+        return Level(1000 * t, torch.ones_like(sigma), sigma)
 
 
-def linear(beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000, zero_snr: bool = False) -> Discrete:
-    """DDPM: linear in beta (arXiv:2006.11239, Section 4)."""
-    return _table(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64), zero_snr)
+def find_t(process: Process, ratio: Tensor) -> Tensor:
+    """The t in [0, 1], float64, at which sigma / alpha reaches `ratio` [n] >= 0, or the nearer end where it never does:
+    by bisection, so that no process needs an inverse. On a table the first t of that index."""
+    low, high = torch.zeros_like(ratio, dtype=torch.float64), torch.ones_like(ratio, dtype=torch.float64)
+    for _ in range(52):
+        now = process(middle := (low + high) / 2)
+        below = now.sigma.flatten() < ratio * now.alpha.flatten()
+        low, high = low.where(~below, middle), high.where(below, middle)
+    return high
+
+
+def from_list(betas: Sequence[float] | None = None, zero_snr: bool = False) -> Discrete:
+    """Any table: its betas, in (0, 1] and in order, as published `trained_betas` are. None: DDPM's."""
+    if betas is None:
+        return make_process("linear", zero_snr=zero_snr)
+    if len(betas) < 2 or not all(0 < beta <= 1 for beta in betas):
+        raise ValueError("betas must be two or more numbers above 0 and at most 1, from the cleanest level to the noisiest")
+    return Discrete.from_betas(torch.tensor(betas, dtype=torch.float64), zero_snr)
+
+
+def _even(power: float, beta_start: float, beta_end: float, steps: int = 1000, zero_snr: bool = False) -> Discrete:
+    """DDPM: linear in beta (arXiv:2006.11239, Section 4); Stable Diffusion: in its square root (from its code)."""
+    roots = torch.linspace(beta_start**power, beta_end**power, steps, dtype=torch.float64)
+    return Discrete.from_betas(roots ** (1 / power), zero_snr)
 
 
 def cosine(offset: float = 0.008, max_beta: float = 0.999, steps: int = 1000, zero_snr: bool = False) -> Discrete:
-    """Improved DDPM: alpha_bar falls as a squared cosine (arXiv:2102.09672, Eq. 17).
-
-    The last beta is clipped, so that alpha ends near 5e-5 rather than at 0.
-    """
+    """Improved DDPM: alpha_bar falls as a squared cosine (arXiv:2102.09672, Eq. 17), clipped to end near alpha = 5e-5."""
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
-    return _table((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta), zero_snr)
-
-
-def _table(betas: Tensor, zero_snr: bool) -> Discrete:
-    table = Discrete.from_betas(betas)
-    return table.to_zero_snr() if zero_snr else table
+    return Discrete.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta), zero_snr)
 
 
 PROCESSES: dict[str, Callable[..., Process]] = {
-    "scaled_linear": scaled_linear,
-    "linear": linear,
+    "scaled_linear": partial(_even, 0.5, beta_start=0.00085, beta_end=0.012),
+    "linear": partial(_even, 1.0, beta_start=1e-4, beta_end=0.02),
     "cosine": cosine,
+    "betas": from_list,
+    "vp": VP,
+    "ve": VE,
+    "edm": partial(VE, sigma_min=0.002, sigma_max=80.0),  # arXiv:2206.00364, Table 1
     "flow": Flow,
 }
 
 
 def make_process(name: str, **options) -> Process:
     """A process by name, for example `make_process("flow", shift=3.0)`. Unknown names: ValueError."""
-    make = lookup(PROCESSES, name, "process")
-    check_options(make, options, f"{name} option")
+    check_options(make := lookup(PROCESSES, name, "process"), options, f"{name} option")
     return make(**options)
 
 

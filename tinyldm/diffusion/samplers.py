@@ -1,118 +1,95 @@
 """Samplers: how to step from one noise level to the next.
 
-Each is a generator: it yields (x, x0) after every step, x at the new level and the x0 guessed on the way (the
-preview), so that progress bars, previews and early stops are the caller's loop and not our arguments. All are
-called alike, `sampler(denoise, x, levels, generators=...)`; the deterministic ones draw nothing. None keeps
-state or changes its arguments.
+Each is a generator: it yields (x, x0) after every step, so that progress bars, previews and early stops are the caller's
+loop and not our arguments. All are called alike, `sampler(denoise, x, levels, generators=...)`, and change no argument.
 
     levels = grid(process, 30)
     generators = make_generators(range(seed, seed + b))
     x = initial_noise((4, 32, 32), generators).to(device)
     x = final(dpmpp_2m(denoise, x, levels))
 
-Notation: `now` and `nxt` are neighbouring levels. x may start at alpha = 0 (pure noise) and end at sigma = 0
-(clean data), where log(alpha / sigma) is infinite.
+x may start at alpha = 0 (pure noise) and end at sigma = 0 (clean data), where log(alpha / sigma) is infinite. edm, dpmpp_sde
+and adaptive need `Levels` that know their curve, as grid() gives. Those that remember are in multistep.py.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from tinyldm.diffusion.guidance import Denoiser
-from tinyldm.diffusion.prediction import to_target, to_x0
-from tinyldm.diffusion.process import Level, log_snr
+from tinyldm.diffusion.multistep import dpmpp_2m, dpmpp_2m_sde, lms, pndm, unipc
+from tinyldm.diffusion.process import Level
+from tinyldm.diffusion.step import Draw, Grid, Scale, Steps, shrink, step, straight
 from tinyldm.lookup import lookup
-
-Steps = Iterator[tuple[Tensor, Tensor]]
-Generators = Sequence[Generator] | None
+from tinyldm.noise import Generators, randn_like
 
 
 @torch.no_grad()
-def ddim(
-    denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None, eta: float = 0.0
-) -> Steps:
-    """DDIM (arXiv:2010.02502, Eq. 12): walk along the noise that x0 implies; eta > 0 renews part of it.
-
-    eta = 0 is deterministic, eta = 1 is `ddpm`.
-    """
+def ddim(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, eta: float = 0.0) -> Steps:
+    """DDIM (arXiv:2010.02502, Eq. 12): walk along the noise that x0 implies. eta > 0 renews part of it; 1 is `ddpm`."""
     for now, nxt in pairwise(levels):
         x0 = denoise(x, now)  # [b, c, h, w]
-        eps = (x - now.alpha * x0) / now.sigma
-        std = eta * nxt.sigma * math.sqrt(max(0.0, 1 - _shrink(now, nxt) ** 2))  # Eq. 16, for any (alpha, sigma)
-        x = nxt.alpha * x0 + math.sqrt(max(0.0, nxt.sigma**2 - std**2)) * eps
-        if std > 0:
-            x = x + std * randn_like(x, generators)
+        x = step(x, x0, now, nxt, eta, lambda: randn_like(x, generators))
         yield x, x0
 
 
 @torch.no_grad()
-def ddpm(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None) -> Steps:
-    """Ancestral sampling: draw from the posterior q(x_nxt | x, x0) (arXiv:2006.11239, Eqs. 6-7).
+def ddpm(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, spread: Draw = None) -> Steps:
+    """Ancestral sampling: draw from the posterior q(x_nxt | x, x0) (arXiv:2006.11239, Eqs. 6-7), written for any
+    (alpha, sigma) as in arXiv:2107.00630, Appendix A.
 
-    Written for any (alpha, sigma) as in arXiv:2107.00630, Appendix A. The variance is the posterior's, the
-    smaller of the two that DDPM considers.
+    The variance is the posterior's, beta_tilde, the smaller of the two that DDPM considers. Where it was learned, `spread()`
+    is what the network's extra channels said at the last call: -1 for beta_tilde, 1 for beta, log-linear in between
+    (arXiv:2102.09672, Eq. 15 with v = (spread + 1) / 2).
     """
     for now, nxt in pairwise(levels):
         x0 = denoise(x, now)
-        keep = _shrink(now, nxt) ** 2  # of the variance of x given x0, the part that x_nxt brought along
+        keep = shrink(now, nxt) ** 2  # of the variance of x given x0, the part that x_nxt brought along
         x = now.alpha / nxt.alpha * (nxt.sigma / now.sigma) ** 2 * x + nxt.alpha * (1 - keep) * x0
         std = nxt.sigma * math.sqrt(max(0.0, 1 - keep))
         if std > 0:
+            std = std * (now.sigma / nxt.sigma) ** ((spread() + 1) / 2) if spread else std  # beta is (1 - keep) sigma_now^2
             x = x + std * randn_like(x, generators)
         yield x, x0
 
 
-def euler_a(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None) -> Steps:
+def euler_a(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None) -> Steps:
     """Euler ancestral, from k-diffusion: step down to less noise than wanted, then add the difference afresh.
 
-    In y = x / alpha and s = sigma / alpha it steps to s_nxt^2 / s_now and adds s_nxt sqrt(1 - (s_nxt / s_now)^2) of
-    noise. s_nxt / s_now is the shrink of `ddim`, so that this is ddim at eta = 1, and `ddpm`, to the last term: the
-    three differ by where they are wont to stop and what they start from, which is the grid's matter.
+    In y = x / alpha and s = sigma / alpha to s_nxt^2 / s_now, plus s_nxt sqrt(1 - (s_nxt / s_now)^2) of noise. s_nxt / s_now
+    is the shrink of `ddim`: this is ddim at eta = 1, and `ddpm`, to the last term. They differ in the grids they are used on.
     """
     return ddim(denoise, x, levels, generators, eta=1.0)
 
 
-@torch.no_grad()
-def euler(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None) -> Steps:
+def euler(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None) -> Steps:
     """Euler's method on the probability-flow ODE d(x/alpha) = eps d(sigma/alpha) (arXiv:2206.00364, Eq. 4).
 
     On any curve and in any coordinate that is the line through x0 and eps: the same step as DDIM at eta = 0.
     """
-    for now, nxt in pairwise(levels):
-        x0 = denoise(x, now)
-        x = _along_the_line(x, x0, now, nxt)
-        yield x, x0
-
-
-def straight(level: Level) -> float:
-    """The scale that bends any curve into rectified flow: with y = x / scale the coefficients sum to 1."""
-    return level.alpha + level.sigma
-
-
-def signal(level: Level) -> float:
-    """The scale of arXiv:2206.00364, k-diffusion and diffusers: y = x / alpha = x0 + (sigma / alpha) eps."""
-    return level.alpha
+    return ddim(denoise, x, levels)
 
 
 @torch.no_grad()
 def heun(
-    denoise: Denoiser,
-    x: Tensor,
-    levels: Sequence[Level],
-    generators: Generators = None,
-    scale: Callable[[Level], float] = straight,
+    denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, scale: Scale = straight,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
 ) -> Steps:
-    """Heun's second-order method: step, look again from there, step with the mean (arXiv:2206.00364, Alg. 1).
+    """Heun's second-order method: step, look again from there, step with the mean (arXiv:2206.00364, Alg. 1, and
+    with s_churn, which adds noise before every step, Alg. 2). Two calls per step, one for the last: at sigma = 0 there is
+    no noise to look at.
 
-    Two calls per step, one for the last: at sigma = 0 there is no noise to look at. Unlike Euler's, the result
-    depends on the coordinate y = x / scale. The paper's, scale = alpha, is lost where alpha nears 0: from the
-    noisy end of `cosine` its first step is 2e4 long. `straight` is finite everywhere, is t for flow, and on
-    exact denoisers was the more accurate one on Stable Diffusion's curve too, mostly by a factor of 2 to 4.
+    Unlike Euler's, the result depends on the coordinate y = x / scale. The paper's, scale = alpha, is lost where alpha
+    nears 0: from the noisy end of `cosine` its first step is 2e4 long. `straight` is finite everywhere, is t for flow,
+    and on exact denoisers was the better one on Stable Diffusion's curve too, mostly by a factor of 2 to 4.
     """
     for now, nxt in pairwise(levels):
+        if s_churn > 0 and now.alpha > 0 and s_tmin <= now.sigma / now.alpha <= s_tmax:
+            growth = 1 + min(s_churn / (len(levels) - 1), math.sqrt(2) - 1)
+            x, now = _churn(x, now, levels, growth, s_noise, generators)
         x0 = denoise(x, now)
         eps = (x - now.alpha * x0) / now.sigma
         da = nxt.alpha / scale(nxt) - now.alpha / scale(now)
@@ -126,178 +103,94 @@ def heun(
         yield x, x0
 
 
-@torch.no_grad()
-def lms(
-    denoise: Denoiser,
-    x: Tensor,
-    levels: Sequence[Level],
-    generators: Generators = None,
-    scale: Callable[[Level], float] = straight,
-) -> Steps:
-    """Linear multistep, from k-diffusion: Adams-Bashforth over uneven steps (Hairer, Norsett, Wanner: Solving
-    Ordinary Differential Equations I, Section III.5). It integrates the cubic through the last four slopes.
+def edm(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, **options: float) -> Steps:
+    """EDM's stochastic sampler: `heun` with the paper's churn for ImageNet (arXiv:2206.00364, Alg. 2 and Table 5)."""
+    churn = {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
+    return heun(denoise, x, levels, generators, **churn | options)
 
-    The slopes are those of y = x / scale by s = sigma / scale. As in `heun` the result depends on the scale, and
-    `signal` is the published one. `scale` must make (alpha, sigma) / scale run along a straight line, as these two do.
+
+def _churn(x: Tensor, now: Level, levels: Grid, growth: float, s_noise: float, generators: Generators):
+    """x at sigma / alpha grown by so much, but not beyond the first level, for the network may not know what lies there."""
+    most = levels[0].sigma / levels[0].alpha if levels[0].alpha > 0 else math.inf
+    hat = _curve(levels)(min(growth * now.sigma / now.alpha, most))
+    std = math.sqrt(max(0.0, (hat.sigma / hat.alpha) ** 2 - (now.sigma / now.alpha) ** 2))
+    return hat.alpha * (x / now.alpha + std * s_noise * randn_like(x, generators)), hat
+
+
+def _curve(levels: Grid) -> Callable[[float], Level]:
+    """sigma / alpha -> the level there."""
+    if not hasattr(levels, "curve"):
+        raise ValueError("this sampler looks between the levels: pass Levels(levels, curve(process)), as grid() gives")
+    return levels.curve
+
+
+@torch.no_grad()
+def adaptive(
+    denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, rtol: float = 0.01, atol: float = 0.01
+) -> Steps:
+    """The probability-flow ODE with as many steps as it needs: Bogacki and Shampine's pair of orders 3 and 2 (Applied
+    Mathematics Letters 2(4), 1989), whose difference is kept below atol + rtol |y|, root mean square of every image.
+
+    Any curve is a flow in y = x / (alpha + sigma) and u = sigma / (alpha + sigma): dy/du = eps - x0, and -x0 where no
+    noise is left. Three calls per step, taken or not. Of the levels only the ends count, and the first step, which is
+    the first to be tried. All images of a batch take the steps that the hardest one needs.
     """
-    past: list[tuple[float, Tensor]] = []  # (s, dy / ds), the newest first
+
+    def look(y: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        x0 = denoise(straight(level) * y, level) if level.sigma > 0 else y
+        return x0, length * ((y - x0) * straight(level) / level.sigma if level.sigma > 0 else -y)
+
+    def at(s: float) -> Level:  # s: the part of the way from first to last, in u
+        return _curve(levels)((u := first + s * length) / (1 - u))
+
+    first, second, last = (level.sigma / straight(level) for level in (levels[0], levels[1], levels[-1]))
+    length, s, h = last - first, 0.0, (second - first) / (last - first)
+    y = x / straight(levels[0])
+    x0, k1 = look(y, levels[0])
+    while s < 1:
+        h = min(h, 1 - s) if s + 1.01 * h < 1 else 1 - s
+        nxt = at(s + h) if s + h < 1 else levels[-1]
+        _, k2 = look(y + h / 2 * k1, at(s + h / 2))
+        _, k3 = look(y + 3 * h / 4 * k2, at(s + 3 * h / 4))
+        there = y + h / 9 * (2 * k1 + 3 * k2 + 4 * k3)
+        x0_there, k4 = look(there, nxt)
+        error = h * (-5 * k1 + 6 * k2 + 8 * k3 - 9 * k4) / 72 / (atol + rtol * torch.maximum(y.abs(), there.abs()))
+        size = error.square().flatten(1).mean(1).max().sqrt().item()
+        if size <= 1:
+            yield straight(nxt) * there, x0
+            s, y, x0, k1 = s + h if nxt is not levels[-1] else 1.0, there, x0_there, k4
+        h *= min(5.0, max(0.2, 0.9 * max(size, 1e-9) ** (-1 / 3)))
+        if not h > 1e-7:
+            raise ValueError(f"adaptive: no step is short enough for rtol {rtol}, atol {atol}: raise them")
+
+
+@torch.no_grad()
+def dpmpp_sde(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, eta=1.0, s_noise=1.0) -> Steps:
+    """DPM-Solver++ SDE, from k-diffusion: DPM-Solver++(2S) (arXiv:2211.01095, Alg. 1, r = 1/2) in ancestral steps. Look
+    half-way in lambda, then take the whole step with what was seen there: two calls per step, one from pure noise or to
+    clean data, where there is no middle. The noise of the look is part of that of the step, as on k-diffusion's Brownian
+    path in sigma / alpha, but drawn from our generators instead of its tree. (Independent, it doubles the error.)
+    """
     for now, nxt in pairwise(levels):
-        x0 = denoise(x, now)
-        eps = (x - now.alpha * x0) / now.sigma
-        s, s_nxt = now.sigma / scale(now), nxt.sigma / scale(nxt)
-        slope = (nxt.alpha / scale(nxt) - now.alpha / scale(now)) / (s_nxt - s) * x0 + eps
-        past = [(s, slope), *past[:3]]
-        weights = _lagrange_integrals([at for at, _ in past], s, s_nxt)
-        y = x / scale(now) + sum(weight * slope for weight, (_, slope) in zip(weights, past))
-        x = scale(nxt) * y
+        x0 = ahead = denoise(x, now)
+        draw = lambda: s_noise * randn_like(x, generators) if eta > 0 and nxt.sigma > 0 else 0.0
+        noise = draw()
+        if now.alpha > 0 and nxt.sigma > 0:
+            middle = _curve(levels)(math.sqrt(now.sigma / now.alpha * nxt.sigma / nxt.alpha))
+            ahead = denoise(step(x, x0, now, middle, eta, lambda: noise), middle)
+            share = 1 / (1 + math.sqrt(shrink(now, nxt)))  # of the path from now to nxt, in sigma / alpha
+            noise = math.sqrt(share) * noise + math.sqrt(1 - share) * draw()
+        x = step(x, ahead, now, nxt, eta, lambda: noise)
         yield x, x0
-
-
-def _lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
-    """The integral from start to end of every Lagrange polynomial over up to four nodes: two Gauss-Legendre points
-    are exact up to the third degree."""
-    middle, half = (start + end) / 2, (end - start) / 2
-    points = (middle - half / math.sqrt(3), middle + half / math.sqrt(3))
-    return [
-        half * sum(math.prod((point - b) / (a - b) for b in nodes if b is not a) for point in points) for a in nodes
-    ]
-
-
-ADAMS_BASHFORTH = {  # by how many are remembered
-    1: (1,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
-
-
-@torch.no_grad()
-def pndm(
-    denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None, along: str = "eps"
-) -> Steps:
-    """Pseudo linear multistep, PLMS (arXiv:2202.09778, Eqs. 9 and 12): DDIM's step along a mean of the last four eps,
-    weighted as Adams and Bashforth do for even steps. The first step is taken twice, the second time along the mean
-    of its two ends, in place of the paper's Runge-Kutta start (so in latent diffusion's code): one call more.
-
-    Of second order, because the steps are even in t only. diffusers takes the mean of what the network said;
-    along="v" is that for a v network. It is of first order: v turns even where x0 and eps stay. From alpha = 0, where
-    no mean eps tells x0, the first step is DDIM's.
-    """
-    count = len(levels) - 1
-    past: list[Tensor] = []  # what a network that predicts `along` would have said, the newest first
-    for i, (now, nxt) in enumerate(pairwise(levels), start=1):
-        x0 = denoise(x, now)
-        past = [_said(along, x, x0, now), *past[:3]]
-        mean = sum(weight * out for weight, out in zip(ADAMS_BASHFORTH[len(past)], past))
-        blind = along == "eps" and now.alpha == 0
-        there = _along_the_line(x, x0 if blind else to_x0(along, x, mean, now), now, nxt)
-        if i == 1 < count and not blind:
-            mean = (mean + _said(along, there, denoise(there, nxt), nxt)) / 2
-            there = _along_the_line(x, to_x0(along, x, mean, now), now, nxt)
-        x = there
-        yield x, x0
-
-
-def _said(kind: str, x: Tensor, x0: Tensor, level: Level) -> Tensor:
-    return to_target(kind, x0, (x - level.alpha * x0) / level.sigma, level)
-
-
-@torch.no_grad()
-def dpmpp_2m(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None) -> Steps:
-    """DPM-Solver++(2M) (arXiv:2211.01095, Alg. 2): second order from one call per step, by remembering the last.
-
-    First order where the step in lambda = log(alpha / sigma) is infinite, at the first step, and at the last of
-    fewer than 15, where extrapolating over a long step hurts.
-    """
-    count = len(levels) - 1
-    last_x0, last_h = None, math.inf
-    for i, (now, nxt) in enumerate(pairwise(levels), start=1):
-        x0 = denoise(x, now)
-        h = _lambda_step(now, nxt)
-        ahead = x0  # the guess that holds in the middle of the step
-        if math.isfinite(h) and math.isfinite(last_h) and (i < count or count >= 15):
-            ahead = x0 + h / (2 * last_h) * (x0 - last_x0)
-        x = _exponential(x, ahead, now, nxt)
-        last_x0, last_h = x0, h
-        yield x, x0
-
-
-@torch.no_grad()
-def unipc(denoise: Denoiser, x: Tensor, levels: Sequence[Level], generators: Generators = None) -> Steps:
-    """UniPC-2 with B(h) = e^h - 1 (arXiv:2302.04867, Alg. 5-8, "bh2"): DPM-Solver++(2M) predicts, and once the network
-    has answered there, that step is taken again with the answer. One call per step.
-
-    The last step is of first order and remains uncorrected; so is the correction of the first step of first order.
-    What is yielded is the prediction, which the network saw.
-    """
-    count = len(levels) - 1
-    behind: tuple[Tensor, Level] | None = None  # where the last step began
-    last_x0, last_h = None, math.inf
-    pace, bend = 0.0, 0.0  # this step over the last, and x0 - last_x0 drawn on over this step
-    for i, (now, nxt) in enumerate(pairwise(levels), start=1):
-        x0 = denoise(x, now)
-        if behind is not None:
-            weights = _unic_weights(last_h, pace) if i > 2 else (0.0, 0.5)
-            ahead = last_x0 + weights[0] * bend + weights[1] * (x0 - last_x0)
-            x = _exponential(behind[0], ahead, behind[1], now)
-        h = _lambda_step(now, nxt)
-        pace = h / last_h if 1 < i < count else 0.0  # 0 too where the last step came from alpha = 0
-        bend = pace * (x0 - last_x0) if pace else 0.0
-        behind, last_x0, last_h = (x, now), x0, h
-        x = _exponential(x, x0 + bend / 2, now, nxt)
-        yield x, x0
-
-
-def _unic_weights(h: float, pace: float) -> tuple[float, float]:
-    """The weights of the bend behind and of the change ahead (arXiv:2302.04867, Eq. 5 with r = -1 / pace, for x0)."""
-    change = math.expm1(-h)
-    first = -change / h - 1
-    b1, b2 = first / change, 2 * (-first / h - 1 / 2) / change
-    behind = (b1 - b2) * pace / (1 + pace)
-    return behind, b1 - behind
-
-
-def _along_the_line(x: Tensor, x0: Tensor, now: Level, nxt: Level) -> Tensor:
-    """To nxt with x0 and the noise that it implies held fixed."""
-    return nxt.alpha * x0 + nxt.sigma * ((x - now.alpha * x0) / now.sigma)
-
-
-def _exponential(x: Tensor, x0: Tensor, now: Level, nxt: Level) -> Tensor:
-    """The same step, written with h, as exponential integrators are (arXiv:2211.01095, Eq. 9)."""
-    return nxt.sigma / now.sigma * x - nxt.alpha * math.expm1(-_lambda_step(now, nxt)) * x0
-
-
-def _lambda_step(now: Level, nxt: Level) -> float:
-    """h, the step in lambda = log(alpha / sigma): infinite from pure noise and to clean data."""
-    return (log_snr(nxt) - log_snr(now)) / 2
-
-
-def _shrink(now: Level, nxt: Level) -> float:
-    """exp(-h): 0 from pure noise or to clean data, else below 1."""
-    return now.alpha * nxt.sigma / (nxt.alpha * now.sigma)
 
 
 SAMPLERS = {
-    "ddim": ddim,
-    "ddpm": ddpm,
-    "euler": euler,
-    "euler_a": euler_a,
-    "heun": heun,
-    "lms": lms,
-    "pndm": pndm,
-    "dpmpp_2m": dpmpp_2m,
-    "unipc": unipc,
+    sampler.__name__: sampler
+    for sampler in (ddim, ddpm, euler, euler_a, heun, edm, adaptive, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc)
 }
 
-ALIASES = {
-    "ancestral": "ddpm",
-    "dpmpp2m": "dpmpp_2m",
-    "dpm_pp_2m": "dpmpp_2m",
-    "dpm_solverpp": "dpmpp_2m",
-    "euler_ancestral": "euler_a",
-    "plms": "pndm",
-    "uni_pc": "unipc",
-}
+ALIASES = {"ancestral": "ddpm", "dpmpp2m": "dpmpp_2m", "dpm_pp_2m": "dpmpp_2m", "dpm_pp_2m_sde": "dpmpp_2m_sde",
+           "dpm_pp_sde": "dpmpp_sde", "euler_ancestral": "euler_a", "plms": "pndm", "uni_pc": "unipc"}
 
 
 def sampler_name(name: str) -> str:
@@ -321,24 +214,3 @@ def final(steps: Steps) -> Tensor:
     if x is None:
         raise ValueError("the sampler took no step: pass at least two levels, as grid(process, steps) gives")
     return x
-
-
-def make_generators(seeds: Iterable[int]) -> list[Generator]:
-    """One CPU generator per image: the same noise on every device, and at every batch size."""
-    return [Generator().manual_seed(int(seed)) for seed in seeds]
-
-
-def initial_noise(shape: Sequence[int], generators: Sequence[Generator]) -> Tensor:
-    """Standard normal noise [b, *shape], float32 on the CPU, image i from generators[i] alone.
-
-    Each image is drawn on its own: one draw for the whole batch would give image i a noise that depends on b.
-    """
-    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
-
-
-def randn_like(x: Tensor, generators: Generators) -> Tensor:
-    """Noise like x [b, ...], image i from generators[i]; drawn as in `initial_noise`, then moved and cast."""
-    if generators is None or len(generators) != len(x):
-        count = "none" if generators is None else len(generators)
-        raise ValueError(f"{len(x)} images need {len(x)} generators, got {count}: use make_generators(seeds)")
-    return initial_noise(x.shape[1:], generators).to(x)

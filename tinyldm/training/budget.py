@@ -43,7 +43,8 @@ def meta_networks(config: Config) -> Networks:
     vae = VAEConfig() if config.vae_weights else build(VAEConfig, config.vae, "--vae")
     text = (CLIPTextConfig(activation="gelu") if config.text_weights
             else build(CLIPTextConfig, config.text | {"vocab_size": config.vocab_size}, "--text"))
-    channels = dict(in_channels=vae.latent_channels, out_channels=vae.latent_channels, context_dim=text.width)
+    channels = dict(in_channels=vae.latent_channels, out_channels=vae.latent_channels * (1 + config.learned_variance),
+                    context_dim=text.width)
     with torch.device("meta"):
         net = (DiT(build(DiTConfig, config.dit | channels, "--dit")) if config.network == "dit"
                else UNet(build(UNetConfig, config.unet | channels, "--unet")))

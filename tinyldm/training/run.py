@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,15 +71,10 @@ def generator(*seed: int) -> torch.Generator:
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a folder under another name, then put it in place: it is there whole or not at all."""
-    torso = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(torso, ignore_errors=True)
-    try:
-        fill(torso)
-    except BaseException:
-        shutil.rmtree(torso, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(torso, folder)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as torso:      # nobody else's name
+        fill(Path(torso) / folder.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(Path(torso) / folder.name, folder)
 
 
 def write_picture(file: Path, image: np.ndarray) -> None:

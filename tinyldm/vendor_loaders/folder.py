@@ -24,8 +24,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from tinyldm.tokenizer import Tokenizer
@@ -33,7 +31,7 @@ from tinyldm.vendor_loaders import scheduler as schedulers
 from tinyldm.vendor_loaders import unet as unets
 from tinyldm.vendor_loaders.kinds import KINDS, NON_EMA, OWN_DIT, VAE, Kind, StateDict, first_layout
 from tinyldm.vendor_loaders.rename import export_renamed
-from tinyldm.vendor_loaders.weights import INCOMPLETE
+from tinyldm.vendor_loaders.weights import INCOMPLETE, write_weights
 
 Part = nn.Module | tuple[nn.Module, StateDict] | str | Path     # a module, one with other weights, a written folder
 
@@ -96,10 +94,7 @@ def save_weights(file: str | Path, module: nn.Module, state_dict: StateDict | No
                          f"for example). Pass the raw module's, not a compiled or wrapped one's")
     file = Path(file)
     file.unlink(missing_ok=True)        # other folders may be linked to the old contents
-    try:    # the note: published files carry it, and transformers 4 refused files that do not
-        save_file(export_renamed(tensors, first_layout(module).rules(module.config)), file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {file}: {error}") from error
+    write_weights(file, export_renamed(tensors, first_layout(module).rules(module.config)))
 
 
 def weights_name(kind: Kind, variant: str | None) -> str:
@@ -148,9 +143,12 @@ def read_json(file: Path, fix: str) -> dict:
     if not file.exists():
         raise ValueError(f"{file} does not exist: {fix}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): {INCOMPLETE}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged (it holds no {{...}}): {INCOMPLETE}")
+    return content
 
 
 def _link(source: Path, target: Path) -> None:

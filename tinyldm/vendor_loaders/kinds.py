@@ -43,7 +43,7 @@ def _dit_to_config(config: DiTConfig) -> dict:
 
 def _dit_from_config(config: dict) -> DiTConfig:
     if config.get("_class_name") != OWN_DIT:
-        raise ValueError(f"config.json describes a {config.get('_class_name')}: of transformers only {OWN_DIT} can be read")
+        raise ValueError(f"config.json describes a {config.get('_class_name')}: the only network read from transformer/ is {OWN_DIT}")
     fields = {name: value for name, value in config.items() if not name.startswith("_")}
     if unknown := fields.keys() - asdict(DiTConfig()).keys():
         raise ValueError(f"{OWN_DIT} config has unknown fields ({', '.join(sorted(unknown))}): is it of a newer version?")

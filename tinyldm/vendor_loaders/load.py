@@ -8,8 +8,6 @@ are told apart by the names of the tensors. Weights go straight from the mapped 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,14 @@ from tinyldm.models.taesd import TAESD
 from tinyldm.models.unet import UNet
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.tokenizer import Tokenizer
-from tinyldm.vendor_loaders import clip, hub, taesd
+from tinyldm.vendor_loaders import clip, hub, needed, taesd
 from tinyldm.vendor_loaders import scheduler as schedulers
 from tinyldm.vendor_loaders.folder import OWN_PIPELINE, PIPELINE, read_json, weights_name
 from tinyldm.vendor_loaders.kinds import KINDS, NON_EMA, VAE
 from tinyldm.vendor_loaders.rename import Layout, apply, load_renamed, recognise
-from tinyldm.vendor_loaders.weights import INCOMPLETE, PICKLES, Weights, choose, find_weights, open_weights
+from tinyldm.vendor_loaders.weights import INCOMPLETE, PICKLES, Weights, find_weights, named, open_weights
 
 FILES = (".safetensors", *PICKLES)
-CONFIGS = ("config.json", "open_clip_config.json")
 SDXL_SCALING = 0.13025                  # its VAE has Stable Diffusion 1's shape; only the checkpoint around it tells
 
 
@@ -64,13 +61,18 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     The VAE stays in float32 where dtype is float16, in which it can overflow. ValueError, with what to do, for a
     source that is missing, incomplete, damaged or of another architecture.
     """
-    path = hub.locate(source, lambda names: _needed_of_model(names, variant))
+    path = hub.locate(source, needed.of_index)              # of a hub repository first only what says what it is
     if path.is_file():
+        if variant or not ema:
+            raise ValueError(f"{path} is one file, with one set of weights: leave out {'--variant' if variant else '--no-ema'}")
         from tinyldm.vendor_loaders.single_file import load_checkpoint
         return load_checkpoint(path, device, dtype, tokenizer, prediction)
     index = read_json(path / "model_index.json", "not a model folder: pass one that holds model_index.json")
     if index.get("_class_name") not in (PIPELINE, OWN_PIPELINE):
-        raise ValueError(f"{path} holds a {index.get('_class_name')}: only {PIPELINE} and {OWN_PIPELINE} can be read")
+        raise ValueError(f"{source} holds a {index.get('_class_name')}: only {PIPELINE} and {OWN_PIPELINE} can be read")
+    path = hub.locate(source, lambda names: needed.of_model(names, variant))
+    if variant and not any(find_weights(path / kind.folder, kind.stem, variant) for kind in KINDS.values()):
+        raise ValueError(f"{source} has no weights of variant '{variant}': leave it out for full precision")
     network = DiT if "transformer" in index else UNet
     wanted = variant if ema else NON_EMA
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -82,7 +84,8 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     config = read_json(path / "scheduler" / "scheduler_config.json", INCOMPLETE)
     if prediction:
         config |= {"prediction_type": schedulers.PREDICTION_TYPES[prediction]}
-    learned = schedulers.from_config(config)
+    with named(path / "scheduler"):
+        learned = schedulers.from_config(config)
     defaults = path / "tinyldm.json"
     return Model(net, vae, text, Tokenizer.load(path / "tokenizer") if tokenizer is None else load_tokenizer(tokenizer),
                  *learned, config, read_json(defaults, INCOMPLETE) if defaults.exists() else {})
@@ -96,7 +99,7 @@ def load_vae(source: str | Path, device: str | torch.device = "cpu", dtype: torc
         return _load_vae_file(path, device, dtype)
     path = path / "vae" if (path / "vae").is_dir() else path
     if not (path / "config.json").exists() and (weights := _taesd_halves(path)):
-        with _named(path):
+        with named(path):
             return build_network(TAESD, taesd.LAYOUTS["original"].config_of(weights.shapes), weights, device, dtype)
     return _load_part(path, (AutoencoderKL, TAESD), device, dtype)
 
@@ -104,6 +107,8 @@ def load_vae(source: str | Path, device: str | torch.device = "cpu", dtype: torc
 def load_text(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> CLIPText:
     """A CLIP text encoder from its part folder, the model folder around it, or a hub id of either."""
     path = locate_part(source, CLIPText)
+    if path.is_file():
+        raise ValueError(f"{path} is a file: a text encoder is read from its folder, a model folder, or a hub id of either")
     path = path / "text_encoder" if (path / "text_encoder").is_dir() else path
     return _load_part(path, (CLIPText,), device, dtype, origin=hub.hub_id(source))
 
@@ -111,7 +116,7 @@ def load_text(source: str | Path, device: str | torch.device = "cpu", dtype: tor
 def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tokenizer:
     """A CLIP tokenizer from its folder, the model folder around it, a vocabulary file or a hub id. Padding is its
     publisher's where that is known (clip.SOURCES), else what its folder says."""
-    path = hub.locate(source, _needed_of_tokenizer)
+    path = hub.locate(source, needed.of_tokenizer)
     path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     origin = hub.hub_id(source) or (_origin(path.parent) if path.is_file() else _origin(path))
     known = clip.known_source(origin)
@@ -120,12 +125,12 @@ def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tok
 
 def locate_part(source: str | Path, network: type[nn.Module]) -> Path:
     """The local path of a network's source; from the hub its config and weights are downloaded, if they are not yet."""
-    return hub.locate(source, lambda names: _needed_of_part(names, network))
+    return hub.locate(source, lambda names: needed.of_part(names, network))
 
 
 def load_weights(module: nn.Module, file: str | Path) -> None:
     """Read one weights file, in any published layout, into module; strict. On the meta device it comes to the CPU."""
-    with _named(Path(file)):
+    with named(Path(file)):
         _fill(module, open_weights(file))
 
 
@@ -155,19 +160,19 @@ def _fill(module: nn.Module, weights: Weights, device: str | torch.device = "cpu
 def _load_part(path: Path, networks: tuple[type[nn.Module], ...], device: str | torch.device, dtype: torch.dtype,
                variant: str | None = None, must: bool = False, origin: str | None = None) -> Any:
     """must: a missing variant is an error rather than a reason to take the usual file."""
-    file = next((path / name for name in CONFIGS if (path / name).exists()), path / CONFIGS[0])
+    file = next((path / name for name in needed.CONFIGS if (path / name).exists()), path / needed.CONFIGS[0])
     config = read_json(file, INCOMPLETE)
     network = next((n for n in networks if config.get("_class_name") in KINDS[n].classes), networks[0])
     kind = KINDS[network]
-    with _named(path):
+    with named(path):
         config = kind.from_config(config | ({"_name_or_path": origin} if origin else {}))
     weights = find_weights(path, kind.stem, variant)
     if variant and weights is None:
         if must:
-            raise ValueError(f"{path} has no raw weights ({weights_name(kind, variant)}): load the averaged ones (ema=True)")
+            raise ValueError(f"{path} has no raw weights ({weights_name(kind, variant)}): leave out --no-ema (ema=True) for the averaged ones")
         weights = find_weights(path, kind.stem)
     weights = weights or path / weights_name(kind, None)         # the error names what is expected
-    with _named(weights):
+    with named(weights):
         return build_network(network, config, open_weights(weights), device, dtype)
 
 
@@ -187,7 +192,7 @@ def _taesd_halves(folder: Path) -> Weights | None:
 
 def _load_vae_file(file: Path, device: str | torch.device, dtype: torch.dtype) -> VAE:
     weights, beside = open_weights(file), file.parent / "config.json"
-    with _named(file):
+    with named(file):
         network, layout, own = _recognise_vae(weights)
         if layout.infer is None or beside.exists():
             config = KINDS[network].from_config(read_json(beside, "a VAE in this layout needs its config.json beside it"))
@@ -207,47 +212,7 @@ def _recognise_vae(weights: Weights) -> tuple[type[nn.Module], Layout, Weights]:
     raise AssertionError("unreachable")
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors inside say which file or folder they are about."""
-    try:
-        yield
-    except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
-
-
 def _origin(folder: Path) -> str | None:
     """The hub id that a config of the folder says it came from."""
     file = folder / "config.json"
     return read_json(file, INCOMPLETE).get("_name_or_path") if file.exists() else None
-
-
-# ---- which files of a hub repository are needed
-
-
-def _needed_of_part(names: set[str], network: type[nn.Module], variant: str | None = None) -> list[str]:
-    """A part's config and weights, from its folder in a model's repository or from a repository of its own."""
-    kind = KINDS[network]
-    folder = f"{kind.folder}/" if f"{kind.folder}/config.json" in names else ""
-    inside = {name.removeprefix(folder) for name in names if name.startswith(folder)}
-    weights = choose(inside, kind.stem, variant) or choose(inside, kind.stem)
-    if weights is None:
-        return []
-    shards = [name for name in inside if weights.endswith(".json") and re.search(r"-\d+-of-\d+\b", name)
-              and name.startswith(weights.partition(".")[0])]
-    return [folder + name for name in (*(set(CONFIGS) & inside), weights, *shards)]
-
-
-def _needed_of_model(names: set[str], variant: str | None) -> list[str]:
-    if "model_index.json" not in names:
-        return []
-    networks = (UNet if "unet/config.json" in names else DiT, AutoencoderKL, CLIPText)
-    parts = [_needed_of_part(names, network, variant) for network in networks]
-    return ["model_index.json", *(names & {"tinyldm.json", "scheduler/scheduler_config.json"}), *_needed_of_tokenizer(names),
-            *(name for part in parts for name in part)]
-
-
-def _needed_of_tokenizer(names: set[str]) -> list[str]:
-    wanted = {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
-    folder = "tokenizer/" if "tokenizer/tokenizer_config.json" in names else ""
-    return sorted(names & {folder + name for name in wanted})

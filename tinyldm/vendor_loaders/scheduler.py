@@ -13,30 +13,30 @@ draw what that scheduler draws, or what another one made from the same config wo
 at clean data.
 
     network  process                        prediction  sampler      written as
-    any      scaled_linear, linear, cosine  eps, x0, v  all          its class in PUBLISHED, or its stand-in's
+    any      any table (also betas)         eps, x0, v  all          its class in PUBLISHED, or its stand-in's
     U-Net    flow                           flow        unipc        UniPCMultistepScheduler
     U-Net    flow                           flow        ddim, euler  DPMSolverMultistepScheduler, order 1
     U-Net    flow                           flow        others       DPMSolverMultistepScheduler, order 2
     DiT      flow                           flow        all          FlowMatchEulerDiscreteScheduler
     any      everything else                            all          TinyLDMScheduler
 
-The last row is for pairs that no scheduler of diffusers computes correctly: such a folder is for tinyldm alone.
+The last row is for pairs that no scheduler of diffusers computes correctly, for continuous processes, and for networks
+that learn their variance: such a folder is for tinyldm alone.
 StableDiffusionPipeline does not run FlowMatchEulerDiscreteScheduler, hence the rows for a flow U-Net.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tinyldm.diffusion.grids import SCHEDULES
+from tinyldm.diffusion.grids import find_schedule
 from tinyldm.diffusion.prediction import PREDICTIONS
 from tinyldm.diffusion.process import PROCESSES, Process, make_process
-from tinyldm.diffusion.samplers import SAMPLERS, sampler_name, signal
+from tinyldm.diffusion.samplers import SAMPLERS, sampler_name
 from tinyldm.lookup import lookup
+from tinyldm.vendor_loaders.scheduler_classes import BY_NOISE, FLOW_FIELDS, LIKE, PUBLISHED, SDE, WHY
 
 OWN = "TinyLDMScheduler"
 FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
@@ -67,90 +67,6 @@ class Sampling(NamedTuple):
     start_at_sigma: bool      # start from levels[0].sigma * eps instead of eps
 
 
-_NONE: Mapping[str, Any] = MappingProxyType({})
-
-
-class Published(NamedTuple):
-    """A scheduler class of diffusers: its habits, and its defaults where a config is silent."""
-
-    name: str
-    spacing: str                          # its default timestep_spacing
-    fields: Mapping[str, tuple] = _NONE   # its fields that change the picture: the values that can be drawn here
-    solver: Mapping[str, tuple] = _NONE   # those that make it another solver, likewise
-    writes: Mapping[str, Any] = _NONE     # what to_config adds, so that it draws as our sampler does
-    linspace: str = "linspace"            # its linspace, as a name in grids.SCHEDULES
-    drop_last: bool = False               # it spreads n + 1 times for leading and linspace
-    start_at_sigma: bool = False          # it starts from sigma * eps, except for leading
-    end: tuple[str, Any] = ("", True)     # the field that says where it ends, and its default
-    karras: str = ""                      # its Karras sigmas: "ends" of the spaced times, "rounded" times, "": none
-    unrounded: str = ""                   # a process with which even "rounded" does not round
-    sigma_ends: tuple = ()                # its fields that move the ends of the Karras sigmas
-    zero_snr: bool = True                 # whether it knows of zero terminal SNR
-    alpha_floor: float = 0.0              # what it then puts for alpha = 0
-    predictions: tuple = ("eps", "x0", "v")
-    options: Callable[[str], dict] = lambda prediction: {}  # our sampler's keyword arguments for this prediction
-    stand_in: str = ""                    # the sampler to write where this class cannot take the pair
-
-
-_SPECIAL = {"use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None)}
-_PIXELS = {"thresholding": (False,), "clip_sample": (False,)}
-_NOT_CLIPPED = {"thresholding": False, "clip_sample": False}
-_K = {"spacing": "linspace", "linspace": "linspace_unrounded", "start_at_sigma": True}  # what k-diffusion's four share
-_MULTI = {"spacing": "linspace", "drop_last": True, "end": ("final_sigmas_type", "zero"), "karras": "rounded",
-          "alpha_floor": 2.0**-12}  # and the two exponential multistep solvers
-
-PUBLISHED = {  # by our sampler
-    "ddim": Published("DDIMScheduler", "leading", _PIXELS, writes={"set_alpha_to_one": True, **_NOT_CLIPPED},
-                      end=("set_alpha_to_one", True)),
-    "ddpm": Published("DDPMScheduler", "leading",
-                      {**_PIXELS, "variance_type": ("fixed_small", "fixed_small_log", None)},
-                      writes={"variance_type": "fixed_small", **_NOT_CLIPPED}),
-    "euler": Published("EulerDiscreteScheduler", **_K, karras="ends", sigma_ends=("sigma_min", "sigma_max"),
-                       fields={**_SPECIAL, "final_sigmas_type": ("zero",), "interpolation_type": ("linear",),
-                               "timestep_type": ("discrete",)},
-                       alpha_floor=2.0**-12),
-    "euler_a": Published("EulerAncestralDiscreteScheduler", **_K, alpha_floor=2.0**-12, predictions=("eps", "v"),
-                         stand_in="ddpm"),
-    "heun": Published("HeunDiscreteScheduler", **_K, fields={**_SPECIAL, "clip_sample": (False,)}, karras="ends",
-                      writes={"clip_sample": False}, zero_snr=False, options=lambda prediction: {"scale": signal},
-                      stand_in="dpmpp_2m"),
-    "lms": Published("LMSDiscreteScheduler", **_K, fields=_SPECIAL, karras="ends", zero_snr=False,
-                     options=lambda prediction: {"scale": signal}, stand_in="dpmpp_2m"),
-    "pndm": Published("PNDMScheduler", "leading", solver={"skip_prk_steps": (True,)},
-                      writes={"set_alpha_to_one": True, "skip_prk_steps": True}, end=("set_alpha_to_one", False),
-                      zero_snr=False, predictions=("eps", "v"), stand_in="ddim",
-                      options=lambda prediction: {"along": "v"} if prediction == "v" else {}),
-    "dpmpp_2m": Published("DPMSolverMultistepScheduler", **_MULTI, unrounded="cosine",
-                          fields={**_SPECIAL, "thresholding": (False,), "use_lu_lambdas": (False, None),
-                                  "lambda_min_clipped": (-math.inf,)},
-                          solver={"algorithm_type": ("dpmsolver++", "deis"), "solver_order": (2, 1),
-                                  "solver_type": ("midpoint", "logrho", "bh1", "bh2")},
-                          writes={"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}),
-    "unipc": Published("UniPCMultistepScheduler", **_MULTI, sigma_ends=("sigma_min", "sigma_max"),
-                       fields={**_SPECIAL, "thresholding": (False,)},
-                       solver={"solver_order": (2,), "solver_type": ("bh2", "midpoint", "heun", "logrho"),
-                               "predict_x0": (True,), "lower_order_final": (True,), "disable_corrector": ([],),
-                               "solver_p": (None,)},
-                       writes={"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}),
-}
-
-FLOW_FIELDS = {"final_sigmas_type": ("zero",), "num_train_timesteps": (1000,)} | dict.fromkeys(
-    ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_dynamic_shifting",
-     "shift_terminal", "invert_sigmas", "stochastic_sampling", "thresholding"), (False, None))
-
-WHY = {  # fields that are refused, and why; those without a line here are of solvers
-    "thresholding": "x0 is clamped for pixels, latents have no range",
-    "clip_sample": "x0 is clamped for pixels, latents have no range",
-    "variance_type": "ddpm here adds the posterior's variance, fixed_small",
-    "final_sigmas_type": "this sampler ends at clean data here",
-    "timestep_type": "the network is told t here, not log(sigma)",
-    "num_train_timesteps": "the network of a flow is told 1000 t here",
-    "stochastic_sampling": "a flow is walked without fresh noise here",
-} | dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_karras_sigmas",
-                   "lambda_min_clipped", "interpolation_type", "shift_terminal", "invert_sigmas"),
-                  "there is no such schedule here")
-
-
 # ---- how to sample
 
 
@@ -160,21 +76,23 @@ def sampling(config: dict, sampler: str | None = None, schedule: str | None = No
     sampler   None: the config's own class decides. A name in SAMPLERS: as that sampler's class of diffusers, made
               `from_config`: the config's fields where it has them, else that class's defaults. What makes a scheduler
               another solver (order, variant) stays behind: it is part of the name.
-    schedule  None or "normal": as the config says. Another name in SCHEDULES takes the place of its spacing.
+    schedule  None or "normal": as the config says. Another name in SCHEDULES, or a list of times, takes the place of its
+              spacing.
 
     ValueError for unknown names, and for fields that change the picture in a way that cannot be expressed here.
     """
     learned = read_schedule(config)
     name = sampler_name(sampler) if sampler is not None else _solver(config)
     first_order = sampler is None and name == "dpmpp_2m" and config.get("solver_order", 2) == 1
-    lookup(SCHEDULES, schedule or "normal", "schedule")
+    find_schedule(schedule or "normal")
     schedule = None if schedule == "normal" else schedule
     if config.get("_class_name") == OWN:
-        return Sampling(name, {}, schedule or "normal", {}, False)
+        own = "karras" if learned.name == "edm" else "normal"
+        return Sampling(name, {}, schedule or own, {}, learned.name in ("ve", "edm"))
     if learned.name == "flow":
         found = _flow_sampling(config, name, schedule)
     else:
-        _refuse_others(config, PUBLISHED[name].fields)
+        _refuse_others(config, PUBLISHED[LIKE.get(name, name)].fields)
         found = _table_sampling(config, learned, name, schedule)
     return found._replace(sampler="ddim") if first_order else found
 
@@ -186,10 +104,13 @@ def _solver(config: dict) -> str:
     if kind not in own:
         raise ValueError(f"the scheduler {kind} has no counterpart here: name a sampler ({', '.join(SAMPLERS)})")
     solver = PUBLISHED[own[kind]].solver if kind not in (OWN, FLOW_MATCH) else {}
+    sde = own[kind] == "dpmpp_2m" and SDE.items() <= config.items()
+    if sde:
+        solver = solver | {"algorithm_type": (SDE["algorithm_type"],), "solver_order": (2,)}
     if config.get("final_sigmas_type") == "sigma_min":  # from there on these two decide about the last step
         solver = solver | {"lower_order_final": (True,), "euler_at_final": (False,)}
     _refuse_others(config, solver)
-    return own[kind]
+    return "dpmpp_2m_sde" if sde else own[kind]
 
 
 def _refuse_others(config: dict, fields: Mapping[str, tuple]) -> None:
@@ -213,19 +134,19 @@ def _flow_sampling(config: dict, name: str, schedule: str | None) -> Sampling:
 
 
 def _table_sampling(config: dict, learned: Schedule, name: str, schedule: str | None) -> Sampling:
-    published, zero_snr = PUBLISHED[name], bool(config.get("rescale_betas_zero_snr"))
+    published, zero_snr = PUBLISHED[LIKE.get(name, name)], bool(config.get("rescale_betas_zero_snr"))
     spacings = {"leading": "leading", "trailing": "trailing", "linspace": published.linspace}
     spacing = schedule if schedule in spacings else config.get("timestep_spacing", published.spacing)
     spaced = lookup(spacings, spacing, "timestep_spacing")
     offset = {"offset": config.get("steps_offset", 0)} if spacing == "leading" else {}
-    if schedule is None and published.karras and config.get("use_karras_sigmas"):
-        schedule = "karras"
+    if schedule is None and published.karras:
+        schedule = next((ours for field, ours in BY_NOISE.items() if config.get(field)), None)
     grid: dict[str, Any] = {}
-    if schedule == "karras":
+    if schedule in BY_NOISE.values():
         grid = {field: config[field] for field in published.sigma_ends if config.get(field) is not None}
         if published.linspace == "linspace_unrounded":
             grid |= {"ends": spaced, **offset}
-        elif published.karras == "rounded" and learned.name != published.unrounded:
+        elif schedule == "karras" and published.karras == "rounded" and learned.name != published.unrounded:
             grid |= {"rounded": True}
     elif schedule in (None, *spacings):
         schedule = spaced
@@ -236,7 +157,8 @@ def _table_sampling(config: dict, learned: Schedule, name: str, schedule: str | 
     if zero_snr and published.alpha_floor:
         grid["alpha_floor"] = published.alpha_floor
     # A class that knows nothing of zero terminal SNR has no pictures to draw: there our own coordinate, finite at 0.
-    options = {} if zero_snr and not published.zero_snr else published.options(learned.prediction)
+    own = name in PUBLISHED and (published.zero_snr or not zero_snr)
+    options = published.options(learned.prediction) if own else {}
     return Sampling(name, options, schedule, grid, published.start_at_sigma and spacing != "leading")
 
 
@@ -268,9 +190,12 @@ def read_schedule(config: dict) -> Schedule:
                          f"prediction_type {PREDICTION_TYPES[prediction]!r}: diffusers computes no such pair")
     if prediction == "flow":
         return Schedule("flow", {"shift": config.get("flow_shift", 1.0)}, "flow")
-    if config.get("trained_betas"):
-        raise ValueError(f"the scheduler has trained_betas={config['trained_betas']!r}: this curve cannot be "
-                         "expressed here")
+    if betas := config.get("trained_betas"):
+        if len(betas) != config.get("num_train_timesteps", 1000):
+            raise ValueError(f"the scheduler has {len(betas)} trained_betas for {config.get('num_train_timesteps', 1000)} "
+                             "num_train_timesteps: they must be as many")
+        rescaled = {"zero_snr": True} if config.get("rescale_betas_zero_snr") else {}
+        return Schedule("betas", {"betas": list(betas), **rescaled}, prediction)
     names = {published: ours for ours, published in BETA_SCHEDULES.items()}
     name = lookup(names, config.get("beta_schedule", "linear"), "beta_schedule")
     options = {"steps": config.get("num_train_timesteps", 1000)}
@@ -290,7 +215,8 @@ HEUN_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 
 
 def to_config(
-    process_name: str, options: dict[str, Any], prediction: str, network: str, sampler: str | None = None
+    process_name: str, options: dict[str, Any], prediction: str, network: str, sampler: str | None = None,
+    learned_variance: bool = False,
 ) -> dict:
     """The scheduler_config.json of a network ("unet" or "dit") trained so, for diffusers to draw as `sampler` here.
 
@@ -300,7 +226,7 @@ def to_config(
     lookup({"unet": 0, "dit": 0}, network, "network")
     unknown = why_not_public(process_name, options, prediction)
     options = _defaults(process_name) | options
-    if unknown:
+    if unknown or learned_variance:
         return {"_class_name": OWN, "process": process_name, "options": options, "prediction": prediction}
     name = None if sampler is None else sampler_name(sampler)
     # steps_offset is without meaning for trailing times and for flow's; StableDiffusionPipeline insists on 1.
@@ -308,24 +234,33 @@ def to_config(
         if network == "dit":
             return {"_class_name": FLOW_MATCH, "num_train_timesteps": 1000, "shift": options["shift"]}
         published = PUBLISHED["unipc" if name == "unipc" else "dpmpp_2m"]
+        sde = SDE if name in ("dpmpp_2m_sde", "dpmpp_sde") else {}
         order = {"solver_order": 1} if name in ("ddim", "euler") else {}
         return {"_class_name": published.name, "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
-                "use_flow_sigmas": True, "flow_shift": options["shift"], **published.writes, **order, "steps_offset": 1}
-    published = PUBLISHED[name or "ddim"]
+                "use_flow_sigmas": True, "flow_shift": options["shift"], **published.writes, **sde, **order,
+                "steps_offset": 1}
+    published = PUBLISHED["dpmpp_2m" if name == "dpmpp_sde" else LIKE.get(name, name or "ddim")]
+    sde = SDE if name in ("dpmpp_2m_sde", "dpmpp_sde") else {}
     if prediction not in published.predictions or options["zero_snr"] and not published.zero_snr:
         published = PUBLISHED[published.stand_in]
-    betas = {name: options[name] for name in ("beta_start", "beta_end") if name in options}
+    betas = ({"trained_betas": list(options["betas"])} if process_name == "betas" else
+             {"beta_schedule": BETA_SCHEDULES[process_name]}
+             | {name: options[name] for name in ("beta_start", "beta_end") if name in options})
     rescale = {"rescale_betas_zero_snr": options["zero_snr"]} if published.zero_snr else {}
-    return {"_class_name": published.name, "num_train_timesteps": options["steps"],
-            "beta_schedule": BETA_SCHEDULES[process_name], **betas,
+    return {"_class_name": published.name, "num_train_timesteps": len(make_process(process_name, **options)), **betas,
             "prediction_type": PREDICTION_TYPES[prediction], "timestep_spacing": "trailing",
-            **published.writes, **rescale, "steps_offset": 1}
+            **published.writes, **sde, **rescale, "steps_offset": 1}
 
 
 def why_not_public(process_name: str, options: dict[str, Any], prediction: str) -> str | None:
     """Why no scheduler of diffusers computes this pair, for a person; None where one does."""
     make_process(process_name, **options)
     lookup(PREDICTIONS, prediction, "prediction")
+    if process_name in ("vp", "ve", "edm"):
+        return (f"StableDiffusionPipeline runs no scheduler of diffusers that has the continuous process '{process_name}': "
+                "train with a table (scaled_linear, linear, cosine, betas) or with flow")
+    if process_name == "betas" and not options.get("betas"):
+        return "without betas there is nothing to write: use process 'linear'"
     if process_name == "flow" and prediction != "flow":
         return (f"on flow times diffusers reads every answer as a flow velocity, never as {prediction}: "
                 "train with prediction 'flow'")

@@ -12,21 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.tokenizer import EOS, Tokenizer
-from tinyldm.vendor_loaders import clip, hub
+from tinyldm.vendor_loaders import clip, hub, needed
 from tinyldm.vendor_loaders import scheduler as schedulers
 from tinyldm.vendor_loaders import unet as unets
 from tinyldm.vendor_loaders import vae as vaes
-from tinyldm.vendor_loaders.load import Model, _named, _needed_of_tokenizer, build_network
+from tinyldm.vendor_loaders.load import Model, build_network
 from tinyldm.vendor_loaders.rename import export_renamed, recognise
-from tinyldm.vendor_loaders.weights import Weights, open_weights
+from tinyldm.vendor_loaders.weights import Weights, named, open_weights, write_weights
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 PREFIXES = {"net": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
@@ -53,7 +51,7 @@ def load_checkpoint(file: Path, device: str | torch.device, dtype: torch.dtype, 
     if not any(key.startswith(PREFIXES["net"]) for key in whole.shapes):
         raise ValueError(f"{file} holds no {PREFIXES['net']}*: it is no checkpoint of a whole Stable Diffusion")
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
-    with _named(file):
+    with named(file):
         layout, own = recognise(_below(whole, PREFIXES["net"]), {"CompVis": unets.LAYOUTS["CompVis"]})
         config = layout.config_of(own.shapes)
         second = config.linear_projection
@@ -86,7 +84,7 @@ def _load_text(whole: Weights, device: str | torch.device, dtype: torch.dtype) -
 
 def _load_tokenizer(source: str | None, pad_token: str, context_length: int) -> Tokenizer:
     try:
-        path = hub.locate(source or TOKENIZER, _needed_of_tokenizer)
+        path = hub.locate(source or TOKENIZER, needed.of_tokenizer)
     except ValueError as error:
         raise ValueError(f"a single-file checkpoint holds no tokenizer: name CLIP's with --tokenizer, as a folder with "
                          f"vocab.json and merges.txt ({error})") from error
@@ -121,7 +119,4 @@ def save_checkpoint(file: str | Path, model: Model) -> None:
     """Write the model as one file. ValueError where it is no Stable Diffusion 1; OSError where it cannot be written."""
     if reason := why_not_one_file(model):
         raise ValueError(reason)
-    try:
-        save_file(checkpoint_tensors(model), file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {file}: {error}") from error
+    write_weights(Path(file), checkpoint_tensors(model))

@@ -9,13 +9,16 @@ which runs no code from the file.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 INCOMPLETE = "copy or download it again, or export it anew"
@@ -58,6 +61,30 @@ class Weights:
             yield from other.stream()
 
         return Weights({**self.shapes, **other.shapes}, stream, {**self.facts, **other.facts})
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Errors inside say which file or folder they are about; a config's value of a wrong type or size is one of them."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+    except (TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{path}: its config holds a value that makes no network ({_first_line(error)}): {INCOMPLETE}") from error
+
+
+def write_weights(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, readable as other new files are. OSError where it cannot be written."""
+    try:    # the note: published files carry it, and transformers 4 refused files that do not
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error}") from error
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)                   # safetensors lets nobody but the owner read it
 
 
 def open_weights(file: str | Path) -> Weights:
