@@ -71,8 +71,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.from_file:
         try:
             lines = Path(args.from_file).read_text("utf-8").splitlines()
-        except OSError as error:
-            fail(f"--from-file {args.from_file}: {error.strerror}")
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"--from-file {args.from_file}: {getattr(error, 'strerror', None) or 'it is not text in UTF-8'}")
         args.prompt += [line.strip() for line in lines if line.strip()]
     check(args)
     if args.seed == -1:
@@ -88,6 +88,8 @@ def check(args: argparse.Namespace) -> None:
     for name, least in (("num_images", 1), ("batch_size", 1), ("seed", -1), ("width", 0), ("height", 0)):
         if getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    if args.cfg is not None and not abs(args.cfg) < 1000:
+        fail(f"--cfg {args.cfg} is not a guidance scale: 1 is none, 7.5 is usual")
     if args.seed >= 2**62:
         fail(f"--seed {args.seed} must be below 2^62")
     if args.eta is not None and not 0 <= args.eta <= 1:

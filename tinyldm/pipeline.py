@@ -25,6 +25,7 @@ from tinyldm.models.unet import UNet
 from tinyldm.prompts import plain, token_weights
 from tinyldm.training import checkpoint
 from tinyldm.vendor_loaders import hub
+from tinyldm.vendor_loaders.folder import read_json
 from tinyldm.vendor_loaders.load import FILES, VAE, Model
 from tinyldm.vendor_loaders.scheduler import Sampling, sampling
 
@@ -52,9 +53,12 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
     if (folder / "model" / "model_index.json").exists():
         return folder / "model"
     trained = [last for last in checkpoint.names(folder) if (last / "model").is_dir()]
+    if not trained and (folder / "config.json").exists():
+        config = read_json(folder / "config.json", "name a run or a model folder")
+        raise ValueError(f"{folder} has no checkpoint of its network yet: train on with --resume auto" if "preset" in config
+                         else f"{folder} is one part of a model: name the folder around it")
     if not trained:
-        what = "has no checkpoint of its network yet" if (folder / "config.json").exists() else "is neither a run nor a model folder"
-        raise ValueError(f"{folder} {what}: name a folder that train.py wrote")
+        raise ValueError(f"{folder} is neither a run, a model folder nor a checkpoint file ({', '.join(FILES)})")
     return trained[-1] / "model"
 
 

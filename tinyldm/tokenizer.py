@@ -98,12 +98,13 @@ class Tokenizer:
         elif path.is_dir() and (path / "vocab.json").exists() and (path / "merges.txt").exists():
             vocab = _read_json(path / "vocab.json")
             merges = _parse_merges((path / "merges.txt").read_text(encoding="utf-8"))
-        elif openai.exists():
+        elif openai.exists() and openai.suffix == ".gz":
             symbols = _symbols()
             merges = _parse_merges(gzip.decompress(openai.read_bytes()).decode())[: OPENAI_VOCAB - len(symbols) - 2]
             vocab = {symbol: i for i, symbol in enumerate([*symbols, *map("".join, merges), BOS, EOS])}
         else:
-            raise FileNotFoundError(f"{path} needs tokenizer.json, or vocab.json and merges.txt, or {OPENAI_FILE}")
+            raise FileNotFoundError(f"{path} holds no tokenizer: name a folder with tokenizer.json, or vocab.json and merges.txt, "
+                                    f"or {OPENAI_FILE}")
         config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
         published = config.get("pad_token") or EOS       # a name, or its description
         pad_token = pad_token or (published["content"] if isinstance(published, dict) else published)

@@ -171,6 +171,9 @@ def test_shards_are_downloaded_with_their_index(server):
     files[f"{stem}.safetensors.index.json"] = json.dumps(
         {"weight_map": {"conv_in.weight": "diffusion_pytorch_model-00001-of-00001.safetensors"}}).encode()
     files[f"{stem}-00001-of-00001.safetensors"] = whole
+    for other in ("-00001-of-00001.bin", "-00001-of-00002.safetensors.part", ".fp16-00001-of-00001.safetensors",
+                  "-00001-of-00001.fp16.safetensors"):
+        files[stem + other] = whole                                                      # of other indices
     load_model(ID)
     assert set(server.fetched) == NEEDED - {f"{stem}.safetensors"} | {
         f"{stem}.safetensors.index.json", f"{stem}-00001-of-00001.safetensors"}
@@ -303,3 +306,11 @@ def test_padding_is_the_publisher_s_where_that_is_known(server, folder):
     server.repos["laion/CLIP-ViT-H-14"] = server.repos["someone/tokens"] = repository(files)
     assert load_tokenizer("laion/CLIP-ViT-H-14").pad_token == "!" == clip.SOURCES[r"laion/CLIP-ViT-.*"].pad_token
     assert load_tokenizer("someone/tokens").pad_token == load_tokenizer(folder).pad_token != "!"
+
+
+def test_of_another_pipeline_only_the_index_is_downloaded(server):
+    files = next(iter(server.repos[ID].commits.values()))
+    files["model_index.json"] = json.dumps({"_class_name": "StableDiffusionXLPipeline"}).encode()
+    with pytest.raises(ValueError, match="holds a StableDiffusionXLPipeline"):
+        load_model(ID)
+    assert server.fetched == ["model_index.json"]

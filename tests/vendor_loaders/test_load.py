@@ -233,3 +233,23 @@ def test_nothing_of_a_network_is_changed_by_weights_that_do_not_fit(published, t
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     other = CLIPText(replace(CLIPTextConfig(), vocab_size=9, width=8, layers=1, heads=1, mlp_width=8, context_length=4))
     assert "none of the layouts" in refusal(load_weights, other, folder / UNET_FILE)
+
+
+@pytest.mark.parametrize("file, change", [
+    ("model_index.json", []), ("unet/config.json", []), ("unet/config.json", {"attention_head_dim": 0}),
+    ("unet/config.json", {"block_out_channels": None}), ("unet/config.json", {"block_out_channels": [10**9, 10**9]}),
+    ("vae/config.json", {"layers_per_block": "two"}), ("vae/config.json", {"block_out_channels": []}),
+    ("text_encoder/config.json", {"num_attention_heads": 0}), ("text_encoder/config.json", {"hidden_size": "wide"}),
+    ("scheduler/scheduler_config.json", {"beta_start": "x"}), ("scheduler/scheduler_config.json", 5),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}),
+    ("tokenizer/tokenizer.json", {"model": None}), ("tokenizer/tokenizer_config.json", [])])
+def test_a_config_with_values_that_make_no_model_is_named_in_one_line(published, tmp_path, file, change):
+    path = published.write(0, tmp_path / "model") / file
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | change if isinstance(change, dict) else change))
+    assert str(path.parent) in refusal(load_model, tmp_path / "model")
+
+
+def test_a_variant_that_no_part_has_is_refused(published, tmp_path):
+    assert "variant 'fp61'" in refusal(load_model, published.write(0, tmp_path / "model"), variant="fp61")

@@ -87,8 +87,9 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     with named(path / "scheduler"):
         learned = schedulers.from_config(config)
     defaults = path / "tinyldm.json"
-    return Model(net, vae, text, Tokenizer.load(path / "tokenizer") if tokenizer is None else load_tokenizer(tokenizer),
-                 *learned, config, read_json(defaults, INCOMPLETE) if defaults.exists() else {})
+    with named(path / "tokenizer"):
+        words = Tokenizer.load(path / "tokenizer") if tokenizer is None else load_tokenizer(tokenizer)
+    return Model(net, vae, text, words, *learned, config, read_json(defaults, INCOMPLETE) if defaults.exists() else {})
 
 
 def load_vae(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
@@ -120,7 +121,8 @@ def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tok
     path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     origin = hub.hub_id(source) or (_origin(path.parent) if path.is_file() else _origin(path))
     known = clip.known_source(origin)
-    return Tokenizer.load(path, context_length, known.pad_token if known else None)
+    with named(path):
+        return Tokenizer.load(path, context_length, known.pad_token if known else None)
 
 
 def locate_part(source: str | Path, network: type[nn.Module]) -> Path:

@@ -199,6 +199,8 @@ def read_schedule(config: dict) -> Schedule:
     names = {published: ours for ours, published in BETA_SCHEDULES.items()}
     name = lookup(names, config.get("beta_schedule", "linear"), "beta_schedule")
     options = {"steps": config.get("num_train_timesteps", 1000)}
+    if not 1 < options["steps"] <= 100_000:
+        raise ValueError(f"the scheduler has num_train_timesteps={options['steps']}: use 2 to 100000, 1000 is usual")
     if name != "cosine":
         usual = HEUN_BETAS if config.get("_class_name") == PUBLISHED["heun"].name else USUAL_BETAS
         options |= {field: config.get(field, value) for field, value in usual.items()}

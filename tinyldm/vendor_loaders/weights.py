@@ -70,7 +70,7 @@ def named(path: str | Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
-    except (TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError) as error:
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{path}: its config holds a value that makes no network ({_first_line(error)}): {INCOMPLETE}") from error
