@@ -276,7 +276,7 @@ def test_pictures_carry_their_settings(run, tmp_path):
     (["a fox", "--model", "RUN", "--init-image", "NOWHERE"], "No such file"),
     (["a fox", "--model", "RUN", "--revision", "main"], "for a hub id"),
     (["a fox", "--stepz", "3"], "did you mean '--steps'"),
-    (["a fox", "--model", "RUN", "--schedule", "karras"], "needs a discrete table"),
+    (["a fox", "--model", "RUN", "--schedule", "karas"], "did you mean 'karras'"),
     (["a fox", "--model", "RUN", "--num-images", "0"], "at least 1"),
     (["a fox", "--model", "RUN", "--eta", "0.5"], "--sampler ddim"),
     (["a fox", "--model", "RUN", "--dtype", "fp8"], "unknown --dtype"),

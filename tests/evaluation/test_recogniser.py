@@ -256,7 +256,7 @@ def test_help_and_mistakes_do_not_wait_for_torch():
 
 
 def test_a_folder_without_a_model_and_a_model_of_other_data_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="neither a run nor a model folder"):
+    with pytest.raises(ValueError, match="neither a run, a model folder nor"):
         evaluate.find_model(str(tmp_path))
     model = evaluate.Model(*[None] * 7, defaults={"data": "photos/"})
     with pytest.raises(ValueError, match="photos/.*--data toyworld"):
