@@ -13,28 +13,25 @@ import torch
 from PIL import Image
 
 import sample
-from helpers import randomise
+from helpers import PROMPT, randomise, small_text
 from tinyldm import pipeline
-from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
+from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pipeline import Canvas, decode, draw, encode, settings, to_bytes, to_pixels
-from tinyldm.tokenizer import Tokenizer
 from tinyldm.vendor_loaders.folder import save_model, save_vae
 from tinyldm.vendor_loaders.load import Model, load_model
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, from_config, to_config
 
 ROOT = Path(__file__).parent.parent
-PROMPT, SEED = "a red square on the left of a blue circle", 3
+SEED = 3
 STOCHASTIC = ("ddpm", "euler_a")
 
 
 @pytest.fixture(scope="module")
 def parts():
-    tokenizer = Tokenizer.train([PROMPT, "a small green triangle"] * 3, vocab_size=600, context_length=16)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = CLIPTextConfig(vocab_size=len(tokenizer), width=32, layers=2, heads=2, mlp_width=64, context_length=16, **ids)
+    tokenizer, text = small_text()
     unet = UNetConfig(widths=(16, 32), depth=1, attention=(True, False), heads=(4, 4), context_dim=32, groups=8, sample_size=16)
     vae = randomise(AutoencoderKL(VAEConfig(widths=(16, 32), depth=1, groups=8, sample_size=32)), 3)
     c = vae.config.latent_channels

@@ -20,7 +20,7 @@ import transformers
 from PIL import Image
 from safetensors import safe_open
 
-from helpers import randomise
+from helpers import PROMPT, randomise, small_text
 from tinyldm import export
 from tinyldm.config import PRESETS, Config
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
@@ -28,7 +28,6 @@ from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pipeline import draw, find_model, settings
-from tinyldm.tokenizer import Tokenizer
 from tinyldm.training.budget import meta_networks
 from tinyldm.vendor_loaders import single_file
 from tinyldm.vendor_loaders.folder import save_model
@@ -39,16 +38,14 @@ from tinyldm.vendor_loaders.scheduler import PUBLISHED, from_config, to_config
 from tinyldm.vendor_loaders.single_file import SD1, why_not_one_file
 
 ROOT = Path(__file__).parent.parent
-PROMPT, SEED = "a red square on the left of a blue circle", 3
+SEED = 3
 DEFAULTS = {"preset": "tiny", "data": "toyworld", "steps": 4, "cfg": 3.0, "sampler": "ddim", "step": 6}
 RUN = {"batch_size": 64, "optimizer": "muon", "lr": 0.004, "ema_decay": 0.995, "caption_dropout": 0.1, "seed": 0}
 
 
 @pytest.fixture(scope="module")
 def parts():
-    tokenizer = Tokenizer.train([PROMPT, "a small green triangle"] * 3, vocab_size=600, context_length=16)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = CLIPTextConfig(vocab_size=len(tokenizer), width=32, layers=2, heads=2, mlp_width=64, context_length=16, **ids)
+    tokenizer, text = small_text()
     unet = UNetConfig(widths=(16, 32), depth=1, attention=(True, False), heads=(4, 4), context_dim=32, groups=8, sample_size=16)
     vae = VAEConfig(widths=(16, 32), depth=1, groups=8, sample_size=32)
     return SimpleNamespace(

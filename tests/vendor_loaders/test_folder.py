@@ -11,31 +11,27 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from helpers import randomise
+from helpers import PROMPT, randomise, small_text
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.process import Level
 from tinyldm.diffusion.samplers import ddim, dpmpp_2m, final
-from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
+from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.tokenizer import Tokenizer
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.folder import save_model, save_vae, save_weights
 from tinyldm.vendor_loaders.load import load_model, load_text, load_vae, load_weights
 
-PROMPT = "a red square on the left of a blue circle"
 FLOW = scheduler.to_config("flow", {"shift": 3.0}, "flow", "unet")
 UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def parts():
-    tokenizer = Tokenizer.train([PROMPT, "a small green triangle"] * 3, vocab_size=600, context_length=16)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = CLIPTextConfig(vocab_size=len(tokenizer), width=32, layers=2, heads=2, mlp_width=64, context_length=16, **ids)
+    tokenizer, text = small_text()
     return SimpleNamespace(
         net=randomise(UNet(UNetConfig(widths=(16, 32), depth=1, attention=(False, True), heads=(2, 2), context_dim=32,
                                       groups=8, sample_size=16)), 1),
