@@ -16,7 +16,6 @@ from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.guidance import cfg as guided
 from tinyldm.diffusion.guidance import Denoiser, denoiser, inpaint, interval
 from tinyldm.diffusion.ode import invert
-from tinyldm.diffusion.process import input_scale
 from tinyldm.diffusion.samplers import find_sampler, sampler_name
 from tinyldm.noise import initial_noise, make_generators
 from tinyldm.models.layers import Cond
@@ -163,7 +162,7 @@ def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], how: Settin
     if how.sampler == "ddpm" and model.net.config.out_channels == 2 * noise.shape[1]:   # the variance is learned
         options = options | {"spread": lambda: spread[0][: len(noise)]}
     if canvas is None:
-        x = (levels[0].sigma if how.how.start_at_sigma else input_scale(levels[0])) * noise
+        x = levels[0].sigma * noise if how.how.start_at_sigma else noise
     else:
         known = encode(model.vae, canvas.pixels.to(parameter.device))                   # [1, c, h, w]
         x = levels[0].alpha * known + levels[0].sigma * noise

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from tinyldm.models.clip_text import ACTIVATIONS, CLIPTextConfig
@@ -59,39 +60,32 @@ def open_clip_tidy(config: CLIPTextConfig) -> Rules:
 
 
 def infer(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
-    """The config behind open_clip weights, whose heads are always 64 wide; gelu and zero padding are its rule."""
-    layers = {int(found[1]) for name in shapes if (found := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
-    length, width = shapes["positional_embedding"]
-    return CLIPTextConfig(
-        vocab_size=shapes["token_embedding.weight"][0],
-        width=width,
-        layers=len(layers),
-        heads=max(1, width // 64),
-        mlp_width=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        context_length=length,
-        activation="gelu",
-        bos_token_id=shapes["token_embedding.weight"][0] - 2,
-        eos_token_id=shapes["token_embedding.weight"][0] - 1,
-        pad_token_id=0,
-    )
+    """The config behind open_clip weights; gelu and zero padding are its rule."""
+    config = _tower(shapes, r"transformer\.resblocks\.(\d+)\.", "token_embedding.weight", "positional_embedding",
+                    "transformer.resblocks.0.mlp.c_fc.weight")
+    return replace(config, activation="gelu", pad_token_id=0)
 
 
 def infer_openai(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
     """The config behind transformers' names in a Stable Diffusion 1 checkpoint: OpenAI's tower."""
-    layers = {int(found[1]) for name in shapes if (found := re.search(r"encoder\.layers\.(\d+)\.", name))}
-    shape = lambda end: next(shape for name, shape in shapes.items() if name.endswith(end))
-    vocab_size, width = shape("embeddings.token_embedding.weight")
+    before = "text_model." if any(name.startswith("text_model.") for name in shapes) else ""
+    config = _tower(shapes, rf"{before}encoder\.layers\.(\d+)\.", f"{before}embeddings.token_embedding.weight",
+                    f"{before}embeddings.position_embedding.weight", f"{before}encoder.layers.0.mlp.fc1.weight")
+    return replace(config, activation="quick_gelu", pad_token_id=config.eos_token_id)
+
+
+def _tower(shapes: Mapping[str, Shape], layer: str, tokens: str, positions: str, mlp: str) -> CLIPTextConfig:
+    """What shapes tell, under these names. CLIP's heads are 64 wide; BOS and EOS are its last two tokens."""
+    vocab_size, width = shapes[tokens]
     return CLIPTextConfig(
         vocab_size=vocab_size,
         width=width,
-        layers=len(layers),
+        layers=len({found[1] for name in shapes if (found := re.match(layer, name))}),
         heads=max(1, width // 64),
-        mlp_width=shape("layers.0.mlp.fc1.weight")[0],
-        context_length=shape("embeddings.position_embedding.weight")[0],
-        activation="quick_gelu",
+        mlp_width=shapes[mlp][0],
+        context_length=shapes[positions][0],
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
-        pad_token_id=vocab_size - 1,
     )
 
 
