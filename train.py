@@ -2,7 +2,8 @@
 
     python train.py --preset tiny                            a whole miniature Stable Diffusion, minutes on a laptop
     python train.py --preset tiny --resume auto              go on where an interrupted run stopped
-    python train.py --data "shards/*.tar" --out runs/mine    your own captioned pictures (or a folder of them)
+    python train.py --data "shards/*.tar" --out runs/mine    your own captioned pictures (or a folder of them, or a URL)
+    python train.py --cache CACHE --vae-weights V --out ...  latents that prepare.py made before
     python train.py --preset 5090_week --dry-run             the plan of a week on one RTX 5090
 
 Any field of tinyldm.config.Config is a flag; network fields are KEY=VALUE pairs (--unet widths=64,128,256 depth=2).
@@ -15,22 +16,27 @@ import dataclasses
 import inspect
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tinyldm.cli import guard
-from tinyldm.config import Config, build, parse
+from tinyldm.config import Config, build, parse, split_weights
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
-    CONFIG, DRY_RUN = parse(sys.argv[1:], __doc__)
+    CONFIG, ARGS = parse(sys.argv[1:], __doc__, {"--dry-run": dict(
+        action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")})
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinyldm.data import latents as cache
 from tinyldm.data import toyworld
-from tinyldm.data.pictures import check_source, load_pictures
+from tinyldm.data.cache import Cache, write_tokens
+from tinyldm.data.encoding import posterior
+from tinyldm.data.loader import Loader
+from tinyldm.data.prepare import check_settings, find_shards, prepare, settings_of, some_pictures
+from tinyldm.data.sources import parse_sources
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.loss import T_SAMPLERS, diffusion_loss, make_noise, make_weight, sample_t
@@ -40,10 +46,10 @@ from tinyldm.diffusion.samplers import find_sampler
 from tinyldm.lookup import lookup
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
-from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.pipeline import draw, settings, to_bytes, to_pixels
+from tinyldm.files import replace_folder, write_file
+from tinyldm.pipeline import draw, encode_tokens, settings, to_bytes, to_pixels
 from tinyldm.sheet import tile
 from tinyldm.tokenizer import Tokenizer
 from tinyldm.training import checkpoint
@@ -51,7 +57,7 @@ from tinyldm.training.budget import forwards, meta_networks, print_plan
 from tinyldm.training.ema import EMA
 from tinyldm.training.log import Log
 from tinyldm.training.optim import make_optimizers, set_lr
-from tinyldm.training.run import Interrupted, Progress, Signals, generator, replace_folder, write_picture
+from tinyldm.training.run import Interrupted, Progress, Signals, generator, write_picture
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.folder import save_model, save_vae
 from tinyldm.vendor_loaders.load import Model, load_model, load_text, load_tokenizer, load_vae, load_weights
@@ -140,21 +146,11 @@ def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.devic
     return vae
 
 
-@torch.no_grad()
-def encode_all(config: Config, vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Posterior means, as the VAE gives them: float32 [n, c, h, w]."""
-    means = []
-    for batch in np.array_split(images, max(1, len(images) // 64)):
-        with autocast(device, config.dtype):
-            means.append(vae.encode(to_pixels(batch).to(device)).mean.float().cpu())
-    return torch.cat(means).numpy()
-
-
 def finish_vae(config: Config, run: Path, vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> None:
     """Measure the latents' mean and scale, make them part of the VAE, save it and a picture of what it loses."""
-    z = encode_all(config, vae, images[:2048], device)
-    mean = z.mean(axis=(0, 2, 3))
-    vae.centre(torch.from_numpy(mean).to(device))
+    z = torch.cat([posterior(vae, batch, device, config.dtype).mean for batch in np.array_split(images[:2048], -(-len(images) // 64))])
+    mean = z.mean((0, 2, 3))
+    vae.centre(mean)
     scale = 1 / float((z - mean[:, None, None]).std())
     vae.config = dataclasses.replace(vae.config, scaling_factor=scale)
     shown = images[:8]
@@ -169,7 +165,7 @@ def finish_vae(config: Config, run: Path, vae: AutoencoderKL, images: np.ndarray
 # ---------------------------------------------------------------- stage 2: diffusion
 
 
-def build_networks(config: Config, vae: AutoencoderKL, captions: list[str]) -> tuple[nn.Module, CLIPText, Tokenizer]:
+def build_networks(config: Config, vae: AutoencoderKL, captions: Iterable[str]) -> tuple[nn.Module, CLIPText, Tokenizer]:
     """The network to train, and its text encoder: pretrained and frozen, or new and trained along."""
     if config.text_weights:
         text = load_text(config.text_weights)
@@ -188,10 +184,21 @@ def build_networks(config: Config, vae: AutoencoderKL, captions: list[str]) -> t
     return UNet(build(UNetConfig, config.unet | channels | {"sample_size": size}, "--unet")), text, tokenizer
 
 
-def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.Latents, device: torch.device,
-                    signals: Signals) -> None:
+def make_loader(config: Config, data: Cache, tokenizer: Tokenizer, device: torch.device) -> Loader:
+    """Batches of the cache, mixed as --data and --caption-key say."""
+    write_tokens(data.folder, tokenizer)
+    weights = [source.weight for source in parse_sources(config.data)]
+    loader = Loader(data, tokenizer.fingerprint, batch_size=config.batch_size, seed=config.seed,
+                    weights=weights if len(weights) > 1 and weights[0] else None, pin=device.type == "cuda",
+                    caption_weights=tuple(split_weights(config.caption_key).values()) or (1.0,))
+    for size, count in loader.order.never_drawn:
+        print(f"{count:,} pictures of latent size {size} are never drawn: fewer than one batch of {config.batch_size}")
+    return loader
+
+
+def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, device: torch.device, signals: Signals) -> None:
     torch.manual_seed(config.seed + 1)
-    net, text, tokenizer = build_networks(config, vae, data.captions)
+    net, text, tokenizer = build_networks(config, vae, data.all_captions())
     net, text = net.to(device), text.to(device)
     trained = {"net": net} if config.text_weights else {"net": net, "text": text}
     parameters = {f"{part}.{name}": p for part, module in trained.items() for name, p in module.named_parameters()}
@@ -213,8 +220,9 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
                   scheduler.to_config(config.process, process_options(config), config.prediction, config.network, config.sampler,
                                       config.learned_variance),
                   dict(preset=config.preset, resolution=config.resolution, sampler=config.sampler,
-                       steps=config.sample_steps, cfg=config.cfg, data=config.data))
-    ids = torch.from_numpy(tokenizer.encode(data.captions))                     # [n, context_length]
+                       steps=config.sample_steps, cfg=config.cfg, data=" ".join(config.data),
+                       mask_padding=config.mask_padding))
+    loader = make_loader(config, data, tokenizer, device)
     empty = torch.from_numpy(tokenizer.encode([""]))[0]
     compiled = torch.compile(net) if (config.compile if config.compile is not None else device.type == "cuda") else net
 
@@ -226,21 +234,18 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
         checkpoint.save_optimizers(folder / "optimizer.safetensors", optimizers, parameters)
 
     bar = Progress(config.network, start, config.max_steps, config.batch_size)
-    for step in range(start, config.max_steps):
+    for step, (_, x0, tokens) in enumerate(loader.run(start, config.max_steps), start):     # x0 [b, c, h, w]
         factor = set_lr(optimizers, step, config.max_steps, config.warmup_steps, config.decay)
         rng = generator(config.seed, 2, step)                                   # one stream for the whole global batch
-        chosen = cache.indices(len(data), config.seed, step, config.batch_size)
-        x0 = data.batch(chosen)                                                 # [b, c, h, w]
         noise = make_noise(x0.shape, rng, config.noise_offset, config.input_perturbation)
         t = sample_t(config.times, len(x0), rng, config.times_mean, config.times_scale, process, config.stratified_times)
         dropped = torch.rand(len(x0), generator=rng) < config.caption_dropout
-        tokens = torch.where(dropped[:, None], empty, ids[chosen])              # [b, context_length]
-        whole = (x0, noise.eps, t, noise.mixed, tokens)
-        for *micro, mixed, words in zip(*(part.to(device, non_blocking=True).chunk(config.grad_accum) for part in whole)):
+        tokens = torch.where(dropped[:, None], empty, tokens)                   # [b, context_length]
+        whole = [part.to(device, non_blocking=True) for part in (x0, noise.eps, t, noise.mixed)] + [tokens]
+        for *micro, mixed, words in zip(*(part.chunk(config.grad_accum) for part in whole)):
             with autocast(device, config.dtype):
-                features = text(words)
-                part = diffusion_loss(compiled, *micro, Cond(features.hidden, pooled=features.pooled), process,
-                                      mixed=mixed, **goal) / config.grad_accum
+                cond = encode_tokens(text, words, device, config.mask_padding, cut=True)
+                part = diffusion_loss(compiled, *micro, cond, process, mixed=mixed, **goal) / config.grad_accum
             part.backward()
             losses += part.detach()                                             # no .item(): no waiting for the device
         update(list(parameters.values()), optimizers, config.grad_clip, losses)
@@ -253,11 +258,11 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: cache.L
             state = {"losses": finite(losses, step), "finished": finished}
             checkpoint.write(run, "step", step + 1, fill, state, config.keep_last)
         if config.sample_every and (step + 1) % config.sample_every == 0 and not finished:
-            sample_grid(config, model, ema, run, step + 1, data.captions)
+            sample_grid(config, model, ema, run, step + 1, data)
         if signals.received and not finished:
             raise Interrupted
     bar.close()
-    sample_grid(config, model, ema, run, config.max_steps, data.captions)
+    sample_grid(config, model, ema, run, config.max_steps, data)
 
 
 def process_options(config: Config) -> dict[str, Any]:
@@ -279,10 +284,10 @@ def objective(config: Config, process: Process) -> dict[str, Any]:
                 huber_c=config.huber_c)
 
 
-def sample_grid(config: Config, model: Model, ema: EMA, run: Path, step: int, captions: list[str]) -> None:
+def sample_grid(config: Config, model: Model, ema: EMA, run: Path, step: int, data: Cache) -> None:
     """A picture of fixed prompts from fixed seeds: comparable between steps and between runs."""
-    distinct = list(dict.fromkeys(captions))
-    known = toyworld.PROMPTS if config.data == "toyworld" else distinct[:: -(-len(distinct) // 8)]     # spread over all
+    spread = dict.fromkeys(data.captions(i)[0][1] for i in range(0, len(data), -(-len(data) // 8)))
+    known = toyworld.PROMPTS if config.data == ["toyworld"] else list(spread)
     prompts = config.sample_prompts.split("|") if config.sample_prompts else known
     repeated = [prompt for prompt in prompts for _ in range(2)]
     model.net.eval(), model.text.eval()
@@ -310,7 +315,8 @@ def refuse_early(config: Config) -> None:
         to_x0(config.prediction, pixel, pixel, first)                           # eps from pure noise
     answer = torch.zeros(1, 1 + config.learned_variance, 1, 1)
     diffusion_loss(lambda *told: answer, pixel, pixel, torch.ones(1), None, process, **objective(config, process))
-    check_source(config.data)
+    if not config.cache and not (Path(config.out) / "latents" / "index.json").exists():
+        find_shards(config)                                                     # the sources are there
     if config.vae_weights:
         load_vae(config.vae_weights)                                            # downloaded, whole and of the right kind
     if config.text_weights:
@@ -329,34 +335,37 @@ def prepare_run(config: Config) -> Path:
     if config.resume == "no" and ((run / "vae").exists() or checkpoint.names(run)):
         raise ValueError(f"{run} holds a run already: continue it with --resume auto, or name another folder with --out")
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"resume": "no"}, indent=1))
+    write_file(run / "config.json", json.dumps(dataclasses.asdict(config) | {"resume": "no"}, indent=1))
     print(f"run folder {run}, configuration in {run / 'config.json'}")
     return run
 
 
-def prepare_data(config: Config, run: Path, device: torch.device, signals: Signals) -> tuple[AutoencoderKL, cache.Latents]:
+def prepare_data(config: Config, run: Path, device: torch.device, signals: Signals) -> tuple[AutoencoderKL, Cache]:
     """The frozen VAE and the latents of all pictures, each made only where it is not there yet."""
-    source = dict(data=config.data, scenes=config.scenes, resolution=config.resolution, seed=config.seed)
-    pictures = None
     if not (run / "vae").is_dir():
         if config.vae_weights:
             replace_folder(run / "vae", lambda folder: save_vae(folder, load_vae(config.vae_weights)))
         else:
-            pictures = load_pictures(config.data, config.resolution, config.scenes, config.seed)
-            print(f"{len(pictures.captions)} pictures, {pictures.skipped} skipped")
-            finish_vae(config, run, train_vae(config, run, pictures.images, device, signals), pictures.images, device)
+            pictures, faults = some_pictures(config, config.vae_pictures)
+            images = np.stack([item.image for item in pictures])
+            del pictures
+            print(f"the VAE trains on {len(images):,} pictures" + f" ({sum(faults.values()):,} unusable ones passed over)" * bool(faults))
+            finish_vae(config, run, train_vae(config, run, images, device, signals), images, device)
     vae = load_vae(run / "vae", device)
-    mark = cache.fingerprint(vae, **source)
-    if not cache.valid(run / "latents", mark):
-        pictures = pictures or load_pictures(config.data, config.resolution, config.scenes, config.seed)
-        z = encode_all(config, vae, pictures.images, device)
-        cache.write(run / "latents", vae.to_latents(z), pictures.captions, mark)
-    return vae, cache.Latents(run / "latents")
+    if config.cache:
+        data = Cache(Path(config.cache))
+        check_settings(data.folder, data.settings, settings_of(config, vae))
+        return vae, data
+    report = prepare(config, run / "latents", vae, device, check=signals.check)
+    if report is None:
+        raise ValueError(f"other processes are still preparing {run / 'latents'}: run this again when they are done")
+    print(report)
+    return vae, Cache(run / "latents")
 
 
 def main() -> None:
     config = CONFIG
-    if DRY_RUN:
+    if ARGS.dry_run:
         return print_plan(config)
     device = pick_device(config.device)
     if device.type == "cpu":

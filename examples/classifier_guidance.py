@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from tinyldm.cli import Parser, guard
-from tinyldm.data.latents import Latents
+from tinyldm.data.cache import Cache
 from tinyldm.data.toyworld import SUBJECTS
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.guidance import Denoiser, classifier_guidance, denoiser
@@ -77,27 +77,33 @@ def noised(x0: Tensor, t: Tensor, process: Process, generator: torch.Generator) 
     return level.alpha * x0 + level.sigma * torch.randn(x0.shape, generator=generator), level
 
 
-def train(latents: Latents, process: Process, steps: int) -> Classifier:
+def read_latents(cache: Cache, chosen: Tensor) -> Tensor:
+    """float32 [b, c, h, w]."""
+    return torch.from_numpy(cache.latents(chosen.numpy())[:, 0]).float()
+
+
+def train(cache: Cache, process: Process, steps: int) -> Classifier:
     """From the run's latents and captions, smoothed and decayed for the sake of its gradient; then its accuracy on
     held-out ones, by noise level."""
-    labels = torch.tensor([subject(caption) for caption in latents.captions])
-    count, generator = len(latents) - HELD_OUT, torch.Generator().manual_seed(0)
+    labels = torch.tensor([subject(caption) for caption in cache.all_captions()])
+    count, generator = len(cache) - HELD_OUT, torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    net = Classifier(latents.latents.shape[1])
+    net = Classifier(cache.shape[2])
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in trange(steps, desc="classifier", disable=None):
         chosen = torch.randint(count, (128,), generator=generator)
         t = torch.rand(128, generator=generator) ** 0.7                      # more of the noise, where shapes are decided
-        loss = F.cross_entropy(net(*noised(latents.batch(chosen.numpy()), t, process, generator)), labels[chosen], label_smoothing=0.1)
+        x0 = read_latents(cache, chosen)
+        loss = F.cross_entropy(net(*noised(x0, t, process, generator)), labels[chosen], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     net.eval().requires_grad_(False)
-    held = np.arange(count, len(latents))
+    held = torch.arange(count, len(cache))
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
-        right = net(*noised(latents.batch(held), torch.full((HELD_OUT,), t), process, generator)).argmax(1) == labels[held]
+        right = net(*noised(read_latents(cache, held), torch.full((HELD_OUT,), t), process, generator)).argmax(1) == labels[held]
         print(f"classifier at t = {t}: {100 * right.float().mean():.1f} % right")
     return net
 
@@ -133,7 +139,7 @@ def main() -> None:
         raise ValueError(f"{path} lies in no run with cached latents: name a run folder of train.py")
     model = load_model(path)
     how = settings(model, sampler="euler_a", steps=40)
-    classifier = train(Latents(folder), model.process, args.steps)
+    classifier = train(Cache(folder), model.process, args.steps)
 
     wanted = torch.arange(len(NAMES)).repeat(args.count)                     # subject by subject, then again
     told_nothing = denoiser(model.net, encode_text(model, [""] * len(wanted)), model.prediction)

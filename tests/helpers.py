@@ -1,11 +1,31 @@
 """What several test files share."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 from tinyldm.models.clip_text import CLIPTextConfig
 from tinyldm.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parent.parent
 PROMPT = "a red square on the left of a blue circle"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+
+
+def script(*words, **options) -> subprocess.CompletedProcess:
+    """Run a script as a person does."""
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, **options)
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors in all files below a folder."""
+    return {f"{file.relative_to(folder)}:{name}": tensor
+            for file in sorted(folder.rglob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 @torch.no_grad()

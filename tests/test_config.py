@@ -9,14 +9,22 @@ from tinyldm.models.unet import UNetConfig
 
 
 def test_a_preset_is_its_row_and_what_is_typed_wins():
-    config, dry = parse(["--preset", "tiny", "--max-steps", "7", "--lr=0.5", "--unet", "depth=3"], "")
-    assert (config.max_steps, config.lr, dry) == (7, 0.5, False)
+    config, own = parse(["--preset", "tiny", "--max-steps", "7", "--lr=0.5", "--unet", "depth=3"], "", {"--dry-run": dict(
+        action="store_true")})
+    assert (config.max_steps, config.lr, own.dry_run) == (7, 0.5, False)
     assert config.unet == PRESETS["tiny"]["unet"] | {"depth": 3} and PRESETS["tiny"]["unet"]["depth"] != 3
     assert config.out == "runs/tiny"
 
 
 def test_dashes_and_underscores_are_the_same():
     assert parse(["--max_steps", "7"], "")[0] == parse(["--max-steps", "7"], "")[0]
+
+
+def test_a_script_that_knows_some_fields_takes_their_flags_only(capsys):
+    config, _ = parse(["--data", "a:0.7", "b:0.3", "--resolution", "32"], "", {}, ("data", "resolution", "preset"))
+    assert (config.data, config.resolution) == (["a:0.7", "b:0.3"], 32)
+    with pytest.raises(SystemExit):
+        parse(["--lr", "0.1"], "", {}, ("data",))
 
 
 def test_every_field_is_a_flag():
@@ -38,6 +46,14 @@ def test_every_field_is_a_flag():
     (["--noise-offset=-1"], "must be at least 0"),
     (["--huber-c", "0"], "must be a positive number"),
     (["--network", "unett"], "did you mean 'unet'"),
+    (["--caption-key", "dense:much"], "takes KEY or KEY:WEIGHT"),
+    (["--caption-key", "dense:0"], "must be a positive number"),
+    (["--caption-key", "dense:1", "dense:2"], "name every key once"),
+    (["--caption-key", "dense:1", "short"], "give each a weight or none"),
+    (["--buckets", "0.5"], "1 or more"),
+    (["--max-skip", "1.5"], "between 0 and 1"),
+    (["--cache", "somewhere"], "name that with --vae-weights"),
+    (["--mask-padding"], "is for --network dit"),
     (["--unet", "widths"], "KEY=VALUE"),
     (["--out", "nowhere", "--resume", "auto"], "nothing to resume"),
 ])

@@ -1,10 +1,6 @@
 """Drawing with a picture to start from, with masks, previews, half precision and tiles, on small random networks."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -13,7 +9,7 @@ import torch
 from PIL import Image
 
 import sample
-from helpers import PROMPT, randomise, small_text
+from helpers import PROMPT, randomise, script, small_text
 from tinyldm import pipeline
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.taesd import TAESD, TAESDConfig
@@ -24,7 +20,6 @@ from tinyldm.vendor_loaders.folder import save_model, save_vae
 from tinyldm.vendor_loaders.load import Model, load_model
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, from_config, to_config
 
-ROOT = Path(__file__).parent.parent
 SEED = 3
 STOCHASTIC = ("ddpm", "euler_a")
 
@@ -72,11 +67,6 @@ def drawn(model, how=None, seeds=(SEED,), **options):
 def contrasting(picture):
     return picture.std() > 20 and ((picture == 0) | (picture == 255)).mean() < 0.5
 
-
-def script(*words):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "sample.py", PROMPT, *map(str, words)], capture_output=True, text=True, cwd=ROOT,
-                          env=environment)
 
 
 @pytest.fixture
@@ -223,7 +213,8 @@ def test_a_mask_of_another_shape_than_the_picture_is_refused(model, arguments, s
 
 def test_sample_py_draws_into_a_picture_where_the_mask_is_white(folder, model, save_picture, tmp_path):
     mask = save_picture(HALF * 255, "mask.png")
-    done = script("--model", folder, "--init-image", save_picture(scene()), "--mask", mask, "--seed", SEED, "--out", tmp_path / "a.png")
+    done = script("sample.py", PROMPT, "--model", folder, "--init-image", save_picture(scene()), "--mask", mask, "--seed", SEED,
+                  "--out", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     image = Image.open(tmp_path / "a.png")
@@ -261,10 +252,10 @@ def test_a_preview_takes_latents_of_half_precision(model, arguments, tmp_path, d
 
 @pytest.mark.slow
 def test_sample_py_leaves_a_preview_beside_its_pictures(folder, tmp_path):
-    done = script("--model", folder, "--preview", tiny_vae(tmp_path / "tiny", 4), "--out", tmp_path / "out", "--dtype", "bf16")
+    done = script("sample.py", PROMPT, "--model", folder, "--preview", tiny_vae(tmp_path / "tiny", 4), "--out", tmp_path / "out", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "preview.png").exists() and len(list((tmp_path / "out").glob("0001-*.png"))) == 1
-    done = script("--model", folder, "--preview", tiny_vae(tmp_path / "other", 5), "--out", tmp_path / "again")
+    done = script("sample.py", PROMPT, "--model", folder, "--preview", tiny_vae(tmp_path / "other", 5), "--out", tmp_path / "again")
     assert done.returncode == 2 and "5 latent channels" in done.stderr and done.stderr.count("\n") == 1
 
 

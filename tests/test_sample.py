@@ -1,8 +1,5 @@
 """What sample.py can do beside drawing a caption: guidance of all kinds, weighted captions, inversion, animation."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -11,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import randomise
+from helpers import randomise, script
 from tinyldm.animation import Morph, even, slerp, write_animation
 from tinyldm.noise import initial_noise, make_generators
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
@@ -24,7 +21,6 @@ from tinyldm.vendor_loaders.folder import save_model
 from tinyldm.vendor_loaders.load import Model
 from tinyldm.vendor_loaders.scheduler import from_config, to_config
 
-ROOT = Path(__file__).parent.parent
 PROMPT, OTHER = "a red square on the left of a blue circle", "a small green triangle"
 
 
@@ -228,13 +224,9 @@ def test_an_inverted_picture_is_drawn_again_and_closer_with_more_steps():
 # ---- the script
 
 
-def script(*words):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "sample.py", *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment)
-
 
 def test_all_of_guidance_from_the_keyboard(folder, tmp_path):
-    done = script("a (red:1.3) square", "--model", folder, "--guidance-rescale", 0.7, "--guidance-interval", 0.3, 5, "--prompt-weights",
+    done = script("sample.py", "a (red:1.3) square", "--model", folder, "--guidance-rescale", 0.7, "--guidance-interval", 0.3, 5, "--prompt-weights",
                   "--out", tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
     text = Image.open(tmp_path / "x.png").text["parameters"]
@@ -243,7 +235,7 @@ def test_all_of_guidance_from_the_keyboard(folder, tmp_path):
 
 
 def test_an_animation_from_the_keyboard(folder, tmp_path):
-    done = script(PROMPT, OTHER, "--model", folder, "--interpolate", 5, "--frames", 5, "--batch-size", 2, "--out", tmp_path)
+    done = script("sample.py", PROMPT, OTHER, "--model", folder, "--interpolate", 5, "--frames", 5, "--batch-size", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     moving, strip = map(Path, done.stdout.splitlines())
     assert moving.stem == strip.stem and moving.suffix == ".webp" and strip.suffix == ".png" and strip.name.startswith("0001-0-")
@@ -251,14 +243,14 @@ def test_an_animation_from_the_keyboard(folder, tmp_path):
     assert Image.open(strip).text["parameters"].endswith("Variation seed: 5, Frames: 5")
     frames = np.asarray(Image.open(strip)).astype(int)
     for i, (prompt, seed) in ((0, (PROMPT, 0)), (4, (OTHER, 5))):
-        alone = script(prompt, "--model", folder, "--seed", seed, "--out", tmp_path / f"{i}.png")
+        alone = script("sample.py", prompt, "--model", folder, "--seed", seed, "--out", tmp_path / f"{i}.png")
         assert alone.returncode == 0
         assert abs(np.asarray(Image.open(tmp_path / f"{i}.png")).astype(int) - frames[:, 34 * i : 34 * i + 32]).max() <= 1
 
 
 def test_inversion_from_the_keyboard(folder, tmp_path):
     Image.new("RGB", (40, 32), (90, 120, 60)).save(tmp_path / "init.png")
-    done = script(PROMPT, "--model", folder, "--init-image", tmp_path / "init.png", "--invert", "a square, green", "--out", tmp_path / "x.png")
+    done = script("sample.py", PROMPT, "--model", folder, "--init-image", tmp_path / "init.png", "--invert", "a square, green", "--out", tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "x.png").text["parameters"].endswith('Denoising strength: 0.75, Init image: init.png, Inverted as: "a square, green"')
 
@@ -288,5 +280,5 @@ def test_mistakes_are_one_line_before_anything_is_loaded(words, expected, capsys
 
 
 def test_guidance_that_is_off_cannot_be_rescaled(folder, tmp_path):
-    done = script("x", "--model", folder, "--cfg", 1, "--guidance-rescale", 0.7, "--out", tmp_path / "x.png")
+    done = script("sample.py", "x", "--model", folder, "--cfg", 1, "--guidance-rescale", 0.7, "--out", tmp_path / "x.png")
     assert done.returncode == 2 and "--cfg above 1" in done.stderr and "Traceback" not in done.stderr

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,19 +15,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from helpers import ROOT, script, weights
 from tinyldm.config import parse
 from tinyldm.training.log import read
 
-ROOT = Path(__file__).parent.parent
 SMALL = ("--scenes 24 --resolution 16 --vae-crop 8 --vae-batch-size 4 --batch-size 4 --log-every 3 --save-every 2 "
          "--keep-last 99 --sample-every 2 --sample-steps 2 --warmup-steps 2 --vae-steps 4 --max-steps 6 "
          "--vae widths=8,16 groups=4 --unet widths=16,32 attention=False,True heads=1,2 groups=4 "
          "--text width=16 layers=1 heads=2 mlp_width=32").split()
-
-
-def script(*words, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment, **options)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +33,6 @@ def run(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     assert f"--model {folder}" in done.stdout                  # the next command to type
     return folder
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    return {f"{file.relative_to(folder)}:{name}": tensor
-            for file in sorted(folder.rglob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def test_a_run_leaves_a_log_samples_and_a_model_folder(run):
@@ -98,7 +87,7 @@ OBJECTIVES = [
     "--process ve --prediction eps --loss l1 --times mode --times-scale=-0.5",
     "--process vp --prediction x0 --loss-weight p2 --times cosmap --process-options beta_max=12",
     "--network dit --dit patch=1 width=32 layers=1 heads=2 mlp_width=32 time_dim=16 --process cosine --zero-terminal-snr "
-    "--prediction v --learned-variance --stratified-times",
+    "--prediction v --learned-variance --stratified-times --mask-padding",
 ]
 
 
@@ -171,7 +160,7 @@ def test_a_run_folder_is_not_overwritten(run):
     (["--vae-weights", "stabilityai/sd-vae-ft-mse"], "is not in the cache"),
     (["--text-weights", "README.md"], "a text encoder is read from its folder"),
     (["--text-weights", "docs"], "docs/config.json does not exist"),
-    (["--data", "NOWHERE"], "no such folder"),
+    (["--data", "NOWHERE"], "no such file or folder"),
     (["--device", "cuda"], "--device cpu"),
     (["--device", "tpu"], "unknown device"),
     (["--prediction", "eps"], "eps"),

@@ -20,8 +20,8 @@ from tinyldm.lookup import lookup
 
 def knob(default: Any, text: str) -> Any:
     """A field with its line of --help."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
+    if isinstance(default, (dict, list)):
+        return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -35,13 +35,27 @@ class Config:
     dtype: str = knob("auto", "autocast: auto (bf16 where the device computes it natively), bf16, fp32")
     compile: bool | None = knob(None, "torch.compile the network (default: on CUDA only)")
 
-    data: str = knob("toyworld", "toyworld, a folder of pictures with .txt captions, or WebDataset tars (glob)")
+    data: list = knob(["toyworld"], "toyworld, folders of captioned pictures, WebDataset tars, .npz; paths, patterns or URLs, "
+                      "each with a :WEIGHT where several are mixed")
     scenes: int = knob(12_000, "toyworld: how many scenes to draw")
+    caption_key: list = knob([], "where captions are: txt, or keys of the json or metadata, each with a :WEIGHT where several "
+                             "are mixed (default: txt, else prompt, caption or text)")
     resolution: int = knob(64, "picture size in pixels")
+    buckets: float = knob(0.0, "aspect buckets, of sides up to this ratio, with the square's number of tokens (0: all cropped square)")
+    flip: bool = knob(False, "encode every picture mirrored too (captions that say left and right become wrong)")
+    moments: bool = knob(False, "keep the posterior's std beside its mean; training then resamples the latents")
+    min_side: int = knob(0, "leave out pictures with a smaller side, in pixels")
+    max_aspect: float = knob(0.0, "leave out pictures with a larger ratio of sides (0: none)")
+    min_caption: int = knob(1, "leave out captions shorter than so many characters")
+    max_caption: int = knob(0, "leave out longer ones (0: none; what the text encoder cannot take is cut off)")
+    max_skip: float = knob(0.05, "stop when a larger share of the samples is unusable")
+    cache: str = knob("", "latents made by prepare.py, used as they are (default: OUT/latents, made where missing)")
+    encode_batch_size: int = knob(32, "pictures the VAE encodes at once")
 
     vae: dict = knob({}, "VAEConfig fields, as key=value")
     vae_weights: str = knob("", "pretrained VAE; empty: train one first (stage 1)")
     vae_steps: int = knob(0, "stage 1: optimizer steps")
+    vae_pictures: int = knob(16_384, "stage 1: how many of the pictures it trains on, held in memory")
     vae_batch_size: int = knob(8, "stage 1: pictures (or crops) per step")
     vae_crop: int = knob(0, "stage 1: crop size in pixels (0: whole pictures)")
     vae_lr: float = knob(3e-3, "stage 1: AdamW's learning rate")
@@ -72,6 +86,8 @@ class Config:
     p2_gamma: float = knob(1.0, "gamma of p2")
     noise_offset: float = knob(0.0, "offset noise: so much of one number per picture and channel, 0.1 for example (0: none)")
     input_perturbation: float = knob(0.0, "so much more noise than the network is asked for, 0.1 for example (0: none)")
+    mask_padding: bool = knob(False, "dit: attend to captions up to their end, not to the padding; text is then encoded up to the "
+                              "longest caption of a batch")
     caption_dropout: float = knob(0.1, "share of captions replaced by the empty one, for classifier-free guidance")
 
     max_steps: int = knob(1000, "optimizer steps")
@@ -103,6 +119,7 @@ class Config:
 
     def __post_init__(self):
         self.out = self.out or f"runs/{self.preset}"
+        self.data = self.data.split() if isinstance(self.data, str) else self.data       # as runs of old say it
 
 
 TINY = dict(
@@ -111,7 +128,7 @@ TINY = dict(
     unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=850,
 )
 WEEK = dict(
-    data="hf://datasets/jackyhate/text-to-image-2M/data_512_2M/data_{000000..000045}.tar",
+    data=["hf://datasets/jackyhate/text-to-image-2M/data_512_2M/data_{000000..000045}.tar"],
     vae_weights="stabilityai/sd-vae-ft-mse", text_weights="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
     resolution=256, batch_size=512, grad_accum=4, warmup_steps=1500, ema_decay=0.9999, caption_dropout=0.1,
     lr=2e-4, muon_lr=5e-4, weight_decay=0.01, decay=0.2, max_steps=220_000,
@@ -129,22 +146,27 @@ PRESETS: dict[str, dict] = {
 }
 
 
-def parse(argv: list[str] | None, description: str) -> tuple[Config, bool]:
-    """The command line of train.py -> (config, dry_run): the preset's row, then what was typed."""
+def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None = None,
+          names: tuple[str, ...] = ()) -> tuple[Config, argparse.Namespace]:
+    """A script's command line -> (config: the preset's row, then what was typed; the script's own flags).
+
+    own: those flags, as argparse takes them. names: the fields of Config that the script knows; none: all.
+    """
     parser = Parser(description=description)
     hints = get_type_hints(Config)
-    for knob_ in dataclasses.fields(Config):
+    for knob_ in (knob_ for knob_ in dataclasses.fields(Config) if not names or knob_.name in names):
         flag, text = "--" + knob_.name.replace("_", "-"), knob_.metadata["help"]
         if hints[knob_.name] in (bool, bool | None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        elif hints[knob_.name] is dict:
-            parser.add_argument(flag, nargs="+", metavar="KEY=VALUE", default=argparse.SUPPRESS, help=text)
+        elif metavar := {dict: "KEY=VALUE", list: "WORD"}.get(hints[knob_.name]):
+            parser.add_argument(flag, nargs="+", metavar=metavar, default=argparse.SUPPRESS, help=text)
         else:
             kind = float if hints[knob_.name] == float | None else hints[knob_.name]
             parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
-    parser.add_argument("--dry-run", action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")
+    for flag, options in (own or {}).items():
+        parser.add_argument(flag, **options)
     typed = vars(parser.parse_args(argv))
-    dry_run = typed.pop("dry_run")
+    rest = argparse.Namespace(**{name: typed.pop(name) for flag in own or {} if (name := flag[2:].replace("-", "_")) in typed})
     try:
         row = starting_point(typed)
         typed = {name: {**row.get(name, {}), **pairs(name, value)} if hints[name] is dict else value
@@ -153,7 +175,7 @@ def parse(argv: list[str] | None, description: str) -> tuple[Config, bool]:
         check(config)
     except ValueError as error:
         parser.error(str(error))
-    return config, dry_run
+    return config, rest
 
 
 def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
@@ -176,8 +198,26 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
 
 
 # What weights, optimizer state, word ids and latents hang on: a resumed run cannot change it.
-KEPT = {"seed", "data", "scenes", "resolution", "vae", "vae_weights", "text", "text_weights", "vocab_size", "network",
-        "unet", "dit", "process", "process_options", "shift", "zero_terminal_snr", "prediction", "learned_variance", "optimizer"}
+KEPT = {"seed", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments", "min_side", "max_aspect", "min_caption",
+        "max_caption", "cache", "vae", "vae_weights", "text", "text_weights", "vocab_size", "network",
+        "unet", "dit", "process", "process_options", "shift", "zero_terminal_snr", "prediction", "learned_variance", "optimizer",
+        "mask_padding"}
+
+
+def split_weights(words: list[str]) -> dict[str, float]:
+    """["dense:0.75", "short:0.25"] -> {"dense": 0.75, "short": 0.25}; without weights each is 1."""
+    result = {}
+    for word in words:
+        name, colon, weight = word.partition(":")
+        try:
+            result[name] = float(weight) if colon else 1.0
+        except ValueError:
+            raise ValueError(f"--caption-key takes KEY or KEY:WEIGHT, got '{word}': for example --caption-key dense:0.75 short:0.25") from None
+        if not 0 < result[name] < float("inf"):
+            raise ValueError(f"--caption-key {word}: the weight must be a positive number")
+    if len(result) < len(words) or len({":" in word for word in words}) > 1:
+        raise ValueError(f"--caption-key {' '.join(words)}: name every key once, and give each a weight or none")
+    return result
 
 
 def pairs(name: str, words: list[str]) -> dict[str, Any]:
@@ -197,9 +237,9 @@ def pairs(name: str, words: list[str]) -> dict[str, Any]:
 def check(config: Config) -> None:
     """Numbers that cannot work, refused before anything is written."""
     least = dict.fromkeys(("max_steps", "batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every",
-                           "scenes", "sample_steps", "vae_batch_size"), 1)
+                           "scenes", "sample_steps", "vae_batch_size", "vae_pictures", "encode_batch_size"), 1)
     least |= dict.fromkeys(("seed", "vae_crop", "vae_kl", "warmup_steps", "sample_every", "weight_decay", "min_snr_gamma",
-                            "noise_offset", "input_perturbation"), 0)
+                            "noise_offset", "input_perturbation", "min_side", "max_aspect", "min_caption", "max_caption", "buckets"), 0)
     least["vae_steps"] = 0 if config.vae_weights else 1
     for name, smallest in least.items():
         if not smallest <= getattr(config, name) < float("inf"):
@@ -212,9 +252,16 @@ def check(config: Config) -> None:
         raise ValueError(f"--times-scale {config.times_scale} must lie between -1 and 1.75 for mode, be a positive number else")
     if config.min_snr_gamma and config.loss_weight in ("p2", "edm"):
         raise ValueError(f"--min-snr-gamma is for min_snr and soft_min_snr, not for --loss-weight {config.loss_weight}: leave one out")
-    for name in ("caption_dropout", "decay", "ema_decay"):
+    for name in ("caption_dropout", "decay", "ema_decay", "max_skip"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must lie between 0 and 1")
+    split_weights(config.caption_key)
+    if 0 < config.buckets < 1 or 0 < config.max_aspect < 1:
+        raise ValueError("--buckets and --max-aspect are ratios of the longer side to the shorter: 1 or more (0: off)")
+    if config.mask_padding and config.network != "dit":
+        raise ValueError("--mask-padding is for --network dit: the pipelines that a U-Net is exported to attend to the padding")
+    if config.cache and not config.vae_weights:
+        raise ValueError("--cache goes with the VAE that made it: name that with --vae-weights (the cache's settings.json says which)")
     if config.batch_size % config.grad_accum:
         raise ValueError(f"--batch-size {config.batch_size} is not a multiple of --grad-accum {config.grad_accum}")
     for name, known in (("network", ("unet", "dit")), ("optimizer", ("muon", "adamw")), ("dtype", ("auto", "bf16", "fp32")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from contextlib import AbstractContextManager
 
@@ -13,7 +14,9 @@ from tinyldm.lookup import lookup
 def pick_device(name: str = "auto") -> torch.device:
     """auto: CUDA, else Apple's MPS, else the CPU. ValueError where the one asked for is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        if torch.cuda.is_available():                          # torchrun numbers the processes of a host
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     lookup(dict.fromkeys(("auto", "cpu", "cuda", "mps")), name.partition(":")[0], "--device")
     device = torch.device(name)
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)

@@ -55,7 +55,7 @@ from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.dit import DiT
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.pipeline import find_model, settings
-from tinyldm.training.run import replace_folder
+from tinyldm.files import replace_folder
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.folder import save_model
 from tinyldm.vendor_loaders.hub import is_hub_id
@@ -122,7 +122,7 @@ def public(model: Model, sampler: str | None) -> Model:
         print(f"no scheduler of diffusers runs the model's sampler {asked} on its process: the folder names {drawn_with}")
     defaults = model.defaults | {"sampler": drawn_with}
     if data := defaults.get("data"):
-        defaults["data"] = portable(data)
+        defaults["data"] = " ".join(map(portable, data.split()))
     return replace(model, scheduler=config, defaults=defaults)
 
 
@@ -228,7 +228,6 @@ def main() -> None:
                    scheduler=model.scheduler, defaults=model.defaults)
         (torso / "README.md").write_text(card(model, source, folder), encoding="utf-8")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(folder, fill)
     if args.single_file:
         save_checkpoint(args.single_file, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ from tinyldm.diffusion.guidance import Denoiser, denoiser, inpaint, interval
 from tinyldm.diffusion.ode import invert
 from tinyldm.diffusion.samplers import find_sampler, sampler_name
 from tinyldm.noise import initial_noise, make_generators
+from tinyldm.models.clip_text import CLIPText
+from tinyldm.models.dit import DiTConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.tiling import decode_tiled, tiled
-from tinyldm.models.unet import UNet
+from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.prompts import plain, token_weights
 from tinyldm.training import checkpoint
 from tinyldm.vendor_loaders import hub
@@ -103,24 +106,42 @@ class Canvas(NamedTuple):
 
 
 def encode_text(model: Model, texts: Sequence[str], weighted: bool = False) -> Cond:
-    """Prompts -> Cond with context [b, n, d]. All n positions are attended to, padding included, as in training.
+    """Prompts -> Cond with context [b, n, d]. Padding is attended to, or not, as it was in training.
 
     weighted: a token's features are multiplied by its weight, nothing else changes, `pooled` neither. (AUTOMATIC1111's
     "No norm". Its "Original" then scales all by one number to restore their mean, which may be anywhere near 0.)
     """
     device = next(model.text.parameters()).device
     captions = [plain(text) for text in texts] if weighted else list(texts)
-    features = model.text(torch.from_numpy(model.tokenizer.encode(captions)).to(device))
+    cond = encode_tokens(model.text, torch.from_numpy(model.tokenizer.encode(captions)), device,
+                         model.defaults.get("mask_padding", False))
     if not weighted:
-        return Cond(features.hidden, pooled=features.pooled)
-    weights = torch.tensor([token_weights(model.tokenizer, text) for text in texts]).to(features.hidden)     # [b, n]
-    return Cond(features.hidden * weights[..., None], pooled=features.pooled)
+        return cond
+    weights = torch.tensor([token_weights(model.tokenizer, text) for text in texts]).to(cond.context)        # [b, n]
+    return replace(cond, context=cond.context * weights[..., None])
+
+
+def encode_tokens(text: CLIPText, ids: Tensor, device: torch.device, mask_padding: bool = False, cut: bool = False) -> Cond:
+    """Token ids [b, n] on the CPU -> Cond on the device; captions that are equal are encoded once.
+
+    mask_padding: the network attends to a caption up to its EOS. Only then can `cut` shorten all to about the longest one
+    without changing the result (CLIP's attention is causal): to a multiple of 16, so that few shapes are compiled for.
+    """
+    distinct, places = ids.unique(dim=0, return_inverse=True)
+    mask = None
+    if mask_padding:
+        ends = text.ends(distinct)
+        distinct = distinct[:, :-(-(int(ends.max()) + 1) // 16) * 16] if cut else distinct
+        mask = (torch.arange(distinct.shape[1]) <= ends[:, None])[places].to(device, non_blocking=True)
+    features, places = text(distinct.to(device, non_blocking=True)), places.to(device, non_blocking=True)
+    return Cond(features.hidden[places], mask, features.pooled[places])
 
 
 def towards(cond: Cond, there: Cond, share: Tensor) -> Cond:
     """Conditions share [b] of the way from cond to there, every token along its own arc."""
     bend = lambda a, b: None if a is None else slerp(a.float(), b.float(), share.view(-1, *[1] * (a.dim() - 1))).to(a.dtype)
-    return Cond(bend(cond.context, there.context), cond.mask, bend(cond.pooled, there.pooled))
+    mask = None if cond.mask is None else cond.mask | there.mask
+    return Cond(bend(cond.context, there.context), mask, bend(cond.pooled, there.pooled))
 
 
 def guide(ask: Callable[[Cond], Denoiser], cond: Cond, negative: Cond, how: Settings, prediction: str) -> Denoiser:
@@ -193,8 +214,12 @@ def picture_size(model: Model, width: int = 0, height: int = 0) -> tuple[int, in
 
 def unit(model: Model) -> int:
     """Width and height of pictures are multiples of this: the VAE's downscale times what the network divides by."""
-    return model.vae.config.downscale * (2 ** (len(model.net.config.widths) - 1) if isinstance(model.net, UNet)
-                                         else model.net.config.patch)
+    return unit_of(model.net.config, model.vae.config.downscale)
+
+
+def unit_of(network: UNetConfig | DiTConfig, downscale: int) -> int:
+    """The same, before there is a model."""
+    return downscale * (2 ** (len(network.widths) - 1) if isinstance(network, UNetConfig) else network.patch)
 
 
 def check_size(model: Model, width: int, height: int) -> None:

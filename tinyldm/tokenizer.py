@@ -9,8 +9,10 @@ the same ids. (OpenAI's own code also repairs mojibake with ftfy; transformers d
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,12 @@ class Tokenizer:
     def __len__(self) -> int:
         """The number of ids: a text encoder's vocab_size."""
         return len(self.vocab)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that decides which ids a caption gets: vocabulary, merges, context length, padding."""
+        content = [sorted(self.vocab.items()), self.merges, self.context_length, self.pad_token]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Captions -> int64 [b, context_length]: BOS, tokens (truncated where too long), EOS, padding."""

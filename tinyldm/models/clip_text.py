@@ -99,10 +99,13 @@ class CLIPText(nn.Module):
 
     def pool(self, ids: Tensor, last: Tensor) -> Tensor:
         """The vector of last [b, n, width] at each caption's first EOS, projected where the config says so."""
-        eos = self.config.eos_token_id
-        where = (ids if eos == 2 else (ids == eos).int()).argmax(dim=1)       # [b]; argmax returns the first maximum
-        pooled = last[torch.arange(len(ids), device=ids.device), where]
+        pooled = last[torch.arange(len(ids), device=ids.device), self.ends(ids)]
         return pooled if self.projection is None else self.projection(pooled)
+
+    def ends(self, ids: Tensor) -> Tensor:
+        """Where the first EOS of every caption is: ids [b, n] -> [b]. (A config that says 2 means the largest id.)"""
+        eos = self.config.eos_token_id
+        return (ids if eos == 2 else (ids == eos).int()).argmax(dim=1)        # argmax returns the first maximum
 
 
 class Layer(nn.Module):

@@ -189,7 +189,7 @@ def make_plan(config: Config) -> Plan:
     networks = meta_networks(config)
     stages = [] if config.vae_weights else [vae_stage(config, networks)]
     stages += [diffusion_stage(config, networks, side, sizes[side]) for side in sorted(sizes)]
-    return Plan(config, networks, stages, config.scenes if config.data == "toyworld" else config.pictures)
+    return Plan(config, networks, stages, config.scenes if config.data == ["toyworld"] else config.pictures)
 
 
 def vae_stage(config: Config, networks: Networks) -> Stage:

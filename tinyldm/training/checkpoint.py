@@ -9,7 +9,6 @@ RUN/checkpoints/step-001000/   model/, optimizer.safetensors, state.json       s
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from tinyldm.files import replace_folder
 
 STAGES = ("vae", "step")                                   # in the order a run goes through them
 
@@ -34,23 +35,15 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def write(run: Path, stage: str, step: int, fill: Callable[[Path], None], state: dict, keep: int) -> Path:
-    """Let `fill` write into a temporary folder, add state.json, flush, rename; then drop all but the newest `keep`."""
+    """Put in place, whole, what `fill` writes into a folder, and state.json; then drop all but the newest `keep`."""
     folder = run / "checkpoints" / f"{stage}-{step:06d}"
-    torso = folder.with_name(".writing-" + folder.name)
-    shutil.rmtree(torso, ignore_errors=True)
-    torso.mkdir(parents=True)
-    try:
+
+    def fill_all(torso: Path) -> None:
+        torso.mkdir()
         fill(torso)
         (torso / "state.json").write_text(json.dumps({"stage": stage, "step": step, **state}, indent=1))
-        for file in torso.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
-    except BaseException:
-        shutil.rmtree(torso, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(torso, folder)
+
+    replace_folder(folder, fill_all)
     for old in names(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder

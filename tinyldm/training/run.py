@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +31,11 @@ class Signals:
             os._exit(128 + number)
         self.received = number
         print("\nfinishing this step, then saving (once more: leave at once)", flush=True)
+
+    def check(self) -> None:
+        """Interrupted, where there is nothing to finish first."""
+        if self.received:
+            raise Interrupted
 
 
 class Progress:
@@ -67,14 +69,6 @@ class Progress:
 def generator(*seed: int) -> torch.Generator:
     """CPU randomness as a pure function of a few integers (seed, stage, step)."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-
-
-def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a folder under another name, then put it in place: it is there whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder.parent) as torso:      # nobody else's name
-        fill(Path(torso) / folder.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(Path(torso) / folder.name, folder)
 
 
 def write_picture(file: Path, image: np.ndarray) -> None:

@@ -1,0 +1,100 @@
+"""Encode captioned pictures once, ahead of training: decode, filter, crop, VAE, token ids -> a cache of latents.
+
+    python prepare.py --data my_pictures/ --vae-weights stabilityai/sd-vae-ft-mse --out cache/mine --preview sheet.png
+    python prepare.py --data "shards/{000..045}.tar:0.7" more/:0.3 --caption-key dense:0.75 short:0.25 --vae-weights ... --out ...
+    python prepare.py --preset 5090_week                     what train.py --preset 5090_week would do first
+    torchrun --nproc-per-node 8 prepare.py ...               several GPUs; or the same command on several hosts
+    python train.py --cache cache/mine --vae-weights stabilityai/sd-vae-ft-mse ...
+
+Stopped or killed, the same command goes on with the next shard. skipped.jsonl in the cache names every sample that could
+not be used, and why.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tinyldm.cli import guard
+from tinyldm.config import Config, parse
+
+NAMES = ("preset", "seed", "device", "dtype", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments",
+         "min_side", "max_aspect", "min_caption", "max_caption", "max_skip", "encode_batch_size", "vae_weights",
+         "text_weights", "network", "unet", "dit")
+FLAGS = {
+    "--out": dict(default="", metavar="FOLDER", help="the cache (default: runs/PRESET/latents, where train.py looks for it)"),
+    "--rebuild": dict(action="store_true", help="make a cache anew that was made with other settings"),
+    "--preview": dict(default="", metavar="FILE.png", help="first write a sheet of cropped pictures with their captions"),
+    "--decode-check": dict(type=int, default=0, metavar="N", help="first write N pictures above what the VAE makes of them "
+                           "to OUT.decoded.png, with the PSNR"),
+}
+
+if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS, NAMES)
+
+import numpy as np
+import torch
+
+from tinyldm.data.cache import write_tokens
+from tinyldm.data.encoding import posterior
+from tinyldm.data.prepare import prepare, some_pictures
+from tinyldm.device import pick_device
+from tinyldm.models.vae import AutoencoderKL
+from tinyldm.pipeline import to_bytes
+from tinyldm.sheet import captioned, tile, two_lines
+from tinyldm.training.run import Interrupted, Signals, write_picture
+from tinyldm.vendor_loaders.load import load_tokenizer, load_vae
+
+
+def write_preview(config: Config, file: Path) -> None:
+    """48 pictures as they will be encoded (before bucketing), from all shards alike, with their captions."""
+    items, _ = some_pictures(config, 48)
+    sheet = captioned([item.image for item in items], [two_lines(item.captions[0][1]) for item in items])
+    write_picture(file, np.asarray(sheet))
+    print(f"preview of {len(items)} pictures: {file}")
+
+
+def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count: int, file: Path) -> None:
+    """Originals, and below them their reconstructions from the posterior's mean."""
+    images = np.stack([item.image for item in some_pictures(config, count)[0]])
+    decoded = []
+    with torch.no_grad():
+        for batch in np.array_split(images, -(-len(images) // config.encode_batch_size)):
+            decoded.append(to_bytes(vae.decode(posterior(vae, batch, device, config.dtype).mean)))
+    decoded = np.concatenate(decoded)
+    psnr = -10 * np.log10((((decoded.astype(float) - images) / 255) ** 2).mean((1, 2, 3)).clip(1e-10))
+    rows = [part for start in range(0, len(images), 8) for part in (images[start : start + 8], decoded[start : start + 8])]
+    width = min(8, len(images))
+    blank = np.full((-len(images) % width, *images.shape[1:]), 255, np.uint8)
+    rows[-2:] = [np.concatenate([row, blank]) for row in rows[-2:]]
+    write_picture(file, tile(np.concatenate(rows), columns=width))
+    print(f"PSNR of {len(images)} pictures through the VAE: {psnr.mean():.2f} dB ({psnr.min():.2f} to {psnr.max():.2f}): {file}")
+
+
+def main() -> None:
+    config, out = CONFIG, Path(ARGS.out or f"runs/{CONFIG.preset}/latents")
+    if not config.vae_weights:
+        raise ValueError("which VAE? Name one with --vae-weights: stabilityai/sd-vae-ft-mse, for example, or the vae folder of a run")
+    device, signals = pick_device(config.device), Signals()
+    vae = load_vae(config.vae_weights, device)
+    tokenizer = load_tokenizer(config.text_weights) if config.text_weights else None
+    if ARGS.preview:
+        write_preview(config, Path(ARGS.preview))
+    if ARGS.decode_check:
+        decode_check(config, vae, device, ARGS.decode_check, out.with_name(out.name + ".decoded.png"))
+    try:
+        report = prepare(config, out, vae, device, ARGS.rebuild, signals.check)
+    except Interrupted:
+        print(f"stopped; finished shards stay in {out}: the same command goes on")
+        sys.exit(128 + signals.received)
+    if report is None:
+        return print(f"this process is done; others are still at work on {out}")
+    print(report)
+    if tokenizer:
+        write_tokens(out, tokenizer)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{size / 1e6:,.1f} MB in {out}: python train.py --cache {out} --vae-weights {config.vae_weights} ...")
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,202 @@
+"""The loader: batches that depend on seed and step alone, at any number of processes, made ahead or not."""
+
+import gc
+import json
+import threading
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_text
+
+from tinyldm.data.cache import Cache, ShardWriter, write_index, write_tokens
+from tinyldm.data.loader import Loader
+
+TOKENIZER = small_text()[0]
+N = 50
+
+
+@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (2, 2)], ids=["plain", "views", "parts"])
+def cache(request, tmp_path_factory):
+    views, parts = request.param
+    folder = tmp_path_factory.mktemp("cache")
+    rng = np.random.default_rng(0)
+    for name, count in (("a", 30), ("b", 20)):
+        place = folder / "shards" / name
+        place.mkdir(parents=True)
+        writer = ShardWriter(place)
+        writer.add(rng.standard_normal((count, views, parts, 4, 4, 4)).astype(np.float16),
+                   [[(0, f"a red square {name} {i}"), (1, f"a blue circle {name} {i}")] for i in range(count)])
+        (place / "shard.json").write_text(json.dumps(writer.close() | {"name": name, "kept": count}))
+    write_index(folder, {}, [{"spec": "one", "shards": ["a"]}, {"spec": "two", "shards": ["b"]}])
+    write_tokens(folder, TOKENIZER)
+    return Cache(folder)
+
+
+def loader(cache, **options):
+    return Loader(cache, TOKENIZER.fingerprint, **{"batch_size": 10, "seed": 1, "caption_weights": (1.0, 1.0)} | options)
+
+
+def same(one, two):
+    return (np.array_equal(one.samples, two.samples) and torch.equal(one.latents, two.latents)
+            and torch.equal(one.tokens, two.tokens))
+
+
+def joined(batches):
+    batches = list(batches)
+    return type(batches[0])(np.concatenate([b.samples for b in batches]), torch.cat([b.latents for b in batches]),
+                            torch.cat([b.tokens for b in batches]))
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+def test_a_batch_is_what_the_cache_holds(cache):
+    batch = loader(cache).batch(3)
+    assert batch.latents.dtype == torch.float32 and batch.latents.shape == (10, 4, 4, 4) and batch.latents.is_contiguous()
+    assert batch.tokens.dtype == torch.int64 and batch.tokens.shape == (10, 16) and batch.samples.dtype == np.int64
+    views, parts = cache.shape[:2]
+    for i, sample in enumerate(batch.samples):
+        stored = [torch.from_numpy(cache.latents(np.array([sample]), np.array([v]))[0]).float() for v in range(views)]
+        if parts == 1:
+            assert any(torch.equal(batch.latents[i], view[0]) for view in stored)
+        texts = [text for _, text in cache.captions(int(sample))]
+        assert batch.tokens[i].tolist() in TOKENIZER.encode(texts).tolist()
+
+
+def test_views_and_captions_are_all_drawn(cache):
+    run = joined(loader(cache).run(0, 60))
+    kinds = (run.tokens[:, 1:] == torch.from_numpy(TOKENIZER.encode(["a blue circle"]))[0, 2]).any(1).float().mean()
+    assert 0.4 < kinds < 0.6
+    views, parts = cache.shape[:2]
+    if parts == 1:
+        first = torch.from_numpy(cache.latents(run.samples)[:, 0]).float()
+        share = (run.latents == first).all(dim=(1, 2, 3)).float().mean()
+        assert share == 1 if views == 1 else 0.4 < share < 0.6
+
+
+def test_noise_is_drawn_by_the_standard_deviation(cache):
+    if cache.shape[1] == 1:
+        pytest.skip("no standard deviations in this cache")
+    run = joined(loader(cache).run(0, 40))
+    noises = []
+    for view in (0, 1):
+        stored = torch.from_numpy(cache.latents(run.samples, np.full(400, view))).float()
+        noises.append((run.latents - stored[:, 0]) / stored[:, 1])
+    spread = torch.stack([noise.abs().amax(dim=(1, 2, 3)) for noise in noises])
+    noise = torch.where((spread[0] < spread[1])[:, None, None, None], *noises)          # the view that it is of
+    assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1) < 0.05
+    assert len(torch.unique((noise[:, 0, 0, 0] * 100).round())) > 100
+
+
+@pytest.mark.parametrize("world", [2, 3, 10])
+def test_any_number_of_processes_sees_the_same_global_batch(cache, world):
+    whole = [loader(cache).batch(step) for step in range(4)]
+    for step, batch in enumerate(whole):
+        parts = [loader(cache, rank=rank, world=world).batch(step) for rank in range(world)]
+        assert same(joined(parts), batch)
+        assert [len(part.samples) for part in parts] == [len(a) for a in np.array_split(np.arange(10), world)]
+
+
+def test_starting_anywhere_gives_the_same_batches_as_running_there(cache):
+    ahead = list(loader(cache).run(0, 12))
+    assert len(ahead) == 12
+    for step, batch in zip(range(7, 12), loader(cache).run(7, 12)):
+        assert same(batch, ahead[step]) and same(loader(cache).batch(step), batch)
+    assert not same(loader(cache, seed=2).batch(0), ahead[0])
+    assert list(loader(cache).run(5, 5)) == []
+
+
+def test_two_steps_and_two_seeds_draw_differently(cache):
+    """The kinds of captions drawn for the places of a batch."""
+    blue = TOKENIZER.encode(["a blue circle"])[0, 2]
+    one, two = loader(cache, batch_size=N), loader(cache, batch_size=N, seed=2)
+    kinds = [(batch.tokens[:, 2] == blue) for batch in (one.batch(0), one.batch(1), two.batch(0))]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert 10 < (kinds[i] != kinds[j]).sum() < 40
+
+
+def test_weights_mix_the_sources(cache):
+    run = joined(loader(cache, weights=[Fraction(1), Fraction(4)]).run(0, 10))
+    assert (run.samples >= 30).sum() == 80
+
+
+def test_an_error_in_the_thread_reaches_the_caller_after_what_came_before(cache, monkeypatch):
+    one, whole = loader(cache), Loader.batch
+
+    def fails(self, step):
+        if step == 3:
+            raise OSError("disk gone")
+        return whole(self, step)
+
+    monkeypatch.setattr(Loader, "batch", fails)
+    seen = []
+    with pytest.raises(OSError, match="disk gone"):
+        for batch in one.run(0, 10):
+            seen.append(batch)
+    assert len(seen) == 3 and not threads()
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_leaving_early_ends_the_thread(cache, depth):
+    one = loader(cache, depth=depth)
+    run = one.run(0, 10 ** 9)
+    next(run)
+    assert len(threads()) == 1
+    run.close()
+    assert not threads()
+    for _ in one.run(0, 10 ** 9):
+        break
+    gc.collect()
+    assert not threads()
+    with pytest.raises(KeyboardInterrupt):
+        run = one.run(0, 100)
+        for _ in run:
+            run.throw(KeyboardInterrupt)
+    assert not threads()
+    list(one.run(0, 3))
+    assert not threads()
+
+
+def test_no_more_than_depth_batches_wait(cache, monkeypatch):
+    made, enough = [], threading.Event()
+
+    def counts(self, step):
+        made.append(step)
+        if len(made) == 5:
+            enough.set()
+        return SimpleNamespace(step=step)
+
+    monkeypatch.setattr(Loader, "batch", counts)
+    run = loader(cache, depth=3).run(0, 100)
+    assert next(run).step == 0
+    assert enough.wait(10)                                  # made ahead: the one given out, three waiting, one in hand
+    threading.Event().wait(0.05)
+    assert made == [0, 1, 2, 3, 4]
+    run.close()
+
+
+def test_pinning_is_asked_of_both_tensors(cache, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.dtype) or self)
+    loader(cache).batch(0)
+    assert pinned == []
+    loader(cache, pin=True).batch(0)
+    assert pinned == [torch.float32, torch.int64]
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"rank": 2, "world": 2}, "ranks run from 0 to 1"), ({"rank": -1, "world": 2}, "ranks run"),
+    ({"world": 11}, "--batch-size 11"),
+    ({"depth": 0}, "depth 0"), ({"caption_weights": (1.0,)}, "2 kinds"), ({"weights": [Fraction(1)]}, "for 2 sources")])
+def test_what_cannot_be_is_refused_at_once(cache, options, said):
+    with pytest.raises(ValueError, match=said):
+        loader(cache, **options)
+
+
+def test_a_tokenizer_that_the_cache_does_not_know_is_refused_at_once(cache):
+    with pytest.raises(ValueError, match="not encoded by this tokenizer"):
+        Loader(cache, "0" * 64, batch_size=10, seed=0, caption_weights=(1.0, 1.0))

@@ -1,0 +1,71 @@
+"""Files and folders that are there whole or not at all, and claims that end with their process."""
+
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ENVIRONMENT, ROOT
+from tinyldm.files import Claims, replace_folder, write_file
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path, monkeypatch):
+    write_file(tmp_path / "a.json", "old")
+    monkeypatch.setattr("tinyldm.files.flush", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_file(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "old" and names(tmp_path) == ["a.json"]
+    monkeypatch.undo()
+    write_file(tmp_path / "a.json", b"new")
+    assert (tmp_path / "a.json").read_text() == "new" and names(tmp_path) == ["a.json"]
+
+
+def test_a_folder_is_replaced_whole_or_left_as_it_was(tmp_path):
+    folder = tmp_path / "deep" / "folder"
+
+    def fill(word):
+        def make(torso):
+            torso.mkdir()
+            (torso / "file").write_text(word)
+            if word == "broken":
+                raise OSError("no room")
+        return make
+
+    replace_folder(folder, fill("old"))
+    with pytest.raises(OSError, match="no room"):
+        replace_folder(folder, fill("broken"))
+    assert (folder / "file").read_text() == "old" and names(folder.parent) == ["folder"]
+    (folder / "more").write_text("of the old one")
+    (folder.parent / ".writing-folder").mkdir()                     # of a process that was killed
+    (folder.parent / ".writing-folder" / "junk").touch()
+    replace_folder(folder, fill("new"))
+    assert (folder / "file").read_text() == "new" and names(folder) == ["file"] and names(folder.parent) == ["folder"]
+
+
+def test_all_of_a_folder_is_flushed_before_it_takes_its_place(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("tinyldm.files.flush", lambda path: flushed.append((path.name, (tmp_path / "folder").exists())))
+
+    def fill(torso):
+        (torso / "sub").mkdir(parents=True)
+        (torso / "sub" / "file").touch()
+
+    replace_folder(tmp_path / "folder", fill)
+    assert sorted(flushed[:-1]) == [(".writing-folder", False), ("file", False), ("sub", False)]
+    assert flushed[-1] == (tmp_path.name, True)
+
+
+def test_a_claim_keeps_other_processes_off_until_its_process_ends(tmp_path):
+    def others(number: int) -> str:
+        code = f"from tinyldm.files import Claims; print(Claims(r'{tmp_path / 'claims'}').take({number}))"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT).stdout.strip()
+
+    claims = Claims(tmp_path / "claims")
+    assert claims.take(3) and claims.take(5)
+    assert (others(3), others(4), others(5)) == ("False", "True", "False")
+    claims.close()
+    assert others(3) == "True"

@@ -1,0 +1,158 @@
+"""prepare.py and training on what it made, as a person runs them."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import ENVIRONMENT, ROOT, script, weights
+from tinyldm.config import parse
+from tinyldm.data import toyworld
+from tinyldm.data.cache import Cache
+
+TINY = ("--batch-size 4 --log-every 3 --save-every 2 --sample-every 0 --sample-steps 2 --warmup-steps 2 --max-steps 6 "
+        "--unet widths=16,32 attention=False,True heads=1,2 groups=4 --text width=16 layers=1 heads=2 mlp_width=32").split()
+VAE = "--vae widths=8,16 groups=4 --vae-crop 8 --vae-batch-size 4 --vae-steps 2".split()
+SMALL = ["--scenes", "8", "--resolution", "16", *VAE, *TINY, "--max-steps", "2"]
+
+
+def pictures(folder: Path, count: int, size=(16, 16)) -> Path:
+    """Scenes of the toy world as files, with captions long and short."""
+    folder.mkdir()
+    for i in range(count):
+        drawn = toyworld.sample(i, max(size), 0)
+        Image.fromarray(drawn.image).crop((0, 0, *size)).save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.json").write_text(json.dumps({"long": drawn.caption, "short": ["scene", f"number {i}"]}))
+        (folder / f"{i:04d}.txt").write_text(drawn.caption)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vae") / "run"
+    done = script("train.py", "--out", folder, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return folder / "vae"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_training_on_a_prepared_cache_equals_training_that_prepares(vae, tmp_path):
+    data = ["--data", pictures(tmp_path / "d", 12), "--vae-weights", vae, "--resolution", 16]
+    done = script("prepare.py", *data, "--out", tmp_path / "cache", "--preview", tmp_path / "sheet.png", "--decode-check", 3)
+    assert done.returncode == 0, done.stderr
+    assert "12 kept" in done.stdout and "posterior" in done.stdout and "PSNR of 3 pictures" in done.stdout
+    assert f"--cache {tmp_path / 'cache'}" in done.stdout                              # the next command to type
+    assert Image.open(tmp_path / "sheet.png").size[0] > 192 and Image.open(tmp_path / "cache.decoded.png").size == (3 * 18 - 2, 2 * 18 - 2)
+    own = script("train.py", "--out", tmp_path / "own", *TINY, *data)
+    shutil.rmtree(tmp_path / "d")                                                       # the cache stands on its own
+    given = script("train.py", "--out", tmp_path / "given", *TINY, *data[:2], "--cache", tmp_path / "cache", *data[2:])
+    assert own.returncode == given.returncode == 0, own.stderr + given.stderr
+    one, two = (weights(tmp_path / name / "checkpoints" / "step-000006" / "model") for name in ("own", "given"))
+    assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+    assert not (tmp_path / "given" / "latents").exists()
+    other = script("train.py", "--out", tmp_path / "other", *TINY, "--cache", tmp_path / "cache", *data[2:4], "--resolution", 32)
+    assert other.returncode == 2 and "resolution 16 there, 32 here" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_sources_captions_views_moments_and_sizes_all_mixed_train_a_dit_and_resume(vae, tmp_path):
+    one, two = pictures(tmp_path / "a", 12, (16, 16)), pictures(tmp_path / "b", 12, (24, 8))
+    words = ["--data", f"{one}:0.75", f"{two}:0.25", "--caption-key", "long:0.5", "short:0.5", "--flip", "--moments", "--buckets", "3",
+             "--vae-weights", vae, "--resolution", 16, *TINY, "--max-steps", 4, "--network", "dit",
+             "--dit", "patch=2", "width=32", "layers=1", "heads=2", "mlp_width=32", "time_dim=16", "--mask-padding"]
+    done = script("train.py", "--out", tmp_path / "run", *words)
+    assert done.returncode == 0, done.stderr
+    cache = Cache(tmp_path / "run" / "latents")
+    assert cache.shape[:2] == (2, 2) and len(cache.sizes) == 2 and len(cache.captions(0)) == 3
+    whole = weights(tmp_path / "run" / "checkpoints" / "step-000004")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+    assert script("train.py", "--out", tmp_path / "run", "--resume", "auto").returncode == 0
+    again = weights(tmp_path / "run" / "checkpoints" / "step-000004")
+    assert all(np.array_equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--data", "tests"], "--vae-weights: stabilityai"),
+    (["--data", "README.md", "--vae-weights", "VAE"], "is not a file that is read"),
+    (["--data", "EMPTY", "--vae-weights", "VAE"], "no picture and no shard"),
+    (["--data", "toyworld:0", "--vae-weights", "VAE"], "a number above 0"),
+    (["--data", "toyworld", "--vae-weights", "VAE", "--resolution", "17"], "not a multiple of"),
+    (["--data", "toyworld", "--vae-weights", "VAE", "--out", "docs"], "name another folder"),
+    (["--data", "toyworld", "--vae-weights", "VAE", "--lr", "3"], "unknown argument"),
+    (["--data", "EMPTY/*.tar", "--vae-weights", "VAE"], "no shard or folder matches"),
+])
+def test_mistakes_at_prepare_are_one_line_and_write_nothing(vae, tmp_path, words, expected):
+    (tmp_path / "empty").mkdir()
+    words = [word.replace("VAE", str(vae)).replace("EMPTY", str(tmp_path / "empty")) for word in words]
+    out = [] if "--out" in words else ["--out", tmp_path / "cache"]
+    done = script("prepare.py", *words, *out)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_interrupted_preparation_says_how_to_go_on(vae, tmp_path):
+    words = ["prepare.py", "--data", "toyworld", "--scenes", 6000, "--vae-weights", vae, "--resolution", 32, "--out", tmp_path / "cache"]
+    job = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env=ENVIRONMENT, cwd=ROOT)
+    while not list(tmp_path.glob("cache/shards/.writing-*")):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)
+    job.send_signal(signal.SIGINT)
+    out, error = job.communicate()
+    assert job.returncode == 130 and "the same command goes on" in out and "Traceback" not in error
+    assert not list(tmp_path.glob("cache/shards/.writing-*"))
+
+
+@pytest.mark.slow
+def test_killed_in_preparing_and_in_training_it_ends_with_the_same_bytes(vae, tmp_path):
+    data = pictures(tmp_path / "d", 600, (32, 32))
+    words = ["train.py", "--data", data, "--vae-weights", vae, "--resolution", 32, *TINY, "--max-steps", 60, "--save-every", 5, "--keep-last", 2]
+    whole = script(*words, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    rng, kills, folder = random.Random(0), 0, tmp_path / "killed"
+    while True:
+        resume = ["--resume", "auto"] if (folder / "config.json").exists() else []
+        job = subprocess.Popen([sys.executable, *map(str, words), "--out", str(folder), *resume], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
+        try:
+            _, error = job.communicate(timeout=rng.uniform(2, 5) if kills < 12 else None)
+        except subprocess.TimeoutExpired:
+            job.kill()
+            job.communicate()
+            kills += 1
+            continue
+        assert job.returncode == 0, error
+        break
+    assert kills >= 5
+    assert contents(folder / "latents") == contents(tmp_path / "whole" / "latents")
+    for name in ("checkpoints/step-000060", "samples"):
+        assert contents(folder / name) == contents(tmp_path / "whole" / name)
+
+
+def test_help_names_every_flag_of_the_issue_in_no_time():
+    done = script("prepare.py", "--help")
+    flags = "--data --caption-key --flip --moments --buckets --min-side --max-aspect --max-skip --preview --decode-check --rebuild --out"
+    assert done.returncode == 0 and all(flag in done.stdout for flag in flags.split())
+    assert "torch" not in script("-X", "importtime", "prepare.py", "--help").stderr
+
+
+def test_every_field_that_shapes_a_cache_is_a_flag_of_prepare():
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("prepare_script", Path(__file__).parents[1] / "prepare.py")
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    config, _ = parse([], "", {}, prepare.NAMES)
+    from tinyldm.data.prepare import settings_of
+    from tinyldm.models.vae import AutoencoderKL, VAEConfig
+    shaping = settings_of(config, AutoencoderKL(VAEConfig(widths=(8, 8), depth=1, groups=4))).keys() - {"format", "vae", "unit"}
+    assert shaping <= set(prepare.NAMES)

@@ -1,0 +1,225 @@
+"""The bytes of a picture file, from anywhere, as an upright sRGB array of the right size, or the reason why not.
+
+What is notable: the header alone decides about bombs and about the user's limits, before a pixel is decoded. Large
+JPEGs are decoded at a half, a quarter or an eighth (the DCT's own shrinking), but never below twice the target, so that
+the filter still has something to antialias. Crop and resize are one pass over a box with fractional edges. Colours are
+brought to sRGB where an embedded profile says something else. Nothing here depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401  the two that Pillow would look for among all its plugins
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 100_000_000
+FILTER = Image.Resampling.LANCZOS
+REASONS = ("unreadable", "truncated", "too many pixels", "too small", "too long")
+UNREADABLE, TRUNCATED, TOO_MANY_PIXELS, TOO_SMALL, TOO_LONG = REASONS
+
+_ORIENTATION = 0x0112
+_WITH_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
+_PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+class Unusable(ValueError):
+    """A picture that cannot be used. reason: one of REASONS; filtered: dropped by the user's own limits, not broken."""
+
+    def __init__(self, reason: str, detail: str = "", filtered: bool = False):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail, self.filtered = reason, detail, filtered
+
+
+@dataclass(frozen=True)
+class Framing:
+    resolution: int                                   # side of the square in pixels
+    buckets: tuple[tuple[int, int], ...] = ()         # (height, width) in pixels to choose among; empty: the square
+    min_side: int = 0                                 # smaller pictures are dropped
+    max_aspect: float = 0.0                           # and longer ones (long side / short side); 0: any
+
+    def __post_init__(self):
+        if self.resolution < 1 or any(side < 1 for bucket in self.buckets for side in bucket):
+            raise ValueError(f"pictures of {self.resolution} pixels, buckets {self.buckets}: every side must be at least 1")
+        if self.min_side < 0 or 0 != self.max_aspect < 1:
+            raise ValueError(f"limits on pictures: min_side {self.min_side} must not be negative, and max_aspect "
+                             f"{self.max_aspect} must be at least 1 (long side / short side), or 0 for any")
+
+    def size(self, height: float, width: float) -> tuple[int, int]:
+        """(height, width) in pixels for an upright picture: the bucket nearest in log(height / width), or the square."""
+        aspect = math.log(height / width)
+        return min(self.buckets or ((self.resolution, self.resolution),),
+                   key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - aspect))
+
+
+def make_buckets(resolution: int, unit: int, max_aspect: float) -> tuple[tuple[int, int], ...]:
+    """Sizes (height, width) in pixels, multiples of `unit`, with nearly the square's count of units, sorted.
+
+    For every height up to the square's the widest that has no more units, and the same on its side; sizes below 90 %
+    of the count are left out. The longest is the one nearest to max_aspect (long side / short side) in log-aspect.
+    ValueError where resolution is no multiple of unit.
+    """
+    if unit < 1 or resolution < unit or resolution % unit:
+        raise ValueError(f"buckets for {resolution} pixels: not a multiple of {unit}; "
+                         f"use {max(1, round(resolution / max(unit, 1))) * unit}")
+    if max_aspect < 1:
+        raise ValueError(f"buckets up to the aspect {max_aspect}: long side / short side is at least 1")
+    side = resolution // unit
+    wide = [(h, side * side // h) for h in range(1, side + 1)]
+    wide = [(h, w) for h, w in wide if 10 * h * w >= 9 * side * side]
+    longest = min((w / h for h, w in wide), key=lambda aspect: abs(math.log(aspect / max_aspect)))
+    kept = [(h, w) for h, w in wide if w / h <= longest]
+    return tuple(sorted({(a * unit, b * unit) for h, w in kept for a, b in ((h, w), (w, h))}))
+
+
+def decode(data: bytes | np.ndarray, framing: Framing) -> np.ndarray:
+    """The bytes of a PNG, JPEG, WebP, GIF, BMP or TIFF, or uint8 [h, w, 3] or [h, w] in sRGB -> uint8 [h, w, 3].
+
+    Upright, on white where transparent, in sRGB, the first of several frames, scaled to cover framing.size and cropped
+    around the centre. A picture that has the target's size already is not resampled. Unusable says why there is none.
+    """
+    if isinstance(data, np.ndarray):
+        image, extent, turn, profile = _from_array(data, framing), data.shape[1::-1], 1, None
+    else:
+        try:
+            image, extent, turn = _load(data, framing)
+            profile = image.info.get("icc_profile")
+            image = _opaque(image)
+        except Unusable:
+            raise
+        except Image.DecompressionBombError as error:
+            raise Unusable(TOO_MANY_PIXELS, str(error)) from None
+        except Exception as error:                          # a broken file finds a way to raise nearly anything
+            text = " ".join(f"{type(error).__name__} {error}".split())
+            raise Unusable(TRUNCATED if "truncated" in text.lower() else UNREADABLE, text[:200]) from None
+        if image.mode == "CMYK":                            # inks do not mix linearly: resize what is seen
+            image, profile = _to_srgb(image, profile), None
+    image = _cover(image, extent, _target(extent, turn, framing))
+    image = _to_srgb(image, profile)                        # after the resize, because there are fewer pixels now
+    if turn in _TURNS:
+        image = image.transpose(_TURNS[turn])
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _from_array(data: np.ndarray, framing: Framing) -> Image.Image:
+    if data.dtype != np.uint8 or data.shape[2:] not in ((), (3,)) or data.ndim < 2 or not data.size:
+        raise Unusable(UNREADABLE, f"an array {list(data.shape)} of {data.dtype}, expected uint8 [h, w, 3] or [h, w]")
+    _check(data.shape[1::-1], framing)
+    return Image.fromarray(data)
+
+
+def _load(data: bytes, framing: Framing) -> tuple[Image.Image, tuple[float, float], int]:
+    """The decoded picture as stored, (width, height) of what it shows in its pixels, and how to turn it (EXIF, 1..8)."""
+    if _PILLOWS_WARNINGS not in warnings.filters:           # catch_warnings would not be safe among threads
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check(image.size, framing)
+    drafted = None
+    if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+        width, height = _target(image.size, _orientation(image), framing)
+        drafted = image.draft("RGB", (2 * width, 2 * height))
+    image.load()
+    # The last column and row of a shrunk JPEG may stand for less than a pixel; PNG may keep EXIF behind the pixels.
+    return image, drafted[1][2:] if drafted else image.size, _orientation(image)
+
+
+def _check(size: tuple[int, int], framing: Framing) -> None:
+    """Unusable for (width, height) outside the limits, which are the same for a picture on its side."""
+    short, long = sorted(size)
+    if short < 1:
+        raise Unusable(UNREADABLE, "no pixels")
+    if short * long > MAX_PIXELS:
+        raise Unusable(TOO_MANY_PIXELS, f"{size[0]} x {size[1]}, at most {MAX_PIXELS:,} are read")
+    if short < framing.min_side:
+        raise Unusable(TOO_SMALL, f"{size[0]} x {size[1]}, the limit is {framing.min_side}", filtered=True)
+    if framing.max_aspect and long > framing.max_aspect * short:
+        raise Unusable(TOO_LONG, f"{size[0]} x {size[1]}, the limit is {framing.max_aspect:g} : 1", filtered=True)
+
+
+def _orientation(image: Image.Image) -> int:
+    if _WITH_ORIENTATION.isdisjoint(image.info):            # also a TIFF, which Pillow turns while it loads it
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:                                       # broken EXIF is no reason to lose a picture
+        return 1
+
+
+def _target(extent: tuple[float, float], turn: int, framing: Framing) -> tuple[int, int]:
+    """(width, height) to aim for in the frame of the stored picture, which may lie on its side."""
+    if turn in (5, 6, 7, 8):
+        return framing.size(extent[0], extent[1])
+    height, width = framing.size(extent[1], extent[0])
+    return width, height
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Any mode -> L, RGB or CMYK, on white where it was transparent."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _eight_bits(image)
+    if image.has_transparency_data:
+        mode = "L" if image.mode in ("L", "LA", "La") else "RGB"
+        image = image.convert("LA" if mode == "L" else "RGBA")
+        flat = Image.new(mode, image.size, "white")
+        flat.paste(image.convert(mode), mask=image.getchannel("A"))
+        return flat
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or more bits, 0..65535, or of floats, which may also end at 1 -> L. Pillow's own conversion clips."""
+    values = np.clip(np.nan_to_num(np.asarray(image).astype(np.float32)), 0, 65535)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values[values == transparent] = 65535
+    values *= 255 if image.mode == "F" and values.max() <= 1 else 255 / 65535
+    return Image.fromarray((values + 0.5).astype(np.uint8))
+
+
+def _cover(image: Image.Image, extent: tuple[float, float], target: tuple[int, int]) -> Image.Image:
+    """Scale what lies within `extent` so that it covers the target, around the centre; all (width, height)."""
+    (width, height), (w, h) = extent, target
+    if width * h > height * w:
+        width = height * w / h
+    else:
+        height = width * h / w
+    left, top = (extent[0] - width) / 2, (extent[1] - height) / 2
+    if (width, height) == (w, h):                           # nothing to scale: whole pixels, an odd one goes at the end
+        left, top = int(left), int(top)
+        return image if image.size == (w, h) else image.crop((left, top, left + w, top + h))
+    return image.resize((w, h), FILTER, box=(left, top, left + width, top + height), reducing_gap=3.0)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """L, RGB or CMYK with the ICC profile that it came with, if any -> L or RGB in sRGB."""
+    transform = _transform(profile, image.mode) if isinstance(profile, bytes) else None      # a broken TIFF may hold numbers
+    if transform is not None:
+        return transform.apply(image)
+    return image.convert("RGB") if image.mode == "CMYK" else image
+
+
+@lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str):
+    """From a profile to sRGB, or None where that changes nothing (whatever the profile's name) or is impossible."""
+    try:
+        from PIL import ImageCms
+
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        levels = np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * len(mode))
+        probe = Image.merge(mode, [Image.fromarray(channel.reshape(1, -1)) for channel in levels])
+        change = np.asarray(transform.apply(probe)).astype(int) - np.asarray(probe.convert("RGB"))
+        return transform if np.abs(change).max() > 2 else None
+    except Exception:                                       # a broken profile, one for other channels, no littlecms
+        return None

@@ -1,0 +1,265 @@
+"""The job that runs before training: every captioned picture decoded, encoded by the VAE, and put into a cache.
+
+Work goes shard by shard. A shard's folder takes its place whole, when all of it is encoded and flushed, and the cache's index
+is written after the last one: killed at any moment, the job has lost the shard in progress, and what it leaves does not
+look complete. Any number of processes, on any hosts that share the disk, may run the same command: each takes shards
+that nobody else has (torchrun's ranks begin with different ones), and the last to finish writes the index.
+
+The cache of a job that was killed ten times is, byte for byte, that of one that was not.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from tinyldm.config import Config, build, split_weights
+from tinyldm.data.cache import write_index
+from tinyldm.data.encoding import Encoder, Item, decoded, encode_shard, fingerprint, make_recipe, read_shard, workers
+from tinyldm.data.readers import Damaged
+from tinyldm.data.remote import SourceLost
+from tinyldm.data.sources import Shard, list_shards, parse_sources
+from tinyldm.files import Claims, replace_folder, write_file
+from tinyldm.models.dit import DiTConfig
+from tinyldm.models.unet import UNetConfig
+from tinyldm.models.vae import AutoencoderKL, check_size
+from tinyldm.pipeline import unit_of
+
+FORMAT = 1                      # of the cache, and of how pictures are decoded and cropped: another number, another cache
+NARROW = 0.1                    # a posterior this narrow, against the spread of the latents, need not be sampled
+FEW = 1000                      # so many samples say enough to stop a job that skips too many of them
+
+
+def find_shards(config: Config) -> list[tuple[str, list[Shard]]]:
+    """Every source as (what was typed, without its weight; its shards)."""
+    return [(source.spec, list_shards(source, resolution=config.resolution, scenes=config.scenes, seed=config.seed))
+            for source in parse_sources(config.data)]
+
+
+def some_pictures(config: Config, count: int) -> tuple[list[Item], Counter]:
+    """About `count` usable pictures, cropped square, from all shards alike, to train a VAE on or to look at; and how
+    many of those that came along had to be left out, by reason. ValueError where there is none."""
+    shards = [shard for _, found in find_shards(config) for shard in found]
+    recipe, items, faults = make_recipe(config), [], Counter()
+    with ThreadPoolExecutor(workers()) as pool:
+        for i, shard in enumerate(shards):
+            quota, usable = -(-(count - len(items)) // (len(shards) - i)), 0
+            try:
+                for item in decoded(shard.read(), recipe, pool):
+                    if usable == quota:
+                        break
+                    faults[item.reason] += item.image is None
+                    usable += item.image is not None
+                    items += [item] if item.image is not None else []
+            except (Damaged, ValueError) as error:
+                faults[f"whole shard: {error}"] += 1
+    if not items:
+        raise ValueError(nothing(config, +faults))
+    return items, +faults
+
+
+def nothing(config: Config, faults: Counter) -> str:
+    return f"--data {' '.join(config.data)}: not one usable picture in it ({listed(faults) or 'no picture with a caption found'})"
+
+
+def listed(reasons: Counter) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+
+
+# ---------------------------------------------------------------- the cache's folder
+
+
+def bucket_unit(config: Config, vae: AutoencoderKL) -> int:
+    """Pixels that the sides of --buckets are a multiple of: what the VAE and the network divide by. 0: no buckets."""
+    network = build(DiTConfig, config.dit, "--dit") if config.network == "dit" else build(UNetConfig, config.unet, "--unet")
+    return unit_of(network, vae.config.downscale) if config.buckets else 0
+
+
+def settings_of(config: Config, vae: AutoencoderKL) -> dict[str, Any]:
+    """What all shards of a cache share; a cache of other settings is never used."""
+    names = ("resolution", "buckets", "flip", "moments", "min_side", "max_aspect", "min_caption", "max_caption")
+    return {"format": FORMAT, "vae": fingerprint(vae), "unit": bucket_unit(config, vae),
+            "caption_key": list(split_weights(config.caption_key))} | {name: getattr(config, name) for name in names}
+
+
+def open_folder(folder: Path, settings: dict[str, Any], made_by: str, rebuild: bool) -> None:
+    """Make the cache's folder, or see that the one that is there was made with the same settings.
+
+    ValueError that lists what differs; with `rebuild` the old cache is removed instead.
+    """
+    file = folder / "settings.json"
+    if file.exists() and not rebuild:
+        check_settings(folder, read_settings(folder), settings)
+    elif not file.exists() and folder.exists() and (others := {path.name for path in folder.iterdir()} - {".writing-settings.json"}):
+        raise ValueError(f"{folder} holds other things ({', '.join(sorted(others)[:3])}) and no cache: name another folder")
+    else:
+        (folder / "index.json").unlink(missing_ok=True)        # first what makes an old cache look whole
+        shutil.rmtree(folder / "shards", ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(file, json.dumps(settings | {"vae_weights": made_by}, sort_keys=True, indent=1))
+    (folder / "shards").mkdir(exist_ok=True)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+
+
+def check_settings(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """ValueError that lists what differs."""
+    def short(value: Any) -> str:
+        return value[:8] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
+
+    if differ := [f"{name} {short(found.get(name))} there, {short(value)} here" for name, value in wanted.items()
+                  if found.get(name) != value]:
+        raise ValueError(f"the latents in {folder} were made with other settings ({'; '.join(differ)}): "
+                         "use the same, name another folder, or make them anew with prepare.py --rebuild")
+
+
+# ---------------------------------------------------------------- what was read, kept and left out
+
+
+class Report(NamedTuple):
+    """What a cache holds, added up over its shards."""
+
+    shards: int
+    read: int
+    kept: int
+    skipped: Counter        # reason -> samples: faults
+    filtered: Counter       # reason -> samples: the user's own limits
+    stats: Counter          # sums over all latents
+
+    @property
+    def width(self) -> float:
+        """The posterior's standard deviation over the latents' own."""
+        n, total, squares = (self.stats[name] for name in ("numbers", "sum", "squares"))
+        return (self.stats["variance"] / max(squares - total**2 / n, 1e-12)) ** 0.5 if n else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.shards:,} shards: {self.read:,} samples read, {self.kept:,} kept"]
+        for title, counts in (("skipped", self.skipped), ("filtered out", self.filtered)):
+            if n := sum(counts.values()):
+                lines.append(f"{title}: {n:,} ({n / self.read:.2%}): {listed(counts)}; each is named in skipped.jsonl")
+        advice = "the mean is enough" if self.width < NARROW else "wide enough for --moments to be worth its space"
+        return "\n".join([*lines, f"standard deviation of the VAE's posterior over that of the latents: {self.width:.2%} ({advice})"])
+
+
+def add_up(facts: Iterable[dict[str, Any]]) -> Report:
+    """shard.json's of all shards -> their sum."""
+    facts = list(facts)
+    sums = {name: sum((Counter(shard[name]) for shard in facts), Counter()) for name in ("skipped", "filtered")}
+    stats = Counter()
+    for shard in facts:
+        stats.update(shard["stats"])
+    return Report(len(facts), sum(shard["read"] for shard in facts), sum(shard["kept"] for shard in facts), stats=stats, **sums)
+
+
+def judge(config: Config, report: Report) -> None:
+    """ValueError when too much had to be skipped."""
+    if (skipped := sum(report.skipped.values())) > config.max_skip * report.read:
+        raise ValueError(f"{skipped:,} of {report.read:,} samples had to be skipped, more than --max-skip {config.max_skip:g} "
+                         f"allows ({listed(report.skipped)}; named in shards/*/skipped.jsonl): mend the data, or raise --max-skip: "
+                         "what is encoded stays")
+
+
+# ---------------------------------------------------------------- the job
+
+
+def prepare(config: Config, folder: Path, vae: AutoencoderKL, device: torch.device, rebuild: bool = False,
+            check: Callable[[], None] = lambda: None) -> Report | None:
+    """Make the cache of all sources in `folder`, or what is missing of it.
+
+    check: called after every picture; what it raises stops the job. None: other processes are still at work on the last
+    shards. ValueError, OSError: with what to do; what is encoded stays, and the same call goes on from there.
+    """
+    check_size(torch.empty(1, 3, config.resolution, config.resolution, device="meta"), vae.config.downscale)
+    settings = settings_of(config, vae)
+    try:
+        sources = find_shards(config)
+    except ValueError as error:
+        if (report := unreachable(config, folder)) is None:
+            raise
+        check_settings(folder, read_settings(folder), settings)
+        print(f"the source cannot be asked for changes ({error}): its finished latents in {folder} are used as they are")
+        return report
+    open_folder(folder, settings, config.vae_weights, rebuild)
+    shards = [shard for _, found in sources for shard in found]
+    if missing := [i for i, shard in enumerate(shards) if not read_shard(folder, shard)]:
+        (folder / "index.json").unlink(missing_ok=True)
+        encode_missing(config, folder, vae, device, shards, missing, check)
+    facts = [read_shard(folder, shard) for shard in shards]
+    if not all(facts):
+        return None
+    report = add_up(facts)
+    if not report.kept:
+        raise ValueError(nothing(config, report.skipped + report.filtered))
+    judge(config, report)
+    names = [{"spec": spec, "shards": [shard.name for shard in found]} for spec, found in sources]
+    if [{"spec": it["spec"], "shards": [shard["name"] for shard in it["shards"]]} for it in read_sources(folder)] != names:
+        rows = [(folder / "shards" / shard.name / "skipped.jsonl").read_text(encoding="utf-8") for shard in shards]
+        write_file(folder / "skipped.jsonl", "".join(rows))
+        write_index(folder, read_settings(folder), names)
+    return report
+
+
+def read_sources(folder: Path) -> list[dict[str, Any]]:
+    """The sources of a finished cache: [{"spec", "shards": what every shard.json says}]; none where it is not finished."""
+    file = folder / "index.json"
+    return json.loads(file.read_text(encoding="utf-8"))["sources"] if file.exists() else []
+
+
+def unreachable(config: Config, folder: Path) -> Report | None:
+    """The report of a finished cache of remote sources, for when the network is away. None: there is no such cache."""
+    sources = read_sources(folder)
+    specs = [source.spec for source in parse_sources(config.data)]
+    if not sources or [source["spec"] for source in sources] != specs or not any("://" in spec for spec in specs):
+        return None
+    return add_up(shard for source in sources for shard in source["shards"])
+
+
+def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: torch.device, shards: list[Shard],
+                   missing: list[int], check: Callable[[], None]) -> None:
+    """Encode the shards that nobody else is at. Those whose source fails are left, and named at the end."""
+    recipe, facts, lost, claims = make_recipe(config, bucket_unit(config, vae)), [], [], Claims(folder / "claims")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with ThreadPoolExecutor(workers()) as pool, tqdm(unit=" pictures", dynamic_ncols=True, mininterval=1, disable=None) as bar:
+        def tick() -> None:
+            bar.update()
+            check()
+
+        for i in sorted(missing, key=lambda i: (i - rank) % world):            # one's own share, then what others left
+            shard = shards[i]
+            if not claims.take(i) or read_shard(folder, shard):
+                continue
+            bar.set_description(f"shard {i + 1} of {len(shards)}")
+            try:
+                replace_folder(folder / "shards" / shard.name, lambda torso: encode_shard(
+                    shard, lambda samples: decoded(samples, recipe, pool), lambda place: Encoder(config, vae, device, place),
+                    torso, tick))
+            except (SourceLost, FileNotFoundError) as error:
+                lost.append(str(error))
+                continue
+            except OSError as error:
+                raise full(error, folder) from error
+            facts.append(read_shard(folder, shard))
+            if (report := add_up(facts)).read >= FEW:
+                judge(config, report)
+    claims.close()
+    if lost:
+        raise ValueError(f"{len(lost)} of {len(shards)} shards could not be read, the others are encoded: {'; '.join(lost[:3])}")
+
+
+def full(error: OSError, folder: Path) -> OSError:
+    """The same error, with what to do where the disk is full."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    return OSError(f"no room left for {folder} ({error.strerror}): finished shards stay; make room and run the same command again")

@@ -1,0 +1,275 @@
+"""Shards to captioned samples: WebDataset tar archives, lists of picture files, .npz arrays, drawn scenes.
+
+Notable: whatever is wrong with a shard, what comes out is a sample, a Skip that says why there is none, or one of two
+errors for the shard as a whole. Nothing is paired by position: a caption belongs to a picture because of its name.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from fsspec import AbstractFileSystem
+
+from tinyldm.data import toyworld
+from tinyldm.data.remote import SourceLost, address, open_file
+from tinyldm.data.tarshard import LIMIT, Flaw, Member, members
+
+KINDS = dict.fromkeys(("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"), "picture") | {"txt": "txt", "json": "json"}
+UNSAFE = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|\Z)", re.DOTALL)      # leads out of the folder it is in
+HIDDEN = re.compile(r"(.*/)?\.[^/]", re.DOTALL)
+
+NO_PICTURE, MISSING, DUPLICATE, UNSAFE_NAME = "no picture", "picture file missing", "duplicate key", "unsafe name"
+CUT, DAMAGED, UNREADABLE, TOO_LARGE = "archive cut short", "archive damaged", "unreadable", "too large"
+NOT_UTF8, NO_JSON = "caption is not UTF-8", "json is not readable"
+
+
+class Sample(NamedTuple):
+    key: str                        # unique in its shard; for messages
+    picture: bytes | np.ndarray     # an encoded file, or uint8 [h, w, 3]
+    fields: dict[str, object]       # "txt", "json": a file's bytes; columns of a metadata row: str or list[str]
+
+
+class Skip(NamedTuple):
+    """Something that is no sample."""
+
+    key: str
+    reason: str                     # one of the constants above
+    detail: str = ""
+
+
+class Damaged(Exception):
+    """Raised at the end of a shard whose samples before it cannot be trusted either: drop the whole shard."""
+
+
+class File(NamedTuple):
+    path: str
+    size: int | None
+
+
+class Entry(NamedTuple):
+    """A sample before it is read: `picture` names a file, and so may values of `fields`."""
+
+    key: str
+    picture: File | None
+    fields: dict[str, object]
+    reason: str = ""                # why it is a Skip, where that is known already
+    stamp: str = ""                 # changes with the files
+
+
+# ---- captions
+
+
+def captions(sample: Sample, keys: Sequence[str] = ()) -> list[tuple[int, str]]:
+    """The captions under each of `keys`, as (index into keys, caption), stripped, without empty ones.
+
+    "txt" is the .txt file; any other key is looked up in the metadata row or in the .json; a value is a string or a
+    list of strings. No keys: the first of txt, prompt, caption, text that holds a caption, as index 0.
+    Raises ValueError whose message is the reason to count: "caption is not UTF-8" or "json is not readable".
+    """
+    if keys:
+        row = table(sample) if set(keys) - {"txt"} else {}
+        return [(index, text) for index, key in enumerate(keys)
+                for text in texts((sample.fields if key == "txt" else row).get(key))]
+    found = texts(sample.fields.get("txt"))
+    if not found:
+        row = table(sample)
+        found = next(filter(None, (texts(row.get(key)) for key in ("prompt", "caption", "text"))), [])
+    return [(0, text) for text in found]
+
+
+def table(sample: Sample) -> dict[str, object]:
+    """A sample's fields, with those of its .json file among them."""
+    content = sample.fields.get("json")
+    if not isinstance(content, bytes):
+        return sample.fields
+    try:
+        row = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        raise ValueError(NO_JSON) from None
+    if not isinstance(row, dict):
+        raise ValueError(NO_JSON)
+    return row | {name: value for name, value in sample.fields.items() if name != "json"}
+
+
+def texts(value: object) -> list[str]:
+    """The captions in a value."""
+    try:
+        if isinstance(value, bytes):
+            value = value.decode("utf-8-sig")
+        words = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        stripped = [word.strip() for word in words if isinstance(word, str)]
+        for word in stripped:
+            word.encode()           # half a surrogate pair, which JSON can spell, is no text: tokenizers crash on it
+    except UnicodeError:
+        raise ValueError(NOT_UTF8) from None
+    return [word for word in stripped if word]
+
+
+# ---- tar
+
+
+def read_tar(fs: AbstractFileSystem, path: str, size: int | None) -> Iterator[Sample | Skip]:
+    """Samples of a WebDataset shard, .tar or .tar.gz: consecutive members with one key.
+
+    Raises ValueError where it is no tar archive, and Damaged at the end where its compressed data are not what was
+    written (until then that shows nowhere).
+    """
+    with open_file(fs, path, size) as file:
+        stream = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+        try:
+            yield from pair(unpacked(stream))
+        except Damaged as error:
+            raise Damaged(f"{address(fs, path)}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{address(fs, path)} is {error}") from None
+
+
+def unpacked(stream: BinaryIO) -> Iterator[Member | Flaw]:
+    """The members, with what is wrong with compressed data told apart: cut short, followed by others, or wrong."""
+    wrong = False
+    try:
+        for part in members(stream):
+            if isinstance(part, Flaw) and isinstance(stream, gzip.GzipFile):
+                wrong |= not part.cut
+                if wrong and part.cut:      # it did not come to its checksum, and what came does not look like a tar
+                    raise Damaged(f"the compressed data are damaged, and {part.detail}")
+                part = part._replace(doubt=part.cut)        # or only the last bytes do not, which no header shows
+            yield part
+    except (zlib.error, gzip.BadGzipFile) as error:
+        if not str(error).startswith("Not a gzipped file"):
+            raise Damaged(f"the compressed data are damaged ({error})") from None
+        yield Flaw(False, "bytes that are no gzip data follow")         # what came before them has passed its checksum
+
+
+def pair(parts: Iterable[Member | Flaw]) -> Iterator[Sample | Skip]:
+    """Group consecutive members by key, their name without the last extension."""
+    key, group, reason = "", {}, ""
+    seen: set[str] = set()
+    for part in itertools.chain(parts, [None]):
+        if isinstance(part, Flaw):
+            yield Skip(part.name or key, CUT if part.cut else DAMAGED, part.detail)
+            if part.doubt or part.name and split(part.name)[0] == key:          # of this sample more was to come
+                group = {}
+            continue
+        stem, kind = split(part.name) if part else (None, "picture")
+        if kind is None:
+            continue
+        if kind == UNSAFE_NAME:
+            yield Skip(part.name, UNSAFE_NAME)
+            continue
+        if stem != key:
+            if group:
+                yield finish(key, group, reason)
+            key, group, reason = stem, {}, DUPLICATE if stem in seen else ""
+            seen.add(stem)
+        if part:
+            reason = reason or (DUPLICATE if kind in group else TOO_LARGE if part.data is None else "")
+            group[kind] = part.data
+
+
+def finish(key: str, group: dict[str, bytes], reason: str) -> Sample | Skip:
+    if reason or "picture" not in group:
+        return Skip(key, reason or NO_PICTURE)
+    return Sample(key, group.pop("picture"), group)
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """A file's key, and what it is: "picture", "txt", "json", UNSAFE_NAME; None for what is passed over."""
+    if UNSAFE.match(name):
+        return name, UNSAFE_NAME
+    stem, _, extension = name.rpartition(".")
+    kind = KINDS.get(extension.lower())
+    return stem, None if kind is None or HIDDEN.match(name) else kind
+
+
+# ---- files, arrays, scenes
+
+
+def read_files(fs: AbstractFileSystem, entries: Sequence[Entry]) -> Iterator[Sample | Skip]:
+    """Samples whose pictures, and perhaps captions, are files."""
+    for entry in entries:
+        files = [entry.picture, *entry.fields.values()]
+        reason = entry.reason or (
+            TOO_LARGE if any(isinstance(file, File) and (file.size or 0) > LIMIT for file in files) else "")
+        if reason:
+            yield Skip(entry.key, reason)
+            continue
+        try:
+            picture, *values = (read_file(fs, file) if isinstance(file, File) else file for file in files)
+        except SourceLost:
+            raise
+        except FileNotFoundError as error:
+            yield Skip(entry.key, MISSING, str(error))
+        except (OSError, ValueError) as error:                          # ValueError: a name no file system takes
+            yield Skip(entry.key, UNREADABLE, str(error))
+        else:
+            yield Sample(entry.key, picture, dict(zip(entry.fields, values)))
+
+
+def read_file(fs: AbstractFileSystem, file: File) -> bytes:
+    with open_file(fs, file.path, file.size) as stream:
+        return stream.read()
+
+
+def read_toyworld(numbers: range, resolution: int, seed: int) -> Iterator[Sample]:
+    for number in numbers:
+        drawn = toyworld.sample(number, resolution, seed)
+        yield Sample(f"{number:06d}", drawn.image, {"text": drawn.caption})
+
+
+def read_npz(fs: AbstractFileSystem, path: str, size: int | None) -> Iterator[Sample]:
+    """Samples of `images` uint8 [n, h, w, 3] (or [n, h, w]) with `captions`, or `labels` and perhaps `class_names`.
+
+    Raises ValueError with the fix where the arrays are others.
+    """
+    name = address(fs, path)
+    with open_file(fs, path, size) as file:
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                arrays = {key: content[key] for key in ("images", "captions", "labels", "class_names") if key in content}
+        except SourceLost:
+            raise
+        except Exception as error:          # zipfile, zlib and numpy each have their own
+            hint = ("; save strings as np.array(captions, dtype=str), not as objects" if "allow_pickle" in str(error) else "")
+            raise ValueError(f"{name} is not a readable .npz file ({error}){hint}") from None
+    images = arrays.get("images")
+    if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or images.ndim == 4 and images.shape[3] != 3:
+        what = "has no images" if images is None else f"has images of {images.dtype} {list(images.shape)}"
+        raise ValueError(f"{name} {what}: save images as uint8 [n, height, width, 3], or [n, height, width] for grey")
+    try:
+        texts = words(arrays, len(images))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    for number, (image, text) in enumerate(zip(images, texts)):
+        yield Sample(f"{number:06d}", image if image.ndim == 3 else np.stack([image] * 3, -1), {"text": text})
+
+
+def words(arrays: dict[str, np.ndarray], count: int) -> list[Any]:
+    """The caption or captions of each picture in an .npz file."""
+    key = "captions" if "captions" in arrays else "labels"
+    if key not in arrays:
+        raise ValueError("there are neither captions (strings) nor labels (whole numbers) beside the images: save one of them")
+    arrays = {name: np.char.decode(array, "utf-8", "surrogateescape") if array.dtype.kind == "S" else array
+              for name, array in arrays.items()}
+    values = arrays[key]
+    if len(values.shape) == 0 or len(values) != count:
+        raise ValueError(f"{key} has the shape {list(values.shape)}: save one of them for each of the {count} images")
+    if key == "captions":
+        if values.dtype.kind != "U" or values.ndim > 2:
+            raise ValueError(f"captions are {values.dtype} {list(values.shape)}: save np.array(captions, dtype=str)")
+        return values.tolist()
+    if values.dtype.kind not in "iu" or values.ndim != 1:
+        raise ValueError(f"labels are {values.dtype} {list(values.shape)}: save whole numbers [n]")
+    if "class_names" not in arrays:
+        return [f"class {label}" for label in values.tolist()]
+    names = [str(name) for name in arrays["class_names"].tolist()]
+    if count and not 0 <= values.min() <= values.max() < len(names):
+        raise ValueError(f"labels go from {values.min()} to {values.max()}, but there are {len(names)} class_names")
+    return [f"a photo of {'an' if names[label][:1].lower() in set('aeiou') else 'a'} {names[label]}" for label in values]

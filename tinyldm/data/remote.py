@@ -1,0 +1,140 @@
+"""Files on any file system that fsspec knows, read through connections that break.
+
+Notable: a reader sees one steady stream. What breaks (a reset, a timeout, a body that ends early, a server that is
+away for a while) is waited out and read on from the same byte; what stays broken is one error that says how far it came.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from typing import BinaryIO
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+BUFFER = 4 << 20            # bytes a request asks for: large enough that its latency does not count
+PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs",
+            "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko", "ssh": "paramiko"}
+
+
+class SourceLost(OSError):
+    """A source that stayed out of reach, after all tries."""
+
+
+class Steady(io.RawIOBase):
+    """One file to be read: seekable, and steady over connections that break.
+
+    size: bytes, None where the file system does not say. An end before that counts as a break.
+    tries: how often in a row without a single byte; the waits between are 1, 2, 4, ... seconds.
+    sleep: takes seconds; for tests.
+    """
+
+    def __init__(self, fs: AbstractFileSystem, path: str, size: int | None = None, *, tries: int = 6,
+                 sleep: Callable[[float], None] | None = None):
+        super().__init__()
+        self.fs, self.path, self.size, self.tries, self.sleep = fs, path, size, tries, sleep or time.sleep
+        self.at = 0                         # the next byte to hand out
+        self.stream = None
+
+    def readinto(self, buffer) -> int:
+        """Up to len(buffer) bytes; 0 at the end. Raises SourceLost after the last try."""
+        wanted = len(buffer) if self.size is None else min(len(buffer), self.size - self.at)
+        if wanted <= 0:
+            return 0
+        for attempt in range(self.tries):
+            if attempt:
+                self.sleep(2 ** (attempt - 1))
+            try:
+                self.stream = self.stream or self.reopen()
+                data = self.stream.read(wanted)
+                if data or self.size is None:
+                    buffer[:len(data)] = data
+                    self.at += len(data)
+                    return len(data)
+                reason = "the connection ended early"
+            except FileNotFoundError:
+                raise
+            except Exception as error:      # file systems raise what their libraries raise; few of it is an OSError
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self.drop()
+        raise SourceLost(f"{address(self.fs, self.path)}: stopped at byte {self.at} of {self.size or 'an unknown number'} "
+                         f"after {self.tries} tries ({reason}): check the network and run the same command again; "
+                         "finished shards stay")
+
+    def reopen(self) -> BinaryIO:
+        stream = self.fs.open(self.path, "rb", cache_type="none")       # read once and in large pieces: nothing to cache
+        try:
+            if self.at:
+                stream.seek(self.at)
+        except ValueError:                  # a server without ranges: read up to the place
+            left = self.at
+            while left:
+                data = stream.read(min(left, BUFFER))
+                if not data:
+                    raise EOFError(f"the file ends {left} bytes before the place") from None
+                left -= len(data)
+        return stream
+
+    def drop(self) -> None:
+        stream, self.stream = self.stream, None
+        try:
+            if stream is not None:
+                stream.close()
+        except Exception:                   # it is broken, which is why it is closed
+            pass
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END and self.size is None:
+            raise io.UnsupportedOperation(f"{address(self.fs, self.path)}: its size is not known")
+        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        if place < 0:
+            raise ValueError(f"cannot seek to byte {place}")
+        if place != self.at:
+            self.drop()
+            self.at = place
+        return place
+
+    def tell(self) -> int:
+        return self.at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.drop()
+        super().close()
+
+
+def is_local(fs: AbstractFileSystem) -> bool:
+    return isinstance(fs, LocalFileSystem)
+
+
+def open_file(fs: AbstractFileSystem, path: str, size: int | None = None) -> BinaryIO:
+    """A buffered, seekable stream of a file, local or remote. size as the file system told it."""
+    if is_local(fs):
+        return open(path, "rb", buffering=1 << 20)
+    return io.BufferedReader(Steady(fs, path, size), BUFFER)
+
+
+def address(fs: AbstractFileSystem, path: str) -> str:
+    """What to call a file in messages: its path, or its URL."""
+    return path if is_local(fs) else fs.unstrip_protocol(path)
+
+
+def find_fs(spec: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path in it. ValueError where its package is missing."""
+    protocol = spec.partition("://")[0].split("::")[-1]
+    try:
+        return url_to_fs(spec)
+    except ImportError as error:
+        package = PACKAGES.get(protocol)
+        how = f"pip install {package}" if package else "install it with pip"
+        raise ValueError(f"--data {spec}: {protocol}:// needs a package that is not installed ({error}): {how}") from None
+    except ValueError as error:
+        raise ValueError(f"--data {spec}: {error}; expected a path, or a URL such as hf://datasets/OWNER/NAME") from None

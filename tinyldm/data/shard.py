@@ -1,0 +1,148 @@
+"""One shard of a cache: its files, their layout, and how they are written.
+
+    shard.json             counts of what was read, kept, skipped; the sizes present
+    latents-32x32.npy      float16 [n, views, parts, c, h, w], a file per size (latent rows x columns)
+    captions.npy           uint8: all captions in UTF-8, end to end
+    ends.npy               int64 [m]: where each caption ends
+    first.npy              int64 [n + 1]: the first caption of each sample, numbered size by size, row by row
+    kinds.npy              uint8 [m]: which caption key each is from
+    tokens-HASH.npy        uint16 or uint32 [m, L]: token ids; HASH: the tokenizer's fingerprint, cut to 12
+
+views: 1, or 2 with the flipped picture. parts: 1 (mean) or 2 (mean, standard deviation). All headers are one page long:
+rows of whole pages lie on pages, and a cold read fetches no more of the disk than the row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+HEADER = 4096               # bytes
+Size = tuple[int, int]
+AGAIN = "run prepare.py again: it mends what is missing"
+FACTS = ("name", "stamp", "read", "kept", "skipped", "filtered", "groups", "captions", "shape", "stats")
+
+
+class ShardWriter:
+    """Writes one shard's arrays into a folder (which the caller puts in place).
+
+    The latents go to disk as they come; only captions are held in memory. The same samples in the same order give the
+    same bytes, in whatever batches they come.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.shape = folder, []
+        self._files: dict = {}
+        self._captions: dict[Size, list[list[tuple[int, bytes]]]] = {}
+
+    def add(self, latents: np.ndarray, captions: list[list[tuple[int, str]]]) -> None:
+        """latents: float16 [b, views, parts, c, h, w], of any size; captions: for each sample one or more (kind, text)."""
+        if latents.dtype != np.float16 or latents.ndim != 6 or len(captions) != len(latents):
+            raise ValueError(f"latents {latents.dtype} {list(latents.shape)} for {len(captions)} samples: "
+                             "pass float16 [b, views, parts, c, h, w], and the captions of each of the b samples")
+        if not all(captions):
+            raise ValueError("a sample has no caption: leave it out, or give it an empty one")
+        shape = list(latents.shape[1:4])
+        if self.shape and shape != self.shape:
+            raise ValueError(f"latents of {shape} views, parts, channels after some of {self.shape}: a shard has one shape")
+        if not len(latents):
+            return
+        self.shape, size = shape, (latents.shape[4], latents.shape[5])
+        if size not in self._files:
+            self._files[size] = open(self.folder / latents_name(size), "wb")
+            self._files[size].write(bytes(HEADER))              # the true one follows when the number of rows is known
+            self._captions[size] = []
+        self._files[size].write(np.ascontiguousarray(latents, "<f2").data)
+        self._captions[size] += [[(kind, text.encode("utf-8", "replace")) for kind, text in sample] for sample in captions]
+
+    def close(self) -> dict:
+        """Finish the files; {"groups": ..., "captions": ..., "shape": ...} for shard.json (shape [] with no samples)."""
+        groups = [{"size": list(size), "count": len(self._captions[size])} for size in sorted(self._captions)]
+        for size, file in self._files.items():
+            file.seek(0)
+            file.write(header("<f2", (len(self._captions[size]), *self.shape, *size)))
+            file.close()
+        samples = [sample for size in sorted(self._captions) for sample in self._captions[size]]
+        captions = [caption for sample in samples for caption in sample]
+        if samples:
+            text = b"".join(text for _, text in captions)
+            arrays = {"captions": np.frombuffer(text, "|u1"), "kinds": np.array([kind for kind, _ in captions], "|u1"),
+                      "ends": np.cumsum([len(text) for _, text in captions], dtype="<i8"),
+                      "first": np.cumsum([0, *map(len, samples)], dtype="<i8")}
+            for name, array in arrays.items():
+                (self.folder / f"{name}.npy").write_bytes(header(array.dtype.str, array.shape) + array.tobytes())
+        return {"groups": groups, "captions": len(captions), "shape": self.shape}
+
+
+def check_shard(folder: Path) -> dict:
+    """A shard's facts, with what opening the cache needs besides, once its arrays are what shard.json says."""
+    try:
+        facts = json.loads((folder / "shard.json").read_text("utf-8"))
+        shard = {key: facts.get(key) for key in FACTS} | {"name": folder.name, "text_bytes": 0, "kinds": 0}
+        if shard["captions"]:
+            shard["text_bytes"] = int(np.load(folder / "ends.npy", mmap_mode="r")[-1])
+            shard["kinds"] = int(np.load(folder / "kinds.npy", mmap_mode="r").max()) + 1
+    except (OSError, ValueError) as error:              # json's errors are ValueErrors
+        raise ValueError(f"shard {folder} is not whole ({error}): {AGAIN}") from error
+    check_sizes(folder, file_sizes(shard))
+    return shard
+
+
+def file_sizes(shard: dict) -> dict[str, int]:
+    """The files of a shard and their bytes."""
+    if not shard["captions"]:
+        return {}
+    views, parts, channels = shard["shape"]
+    sizes = {latents_name(group["size"]): 2 * group["count"] * views * parts * channels * group["size"][0] * group["size"][1]
+             for group in shard["groups"]}
+    n, m = count_samples(shard), shard["captions"]
+    sizes |= {"captions.npy": shard["text_bytes"], "ends.npy": 8 * m, "first.npy": 8 * (n + 1), "kinds.npy": m}
+    return {name: HEADER + size for name, size in sizes.items()}
+
+
+def check_sizes(folder: Path | str, sizes: dict[str, int], fix: str | None = None) -> None:
+    for name, size in sizes.items():
+        path = os.path.join(folder, name)
+        try:
+            found = os.stat(path).st_size
+        except OSError:
+            raise ValueError(f"{path} is missing: {fix or AGAIN}") from None
+        if found != size:
+            raise ValueError(f"{path} has {found:,} bytes, and should have {size:,}: "
+                             f"{fix or f'delete {folder} and run prepare.py again'}")
+
+
+def count_samples(shard: dict) -> int:
+    return sum(group["count"] for group in shard["groups"])
+
+
+def read_captions(folder: Path) -> list[str]:
+    text, ends = np.load(folder / "captions.npy").tobytes(), np.load(folder / "ends.npy").tolist()
+    return [text[start:end].decode() for start, end in zip([0, *ends], ends)]
+
+
+def latents_name(size: Sequence[int]) -> str:
+    return f"latents-{size[0]}x{size[1]}.npy"
+
+
+def tokens_name(fingerprint: str) -> str:
+    return f"tokens-{fingerprint[:12]}.npy"
+
+
+def header(dtype: str, shape: Sequence[int]) -> bytes:
+    """NumPy's header, version 1.0, always HEADER bytes long."""
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER - 10) + text.encode().ljust(HEADER - 11) + b"\n"
+
+
+def read_header(file: str) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and dtype of an array that `header` begins."""
+    with open(file, "rb") as opened:
+        np.lib.format.read_magic(opened)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(opened)
+    return shape, dtype
