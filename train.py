@@ -23,9 +23,10 @@ from typing import Any
 from tinyldm.cli import guard
 from tinyldm.config import Config, build, parse, split_weights
 
+FLAGS = {"--dry-run": dict(action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")}
+
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
-    CONFIG, ARGS = parse(sys.argv[1:], __doc__, {"--dry-run": dict(
-        action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")})
+    CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS)
 
 import numpy as np
 import torch

@@ -1,14 +1,19 @@
 """What several test files share."""
 
+import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.numpy import load_file
 
+from tinyldm.cli import guard
+from tinyldm.config import parse
 from tinyldm.models.clip_text import CLIPTextConfig
 from tinyldm.tokenizer import Tokenizer
 
@@ -20,6 +25,29 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", 
 def script(*words, **options) -> subprocess.CompletedProcess:
     """Run a script as a person does."""
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, **options)
+
+
+def load_script(name: str):
+    """train.py or prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mistake(name: str, words, capsys) -> str:
+    """Run train.py or prepare.py in this process, which saves seconds, up to the one line of error that it ends with."""
+    module, handlers = load_script(name), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as end:
+            module.CONFIG, module.ARGS = parse([str(word) for word in words], "", module.FLAGS, getattr(module, "NAMES", ()))
+            guard(module.main)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2 and len(lines) == 1
+    return lines[0]
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:

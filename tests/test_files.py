@@ -60,12 +60,12 @@ def test_all_of_a_folder_is_flushed_before_it_takes_its_place(tmp_path, monkeypa
 
 
 def test_a_claim_keeps_other_processes_off_until_its_process_ends(tmp_path):
-    def others(number: int) -> str:
-        code = f"from tinyldm.files import Claims; print(Claims(r'{tmp_path / 'claims'}').take({number}))"
+    def others(name: str) -> str:
+        code = f"from tinyldm.files import Claims; print(Claims(r'{tmp_path / 'claims'}').take({name!r}))"
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT).stdout.strip()
 
     claims = Claims(tmp_path / "claims")
-    assert claims.take(3) and claims.take(5)
-    assert (others(3), others(4), others(5)) == ("False", "True", "False")
+    assert claims.take("a") and claims.take("b")
+    assert (others("a"), others("c"), others("b")) == ("False", "True", "False")
     claims.close()
-    assert others(3) == "True"
+    assert others("a") == "True"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 class Claims:
-    """Numbered pieces of work, each held by one process at a time, through locks on the bytes of one file.
+    """Named pieces of work, each held by one process at a time, through locks on the bytes of one file.
 
     A lock ends with its process, however that ends; on a shared disk it holds between hosts.
     """
@@ -62,18 +63,19 @@ class Claims:
     def __init__(self, file: Path):
         self.file = open(file, "ab")
 
-    def take(self, number: int) -> bool:
-        """Whether piece `number` is now ours. Never waits."""
+    def take(self, name: str) -> bool:
+        """Whether this piece is now ours. Never waits."""
+        byte = zlib.crc32(name.encode())                       # of a file that stays empty
         try:
             if os.name == "nt":
                 import msvcrt
 
-                self.file.seek(number)
+                self.file.seek(byte)
                 msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
         except (BlockingIOError, PermissionError):
             return False
         return True

@@ -313,10 +313,10 @@ def test_processes_at_the_same_time_share_the_shards(tmp_path, encoded, monkeypa
         shard(tmp_path / f"s-{i}.tar", numbered(3 * i, 3))
     config, folder = settings(tmp_path, "s-*"), tmp_path / "cache"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(prepare.Claims, "take", lambda self, number: number % 2 == 0)       # the other has the odd ones
+    monkeypatch.setattr(prepare.Claims, "take", lambda self, name: name[2] in "02")       # the other has the odd ones
     assert prepare.prepare(config, folder, VAE, CPU) is None and not (folder / "index.json").exists()
     assert encoded == ["s-0.tar", "s-2.tar"]
-    monkeypatch.setattr(prepare.Claims, "take", lambda self, number: True)
+    monkeypatch.setattr(prepare.Claims, "take", lambda self, name: True)
     monkeypatch.setenv("RANK", "1")
     (folder / "shards").rename(tmp_path / "aside")
     (folder / "shards").mkdir()

@@ -238,7 +238,7 @@ def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: tor
 
         for i in sorted(missing, key=lambda i: (i - rank) % world):            # one's own share, then what others left
             shard = shards[i]
-            if not claims.take(i) or read_shard(folder, shard):
+            if not claims.take(shard.name) or read_shard(folder, shard):
                 continue
             bar.set_description(f"shard {i + 1} of {len(shards)}")
             try:
