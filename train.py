@@ -36,7 +36,7 @@ from tinyldm.data import toyworld
 from tinyldm.data.cache import Cache, write_tokens
 from tinyldm.data.encoding import posterior
 from tinyldm.data.loader import Loader
-from tinyldm.data.prepare import check_settings, find_shards, prepare, settings_of, some_pictures
+from tinyldm.data.prepare import adopt, find_shards, prepare, some_pictures
 from tinyldm.data.sources import parse_sources
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
 from tinyldm.diffusion.grids import grid
@@ -354,9 +354,7 @@ def prepare_data(config: Config, run: Path, device: torch.device, signals: Signa
             finish_vae(config, run, train_vae(config, run, images, device, signals), images, device)
     vae = load_vae(run / "vae", device)
     if config.cache:
-        data = Cache(Path(config.cache))
-        check_settings(data.folder, data.settings, settings_of(config, vae))
-        return vae, data
+        return vae, Cache(Path(config.cache))
     report = prepare(config, run / "latents", vae, device, check=signals.check)
     if report is None:
         raise ValueError(f"other processes are still preparing {run / 'latents'}: run this again when they are done")
@@ -375,6 +373,7 @@ def main() -> None:
     run, signals = prepare_run(config), Signals()
     try:
         vae, data = prepare_data(config, run, device, signals)
+        config = adopt(config, data, vae)
         train_diffusion(config, run, vae, data, device, signals)
     except Interrupted:
         print(f"saved; continue with: python train.py --out {run} --resume auto")

@@ -1,35 +1,17 @@
 """From the bytes of a picture, whatever they hold, to an upright array of the right size, or a reason why not."""
 
-import io
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from archives import encode, grey, noise, smooth
 from PIL import Image, ImageFile
 
 from tinyldm.data import decoding
 from tinyldm.data.decoding import Framing, decode, make_buckets
 
 SQUARE = Framing(16)
-
-
-def encode(image, form="PNG", **options) -> bytes:
-    data = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(data, form, **options)
-    return data.getvalue()
-
-
-def noise(*shape, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def smooth(height, width, seed=0) -> np.ndarray:
-    return np.asarray(Image.fromarray(noise(height // 16, width // 16, 3, seed=seed)).resize((width, height), Image.BICUBIC))
-
-
-def grey(values) -> np.ndarray:
-    return np.repeat(np.asarray(values, np.uint8)[..., None], 3, -1)
 
 
 def psnr(a, b) -> float:

@@ -1,6 +1,5 @@
 """Broken pictures, bombs and those outside the limits: always a reason, in silence, and never a half picture."""
 
-import io
 import pickle
 import struct
 import warnings
@@ -8,26 +7,13 @@ import zlib
 
 import numpy as np
 import pytest
+from archives import encode, noise, smooth
 from PIL import Image, ImageFile
 
 from tinyldm.data import decoding
 from tinyldm.data.decoding import Framing, Unusable, decode
 
 SQUARE = Framing(16)
-
-
-def encode(image, form="PNG", **options) -> bytes:
-    data = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(data, form, **options)
-    return data.getvalue()
-
-
-def noise(*shape, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def smooth(height, width, seed=0) -> np.ndarray:
-    return np.asarray(Image.fromarray(noise(height // 16, width // 16, 3, seed=seed)).resize((width, height), Image.BICUBIC))
 
 
 def reason(data, framing=SQUARE) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+from archives import encode, grey, noise, smooth
 from PIL import Image, ImageCms, TiffImagePlugin, TiffTags
 
 from tinyldm.data import decoding
@@ -14,24 +15,6 @@ SQUARE = Framing(16)
 D50 = (0.9642, 1.0, 0.8249)
 SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
 ADOBE = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
-
-
-def encode(image, form="PNG", **options) -> bytes:
-    data = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(data, form, **options)
-    return data.getvalue()
-
-
-def noise(*shape, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def smooth(height, width, seed=0) -> np.ndarray:
-    return np.asarray(Image.fromarray(noise(height // 16, width // 16, 3, seed=seed)).resize((width, height), Image.BICUBIC))
-
-
-def grey(values) -> np.ndarray:
-    return np.repeat(np.asarray(values, np.uint8)[..., None], 3, -1)
 
 
 def on_white(rgb, alpha) -> np.ndarray:

@@ -188,6 +188,33 @@ def test_a_folder_of_other_things_is_not_written_into(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s.tar"]
 
 
+def test_a_run_on_a_cache_takes_from_it_what_it_decides(tmp_path):
+    for i in range(2):
+        shard(tmp_path / f"s-{i}.tar", {str(k): {"png": picture(k), "json": b'{"a": "x", "b": "y"}'} for k in range(3)})
+    made = settings(tmp_path, "s-0.tar:0.25", "s-1.tar:0.75", caption_key=["a:0.9", "b:0.1"], flip=True, min_side=3)
+    cache = run(made, tmp_path / "cache")
+    plain = Config(resolution=8, vae_weights="the VAE")
+    config = prepare.adopt(plain, cache, VAE)
+    assert (config.data, config.caption_key, config.flip, config.min_side) == (made.data, made.caption_key, True, 3)
+    other = prepare.adopt(settings(tmp_path, "s-0.tar:0.5", "s-1.tar:0.5", caption_key=["a:0.2", "b:0.8"]), cache, VAE)
+    assert other.caption_key == ["a:0.2", "b:0.8"] and other.data[0].endswith("s-0.tar:0.5")
+    with pytest.raises(ValueError, match="has a b"):
+        prepare.adopt(settings(tmp_path, "s-0.tar", caption_key=["b"]), cache, VAE)
+    with pytest.raises(ValueError, match="resolution 8 there, 16 here"):
+        prepare.adopt(Config(resolution=16, vae_weights="the VAE"), cache, VAE)
+    other = make_vae(scaling_factor=0.5)
+    with pytest.raises(ValueError, match="vae .* there"):
+        prepare.adopt(plain, cache, other)
+
+
+def test_pictures_in_buckets_fit_the_network_they_are_for(tmp_path):
+    shard(tmp_path / "s.tar", numbered(0, 3))
+    cache = run(settings(tmp_path, "s.tar", buckets=2.0, network="dit", dit={"patch": 1}), tmp_path / "cache")
+    assert prepare.adopt(Config(resolution=8, vae_weights="v", network="dit", dit={"patch": 1}), cache, VAE).buckets == 2.0
+    with pytest.raises(ValueError, match="multiples of 2 pixels, this network takes multiples of 4"):
+        prepare.adopt(Config(resolution=8, vae_weights="v", network="dit", dit={"patch": 2}), cache, VAE)
+
+
 def spoilt(tmp_path) -> Config:
     """A shard of 40 with two that cannot be used and one that the filters drop."""
     samples = numbered(0, 40)

@@ -5,15 +5,13 @@ import io
 import json
 import random
 import tarfile
-from pathlib import Path
 
 import pytest
-from fsspec.implementations.local import LocalFileSystem
+from archives import DATA, FS, encode, tar
 from PIL import Image
 
 from tinyldm.data.readers import Damaged, Sample, Skip, captions, read_tar
 
-DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 ROUNDS = 300
 
 
@@ -21,9 +19,8 @@ def drawn(count=12):
     """[(name, bytes), ...]: pictures of one colour each, PNG and JPEG in turn, with a .txt and a .json that name it."""
     files = []
     for i in range(count):
-        picture = io.BytesIO()
-        Image.new("RGB", (16, 16), (20 * i, 255 - 20 * i, 7)).save(picture, ("png", "jpeg")[i % 2])
-        files += [(f"{i:03d}.{('png', 'jpg')[i % 2]}", picture.getvalue()), (f"{i:03d}.txt", f"colour {i}".encode()),
+        picture = encode(Image.new("RGB", (16, 16), (20 * i, 255 - 20 * i, 7)), ("png", "jpeg")[i % 2])
+        files += [(f"{i:03d}.{('png', 'jpg')[i % 2]}", picture), (f"{i:03d}.txt", f"colour {i}".encode()),
                   (f"{i:03d}.json", json.dumps({"prompt": f"colour {i}"}).encode())]
     return files
 
@@ -33,9 +30,9 @@ def emoji(count=12):
     if not shard.exists():
         pytest.skip(f"{shard} is not there")
     files = []
-    with tarfile.open(shard) as tar:
-        for member in list(tar)[:3 * count]:
-            content = tar.extractfile(member).read()
+    with tarfile.open(shard) as archive:
+        for member in list(archive)[:3 * count]:
+            content = archive.extractfile(member).read()
             if member.name.endswith(".txt"):
                 caption = content.decode()
             if member.name.endswith(".json"):
@@ -46,15 +43,10 @@ def emoji(count=12):
 
 def packed(files):
     """The archive, and where each file lies in it, with its header (its last zeros may come from elsewhere unnoticed)."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
-        places = {member.name: range(member.offset, member.offset_data + member.size) for member in tar}
-    return out.getvalue(), places
+    data = tar(*files)
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        places = {member.name: range(member.offset, member.offset_data + member.size) for member in archive}
+    return data, places
 
 
 def hurt(data, rng, ways=("flip", "cut", "lose", "repeat")):
@@ -78,7 +70,7 @@ def read_whole(file, data):
     """Samples and skips; None where the reader says that the shard as a whole is lost."""
     file.write_bytes(data)
     try:
-        return list(read_tar(LocalFileSystem(), str(file), len(data)))
+        return list(read_tar(FS, str(file), len(data)))
     except Damaged as error:
         assert file.name in str(error)
     except ValueError as error:

@@ -17,6 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from tinyldm.config import Config, build, split_weights
-from tinyldm.data.cache import write_index
+from tinyldm.data.cache import Cache, write_index
 from tinyldm.data.encoding import Encoder, Item, decoded, encode_shard, fingerprint, make_recipe, read_shard, workers
 from tinyldm.data.readers import Damaged
 from tinyldm.data.remote import SourceLost
@@ -36,6 +37,7 @@ from tinyldm.models.vae import AutoencoderKL, check_size
 from tinyldm.pipeline import unit_of
 
 FORMAT = 1                      # of the cache, and of how pictures are decoded and cropped: another number, another cache
+SHAPING = ("resolution", "buckets", "flip", "moments", "min_side", "max_aspect", "min_caption", "max_caption")
 NARROW = 0.1                    # a posterior this narrow, against the spread of the latents, need not be sampled
 FEW = 1000                      # so many samples say enough to stop a job that skips too many of them
 
@@ -79,17 +81,16 @@ def listed(reasons: Counter) -> str:
 # ---------------------------------------------------------------- the cache's folder
 
 
-def bucket_unit(config: Config, vae: AutoencoderKL) -> int:
-    """Pixels that the sides of --buckets are a multiple of: what the VAE and the network divide by. 0: no buckets."""
+def network_unit(config: Config, vae: AutoencoderKL) -> int:
+    """Pixels that the sides of pictures are a multiple of: what the VAE and the network divide by."""
     network = build(DiTConfig, config.dit, "--dit") if config.network == "dit" else build(UNetConfig, config.unet, "--unet")
-    return unit_of(network, vae.config.downscale) if config.buckets else 0
+    return unit_of(network, vae.config.downscale)
 
 
 def settings_of(config: Config, vae: AutoencoderKL) -> dict[str, Any]:
     """What all shards of a cache share; a cache of other settings is never used."""
-    names = ("resolution", "buckets", "flip", "moments", "min_side", "max_aspect", "min_caption", "max_caption")
-    return {"format": FORMAT, "vae": fingerprint(vae), "unit": bucket_unit(config, vae),
-            "caption_key": list(split_weights(config.caption_key))} | {name: getattr(config, name) for name in names}
+    return {"format": FORMAT, "vae": fingerprint(vae), "unit": network_unit(config, vae) if config.buckets else 0,
+            "caption_key": list(split_weights(config.caption_key))} | {name: getattr(config, name) for name in SHAPING}
 
 
 def open_folder(folder: Path, settings: dict[str, Any], made_by: str, rebuild: bool) -> None:
@@ -125,6 +126,24 @@ def check_settings(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
                          "use the same, name another folder, or make them anew with prepare.py --rebuild")
 
 
+def adopt(config: Config, cache: Cache, vae: AutoencoderKL) -> Config:
+    """The config of a run on a finished cache: what the cache decides is taken from it, what must fit is compared.
+
+    --data and --caption-key may give other weights to the same sources and keys. ValueError for what does not fit.
+    """
+    check_settings(cache.folder, cache.settings, {name: settings_of(config, vae)[name] for name in ("format", "vae", "resolution")})
+    if cache.settings["buckets"] and cache.settings["unit"] % (unit := network_unit(config, vae)):
+        raise ValueError(f"the pictures in {cache.folder} have sides in multiples of {cache.settings['unit']} pixels, this network takes "
+                         f"multiples of {unit}: make a cache for it, or use the network it was made for")
+    keys = config.caption_key or cache.settings["captions"]
+    if list(split_weights(keys)) != cache.settings["caption_key"]:
+        raise ValueError(f"--caption-key {' '.join(keys)}: {cache.folder} has {' '.join(cache.settings['caption_key']) or 'one caption each'}; "
+                         "leave it out, or name the same with other weights")
+    same = [source.spec for source in parse_sources(config.data)] == cache.sources
+    decided = {name: cache.settings[name] for name in SHAPING}
+    return replace(config, data=config.data if same else cache.settings["data"], caption_key=keys, **decided)
+
+
 # ---------------------------------------------------------------- what was read, kept and left out
 
 
@@ -145,7 +164,7 @@ class Report(NamedTuple):
         return (self.stats["variance"] / max(squares - total**2 / n, 1e-12)) ** 0.5 if n else 0.0
 
     def __str__(self) -> str:
-        lines = [f"{self.shards:,} shards: {self.read:,} samples read, {self.kept:,} kept"]
+        lines = [f"{self.shards:,} shard{'s' * (self.shards != 1)}: {self.read:,} samples read, {self.kept:,} kept"]
         for title, counts in (("skipped", self.skipped), ("filtered out", self.filtered)):
             if n := sum(counts.values()):
                 lines.append(f"{title}: {n:,} ({n / self.read:.2%}): {listed(counts)}; each is named in skipped.jsonl")
@@ -204,10 +223,12 @@ def prepare(config: Config, folder: Path, vae: AutoencoderKL, device: torch.devi
         raise ValueError(nothing(config, report.skipped + report.filtered))
     judge(config, report)
     names = [{"spec": spec, "shards": [shard.name for shard in found]} for spec, found in sources]
-    if [{"spec": it["spec"], "shards": [shard["name"] for shard in it["shards"]]} for it in read_sources(folder)] != names:
+    typed = {"data": config.data, "captions": config.caption_key}              # with their weights, for who names only the cache
+    there = [{"spec": it["spec"], "shards": [shard["name"] for shard in it["shards"]]} for it in read_sources(folder)]
+    if there != names or Cache(folder).settings != read_settings(folder) | typed:
         rows = [(folder / "shards" / shard.name / "skipped.jsonl").read_text(encoding="utf-8") for shard in shards]
         write_file(folder / "skipped.jsonl", "".join(rows))
-        write_index(folder, read_settings(folder), names)
+        write_index(folder, read_settings(folder) | typed, names)
     return report
 
 
@@ -229,7 +250,7 @@ def unreachable(config: Config, folder: Path) -> Report | None:
 def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: torch.device, shards: list[Shard],
                    missing: list[int], check: Callable[[], None]) -> None:
     """Encode the shards that nobody else is at. Those whose source fails are left, and named at the end."""
-    recipe, facts, lost, claims = make_recipe(config, bucket_unit(config, vae)), [], [], Claims(folder / "claims")
+    recipe, facts, lost, claims = make_recipe(config, network_unit(config, vae)), [], [], Claims(folder / "claims")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with ThreadPoolExecutor(workers()) as pool, tqdm(unit=" pictures", dynamic_ncols=True, mininterval=1, disable=None) as bar:
         def tick() -> None:
