@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_a_changed_caption_beside_a_picture_is_noticed(tmp_path):
     ({"resolution": 16}, "resolution 8 there, 16 here"), ({"flip": True}, "flip false there, true here"),
     ({"moments": True}, "moments"), ({"min_side": 4}, "min_side"), ({"caption_key": ["prompt"]}, "caption_key"),
 ])
-def test_a_cache_of_other_settings_is_refused_and_rebuilt_when_asked(tmp_path, changes, words):
+def test_a_cache_of_other_settings_is_refused_and_rebuilt_when_asked(tmp_path, encoded, changes, words):
     shard(tmp_path / "s.tar", {key: files | {"json": b'{"prompt": "p"}'} for key, files in numbered(0, 3).items()})
     run(settings(tmp_path, "s.tar"), tmp_path / "cache")
     before = contents(tmp_path / "cache")
@@ -166,7 +167,7 @@ def test_a_cache_of_other_settings_is_refused_and_rebuilt_when_asked(tmp_path, c
         run(settings(tmp_path, "s.tar", **changes), tmp_path / "cache")
     assert contents(tmp_path / "cache") == before
     cache = run(settings(tmp_path, "s.tar", **changes), tmp_path / "cache", rebuild=True)
-    assert all(cache.settings[name] == value for name, value in changes.items())
+    assert all(cache.settings[name] == value for name, value in changes.items()) and encoded == ["s.tar", "s.tar"]
 
 
 def test_a_cache_of_another_vae_is_refused(tmp_path):
@@ -216,26 +217,29 @@ def test_pictures_in_buckets_fit_the_network_they_are_for(tmp_path):
 
 
 def spoilt(tmp_path) -> Config:
-    """A shard of 40 with two that cannot be used and one that the filters drop."""
+    """A shard of 40 with two that cannot be used and three that the filters drop."""
     samples = numbered(0, 40)
     samples["000003"]["png"] = b"no picture"
     samples["000007"] = {"png": picture(7), "txt": b"   "}
     samples["000009"]["txt"] = b"x" * 50
+    samples["000010"]["txt"] = b"x"
+    samples["000011"]["png"] = picture(11, (9, 30))
     shard(tmp_path / "s.tar", samples)
-    return settings(tmp_path, "s.tar", max_caption=20)
+    return settings(tmp_path, "s.tar", min_caption=2, max_caption=20, min_side=10)
 
 
 def test_what_is_left_out_is_counted_and_named_with_its_reason(tmp_path):
     report = prepare.prepare(spoilt(tmp_path), tmp_path / "cache", VAE, CPU)
-    assert (report.read, report.kept) == (40, 37)
+    assert (report.read, report.kept) == (40, 35)
     assert report.skipped == Counter({"unreadable": 1, "no caption": 1})
-    assert report.filtered == Counter({"caption too short or too long": 1})
+    assert report.filtered == Counter({"caption too short or too long": 2, "too small": 1})
     rows = [json.loads(line) for line in (tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()]
     assert [(row["key"], row["reason"]) for row in rows] == [
-        ("000003", "unreadable"), ("000007", "no caption"), ("000009", "caption too short or too long")]
+        ("000003", "unreadable"), ("000007", "no caption"), ("000009", "caption too short or too long"),
+        ("000010", "caption too short or too long"), ("000011", "too small")]
     assert all(row["shard"].startswith("s-") for row in rows)
-    assert "2 (5.00%)" in str(report) and "37 kept" in str(report)
-    assert not any(f"picture {i}" in list(Cache(tmp_path / "cache").all_captions()) for i in (3, 7, 9))
+    assert "2 (5.00%)" in str(report) and "35 kept" in str(report)
+    assert not any(f"picture {i}" in list(Cache(tmp_path / "cache").all_captions()) for i in (3, 7, 9, 10, 11))
 
 
 def test_too_many_unusable_samples_stop_the_job_and_leave_no_cache_that_looks_whole(tmp_path, encoded):
@@ -267,13 +271,15 @@ def test_a_source_without_one_usable_picture_says_what_is_wrong(tmp_path):
 
 def test_a_gzipped_shard_with_a_wrong_checksum_is_dropped_whole(tmp_path):
     for i in range(2):
-        shard(tmp_path / f"s-{i}.tar.gz", numbered(10 * i, 10))
+        shard(tmp_path / f"s-{i}.tar.gz", numbered(120 * i, 120))
     data = bytearray((tmp_path / "s-0.tar.gz").read_bytes())
     data[-6] ^= 1                                                       # in the CRC: every byte of the samples is right
     (tmp_path / "s-0.tar.gz").write_bytes(data)
     report = prepare.prepare(settings(tmp_path, "s-*", max_skip=0.5), tmp_path / "cache", VAE, CPU)
-    assert report.kept == 10 and report.skipped == Counter({"archive damaged": 9})      # the last was still being read
-    assert list(Cache(tmp_path / "cache").all_captions()) == [f"picture {i}" for i in range(10, 20)]
+    assert report.kept == 120 and report.skipped == Counter({"archive damaged": 119})   # the last was still being read
+    assert list(Cache(tmp_path / "cache").all_captions()) == [f"picture {i}" for i in range(120, 240)]
+    damaged, = tmp_path.glob("cache/shards/s-0*")
+    assert {file.name for file in damaged.iterdir()} == {"shard.json", "skipped.jsonl"}
 
 
 def test_what_is_no_archive_costs_its_own_shard_only(tmp_path, capsys):
@@ -399,6 +405,8 @@ def test_a_finished_cache_serves_while_its_remote_source_is_away(tmp_path, monke
 
     monkeypatch.setattr(prepare, "list_shards", away)
     assert len(run(config, tmp_path / "cache")) == 3 and "no network" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="flip false there, true here"):
+        run(replace(config, flip=True), tmp_path / "cache")
     with pytest.raises(ValueError, match="no network"):
         prepare.prepare(config, tmp_path / "other", VAE, CPU)
 
