@@ -28,7 +28,7 @@ def script(*words, **options) -> subprocess.CompletedProcess:
 
 
 def load_script(name: str):
-    """train.py or prepare.py as a module."""
+    """A script, such as train.py, as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,11 +36,15 @@ def load_script(name: str):
 
 
 def mistake(name: str, words, capsys) -> str:
-    """Run train.py or prepare.py in this process, which saves seconds, up to the one line of error that it ends with."""
+    """Run a script in this process, which saves seconds, up to the one line of error that it ends with."""
     module, handlers = load_script(name), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    words = [str(word) for word in words]
     try:
         with pytest.raises(SystemExit) as end:
-            module.CONFIG, module.ARGS = parse([str(word) for word in words], "", module.FLAGS, getattr(module, "NAMES", ()))
+            if hasattr(module, "FLAGS"):                       # train.py and prepare.py: the fields of a config, and these
+                module.CONFIG, module.ARGS = parse(words, "", module.FLAGS, getattr(module, "NAMES", ()))
+            else:
+                module.ARGS = module.parse(words)
             guard(module.main)
     finally:
         for number, handler in handlers.items():

@@ -1,5 +1,6 @@
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -25,6 +26,18 @@ STOCHASTIC = {
     "edm": edm,
 }
 ANY = SAMPLERS | STOCHASTIC
+
+
+def later(every, *places):
+    """The mark of a combination, by the places of its values on their axes: one diagonal in `every` is in the fast suite, the
+    others are `-m slow`. Where two axes are about that long, each value of each axis is on one: tested below."""
+    return pytest.mark.slow if sum(places) % every else ()
+
+
+def combinations(every, *axes):
+    """Of each value of each axis with all others, marked by later()."""
+    numbered = (zip(*pairs) for pairs in product(*map(enumerate, axes)))
+    return [pytest.param(*values, marks=later(every, *places)) for places, values in numbered]
 
 
 def noise(n, shape=(4, 6, 6)):
@@ -72,13 +85,10 @@ def measured_order(sampler, mixture, curve_levels, curve, span, counts=COARSE, s
     return math.log(errors[0] / errors[-1]) / math.log(counts[-1] / counts[0])
 
 
-def runs(name, curve, form):
-    """Orders that show in thousands of steps only: in more than one dimension on one curve now, on the others `-m slow`."""
-    long = ORDERS[name][1] is FINE and form != "1-D" and curve != "ve"
-    return pytest.param(name, curve, form, marks=pytest.mark.slow if long else ())
+CONVERGING = combinations(4, ORDERS, SPANS, FORMS)
 
 
-@pytest.mark.parametrize("name, curve, form", [runs(name, curve, form) for name in ORDERS for curve in SPANS for form in FORMS])
+@pytest.mark.parametrize("name, curve, form", CONVERGING)
 def test_deterministic_samplers_converge_at_their_order(name, curve, form, solved_mixtures, curve_levels):
     order, counts, short = ORDERS[name]
     sampler = (SAMPLERS | VARIANTS)[name]
@@ -241,8 +251,10 @@ def sliced_wasserstein(x, y, directions=50):
     return ((x.flatten(1) @ away).sort(0).values - (y.flatten(1) @ away).sort(0).values).abs().mean().item()
 
 
-@pytest.mark.parametrize("curve", SPANS)
-@pytest.mark.parametrize("name", [*STEPS])
+DRAWING = combinations(4, STEPS, SPANS)
+
+
+@pytest.mark.parametrize("name, curve", DRAWING)
 def test_stochastic_samplers_draw_from_the_distribution_in_2d(name, curve, image_mixture, curve_levels):
     """Sliced Wasserstein-1 distance of 15000 draws to as many exact ones: two exact sets are 0.01 to 0.02 apart."""
     levels, n = curve_levels(curve, STEPS[name], *SPANS[curve]), 15_000
@@ -256,7 +268,7 @@ def test_stochastic_samplers_draw_from_the_distribution_in_2d(name, curve, image
 KINDS = [*PREDICTIONS]
 # Every process with every sampler; the predictions rotate, so that each meets every process and every sampler.
 TRIPLES = [
-    (process, KINDS[(i + j) % 4], sampler)
+    pytest.param(process, KINDS[(i + j) % 4], sampler, marks=later(5, i, j))
     for i, process in enumerate(PROCESSES)
     for j, sampler in enumerate([*SAMPLERS, "ddim eta=0.3"])
 ]
@@ -393,8 +405,10 @@ def test_the_last_step_of_a_learned_spread_adds_no_noise():
 GRIDS = ["normal", "leading", "linspace_unrounded", "karras", "exponential", "beta", "900,400,90"]
 
 
-@pytest.mark.parametrize("process_name", ["scaled_linear", "cosine", "vp", "ve", "flow"])
-@pytest.mark.parametrize("name", SAMPLERS)
+STARTING = combinations(5, SAMPLERS, ["scaled_linear", "cosine", "vp", "ve", "flow"])
+
+
+@pytest.mark.parametrize("name, process_name", STARTING)
 def test_every_sampler_runs_from_any_level_on_any_grid(name, process_name, image_mixture):
     process = make_process(process_name)
     for schedule in GRIDS:
@@ -407,6 +421,12 @@ def test_every_sampler_runs_from_any_level_on_any_grid(name, process_name, image
             end = final(SAMPLERS[name](image_mixture, x, levels, generators=make_generators(range(4))))
             wild = 1e4 if name in ("lms", "pndm") else 10  # extrapolates over steps as long as these
             assert bool(end.isfinite().all()) and end.abs().max() < wild, (schedule, steps)
+
+
+@pytest.mark.parametrize("cases", [CONVERGING, DRAWING, TRIPLES, STARTING])
+def test_the_fast_suite_misses_no_sampler_process_or_prediction(cases):
+    for axis in range(len(cases[0].values)):
+        assert {case.values[axis] for case in cases if not case.marks} == {case.values[axis] for case in cases}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
