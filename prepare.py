@@ -12,6 +12,8 @@ not be used, and why.
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,11 +23,20 @@ from tinyldm.config import Config, parse
 NAMES = ("preset", "seed", "device", "dtype", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments",
          "min_side", "max_aspect", "min_caption", "max_caption", "max_skip", "encode_batch_size", "vae_weights",
          "text_weights", "network", "unet", "dit")
+
+
+def count(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of pictures")
+    return int(text)
+
+
 FLAGS = {
     "--out": dict(default="", metavar="FOLDER", help="the cache (default: runs/PRESET/latents, where train.py looks for it)"),
     "--rebuild": dict(action="store_true", help="make a cache anew that was made with other settings"),
     "--preview": dict(default="", metavar="FILE.png", help="first write a sheet of cropped pictures with their captions"),
-    "--decode-check": dict(type=int, default=0, metavar="N", help="first write N pictures above what the VAE makes of them "
+    "--decode-check": dict(type=count, default=0, metavar="N", help="first write N pictures above what the VAE makes of them "
                            "to OUT.decoded.png, with the PSNR"),
 }
 
@@ -46,20 +57,21 @@ from tinyldm.training.run import Interrupted, Signals, write_picture
 from tinyldm.vendor_loaders.load import load_tokenizer, load_vae
 
 
-def write_preview(config: Config, file: Path) -> None:
-    """48 pictures as they will be encoded (before bucketing), from all shards alike, with their captions."""
-    items, _ = some_pictures(config, 48)
+def write_preview(config: Config, file: Path, signals: Signals) -> None:
+    """48 pictures cropped square, from all shards alike, with their captions."""
+    items, _ = some_pictures(config, 48, signals.check)
     sheet = captioned([item.image for item in items], [two_lines(item.captions[0][1]) for item in items])
     write_picture(file, np.asarray(sheet))
     print(f"preview of {len(items)} pictures: {file}")
 
 
-def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count: int, file: Path) -> None:
+def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count: int, file: Path, signals: Signals) -> None:
     """Originals, and below them their reconstructions from the posterior's mean."""
-    images = np.stack([item.image for item in some_pictures(config, count)[0]])
+    images = np.stack([item.image for item in some_pictures(config, count, signals.check)[0]])
     decoded = []
     with torch.no_grad():
         for batch in np.array_split(images, -(-len(images) // config.encode_batch_size)):
+            signals.check()
             decoded.append(to_bytes(vae.decode(posterior(vae, batch, device, config.dtype).mean)))
     decoded = np.concatenate(decoded)
     psnr = -10 * np.log10((((decoded.astype(float) - images) / 255) ** 2).mean((1, 2, 3)).clip(1e-10))
@@ -78,11 +90,12 @@ def main() -> None:
     device, signals = pick_device(config.device), Signals()
     vae = load_vae(config.vae_weights, device)
     tokenizer = load_tokenizer(config.text_weights) if config.text_weights else None
-    if ARGS.preview:
-        write_preview(config, Path(ARGS.preview))
-    if ARGS.decode_check:
-        decode_check(config, vae, device, ARGS.decode_check, out.with_name(out.name + ".decoded.png"))
     try:
+        if os.environ.get("RANK", "0") == "0":
+            if ARGS.preview:
+                write_preview(config, Path(ARGS.preview), signals)
+            if ARGS.decode_check:
+                decode_check(config, vae, device, ARGS.decode_check, out.with_name(out.name + ".decoded.png"), signals)
         report = prepare(config, out, vae, device, ARGS.rebuild, signals.check)
     except Interrupted:
         print(f"stopped; finished shards stay in {out}: the same command goes on")

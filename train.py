@@ -30,11 +30,10 @@ if __name__ == "__main__":                                   # before torch is l
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tinyldm.data import toyworld
 from tinyldm.data.cache import Cache, write_tokens
-from tinyldm.data.encoding import posterior
 from tinyldm.data.loader import Loader
 from tinyldm.data.prepare import adopt, find_shards, prepare, some_pictures
 from tinyldm.data.sources import parse_sources
@@ -48,132 +47,34 @@ from tinyldm.lookup import lookup
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
-from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.models.vae import AutoencoderKL
 from tinyldm.files import replace_folder, write_file
-from tinyldm.pipeline import draw, encode_tokens, settings, to_bytes, to_pixels
+from tinyldm.pipeline import draw, encode_tokens, settings
 from tinyldm.sheet import tile
 from tinyldm.tokenizer import Tokenizer
 from tinyldm.training import checkpoint
+from tinyldm.training.autoencoder import finish_vae, train_vae
 from tinyldm.training.budget import forwards, meta_networks, print_plan
 from tinyldm.training.ema import EMA
 from tinyldm.training.log import Log
+from tinyldm.training.loop import finite, latest, restore_counters, update, write_log
 from tinyldm.training.optim import make_optimizers, set_lr
 from tinyldm.training.run import Interrupted, Progress, Signals, generator, write_picture
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.folder import save_model, save_vae
-from tinyldm.vendor_loaders.load import Model, load_model, load_text, load_tokenizer, load_vae, load_weights
+from tinyldm.vendor_loaders.load import Model, load_model, load_text, load_tokenizer, load_vae
 
 
-def update(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], clip: float, losses: Tensor) -> None:
-    """One optimizer step on the gradients at hand, clipped to a global norm."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
-    losses += 0 * norm                                        # a gradient that is not finite shows in the loss, unasked
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def finite(losses: Tensor, step: int) -> float:
-    """The summed loss as a number; an error before a broken network is logged or saved."""
-    if not (value := losses.item()) < float("inf"):
-        raise ValueError(f"loss or gradient is not finite near step {step}: go on with --resume auto and lower --lr, --muon-lr")
-    return value
-
-
-def write_log(log: Log, stage: str, step: int, losses: Tensor, lr_factor: float, bar: Progress, config: Config) -> None:
-    mean = finite(losses, step) / config.log_every
-    log.write(stage=stage, step=step, loss=mean, lr_factor=lr_factor, **bar.report(mean))
-    losses.zero_()
-
-
-def restore_counters(saved: Path, losses: Tensor) -> int:
-    """The step to go on from; `losses` gets back what was summed before it."""
-    state = checkpoint.read_state(saved)
-    losses.fill_(state["losses"])
-    return state["step"]
-
-
-# ---------------------------------------------------------------- stage 1: the VAE
-
-
-def random_crops(images: np.ndarray, size: int, count: int, seed: int, step: int) -> Tensor:
-    """count crops of size x size (0: whole pictures) -> float32 [count, 3, size, size] in [-1, 1]."""
-    rng = np.random.default_rng([seed, 1, step])
-    chosen = rng.integers(len(images), size=count)
-    side = images.shape[1]
-    size = min(size or side, side)
-    ys, xs = rng.integers(side - size + 1, size=(2, count))
-    return to_pixels(np.stack([images[i, y : y + size, x : x + size] for i, y, x in zip(chosen, ys, xs)]))
-
-
-def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.device, signals: Signals) -> AutoencoderKL:
-    """L1 + MSE + a small KL (arXiv:2112.10752, Eq. 25 without the adversary), on random crops."""
-    torch.manual_seed(config.seed)
-    vae = AutoencoderKL(build(VAEConfig, config.vae | {"sample_size": config.resolution}, "--vae")).to(device)
-    parameters = dict(vae.named_parameters())
-    optimizers = make_optimizers(parameters, kind=config.optimizer, lr=config.vae_lr, muon_lr=config.vae_muon_lr)
-    start, losses = 0, torch.zeros((), device=device)         # summed since the last line of the log
-    if last := latest(config, run, "vae"):
-        load_weights(vae, last / "vae" / "diffusion_pytorch_model.safetensors")
-        checkpoint.load_optimizers(last / "optimizer.safetensors", optimizers, parameters)
-        start = restore_counters(last, losses)
-    log = Log(run / "log.jsonl", "vae", start)
-
-    def fill(folder: Path) -> None:
-        save_vae(folder / "vae", vae)
-        checkpoint.save_optimizers(folder / "optimizer.safetensors", optimizers, parameters)
-
-    bar = Progress("VAE", start, config.vae_steps, config.vae_batch_size)
-    for step in range(start, config.vae_steps):
-        factor = set_lr(optimizers, step, config.vae_steps, config.warmup_steps, decay=0.6)
-        pixels = random_crops(images, config.vae_crop, config.vae_batch_size, config.seed, step).to(device)
-        with autocast(device, config.dtype):
-            posterior = vae.encode(pixels)
-            noise = torch.randn(posterior.mean.shape, generator=generator(config.seed, 1, step)).to(device)
-            decoded = vae.decode(posterior.sample(noise))
-        error = decoded.float() - pixels
-        loss = error.abs().mean() + error.square().mean() + config.vae_kl * posterior.kl().mean()
-        loss.backward()
-        losses += loss.detach()
-        update(list(parameters.values()), optimizers, config.grad_clip, losses)
-        bar.update()
-        if (step + 1) % config.log_every == 0:
-            write_log(log, "vae", step + 1, losses, factor, bar, config)
-        if signals.received or (step + 1) % config.save_every == 0:
-            checkpoint.write(run, "vae", step + 1, fill, {"losses": finite(losses, step)}, config.keep_last)
-        if signals.received:
-            raise Interrupted
-    bar.close()
-    return vae
-
-
-def finish_vae(config: Config, run: Path, vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> None:
-    """Measure the latents' mean and scale, make them part of the VAE, save it and a picture of what it loses."""
-    z = torch.cat([posterior(vae, batch, device, config.dtype).mean for batch in np.array_split(images[:2048], -(-len(images) // 64))])
-    mean = z.mean((0, 2, 3))
-    vae.centre(mean)
-    scale = 1 / float((z - mean[:, None, None]).std())
-    vae.config = dataclasses.replace(vae.config, scaling_factor=scale)
-    shown = images[:8]
-    with torch.no_grad():
-        decoded = to_bytes(vae.decode(vae.encode(to_pixels(shown).to(device)).mean))
-    psnr = -10 * np.log10((((decoded.astype(float) - shown) / 255) ** 2).mean(axis=(1, 2, 3))).mean()
-    write_picture(run / "samples" / "vae.png", tile(np.concatenate([shown, decoded]), columns=8))
-    print(f"VAE: {psnr:.1f} dB on 8 pictures, scaling factor {vae.config.scaling_factor:.4f}")
-    replace_folder(run / "vae", lambda folder: save_vae(folder, vae))
-
-
-# ---------------------------------------------------------------- stage 2: diffusion
-
-
-def build_networks(config: Config, vae: AutoencoderKL, captions: Iterable[str]) -> tuple[nn.Module, CLIPText, Tokenizer]:
-    """The network to train, and its text encoder: pretrained and frozen, or new and trained along."""
+def build_networks(config: Config, vae: AutoencoderKL, captions: Iterable[str],
+                   last: Path | None) -> tuple[nn.Module, CLIPText, Tokenizer]:
+    """The network to train, and its text encoder: pretrained and frozen, or new and trained along. last: the checkpoint
+    whose vocabulary to keep."""
     if config.text_weights:
         text = load_text(config.text_weights)
         tokenizer = load_tokenizer(config.text_weights, text.config.context_length)
     else:
         length = config.text.get("context_length", 77)
-        tokenizer = Tokenizer.train(captions, config.vocab_size, length)
+        tokenizer = Tokenizer.load(last / "model" / "tokenizer") if last else Tokenizer.train(captions, config.vocab_size, length)
         text = CLIPText(build(CLIPTextConfig, config.text | dict(
             vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), "--text"))
@@ -187,7 +88,12 @@ def build_networks(config: Config, vae: AutoencoderKL, captions: Iterable[str]) 
 
 def make_loader(config: Config, data: Cache, tokenizer: Tokenizer, device: torch.device) -> Loader:
     """Batches of the cache, mixed as --data and --caption-key say."""
-    write_tokens(data.folder, tokenizer)
+    try:
+        data.check_tokens(tokenizer.fingerprint)
+    except ValueError:                                         # of a cache that others use too, the run keeps them itself
+        place = Path(config.out) / "tokens" if config.cache else None
+        write_tokens(data.folder, tokenizer, place)
+        data = Cache(data.folder, place)
     weights = [source.weight for source in parse_sources(config.data)]
     loader = Loader(data, tokenizer.fingerprint, batch_size=config.batch_size, seed=config.seed,
                     weights=weights if len(weights) > 1 and weights[0] else None, pin=device.type == "cuda",
@@ -199,7 +105,8 @@ def make_loader(config: Config, data: Cache, tokenizer: Tokenizer, device: torch
 
 def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, device: torch.device, signals: Signals) -> None:
     torch.manual_seed(config.seed + 1)
-    net, text, tokenizer = build_networks(config, vae, data.all_captions())
+    last = latest(config, run, "step")
+    net, text, tokenizer = build_networks(config, vae, data.all_captions(), last)
     net, text = net.to(device), text.to(device)
     trained = {"net": net} if config.text_weights else {"net": net, "text": text}
     parameters = {f"{part}.{name}": p for part, module in trained.items() for name, p in module.named_parameters()}
@@ -209,7 +116,9 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, 
     goal = objective(config, process)
     start, losses = 0, torch.zeros((), device=device)         # summed since the last line of the log
     ema = EMA(trained, config.ema_decay)
-    if last := latest(config, run, "step"):
+    if last:
+        if checkpoint.read_state(last).get("data", data.digest) != data.digest:
+            raise ValueError(f"{data.folder} has changed since {last}: put back the latents it began with, or start another run with --out")
         raw, averaged = (load_model(last / "model", device, ema=wanted) for wanted in (False, True))
         for part, module in trained.items():
             module.load_state_dict(getattr(raw, part).state_dict())
@@ -256,7 +165,7 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, 
         if (step + 1) % config.log_every == 0:
             write_log(log, "step", step + 1, losses, factor, bar, config)
         if finished or signals.received or (step + 1) % config.save_every == 0:
-            state = {"losses": finite(losses, step), "finished": finished}
+            state = {"losses": finite(losses, step), "finished": finished, "data": data.digest}
             checkpoint.write(run, "step", step + 1, fill, state, config.keep_last)
         if config.sample_every and (step + 1) % config.sample_every == 0 and not finished:
             sample_grid(config, model, ema, run, step + 1, data)
@@ -301,14 +210,8 @@ def sample_grid(config: Config, model: Model, ema: EMA, run: Path, step: int, da
 # ---------------------------------------------------------------- the run
 
 
-def latest(config: Config, run: Path, stage: str) -> Path | None:
-    """The checkpoint to go on from, if it is of this stage."""
-    found = checkpoint.names(run) if config.resume == "auto" else []
-    return found[-1] if found and found[-1].name.startswith(stage) else None
-
-
-def refuse_early(config: Config) -> None:
-    """Whatever cannot work is refused here, before anything is written or trained: names, sizes, fields, weights."""
+def refuse_early(config: Config) -> Config:
+    """Whatever cannot work is refused here, before anything is written or trained. -> config, with what --cache decides in it."""
     find_sampler(config.sampler)
     lookup(T_SAMPLERS, config.times, "--times")
     process, pixel = make_process(config.process, **process_options(config)), torch.zeros(1, 1, 1, 1)
@@ -319,7 +222,8 @@ def refuse_early(config: Config) -> None:
     if not config.cache and not (Path(config.out) / "latents" / "index.json").exists():
         find_shards(config)                                                     # the sources are there
     if config.vae_weights:
-        load_vae(config.vae_weights)                                            # downloaded, whole and of the right kind
+        vae = load_vae(config.vae_weights)                                      # downloaded, whole and of the right kind
+        config = adopt(config, Cache(Path(config.cache)), vae) if config.cache else config
     if config.text_weights:
         load_text(config.text_weights), load_tokenizer(config.text_weights)
     if not config.vae_weights:
@@ -328,6 +232,7 @@ def refuse_early(config: Config) -> None:
             for part, forward in forwards(networks, size).items():
                 if part != "net" or size == config.resolution:
                     forward()
+    return config
 
 
 def prepare_run(config: Config) -> Path:
@@ -347,7 +252,7 @@ def prepare_data(config: Config, run: Path, device: torch.device, signals: Signa
         if config.vae_weights:
             replace_folder(run / "vae", lambda folder: save_vae(folder, load_vae(config.vae_weights)))
         else:
-            pictures, faults = some_pictures(config, config.vae_pictures)
+            pictures, faults = some_pictures(config, config.vae_pictures, signals.check)
             images = np.stack([item.image for item in pictures])
             del pictures
             print(f"the VAE trains on {len(images):,} pictures" + f" ({sum(faults.values()):,} unusable ones passed over)" * bool(faults))
@@ -355,6 +260,8 @@ def prepare_data(config: Config, run: Path, device: torch.device, signals: Signa
     vae = load_vae(run / "vae", device)
     if config.cache:
         return vae, Cache(Path(config.cache))
+    if latest(config, run, "step"):                            # whatever has become of the sources since
+        return vae, Cache(run / "latents")
     report = prepare(config, run / "latents", vae, device, check=signals.check)
     if report is None:
         raise ValueError(f"other processes are still preparing {run / 'latents'}: run this again when they are done")
@@ -369,11 +276,10 @@ def main() -> None:
     device = pick_device(config.device)
     if device.type == "cpu":
         prefer_plain_attention()
-    refuse_early(config)
+    config = refuse_early(config)
     run, signals = prepare_run(config), Signals()
     try:
         vae, data = prepare_data(config, run, device, signals)
-        config = adopt(config, data, vae)
         train_diffusion(config, run, vae, data, device, signals)
     except Interrupted:
         print(f"saved; continue with: python train.py --out {run} --resume auto")

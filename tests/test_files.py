@@ -61,11 +61,15 @@ def test_all_of_a_folder_is_flushed_before_it_takes_its_place(tmp_path, monkeypa
 
 def test_a_claim_keeps_other_processes_off_until_its_process_ends(tmp_path):
     def others(name: str) -> str:
-        code = f"from tinyldm.files import Claims; print(Claims(r'{tmp_path / 'claims'}').take({name!r}))"
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT).stdout.strip()
+        code = "import sys, pathlib, tinyldm.files as f; print(f.Claims(pathlib.Path(sys.argv[1])).take(sys.argv[2]))"
+        words = [sys.executable, "-c", code, str(tmp_path / "claims"), name]
+        return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT).stdout.strip()
 
     claims = Claims(tmp_path / "claims")
     assert claims.take("a") and claims.take("b")
     assert (others("a"), others("c"), others("b")) == ("False", "True", "False")
+    with claims.held("d"):
+        assert others("d") == "False"
+    assert others("d") == "True"
     claims.close()
     assert others("a") == "True"

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -58,13 +59,23 @@ def test_training_on_a_prepared_cache_equals_training_that_prepares(vae, tmp_pat
     assert Image.open(tmp_path / "sheet.png").size[0] > 192 and Image.open(tmp_path / "cache.decoded.png").size == (3 * 18 - 2, 2 * 18 - 2)
     own = script("train.py", "--out", tmp_path / "own", *TINY, *data)
     shutil.rmtree(tmp_path / "d")                                                       # the cache stands on its own
-    given = script("train.py", "--out", tmp_path / "given", *TINY, *data[:2], "--cache", tmp_path / "cache", *data[2:])
+    given = script("train.py", "--out", tmp_path / "given", *TINY, "--cache", tmp_path / "cache", *data[2:])
     assert own.returncode == given.returncode == 0, own.stderr + given.stderr
     one, two = (weights(tmp_path / name / "checkpoints" / "step-000006" / "model") for name in ("own", "given"))
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
     assert not (tmp_path / "given" / "latents").exists()
+    assert len(list((tmp_path / "given" / "tokens").glob("*tokens-*.npy"))) == 1        # a vocabulary of this run alone
+    assert not list(tmp_path.glob("cache/shards/*/tokens-*"))
+    model = json.loads((tmp_path / "given/checkpoints/step-000006/model/tinyldm.json").read_text())
+    assert model["data"] == str(tmp_path / "d")
+    on = script("train.py", "--out", tmp_path / "own", "--resume", "auto", "--max-steps", 7)
+    assert on.returncode == 0, on.stderr                                                # needs no source either
+    (tmp_path / "cache" / "index.json").write_text((tmp_path / "cache" / "index.json").read_text() + " ")
+    changed = script("train.py", "--out", tmp_path / "given", "--resume", "auto", "--max-steps", 7)
+    assert changed.returncode == 2 and "has changed since" in changed.stderr
     other = script("train.py", "--out", tmp_path / "other", *TINY, "--cache", tmp_path / "cache", *data[2:4], "--resolution", 32)
     assert other.returncode == 2 and "resolution 16 there, 32 here" in other.stderr and "Traceback" not in other.stderr
+    assert not (tmp_path / "other").exists()                                            # the mended command can be typed
 
 
 def test_sources_captions_views_moments_and_sizes_all_mixed_train_a_dit_and_resume(vae, tmp_path):
@@ -116,8 +127,12 @@ def test_an_interrupted_preparation_says_how_to_go_on(vae, tmp_path):
 
 @pytest.mark.slow
 def test_killed_in_preparing_and_in_training_it_ends_with_the_same_bytes(vae, tmp_path):
-    data = pictures(tmp_path / "d", 600, (32, 32))
-    words = ["train.py", "--data", data, "--vae-weights", vae, "--resolution", 32, *TINY, "--max-steps", 60, "--save-every", 5, "--keep-last", 2]
+    files = sorted(pictures(tmp_path / "d", 600, (32, 32)).iterdir())
+    for i in range(5):
+        with tarfile.open(tmp_path / f"s-{i}.tar", "w") as tar:
+            for file in files[i * len(files) // 5:(i + 1) * len(files) // 5]:
+                tar.add(file, file.name)
+    words = ["train.py", "--data", tmp_path / "s-*.tar", "--vae-weights", vae, "--resolution", 32, *TINY, "--max-steps", 60, "--save-every", 5, "--keep-last", 2]
     whole = script(*words, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     rng, kills, folder = random.Random(0), 0, tmp_path / "killed"

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -61,24 +63,38 @@ class Claims:
     """
 
     def __init__(self, file: Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(file, "ab")
 
     def take(self, name: str) -> bool:
         """Whether this piece is now ours. Never waits."""
-        byte = zlib.crc32(name.encode())                       # of a file that stays empty
         try:
-            if os.name == "nt":
-                import msvcrt
-
-                self.file.seek(byte)
-                msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            self._lock(name, True)
         except (BlockingIOError, PermissionError):
             return False
         return True
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Wait for a piece, and let go of it afterwards."""
+        while not self.take(name):
+            time.sleep(0.02)
+        try:
+            yield
+        finally:
+            self._lock(name, False)
+
+    def _lock(self, name: str, taken: bool) -> None:
+        byte = zlib.crc32(name.encode())                       # of a file that stays empty
+        if os.name == "nt":
+            import msvcrt
+
+            self.file.seek(byte)
+            msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK if taken else msvcrt.LK_UNLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB if taken else fcntl.LOCK_UN, 1, byte)
 
     def close(self) -> None:
         self.file.close()

@@ -75,7 +75,8 @@ def test_tokens_are_added_once_and_per_tokenizer(tmp_path):
     write_tokens(tmp_path, TOKENIZER)
     assert file.stat().st_mtime_ns == before
     shorter = Tokenizer(TOKENIZER.vocab, TOKENIZER.merges, 8)
-    write_tokens(tmp_path, shorter, [tmp_path / "shards/a"])
+    write_tokens(tmp_path, shorter)
+    (tmp_path / f"shards/b/tokens-{shorter.fingerprint[:12]}.npy").unlink()
     with pytest.raises(ValueError, match="shards.b.tokens.*missing.*not encoded"):
         cache.check_tokens(shorter.fingerprint)
     write_tokens(tmp_path, shorter)
@@ -88,6 +89,18 @@ def test_tokens_are_added_once_and_per_tokenizer(tmp_path):
         Cache(tmp_path).check_tokens(TOKENIZER.fingerprint)
     write_tokens(tmp_path, TOKENIZER)                                   # what is not whole is made again
     assert file.read_bytes() == content
+
+
+def test_tokens_may_lie_outside_a_cache_that_others_use_too(tmp_path):
+    whole = mixed(tmp_path / "cache")
+    before = sorted((tmp_path / "cache").rglob("*"))
+    write_tokens(tmp_path / "cache", TOKENIZER, tmp_path / "tokens")
+    assert sorted((tmp_path / "cache").rglob("*")) == before
+    outside = Cache(tmp_path / "cache", tmp_path / "tokens")
+    samples, u = np.arange(len(whole)), np.linspace(0, 0.99, len(whole))
+    write_tokens(tmp_path / "cache", TOKENIZER)
+    assert (outside.tokens(samples, TOKENIZER.fingerprint, u, (0.5, 0.5)) == Cache(tmp_path / "cache").tokens(
+        samples, TOKENIZER.fingerprint, u, (0.5, 0.5))).all()
 
 
 def test_large_vocabularies_take_four_bytes_an_id(tmp_path):

@@ -1,5 +1,6 @@
 """Shards of arrays: pictures with captions or labels, and arrays that do not fit."""
 
+import random
 import struct
 
 import numpy as np
@@ -75,3 +76,28 @@ def test_a_damaged_npz_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"a\.npz is not a readable"):
         list(read_npz(FS, str(tmp_path / "a.npz"), None))
     assert struct.unpack("<I", bytes(data[:4]))[0] == 0x04034b50
+
+
+def test_an_npz_that_is_hurt_anywhere_is_an_error_of_the_file_and_never_of_the_disk(tmp_path):
+    np.savez(tmp_path / "a.npz", images=IMAGES, labels=LABELS)
+    data, rng, refused = (tmp_path / "a.npz").read_bytes(), random.Random(1), 0
+    for place in range(len(data) - 22, len(data)):            # where it says how its parts lie
+        changed = bytearray(data)
+        changed[place] ^= rng.randint(1, 255)
+        (tmp_path / "a.npz").write_bytes(changed)
+        try:
+            list(read_npz(FS, str(tmp_path / "a.npz"), len(data)))
+        except ValueError as error:
+            assert "a.npz" in str(error)
+            refused += 1
+    assert refused > 5
+
+
+def test_an_npz_whose_parts_lie_before_its_start_is_not_taken_for_a_lost_disk(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(22, "Invalid argument")                 # what a seek to a place below 0 comes to
+
+    (tmp_path / "a.npz").write_bytes(b"")
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises(ValueError, match="is not a readable .npz file"):
+        list(read_npz(FS, str(tmp_path / "a.npz"), None))

@@ -1,5 +1,6 @@
 """The job that encodes a data set: right pairs, whole caches, used only where they fit."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from preparing import CPU, VAE, contents, latent, make_vae, numbered, picture, run, settings, shard
 from tinyldm.config import Config
-from tinyldm.data import prepare
+from tinyldm.data import encoding, prepare
 from tinyldm.data.encoding import fingerprint
 from tinyldm.pipeline import to_pixels
 
@@ -133,6 +134,51 @@ def test_a_run_on_a_cache_takes_from_it_what_it_decides(tmp_path):
         prepare.adopt(plain, cache, other)
 
 
+def test_a_run_on_a_cache_does_not_take_other_data_than_is_in_it(tmp_path):
+    for i in range(2):
+        shard(tmp_path / f"s-{i}.tar", numbered(3 * i, 3))
+    cache = run(settings(tmp_path, "s-0.tar:0.7", "s-1.tar:0.3"), tmp_path / "cache")
+    swapped = prepare.adopt(settings(tmp_path, "s-1.tar:0.99", "s-0.tar:0.01"), cache, VAE)
+    assert [word.rpartition("-")[2] for word in swapped.data] == ["0.tar:0.01", "1.tar:0.99"]      # in the cache's order
+    with pytest.raises(ValueError, match="was made from .*s-0.tar:0.7 .*leave it out"):
+        prepare.adopt(settings(tmp_path, "s-0.tar:0.5", "s-2.tar:0.5"), cache, VAE)
+
+
+def test_shards_of_other_settings_are_not_taken_for_ones_own(tmp_path, encoded):
+    """As an older job leaves them that goes on while the cache is rebuilt."""
+    shard(tmp_path / "s.tar", numbered(0, 12))
+    run(settings(tmp_path, "s.tar"), tmp_path / "cache")
+    run(settings(tmp_path, "s.tar", max_caption=9), tmp_path / "other")
+    shutil.rmtree(tmp_path / "cache" / "shards")
+    shutil.copytree(tmp_path / "other" / "shards", tmp_path / "cache" / "shards")
+    assert len(run(settings(tmp_path, "s.tar"), tmp_path / "cache")) == 12 and len(encoded) == 3
+
+
+def test_to_rebuild_what_is_rebuilt_already_encodes_nothing(tmp_path, encoded):
+    shard(tmp_path / "s.tar", numbered(0, 3))
+    run(settings(tmp_path, "s.tar"), tmp_path / "cache")
+    for _ in range(2):
+        run(settings(tmp_path, "s.tar", flip=True), tmp_path / "cache", rebuild=True)
+    assert encoded == ["s.tar", "s.tar"]
+
+
+def test_one_shard_in_two_sources_is_refused_before_anything_is_encoded(tmp_path, encoded):
+    for i in range(2):
+        shard(tmp_path / f"s-{i}.tar", numbered(3 * i, 3))
+    with pytest.raises(ValueError, match="s-1.tar and .*both name .*s-1.tar"):
+        run(settings(tmp_path, "s-*:0.5", "s-1.tar:0.5"), tmp_path / "cache")
+    assert not encoded
+
+
+def test_shards_that_are_no_longer_named_are_mentioned_and_left_out(tmp_path, capsys):
+    for i in range(2):
+        shard(tmp_path / f"s-{i}.tar", numbered(3 * i, 3))
+    run(settings(tmp_path, "s-*"), tmp_path / "cache")
+    capsys.readouterr()
+    assert len(run(settings(tmp_path, "s-0.tar"), tmp_path / "cache")) == 3
+    assert "also holds 1 that --data does not name" in capsys.readouterr().out
+
+
 def test_pictures_in_buckets_fit_the_network_they_are_for(tmp_path):
     shard(tmp_path / "s.tar", numbered(0, 3))
     cache = run(settings(tmp_path, "s.tar", buckets=2.0, network="dit", dit={"patch": 1}), tmp_path / "cache")
@@ -179,3 +225,12 @@ def test_some_pictures_come_from_all_shards_alike(tmp_path):
     assert [int(item.captions[0][1].split()[1]) // 100 for item in items] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3] and not faults
     items, _ = prepare.some_pictures(settings(tmp_path, "s-*"), 1000)
     assert len(items) == 31
+
+
+def test_a_few_pictures_of_many_shards_do_not_cost_the_reading_of_all(tmp_path, monkeypatch):
+    for i in range(10):
+        shard(tmp_path / f"s-{i}.tar", numbered(100 * i, 60))
+    decoded, real = [], encoding.decode
+    monkeypatch.setattr(encoding, "decode", lambda data, framing: decoded.append(0) or real(data, framing))
+    items, _ = prepare.some_pictures(settings(tmp_path, "s-*"), 2)
+    assert [int(item.captions[0][1].split()[1]) for item in items] == [0, 500] and len(decoded) < 40

@@ -87,6 +87,17 @@ def test_a_gzipped_shard_with_a_wrong_checksum_is_dropped_whole(tmp_path):
     assert {file.name for file in damaged.iterdir()} == {"shard.json", "skipped.jsonl"}
 
 
+def test_archives_that_are_cut_count_as_shards_because_nobody_knows_what_they_held(tmp_path):
+    for i in range(4):
+        shard(tmp_path / f"s-{i}.tar", numbered(40 * i, 40))
+    data = (tmp_path / "s-3.tar").read_bytes()
+    (tmp_path / "s-3.tar").write_bytes(data[:2000])
+    with pytest.raises(ValueError, match="1 of 4 shards .* --max-skip 0.05 .*1 archive cut short"):
+        prepare.prepare(settings(tmp_path, "s-*"), tmp_path / "cache", VAE, CPU)
+    report = prepare.prepare(settings(tmp_path, "s-*", max_skip=0.25), tmp_path / "cache", VAE, CPU)
+    assert report.broken == 1 and report.skipped == Counter({"archive cut short": 1}) and "1 of the shards are" in str(report)
+
+
 def test_what_is_no_archive_costs_its_own_shard_only(tmp_path, capsys):
     for i in range(2):
         shard(tmp_path / f"s-{i}.tar", numbered(10 * i, 10))
@@ -132,7 +143,7 @@ def test_processes_at_the_same_time_share_the_shards(tmp_path, encoded, monkeypa
         shard(tmp_path / f"s-{i}.tar", numbered(3 * i, 3))
     config, folder = settings(tmp_path, "s-*"), tmp_path / "cache"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(prepare.Claims, "take", lambda self, name: name[2] in "02")       # the other has the odd ones
+    monkeypatch.setattr(prepare.Claims, "take", lambda self, name: name[:2] != "s-" or name[2] in "02")       # the other has the odd ones
     assert prepare.prepare(config, folder, VAE, CPU) is None and not (folder / "index.json").exists()
     assert encoded == ["s-0.tar", "s-2.tar"]
     monkeypatch.setattr(prepare.Claims, "take", lambda self, name: True)
@@ -186,15 +197,27 @@ def test_a_finished_cache_serves_while_its_remote_source_is_away(tmp_path, monke
     config = Config(data=["memory://bucket/s.tar"], resolution=8, dtype="fp32")
     run(config, tmp_path / "cache")
 
-    def away(*words, **options):
-        raise ValueError("no network")
+    real = prepare.list_shards
+
+    def away(source, **options):
+        if "://" in source.spec:
+            raise prepare.SourceLost("no network")
+        return real(source, **options)
 
     monkeypatch.setattr(prepare, "list_shards", away)
     assert len(run(config, tmp_path / "cache")) == 3 and "no network" in capsys.readouterr().out
     with pytest.raises(ValueError, match="flip false there, true here"):
         run(replace(config, flip=True), tmp_path / "cache")
-    with pytest.raises(ValueError, match="no network"):
+    with pytest.raises(OSError, match="no network"):
         prepare.prepare(config, tmp_path / "other", VAE, CPU)
+    both = replace(config, data=[*config.data, str(tmp_path / "s.tar")])
+    with pytest.raises(OSError, match="no network"):                    # what is new cannot be had
+        prepare.prepare(replace(config, data=["memory://bucket/other.tar"]), tmp_path / "cache", VAE, CPU)
+    monkeypatch.undo()
+    run(both, tmp_path / "both")
+    shard(tmp_path / "s.tar", numbered(20, 4))                          # what is here is still looked at
+    monkeypatch.setattr(prepare, "list_shards", away)
+    assert list(run(both, tmp_path / "both").all_captions()) == [f"picture {i}" for i in (0, 1, 2, 20, 21, 22, 23)]
 
 
 # ---------------------------------------------------------------- killed
@@ -230,6 +253,41 @@ for kill in range(kills):
 go()
 print(died)
 """
+
+
+TWO = """
+import os, sys
+import preparing as support
+support.torch.set_num_threads(1)
+source, folder = support.Path(sys.argv[1]), support.Path(sys.argv[2])
+begin, go = os.pipe()
+children = []
+for rank in range(3):
+    if not (child := os.fork()):
+        os.close(go)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3"}
+        os.read(begin, 1)                                # all begin at the same moment, when the pipe is closed
+        support.prepare.prepare(support.settings(source, "s-*", **eval(sys.argv[3])), folder, support.VAE, support.CPU, True)
+        os._exit(0)
+    children.append(child)
+os.close(go)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked to begin at the same moment")
+def test_processes_that_begin_at_the_same_moment_make_one_cache(tmp_path):
+    for i in range(6):
+        shard(tmp_path / f"s-{i}.tar", numbered(7 * i, 7))
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    run(settings(tmp_path, "s-*"), tmp_path / "one")
+    for turn, changes in enumerate([{}, {}, {"flip": True}, {}]):      # made new, found whole, made anew twice
+        words = [sys.executable, "-c", TWO, str(tmp_path), str(tmp_path / "many"), repr(changes)]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert Cache(tmp_path / "many").shape[0] == (2 if changes else 1)
+    names = {name: len(data) for name, data in contents(tmp_path / "one").items()}      # their bytes, up to threads
+    assert {name: len(data) for name, data in contents(tmp_path / "many").items()} == names
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked to be killed often")

@@ -8,7 +8,7 @@ import pytest
 from archives import DATA, FS, PAIR, TWO, header, keys, reseal, skips, tar
 
 from tinyldm.data import readers, tarshard
-from tinyldm.data.readers import Sample, Skip, captions, read_tar
+from tinyldm.data.readers import Sample, Skip, caption_keys, captions, read_tar
 
 
 # ---- tar
@@ -189,3 +189,13 @@ def test_a_json_that_cannot_be_read_is_an_error_only_where_it_is_needed(bad):
     with pytest.raises(ValueError, match="^json is not readable$"):
         captions(sample(txt="a", json=bad), ["prompt"])
     assert captions(sample(txt="a", json=bad)) == captions(sample(txt="a", json=bad), ["txt"]) == [(0, "a")]
+    assert caption_keys(sample(txt="a", json=bad)) == ["txt"] and caption_keys(sample(json=bad)) == []
+
+
+def test_the_keys_that_can_be_asked_for_are_those_that_hold_text():
+    row = {"long": ["b", 3], "n": 5, "none": None, "txt": "wrong", "empty": [], "numbers": [1], "deep": {"a": "b"}, "alt": ""}
+    assert caption_keys(sample(txt="a", json=json.dumps(row))) == ["alt", "long", "txt"]
+    assert caption_keys(sample(json=json.dumps(row))) == ["alt", "long"]
+    assert caption_keys(sample(text="x", alt=["y"], txt=b"\xff")) == ["alt", "text", "txt"]
+    assert caption_keys(Sample("k", b"", {"": "1", "a\nb": "x", "\udcff": "x", "a b": "x"})) == ["a b"]
+    assert caption_keys(sample()) == []

@@ -1,19 +1,17 @@
-"""Sources behind a URL: the same samples as from a disk, over connections that break, and from a hub that does."""
+"""Sources behind a URL: the same samples as from a disk, over connections that break."""
 
 import io
 import json
-import os
-import threading
-from hashlib import sha1
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import socket
 from types import SimpleNamespace
 
 import fsspec
-import huggingface_hub.constants
 import numpy as np
 import pytest
 from archives import pairs, read, refusal, shards
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from tinyldm.data import remote
 from tinyldm.data.readers import Sample
@@ -52,6 +50,86 @@ def test_a_url_without_rights_is_refused_with_its_name(memory, monkeypatch):
     memory.pipe({"/set/a.png": b"A"})
     monkeypatch.setattr(MemoryFileSystem, "ls", denied)
     assert "--data memory://set: no right to read" in refusal("memory://set")
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+class Answer(Exception):
+    """As the errors of HTTP libraries keep a status."""
+
+    def __init__(self, status, key="status"):
+        super().__init__(f"answered {status}\nin two lines")
+        setattr(self, key, status)
+
+
+OFFLINE = [TimeoutError(), ConnectionResetError("reset"), OSError(101, "Network is unreachable"), RuntimeError("no route"),
+           Answer(503), Answer(429, "status_code"), Answer(504, "code"), Answer(SimpleNamespace(status_code=500), "response"),
+           Answer({"ResponseMetadata": {"HTTPStatusCode": 503}}, "response"),
+           Answer(0, "code"), LocalEntryNotFoundError("not in the cache"), OfflineModeIsEnabled("offline"),
+           json.JSONDecodeError("Expecting value", "<html>", 0)]
+BARRED = [Answer(403), Answer(401, "status_code"), Answer({"ResponseMetadata": {"HTTPStatusCode": 403}}, "response"),
+          PermissionError("no"), Answer(SimpleNamespace(status_code=401), "response")]
+GONE = [Answer(404), Answer(410), Answer(SimpleNamespace(status_code=404), "response"), EntryNotFoundError("no such entry"),
+        Answer({"ResponseMetadata": {"HTTPStatusCode": 404}}, "response")]
+
+
+def listed(memory, monkeypatch, error, spec="memory://set"):
+    def fail(self, path, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(MemoryFileSystem, "info", fail)
+    shards(spec)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("errors, kind, expected", [
+    (OFFLINE, SourceLost, "cannot be listed"), (BARRED, ValueError, "no right to read"),
+    (GONE, ValueError, "there is no such file")],
+    ids=["offline", "barred", "gone"])
+def test_no_network_is_told_from_no_file_and_no_right(memory, monkeypatch, wrapped, errors, kind, expected):
+    for error in errors:
+        if wrapped and isinstance(error, ValueError):
+            continue                        # about the name
+        with pytest.raises(kind) as caught:
+            listed(memory, monkeypatch, caused(FileNotFoundError("set"), error) if wrapped else error)
+        assert str(caught.value).startswith("--data memory://set: ") and expected in str(caught.value)
+        assert "\n" not in str(caught.value) and isinstance(caught.value, SourceLost) == (kind is SourceLost)
+
+
+def test_mistakes_that_no_network_mends_are_no_losses(memory, monkeypatch):
+    coded = FileNotFoundError("set")
+    coded.code = 2                          # of the system, not of HTTP
+    for error, expected in ((coded, "there is no such file"),
+                            (caused(FileNotFoundError("set"), KeyError("set")), "there is no such file"),
+                            (caused(FileNotFoundError("set"), ValueError("bad name")), "there is no such file"),
+                            (NotImplementedError("no lists"), "cannot be listed .NotImplementedError: no lists"),
+                            (ImportError("no module"), "cannot be listed .ImportError"),
+                            (ValueError("bad\nname"), "^--data memory://set: bad name$"),
+                            (ValueError("--data x: told"), "^--data x: told$")):
+        with pytest.raises(ValueError, match=expected) as caught:
+            listed(memory, monkeypatch, error)
+        assert not isinstance(caught.value, OSError)
+
+
+def test_a_server_that_refuses_to_connect_at_once_is_a_loss():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(SourceLost, match=rf"--data ftp://127.0.0.1:{port}/a.tar: cannot be listed .ConnectionRefusedError"):
+        shards(f"ftp://127.0.0.1:{port}/a.tar")
+
+
+def test_a_local_disk_that_fails_is_no_lost_network(tmp_path, monkeypatch):
+    for error, expected in ((OSError(5, "Input/output error"), "cannot be listed (OSError: [Errno 5] Input/output error)"),
+                            (UnicodeEncodeError("utf-8", "x", 0, 1, "no name"), f"--data {tmp_path}: 'utf-8' codec")):
+        def fail(self, path, *args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(LocalFileSystem, "info", fail)
+        assert expected in refusal(tmp_path)
 
 
 class Flaky(MemoryFileSystem):
@@ -109,7 +187,7 @@ DATA = bytes(range(256)) * 40
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("fault", [ConnectionResetError("reset"), TimeoutError(), None, RuntimeError("client"),
-                                   PermissionError("403")])
+                                   PermissionError("403"), Answer(404)])
 def test_a_connection_that_breaks_is_taken_up_at_the_same_byte(flaky, fault, ranges):
     flaky.put("/x", DATA)
     Flaky.ranges = ranges
@@ -147,6 +225,22 @@ def test_a_file_that_is_gone_is_not_waited_for(flaky):
     assert flaky.waits == []
 
 
+def test_a_server_that_is_away_is_waited_for_though_its_file_system_says_not_found(flaky):
+    flaky.put("/x", DATA)
+    causes = {0: TimeoutError(), 9: Answer(503)}
+    flaky.faults += [(place, caused(FileNotFoundError("/x"), cause)) for place, cause in causes.items()]
+    assert Steady(flaky, "/x", len(DATA)).readall() == DATA and flaky.waits == [1, 1]
+
+
+def test_a_file_that_vanished_behind_a_url_is_a_lost_shard_and_a_missing_picture(flaky):
+    flaky.put("/x.tar", pairs("a"))
+    flaky.put("/f/a.png", DATA)
+    flaky.faults += [(0, FileNotFoundError("gone"))] * 2
+    with pytest.raises(SourceLost, match="flaky:///x.tar: cannot be read .FileNotFoundError: gone"):
+        read("flaky://x.tar")
+    assert [part.reason for part in read("flaky://f")] == ["picture file missing"]
+
+
 def test_a_steady_file_seeks_like_any_file(flaky):
     flaky.put("/x", DATA)
     stream = io.BufferedReader(Steady(flaky, "/x", len(DATA)), 64)
@@ -165,89 +259,12 @@ def test_a_shard_is_read_over_breaks_and_its_loss_is_an_error(flaky):
     for name in ("x.tar", "x.tar.gz"):
         flaky.store[f"/{name}"] = flaky.store["/x.tar"]
         flaky.faults[:] = [(20_000, None)] * 6
-        with pytest.raises(SourceLost, match=f"flaky:///{name}: stopped at byte 20000 of"):
+        with pytest.raises(SourceLost, match=f"^flaky:///{name}: stopped at byte 20000 of"):
             read(f"flaky://{name}")
     flaky.put("/f/a.png", DATA)
     flaky.put("/x.npz", DATA)
-    for spec in ("f", "x.npz"):
+    flaky.put("/t/metadata.csv", DATA)
+    for spec, name in (("f", "f/a.png"), ("x.npz", "x.npz"), ("t", "t/metadata.csv")):
         flaky.faults[:] = [(0, None)] * 6
-        with pytest.raises(SourceLost):
+        with pytest.raises(SourceLost, match=f"^flaky:///{name}: stopped at byte"):
             read(f"flaky://{spec}")
-
-
-# ---- the hub
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Lists and serves the files of one data set; every second body breaks off half way."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        hub = self.server.hub
-        path = self.path.split("?")[0]
-        if path.startswith("/api/datasets/some/set/tree/main"):
-            below = path.removeprefix("/api/datasets/some/set/tree/main").strip("/")
-            return self.reply(json.dumps([{"type": "file", "path": name, "size": len(content), "oid": sha1(content).hexdigest()}
-                                          for name, content in hub.files.items() if os.path.dirname(name) == below]).encode())
-        if path.startswith("/api/datasets/some/set"):
-            return self.reply(json.dumps({"id": "some/set", "sha": "0" * 40, "siblings": []}).encode())
-        content = hub.files.get(path.removeprefix("/datasets/some/set/resolve/main/"))
-        if content is None:
-            return self.reply(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
-        first, last = (self.headers["Range"] or f"bytes=0-{len(content) - 1}").removeprefix("bytes=").split("-")
-        body = content[int(first):int(last) + 1]
-        hub.requests += 1
-        self.reply(body, 206, {"Content-Range": f"bytes {first}-{last}/{len(content)}"}, broken=hub.requests % 2)
-
-    def reply(self, body, status=200, headers=(), broken=False):
-        self.send_response(status)
-        for key, value in {"Content-Length": len(body), "Content-Type": "application/json", **dict(headers)}.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        self.wfile.write(body[:len(body) // 2] if broken else body)
-        self.close_connection = bool(broken)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    files = {"README.md": b"x", "0.tar": pairs("a"), "1.tar": pairs("b"), "set/a.png": b"A"}
-    http.hub = SimpleNamespace(requests=0, files=files)
-    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
-    constants = huggingface_hub.constants
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    for name, value in vars(constants).copy().items():
-        if isinstance(value, str) and value.startswith(constants.ENDPOINT) and name != "ENDPOINT":
-            monkeypatch.setattr(constants, name, value.replace(constants.ENDPOINT, f"http://127.0.0.1:{http.server_port}"))
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{http.server_port}")
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
-    huggingface_hub.HfFileSystem.clear_instance_cache()
-    huggingface_hub.close_session()
-    yield http.hub
-    http.shutdown()
-    http.server_close()
-    huggingface_hub.close_session()
-    huggingface_hub.HfFileSystem.clear_instance_cache()
-
-
-def test_shards_are_streamed_from_the_hub_over_breaks(hub):
-    out = shards("hf://datasets/some/set/{0..1}.tar")
-    assert [part.key for shard in out for part in shard.read()] == ["a", "b"] and hub.requests >= 4
-    assert [shard.url for shard in out] == [f"hf://datasets/some/set/{i}.tar" for i in range(2)] and all(s.remote for s in out)
-    assert [shard.name for shard in shards("hf://datasets/some/set/*.tar")] == [shard.name for shard in out]
-    hub.files["1.tar"] = pairs("c")                   # of the same size
-    after = shards("hf://datasets/some/set/*.tar")
-    assert [old.stamp == new.stamp for old, new in zip(out, after)] == [True, False]
-
-
-@pytest.mark.parametrize("spec, expected", [("some/set/{0..2}.tar", "some/set/2.tar: there is no such file"),
-                                            ("some/other/0.tar", "there is no such file or folder")])
-def test_what_the_hub_does_not_have_is_named(hub, spec, expected):
-    assert expected in refusal(f"hf://datasets/{spec}")

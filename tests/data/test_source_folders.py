@@ -162,3 +162,31 @@ def test_a_row_s_stamp_changes_with_its_picture_and_its_columns_alone(tmp_path):
 def test_metadata_without_file_names_is_an_error(tmp_path):
     fill(tmp_path, a_png="A", metadata_csv="image,text\na.png,one\n")
     assert "metadata.csv has no column file_name" in refusal(tmp_path)
+
+
+def test_pictures_outside_the_folders_of_metadata_are_read_with_what_is_beside_them(tmp_path):
+    fill(tmp_path, A__a_png="A", A__a_txt="one", C__x_png="X", C__y_png="Y", C__y_txt="not this", C__sub__z_png="Z",
+         Cc__d_png="D", r_png="R", C__metadata_csv="file_name,text\nx.png,two\n", E__e_png="E",
+         E__metadata_jsonl='{"file_name": "e.png", "text": "five"}')
+    assert [(part.picture, captions(part)) for part in read(tmp_path)] == [
+        (b"X", [(0, "two")]), (b"E", [(0, "five")]), (b"A", [(0, "one")]), (b"D", []), (b"R", [])]
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_two_metadata_files_in_one_folder_are_refused(tmp_path, below):
+    fill(tmp_path / below, a_png="A", metadata_csv="file_name,text\na.png,one\n", metadata_jsonl='{"file_name": "a.png"}')
+    text = refusal(tmp_path)
+    assert f"{(tmp_path / below).as_posix()} holds metadata.jsonl and metadata.csv" in text and text.endswith("delete one")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "denied"), OSError(5, "Input/output error")])
+def test_a_picture_that_cannot_be_read_is_skipped_alone(tmp_path, monkeypatch, error):
+    fill(tmp_path, a_png="A", b_png="B")
+
+    def fail(fs, path, size):
+        if path.endswith("a.png"):
+            raise error
+        return open(path, "rb")
+
+    monkeypatch.setattr(readers, "open_file", fail)
+    assert [part[:2] for part in read(tmp_path)] == [("a.png", "unreadable"), ("b.png", b"B")]

@@ -1,13 +1,17 @@
 """Tar shards that are cut, changed, hostile or none at all: what is kept, and what is an error."""
 
 import gzip
+import io
+import random
 import tarfile
 import tracemalloc
 
 import pytest
 from archives import FS, PAIR, TWO, keys, reseal, skips, tar
 
-from tinyldm.data.readers import Damaged, Sample, Skip, read_tar
+from tinyldm.data import remote
+from tinyldm.data.readers import Damaged, Sample, Skip, read_npz, read_tar
+from tinyldm.data.remote import SourceLost
 
 
 @pytest.mark.parametrize("pack", [lambda data: data, lambda data: gzip.compress(data, 0)], ids=["tar", "tar.gz"])
@@ -16,7 +20,8 @@ def test_a_cut_archive_keeps_what_came_before(read, pack, cut):
     extra = len(pack(b"")) if pack(b"") else 0
     out = read(pack(tar(*TWO))[:cut + (extra - 8 if extra else 0)])
     whole = [Sample("a", b"A", {"txt": b"one"}), Sample("b", b"B", {"txt": b"two"})]
-    assert skips(out)[-1][1] == "archive cut short" and len(skips(out)) == 1
+    between = cut % 1024 == 0 and not extra
+    assert [reason for _, reason in skips(out)] == ["archive has no end mark" if between else "archive cut short"]
     got = [part for part in out if isinstance(part, Sample)]
     full = whole[:1] if cut >= (1024 * 3 if extra else 2048) else []             # of a gzip, the last one is in doubt
     assert got[:len(full)] == full and all(sample.picture == other.picture for sample, other in zip(got, whole))
@@ -27,10 +32,58 @@ def test_a_sample_that_the_cut_runs_through_is_dropped(read):
     assert keys(out) == ["a"] and skips(out) == [("b.txt", "archive cut short")]
 
 
-def test_an_archive_without_its_end_mark_is_said_to_be_cut(read):
-    assert skips(read(tar(*TWO)[:4096])) == [("b", "archive cut short")]
-    assert skips(read(tar(*PAIR) + tar(*TWO[2:])[:2048])) == [("b", "archive cut short")]
+def test_an_archive_without_its_end_mark_is_whole_but_said_to_have_none(read):
+    assert skips(read(tar(*TWO)[:4096])) == [("b", "archive has no end mark")]
+    assert skips(read(tar(*PAIR) + tar(*TWO[2:])[:2048])) == [("b", "archive has no end mark")]
     assert skips(read(tar(*TWO)[:4096 + 512])) == [] and keys(read(tar(*TWO)[:4096])) == ["a", "b"]
+
+
+def test_a_gzip_that_passed_its_checksum_without_an_end_mark_loses_nothing(read):
+    out = read(gzip.compress(tar(*TWO)[:4096]))
+    assert keys(out) == ["a", "b"] and skips(out) == [("b", "archive has no end mark")]
+    data = bytearray(tar(*TWO)[:4096])
+    data[1024] ^= 1                                           # packed like this
+    assert keys(read(gzip.compress(data))) == ["a", "b"]
+
+
+def test_an_archive_that_ends_in_the_zeros_behind_a_member_is_cut_and_its_sample_whole(read):
+    out = read(tar(*TWO)[:4000])
+    assert keys(out) == ["a", "b"] and skips(out) == [("b", "archive cut short")]
+
+
+def test_a_shard_that_cannot_be_read_is_lost_by_name(tmp_path, monkeypatch):
+    for error in (PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), FileNotFoundError("gone")):
+        for reader in (read_tar, read_npz):
+            def fail(*args, error=error, **kwargs):
+                raise error
+
+            monkeypatch.setattr(remote, "open_file", fail)
+            text = rf"a\.x: cannot be read \({type(error).__name__}: {error.strerror or 'gone'}\)"
+            with pytest.raises(SourceLost, match=text):
+                list(reader(FS, str(tmp_path / "a.x"), None))
+
+
+@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress], ids=["tar", "tar.gz"])
+def test_a_disk_that_fails_within_a_shard_is_a_loss_and_no_cut(tmp_path, monkeypatch, pack):
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() > 600:
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+        def peek(self, size):
+            return self.getvalue()[:size]
+
+    data = pack(tar(*(((f"{i}.png", random.Random(i).randbytes(2000)) for i in range(9)))))
+    monkeypatch.setattr(remote, "open_file", lambda *args: Failing(data))
+    with pytest.raises(SourceLost, match=r"a\.tar: cannot be read \(OSError: Input/output error"):
+        list(read_tar(FS, "a.tar", None))
+
+
+@pytest.mark.parametrize("reader", [read_tar, read_npz])
+def test_a_shard_that_is_gone_is_lost_by_name(tmp_path, reader):
+    with pytest.raises(SourceLost, match=r"none: cannot be read \(FileNotFoundError"):
+        list(reader(FS, str(tmp_path / "none"), None))
 
 
 def test_members_after_a_damaged_header_are_found_and_the_damage_is_counted_once_per_place(read):

@@ -10,6 +10,7 @@ a second.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from tinyldm.data.positional import Files
 from tinyldm.data.shard import (HEADER, ShardWriter, Size, check_shard, check_sizes, count_samples, file_sizes, header,
                                 latents_name, read_captions, read_header, tokens_name)
-from tinyldm.files import write_file
+from tinyldm.files import Claims, write_file
 
 __all__ = ["Cache", "ShardWriter", "write_index", "write_tokens"]
 CHUNK = 4096                # captions encoded at once
@@ -52,19 +53,24 @@ def write_index(folder: Path, settings: dict, sources: list[dict]) -> None:
     write_file(folder / "index.json", json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
 
 
-def write_tokens(folder: Path, tokenizer, shards: Sequence[Path] | None = None) -> None:
+def write_tokens(folder: Path, tokenizer, place: Path | None = None) -> None:
     """Encode the captions of every shard of the cache that has no tokens of this tokenizer.
 
-    shards: folders of shards to do instead of those of index.json.
+    place: a folder for the token ids, where they are not to be part of the cache.
     """
-    if shards is None:
-        index = _read_index(folder)
-        shards = [folder / "shards" / shard["name"] for source in index["sources"] for shard in source["shards"]]
+    claims = Claims((place or folder) / "claims")
+    with claims.held("tokens"):
+        _write_tokens([folder / "shards" / shard["name"] for source in read_index(folder)["sources"] for shard in source["shards"]],
+                      tokenizer, place)
+    claims.close()
+
+
+def _write_tokens(shards: list[Path], tokenizer, place: Path | None) -> None:
     dtype = "<u2" if max(tokenizer.vocab.values()) < 1 << 16 else "<u4"
     for shard in shards:
         if not (ends := shard / "ends.npy").exists():
             continue                                                    # no samples kept
-        file = shard / tokens_name(tokenizer.fingerprint)
+        file = Path(_tokens_file(str(shard), tokenizer.fingerprint, place))
         shape = ((ends.stat().st_size - HEADER) // 8, tokenizer.context_length)
         if not file.exists() or file.stat().st_size != HEADER + shape[0] * shape[1] * np.dtype(dtype).itemsize:
             captions = read_captions(shard)
@@ -78,14 +84,14 @@ class Cache:
 
     Samples have flat numbers 0 .. len - 1: source by source, size by size, shard by shard, row by row.
     settings: what it was made with. sources: their specs. shape: (views, parts, channels). sizes: latent (rows, columns)
-    present. ranges: for each source {size: range of flat numbers}. kinds: one more than the highest caption kind.
+    present. place: where token ids are, if not in the cache. ranges: for each source {size: range of flat numbers}. kinds: one more than the highest caption kind.
 
     ValueError, with the fix: not a finished cache, a file missing or of the wrong size, or no samples in it.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        index = _read_index(self.folder)
+    def __init__(self, folder: Path, tokens: Path | None = None):
+        self.folder, self.place = Path(folder), tokens
+        index = read_index(self.folder)
         self.settings: dict = index["settings"]
         self.sources: list[str] = [source["spec"] for source in index["sources"]]
         self._shards = [shard for source in index["sources"] for shard in source["shards"]]
@@ -125,6 +131,11 @@ class Cache:
 
     def __len__(self) -> int:
         return self._total
+
+    @property
+    def digest(self) -> str:
+        """Changes when any shard, source or setting does."""
+        return hashlib.sha256((self.folder / "index.json").read_bytes()).hexdigest()[:16]
 
     def _find(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Flat numbers -> which piece each is in, and its row there."""
@@ -174,15 +185,15 @@ class Cache:
     def check_tokens(self, fingerprint: str) -> tuple[int, str]:
         """(L, dtype) of a tokenizer's tokens; ValueError unless every shard has them."""
         if fingerprint not in self._layouts:
-            name = tokens_name(fingerprint)
-            full = [(path, shard["captions"]) for path, shard in zip(self._folders, self._shards) if shard["captions"]]
+            full = [(_tokens_file(path, fingerprint, self.place), shard["captions"])
+                    for path, shard in zip(self._folders, self._shards) if shard["captions"]]
             fix = f"the captions of {self.folder} are not encoded by this tokenizer; run prepare.py again with it"
             try:
-                shape, dtype = read_header(os.path.join(full[0][0], name))
+                shape, dtype = read_header(full[0][0])
             except (OSError, ValueError) as error:
-                raise ValueError(f"{os.path.join(full[0][0], name)} cannot be read ({error}): {fix}") from None
-            for path, captions in full:
-                check_sizes(path, {name: HEADER + captions * shape[1] * dtype.itemsize}, fix)
+                raise ValueError(f"{full[0][0]} cannot be read ({error}): {fix}") from None
+            for file, captions in full:
+                check_sizes(os.path.dirname(file), {os.path.basename(file): HEADER + captions * shape[1] * dtype.itemsize}, fix)
             self._layouts[fingerprint] = shape[1], dtype.str
         return self._layouts[fingerprint]
 
@@ -205,7 +216,9 @@ class Cache:
         several = self._several[shards]
         if several.any():
             captions[several] = self._choose(shards[several], captions[several], np.asarray(choose)[several], weights)
-        data = self._read(tokens_name(fingerprint), shards, captions * length, np.full(len(rows), length), dtype)
+        size = np.dtype(dtype).itemsize * length
+        data = self._files.read(lambda shard: _tokens_file(self._folders[shard], fingerprint, self.place), shards,
+                                HEADER + captions * size, np.full(len(rows), size)).view(dtype)
         return data.reshape(len(rows), length).astype(np.int64)
 
     def _choose(self, shards: np.ndarray, numbers: np.ndarray, choose: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -226,7 +239,13 @@ class Cache:
         return first + (table <= choose[:, None] * table[:, -1:]).sum(axis=1)
 
 
-def _read_index(folder: Path) -> dict:
+def _tokens_file(shard: str, fingerprint: str, place: Path | None) -> str:
+    name = tokens_name(fingerprint)
+    return os.path.join(shard, name) if place is None else os.path.join(place, f"{os.path.basename(shard)}-{name}")
+
+
+def read_index(folder: Path) -> dict:
+    """What index.json says. ValueError, with the fix, where there is none or it is damaged."""
     file = Path(folder) / "index.json"
     try:
         return json.loads(file.read_text("utf-8"))

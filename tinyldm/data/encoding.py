@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tinyldm.config import Config, split_weights
 from tinyldm.data.cache import ShardWriter
 from tinyldm.data.decoding import Framing, Unusable, decode, make_buckets
-from tinyldm.data.readers import Damaged, Sample, Skip, captions
+from tinyldm.data.readers import Damaged, Sample, Skip, caption_keys, captions
 from tinyldm.data.sources import Shard
 from tinyldm.device import autocast
 from tinyldm.models.vae import AutoencoderKL, Posterior
@@ -65,7 +65,7 @@ class Recipe:
         except ValueError as error:
             return Item(sample.key, reason=str(error))
         if not found:
-            return Item(sample.key, reason="no caption")
+            return Item(sample.key, reason="no caption", detail=f"there is: {', '.join(caption_keys(sample)) or 'nothing'}")
         fitting = [(kind, text) for kind, text in found if self.min_caption <= len(text) <= (self.max_caption or len(text))]
         if not fitting:
             return Item(sample.key, reason="caption too short or too long", filtered=True)
@@ -191,9 +191,9 @@ class Encoder:
 
 
 def encode_shard(shard: Shard, items: Callable[[Iterable], Iterator[Item]], make_encoder: Callable[[Path], Encoder],
-                 folder: Path, tick: Callable[[], None]) -> None:
+                 settings: str, folder: Path, tick: Callable[[], None]) -> None:
     """Write a shard's folder. One that is no archive, or whose checksum shows at its end that nothing of it can be
-    trusted, is written empty, with that reason for all its samples."""
+    trusted, is written empty, with that reason for all its samples. settings: their digest."""
     folder.mkdir()
     encoder, keys = make_encoder(folder), []
 
@@ -217,12 +217,13 @@ def encode_shard(shard: Shard, items: Callable[[Iterable], Iterator[Item]], make
         encoder = make_encoder(folder)
         for key in keys or [""]:
             encoder.add(Item(key, reason="archive damaged", detail=str(error)))
-    facts = {"name": shard.name, "url": shard.url, "stamp": shard.stamp} | encoder.close()
+    facts = {"name": shard.name, "url": shard.url, "stamp": shard.stamp, "settings": settings} | encoder.close()
     (folder / "shard.json").write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
 
 
-def read_shard(folder: Path, shard: Shard) -> dict[str, Any] | None:
-    """What a cache's shard.json says; None where the shard is not there, or has changed at its source since."""
+def read_shard(folder: Path, shard: Shard, settings: str) -> dict[str, Any] | None:
+    """What a cache's shard.json says; None where the shard is not there, was made with other settings, or has changed at
+    its source since."""
     file = folder / "shards" / shard.name / "shard.json"
     facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return facts if facts.get("stamp") == shard.stamp else None
+    return facts if (facts.get("stamp"), facts.get("settings")) == (shard.stamp, settings) else None

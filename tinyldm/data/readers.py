@@ -6,6 +6,7 @@ errors for the shard as a whole. Nothing is paired by position: a caption belong
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import json
@@ -18,7 +19,7 @@ import numpy as np
 from fsspec import AbstractFileSystem
 
 from tinyldm.data import toyworld
-from tinyldm.data.remote import SourceLost, address, open_file
+from tinyldm.data.remote import SourceLost, address, open_file, reading
 from tinyldm.data.tarshard import LIMIT, Flaw, Member, members
 
 KINDS = dict.fromkeys(("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"), "picture") | {"txt": "txt", "json": "json"}
@@ -26,7 +27,8 @@ UNSAFE = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|\Z)", re.DOTALL)     
 HIDDEN = re.compile(r"(.*/)?\.[^/]", re.DOTALL)
 
 NO_PICTURE, MISSING, DUPLICATE, UNSAFE_NAME = "no picture", "picture file missing", "duplicate key", "unsafe name"
-CUT, DAMAGED, UNREADABLE, TOO_LARGE = "archive cut short", "archive damaged", "unreadable", "too large"
+CUT, NO_END, DAMAGED = "archive cut short", "archive has no end mark", "archive damaged"
+UNREADABLE, TOO_LARGE = "unreadable", "too large"
 NOT_UTF8, NO_JSON = "caption is not UTF-8", "json is not readable"
 
 
@@ -112,16 +114,27 @@ def texts(value: object) -> list[str]:
     return [word for word in stripped if word]
 
 
+def caption_keys(sample: Sample) -> list[str]:
+    """The keys under which `captions` would look at something, sorted. Never raises: what cannot be read has none."""
+    try:
+        row = table(sample)
+    except ValueError:
+        row = sample.fields
+    keys = {key for key, value in row.items() if key != "txt" and key and key.isprintable()
+            and (isinstance(value, str) or isinstance(value, list) and any(isinstance(word, str) for word in value))}
+    return sorted(keys | {"txt"} & set(sample.fields))          # the .json's own "txt" is not what txt stands for
+
+
 # ---- tar
 
 
 def read_tar(fs: AbstractFileSystem, path: str, size: int | None) -> Iterator[Sample | Skip]:
     """Samples of a WebDataset shard, .tar or .tar.gz: consecutive members with one key.
 
-    Raises ValueError where it is no tar archive, and Damaged at the end where its compressed data are not what was
-    written (until then that shows nowhere).
+    Raises ValueError where it is no tar archive, SourceLost where it cannot be read, and Damaged at the end where its
+    compressed data are not what was written (until then that shows nowhere).
     """
-    with open_file(fs, path, size) as file:
+    with reading(fs, path, size) as file:
         stream = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
         try:
             yield from pair(unpacked(stream))
@@ -138,9 +151,9 @@ def unpacked(stream: BinaryIO) -> Iterator[Member | Flaw]:
         for part in members(stream):
             if isinstance(part, Flaw) and isinstance(stream, gzip.GzipFile):
                 wrong |= not part.cut
-                if wrong and part.cut:      # it did not come to its checksum, and what came does not look like a tar
+                if wrong and part.inside:   # it did not come to its checksum, and what came does not look like a tar
                     raise Damaged(f"the compressed data are damaged, and {part.detail}")
-                part = part._replace(doubt=part.cut)        # or only the last bytes do not, which no header shows
+                part = part._replace(doubt=part.inside)     # or only the last bytes do not, which no header shows
             yield part
     except (zlib.error, gzip.BadGzipFile) as error:
         if not str(error).startswith("Not a gzipped file"):
@@ -154,7 +167,7 @@ def pair(parts: Iterable[Member | Flaw]) -> Iterator[Sample | Skip]:
     seen: set[str] = set()
     for part in itertools.chain(parts, [None]):
         if isinstance(part, Flaw):
-            yield Skip(part.name or key, CUT if part.cut else DAMAGED, part.detail)
+            yield Skip(part.name or key, CUT if part.inside else NO_END if part.cut else DAMAGED, part.detail)
             if part.doubt or part.name and split(part.name)[0] == key:          # of this sample more was to come
                 group = {}
             continue
@@ -227,16 +240,16 @@ def read_toyworld(numbers: range, resolution: int, seed: int) -> Iterator[Sample
 def read_npz(fs: AbstractFileSystem, path: str, size: int | None) -> Iterator[Sample]:
     """Samples of `images` uint8 [n, h, w, 3] (or [n, h, w]) with `captions`, or `labels` and perhaps `class_names`.
 
-    Raises ValueError with the fix where the arrays are others.
+    Raises ValueError with the fix where the arrays are others, and SourceLost where they cannot be read.
     """
     name = address(fs, path)
-    with open_file(fs, path, size) as file:
+    with reading(fs, path, size) as file:
         try:
             with np.load(file, allow_pickle=False) as content:
                 arrays = {key: content[key] for key in ("images", "captions", "labels", "class_names") if key in content}
-        except SourceLost:
-            raise
         except Exception as error:          # zipfile, zlib and numpy each have their own
+            if isinstance(error, OSError) and not isinstance(error, ValueError) and error.errno != errno.EINVAL:
+                raise                       # EINVAL: the file says that its parts lie before its start
             hint = ("; save strings as np.array(captions, dtype=str), not as objects" if "allow_pickle" in str(error) else "")
             raise ValueError(f"{name} is not a readable .npz file ({error}){hint}") from None
     images = arrays.get("images")

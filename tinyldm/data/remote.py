@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 from fsspec import AbstractFileSystem
@@ -21,7 +22,36 @@ PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", 
 
 
 class SourceLost(OSError):
-    """A source that stayed out of reach, after all tries."""
+    """A source that is out of reach, after all tries where trying helps."""
+
+
+def verdict(error: BaseException) -> type[OSError]:
+    """What an error of a file system comes to: FileNotFoundError, PermissionError, or SourceLost for all others.
+
+    It is not enough to ask for its class: fsspec's http and the hub's cache say "not found" when there is no network.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError     # late: the package is slow to import
+
+    status = status_of(error)
+    if status is not None:
+        return PermissionError if status in (401, 403) else FileNotFoundError if status in (404, 410) else SourceLost
+    if isinstance(error, LocalEntryNotFoundError):
+        return SourceLost
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, EntryNotFoundError)):
+        cause = error.__cause__             # a failed look-up or a name that cannot be says nothing about the network
+        return verdict(cause) if cause and not isinstance(cause, (LookupError, ValueError)) else FileNotFoundError
+    return PermissionError if isinstance(error, PermissionError) else SourceLost
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error stands for, as aiohttp, the hub, Azure's, Google's or Amazon's libraries keep it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        response = response.get("ResponseMetadata")
+        found = [response.get("HTTPStatusCode")] if isinstance(response, dict) else []
+    else:
+        found = [getattr(place, name, None) for place in (error, response) for name in ("status", "status_code", "code")]
+    return next((status for status in found if isinstance(status, int) and 400 <= status < 600), None)
 
 
 class Steady(io.RawIOBase):
@@ -55,9 +85,9 @@ class Steady(io.RawIOBase):
                     self.at += len(data)
                     return len(data)
                 reason = "the connection ended early"
-            except FileNotFoundError:
-                raise
             except Exception as error:      # file systems raise what their libraries raise; few of it is an OSError
+                if isinstance(error, FileNotFoundError) and verdict(error) is FileNotFoundError:
+                    raise
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self.drop()
         raise SourceLost(f"{address(self.fs, self.path)}: stopped at byte {self.at} of {self.size or 'an unknown number'} "
@@ -120,6 +150,19 @@ def open_file(fs: AbstractFileSystem, path: str, size: int | None = None) -> Bin
     if is_local(fs):
         return open(path, "rb", buffering=1 << 20)
     return io.BufferedReader(Steady(fs, path, size), BUFFER)
+
+
+@contextmanager
+def reading(fs: AbstractFileSystem, path: str, size: int | None = None) -> Iterator[BinaryIO]:
+    """open_file() for a shard: whatever keeps it from being read is a SourceLost that names it."""
+    try:
+        with open_file(fs, path, size) as file:
+            yield file
+    except SourceLost:
+        raise
+    except OSError as error:
+        raise SourceLost(f"{address(fs, path)}: cannot be read ({type(error).__name__}: {error.strerror or error}): see that "
+                         "it is there and may be read, and run the same command again; finished shards stay") from error
 
 
 def address(fs: AbstractFileSystem, path: str) -> str:

@@ -27,7 +27,7 @@ from fsspec import AbstractFileSystem
 
 from tinyldm.data import readers
 from tinyldm.data.readers import DUPLICATE, MISSING, UNREADABLE, UNSAFE_NAME, Entry, File, Sample, Skip
-from tinyldm.data.remote import SourceLost, address, find_fs, is_local, open_file
+from tinyldm.data.remote import SourceLost, address, find_fs, is_local, open_file, verdict
 
 TARS = (".tar", ".tar.gz", ".tgz")
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -110,7 +110,9 @@ def braces(pattern: str) -> list[str]:
 
 
 def list_shards(source: Source, *, resolution: int, scenes: int, seed: int, chunk: int = 2048) -> list[Shard]:
-    """All shards of a source, in a fixed order. ValueError, with what was looked for, where there is none.
+    """All shards of a source, in a fixed order.
+
+    Raises ValueError, with what was looked for, where there is none; SourceLost where a URL cannot be asked.
 
     resolution, scenes, seed: of toyworld's pictures. chunk: pictures in a shard where the source has no shards itself.
     """
@@ -121,7 +123,8 @@ def list_shards(source: Source, *, resolution: int, scenes: int, seed: int, chun
         return [toyworld_shard(range(i, min(i + chunk, scenes)), resolution, seed) for i in range(0, scenes, chunk)]
     shards: list[Shard] = []
     paths = [spec] if os.path.exists(os.path.expanduser(spec)) else braces(spec)
-    find_fs(paths[0])[0].invalidate_cache()         # a listing from earlier in this process may be outdated
+    with explained(paths[0]):                       # some file systems connect at once
+        find_fs(paths[0])[0].invalidate_cache()     # a listing from earlier in this process may be outdated
     for path in paths:
         with explained(path):
             shards += find(path, chunk)
@@ -136,21 +139,30 @@ def toyworld_shard(numbers: range, resolution: int, seed: int) -> Shard:
 
 @contextmanager
 def explained(spec: str) -> Iterator[None]:
-    """Errors of file systems, as ValueErrors that say what to do."""
+    """Errors of file systems as ValueErrors that say what to do, and as SourceLost where a URL is out of reach."""
     try:
         yield
-    except (ValueError, SourceLost):
+    except SourceLost:
         raise
-    except FileNotFoundError as error:
-        raise ValueError(f"--data {spec}: there is no such file or folder; {READ}") from error
-    except PermissionError as error:
-        raise ValueError(f"--data {spec}: no right to read {error.filename or 'it'}: change its permissions, or for a "
-                         "URL log in") from error
     except Exception as error:              # each file system's libraries have errors of their own
-        if "://" not in spec and not isinstance(error, OSError):
+        remote, kind = "://" in spec, verdict(error)
+        garbled = remote and isinstance(error, (json.JSONDecodeError, UnicodeError))        # another page than was asked for
+        if isinstance(error, ValueError) and kind is SourceLost and not garbled:
+            text = " ".join(str(error).split())
+            raise (error if text.startswith("--data") else ValueError(f"--data {spec}: {text[:300]}")) from error.__cause__
+        if not remote and not isinstance(error, OSError):
             raise
-        raise ValueError(f"--data {spec}: cannot be listed ({type(error).__name__}: {str(error)[:200]}): check the path, and "
-                         "for a URL the network") from error
+        if kind is FileNotFoundError:
+            raise ValueError(f"--data {spec}: there is no such file or folder; {READ}") from error
+        if kind is PermissionError:
+            what = getattr(error, "filename", None) or "it"
+            how = "log in or set HF_TOKEN, and check its name" if spec.startswith("hf:") else "log in" if remote else (
+                "change its permissions")
+            raise ValueError(f"--data {spec}: no right to read {what}: {how}") from error
+        known = remote and not isinstance(error, (NotImplementedError, ImportError))        # these stay, whatever the network
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise (SourceLost if known else ValueError)(
+            f"--data {spec}: cannot be listed ({text}): check the path, and for a URL the network") from error
 
 
 def find(spec: str, chunk: int) -> list[Shard]:
@@ -228,7 +240,9 @@ def in_folder(fs: AbstractFileSystem, root: str, chunk: int) -> list[Shard]:
     tars = [info for name, info in files.items() if kind_of(name) == "tar"]
     tables = [name for name in files if posixpath.basename(name) in TABLES]
     if tables and ("picture" in kinds or not tars):
+        folders = one_each(tables, url)
         entries = [entry for name in tables for entry in from_table(fs, url, name, files)]
+        entries += beside({name: info for name, info in files.items() if not below(name, folders)})
     elif "picture" in kinds and not (tars and not kinds & {"txt", "json"}):         # beside shards, a logo
         if tars:
             raise ValueError(f"--data {url} holds pictures and tar shards: name the one or the other, such as {url}/*.tar")
@@ -242,6 +256,24 @@ def in_folder(fs: AbstractFileSystem, root: str, chunk: int) -> list[Shard]:
     return [Shard(shard_name(url, number), f"{url} [{number * chunk}:{number * chunk + len(part)}]",
                   digest("\n".join(entry.stamp for entry in part)), not is_local(fs), partial(readers.read_files, fs, part))
             for number, part in enumerate(entries[i:i + chunk] for i in range(0, len(entries), chunk))]
+
+
+def one_each(tables: list[str], url: str) -> set[str]:
+    """The folders that hold a metadata file. ValueError for one that holds two: its pictures would be read twice."""
+    folders: set[str] = set()
+    for folder in map(posixpath.dirname, tables):
+        if folder in folders:
+            where = posixpath.join(url, folder).rstrip("/")
+            raise ValueError(f"--data {where} holds {' and '.join(TABLES)}, so its pictures come twice: delete one")
+        folders.add(folder)
+    return folders
+
+
+def below(name: str, folders: set[str]) -> bool:
+    """Whether a file is in one of the folders, or in one below."""
+    while name and name not in folders:
+        name = posixpath.dirname(name)
+    return name in folders
 
 
 def beside(files: dict[str, dict]) -> list[Entry]:

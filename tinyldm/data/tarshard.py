@@ -25,10 +25,11 @@ class Member(NamedTuple):
 
 
 class Flaw(NamedTuple):
-    cut: bool               # the archive ends early; otherwise there are wrong bytes in it
+    cut: bool               # the archive ends before its end mark; otherwise there are wrong bytes in it
     detail: str
     name: str = ""          # of the member that it ends in, where that is known
     doubt: bool = False     # what was read last may be wrong too
+    inside: bool = False    # cut within a member or a header, not between two
 
 
 class Header(NamedTuple):
@@ -76,10 +77,10 @@ def members(stream: BinaryIO) -> Iterator[Member | Flaw]:
                 name = ""
             else:
                 skip(stream, header.size)
-            stream.read(padding)                    # after the yield: a member is whole without it
+            skip(stream, padding)                   # after the yield: a member is whole without it
             extended = {}
     except EOFError as error:
-        yield Flaw(True, str(error), name)
+        yield Flaw(True, str(error), name, inside=True)
         return
     if not found and (lost or not 0 < blocks * BLOCK <= SMALLEST):
         raise ValueError("not a tar archive")

@@ -30,7 +30,7 @@ class Signals:
         if self.received:
             os._exit(128 + number)
         self.received = number
-        print("\nfinishing this step, then saving (once more: leave at once)", flush=True)
+        print("\nstopping at the next place to go on from (once more: leave at once)", flush=True)
 
     def check(self) -> None:
         """Interrupted, where there is nothing to finish first."""
