@@ -138,17 +138,19 @@ def test_killed_in_preparing_and_in_training_it_ends_with_the_same_bytes(vae, tm
     rng, kills, folder = random.Random(0), 0, tmp_path / "killed"
     while True:
         resume = ["--resume", "auto"] if (folder / "config.json").exists() else []
+        before = {path for path in folder.rglob("*")}
         job = subprocess.Popen([sys.executable, *map(str, words), "--out", str(folder), *resume], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
-        try:
-            _, error = job.communicate(timeout=rng.uniform(2, 5) if kills < 12 else None)
-        except subprocess.TimeoutExpired:
+        while kills < 10 and job.poll() is None and {path for path in folder.rglob("*")} <= before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))                         # some time after it has written something
+        if kills < 10 and job.poll() is None:
             job.kill()
-            job.communicate()
             kills += 1
-            continue
-        assert job.returncode == 0, error
-        break
+        _, error = job.communicate()
+        if job.returncode == 0:
+            break
+        assert job.returncode == -signal.SIGKILL, error
     assert kills >= 5
     assert contents(folder / "latents") == contents(tmp_path / "whole" / "latents")
     for name in ("checkpoints/step-000060", "samples"):
