@@ -115,8 +115,8 @@ class NoVAE(nn.Module):
     config = VAEConfig()
 
     def encode(self, pixels: torch.Tensor) -> Posterior:
-        zeros = torch.zeros(len(pixels), 4, pixels.shape[2] // 8, pixels.shape[3] // 8)
-        return Posterior(zeros, zeros)
+        size = (len(pixels), 4, pixels.shape[2] // 8, pixels.shape[3] // 8)
+        return Posterior(torch.zeros(1, 1, 1, 1).expand(size), torch.zeros(1, 1, 1, 1).expand(size))
 
     to_latents = staticmethod(lambda z: z)
 
@@ -136,6 +136,7 @@ def preparing(pictures: list[bytes], resolution: int, rounds: int, shards: int =
     copies = -(-1000 // len(pictures))
     found: list[list[float]] = [[], [], []]
     real = encoding.to_pixels
+    torch.set_num_threads(1)                                    # beside a GPU, torch has nothing to compute here
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(encoding.workers()) as pool:
         write_shards(Path(place), pictures, shards, copies)
         config = Config(data=[f"{place}/*.tar"], resolution=resolution, dtype="fp32")

@@ -265,4 +265,4 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
 
 def to_pixels(images: np.ndarray | Tensor) -> Tensor:
     """uint8 [b, h, w, 3] -> float32 [b, 3, h, w] in [-1, 1]."""
-    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.as_tensor(images).permute(0, 3, 1, 2).to(torch.float32, copy=True).div_(127.5).sub_(1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import threading
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,7 +57,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch, tmp_path):
     http = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     files = {"README.md": b"x", "0.tar": pairs("a"), "1.tar": pairs("b"), "set/a.png": b"A"}
-    http.hub = SimpleNamespace(requests=0, files=files, refusal=None, server=http)
+    http.hub = SimpleNamespace(requests=0, files=files, refusal=None)
     threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     constants = huggingface_hub.constants
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -118,8 +119,9 @@ def test_a_hub_that_fails_or_is_away_is_a_loss(hub, spec, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     huggingface_hub.close_session()
     assert shards(spec)
-    huggingface_hub.close_session()            # a connection that is open is answered on
-    hub.server.shutdown()
-    hub.server.server_close()
-    with pytest.raises(SourceLost, match="cannot be listed .Connect"):
-        shards(spec)
+    with socket.socket() as deaf:           # taken, and not listening
+        deaf.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        huggingface_hub.HfFileSystem.clear_instance_cache()
+        with pytest.raises(SourceLost, match="cannot be listed .Connect"):
+            shards(spec)

@@ -115,11 +115,11 @@ def test_mistakes_that_no_network_mends_are_no_losses(memory, monkeypatch):
 
 
 def test_a_server_that_refuses_to_connect_at_once_is_a_loss():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(SourceLost, match=rf"--data ftp://127.0.0.1:{port}/a.tar: cannot be listed .ConnectionRefusedError"):
-        shards(f"ftp://127.0.0.1:{port}/a.tar")
+    with socket.socket() as deaf:           # taken, and not listening
+        deaf.bind(("127.0.0.1", 0))
+        url = f"ftp://127.0.0.1:{deaf.getsockname()[1]}/a.tar"
+        with pytest.raises(SourceLost, match=f"--data {url}: cannot be listed .ConnectionRefusedError"):
+            shards(url)
 
 
 def test_a_local_disk_that_fails_is_no_lost_network(tmp_path, monkeypatch):

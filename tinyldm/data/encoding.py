@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from tinyldm.config import Config, split_weights
@@ -112,14 +111,14 @@ def posterior(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtyp
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtype: str, flip: bool) -> Tensor:
+def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtype: str, flip: bool) -> np.ndarray:
     """uint8 [b, h, w, 3] -> float16 [b, views, 2, c, h, w]: mean and std of what diffusion runs on, of every view."""
     made = []
     for view in [images, np.ascontiguousarray(images[:, :, ::-1])] if flip else [images]:
         mean, logvar = posterior(vae, view, device, dtype)
         std = (0.5 * logvar).exp() * vae.config.scaling_factor
         made.append(torch.stack([vae.to_latents(mean), std], dim=1))
-    return torch.stack(made, dim=1).half().cpu()
+    return torch.stack(made, dim=1).half().cpu().numpy()
 
 
 def fingerprint(vae: AutoencoderKL) -> str:
@@ -139,7 +138,7 @@ class Encoder:
 
     def __init__(self, config: Config, vae: AutoencoderKL, device: torch.device, folder: Path):
         self.config, self.vae, self.device, self.folder = config, vae, device, folder
-        self.writer, self.waiting = ShardWriter(folder), {}
+        self.writer, self.waiting, self.buffers = ShardWriter(folder), {}, {}
         self.counts = {True: Counter(), False: Counter()}                           # of reasons: filtered, skipped
         self.log = open(folder / "skipped.jsonl", "w", encoding="utf-8")
         self.read = self.kept = 0
@@ -161,24 +160,27 @@ class Encoder:
         self.log.write(json.dumps(row | detail) + "\n")
 
     def flush(self, batch: list[Item]) -> None:
-        images = np.stack([item.image for item in batch])
+        shape = (self.config.encode_batch_size, *batch[0].image.shape)
+        if shape not in self.buffers:                          # kept: new memory is slow to touch
+            self.buffers[shape] = np.empty(shape, np.uint8)
+        images = np.stack([item.image for item in batch], out=self.buffers[shape][:len(batch)])
         z = encode(self.vae, images, self.device, self.config.dtype, self.config.flip)
-        fine = z.isfinite().flatten(1).all(1)
+        fine = np.isfinite(z).all(axis=(1, 2, 3, 4, 5))
         if not fine.all():                                     # 16 bits can overflow in a VAE: once more, in 32
-            z[~fine] = encode(self.vae, images[~fine.numpy()], self.device, "fp32", self.config.flip)
-            fine = z.isfinite().flatten(1).all(1)
+            z[~fine] = encode(self.vae, images[~fine], self.device, "fp32", self.config.flip)
+            fine = np.isfinite(z).all(axis=(1, 2, 3, 4, 5))
             for item, good in zip(batch, fine.tolist()):
                 if not good:
                     self.drop(item._replace(reason="latents not finite"))
             z, batch = z[fine], [item for item, good in zip(batch, fine.tolist()) if good]
         if not batch:
             return
-        mean, std = z[:, :, 0].double(), z[:, :, 1].double()
-        for name, value in (("numbers", mean.numel()), ("sum", mean.sum()), ("squares", mean.square().sum()),
-                            ("variance", std.square().sum())):
+        mean, std = z[:, :, 0].astype(np.float32), z[:, :, 1].astype(np.float32)
+        for name, value in (("numbers", mean.size), ("sum", mean.sum(dtype=float)), ("squares", (mean * mean).sum(dtype=float)),
+                            ("variance", (std * std).sum(dtype=float))):
             self.sums[name] += float(value)
         self.kept += len(batch)
-        self.writer.add((z if self.config.moments else z[:, :, :1]).numpy(), [item.captions for item in batch])
+        self.writer.add(z if self.config.moments else z[:, :, :1], [item.captions for item in batch])
 
     def close(self) -> dict[str, Any]:
         """Encode what waits, finish the files -> what shard.json says of them."""
