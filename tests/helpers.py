@@ -39,6 +39,7 @@ def mistake(name: str, words, capsys) -> str:
     """Run a script in this process, which saves seconds, up to the one line of error that it ends with."""
     module, handlers = load_script(name), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     words = [str(word) for word in words]
+    flash = torch.backends.cuda.flash_sdp_enabled()
     try:
         with pytest.raises(SystemExit) as end:
             if hasattr(module, "FLAGS"):                       # train.py and prepare.py: the fields of a config, and these
@@ -47,6 +48,7 @@ def mistake(name: str, words, capsys) -> str:
                 module.ARGS = module.parse(words)
             guard(module.main)
     finally:
+        torch.backends.cuda.enable_flash_sdp(flash)             # train.py switches it off on a CPU
         for number, handler in handlers.items():
             signal.signal(number, handler)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
