@@ -39,7 +39,7 @@ from tinyldm.data.prepare import adopt, find_shards, prepare, some_pictures
 from tinyldm.data.sources import parse_sources
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
 from tinyldm.diffusion.grids import grid
-from tinyldm.diffusion.loss import T_SAMPLERS, diffusion_loss, make_noise, make_weight, sample_t
+from tinyldm.diffusion.loss import T_SAMPLERS, make_noise, make_weight, sample_losses, sample_t
 from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.process import PROCESSES, Process, make_process
 from tinyldm.diffusion.samplers import find_sampler
@@ -57,7 +57,8 @@ from tinyldm.training.autoencoder import finish_vae, train_vae
 from tinyldm.training.budget import forwards, meta_networks, print_plan
 from tinyldm.training.ema import EMA
 from tinyldm.training.log import Log
-from tinyldm.training.loop import finite, latest, restore_counters, update, write_log
+from tinyldm.training.loop import latest, update, write_log
+from tinyldm.training.meter import Meter
 from tinyldm.training.optim import make_optimizers, set_lr
 from tinyldm.training.run import Interrupted, Progress, Signals, generator, write_picture
 from tinyldm.vendor_loaders import scheduler
@@ -114,17 +115,19 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, 
                                  weight_decay=config.weight_decay)
     process = make_process(config.process, **process_options(config))
     goal = objective(config, process)
-    start, losses = 0, torch.zeros((), device=device)         # summed since the last line of the log
+    start, meter = 0, Meter(device)
     ema = EMA(trained, config.ema_decay)
     if last:
-        if checkpoint.read_state(last).get("data", data.digest) != data.digest:
+        state = checkpoint.read_state(last)
+        if state["data"] != data.digest:
             raise ValueError(f"{data.folder} has changed since {last}: put back the latents it began with, or start another run with --out")
         raw, averaged = (load_model(last / "model", device, ema=wanted) for wanted in (False, True))
         for part, module in trained.items():
             module.load_state_dict(getattr(raw, part).state_dict())
             ema.load_state_dict(part, getattr(averaged, part).state_dict())
         checkpoint.load_optimizers(last / "optimizer.safetensors", optimizers, parameters)
-        start = restore_counters(last, losses)
+        start = state["step"]
+        meter.load(state["meter"])
     log = Log(run / "log.jsonl", "step", start)
     model = Model(net, vae, text, tokenizer, process, config.prediction,
                   scheduler.to_config(config.process, process_options(config), config.prediction, config.network, config.sampler,
@@ -152,20 +155,22 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, 
         dropped = torch.rand(len(x0), generator=rng) < config.caption_dropout
         tokens = torch.where(dropped[:, None], empty, tokens)                   # [b, context_length]
         whole = [part.to(device, non_blocking=True) for part in (x0, noise.eps, t, noise.mixed)] + [tokens]
-        for *micro, mixed, words in zip(*(part.chunk(config.grad_accum) for part in whole)):
+        for *micro, mixed, words in zip(*(part.tensor_split(config.grad_accum) for part in whole)):
             with autocast(device, config.dtype):
                 cond = encode_tokens(text, words, device, config.mask_padding, cut=True)
-                part = diffusion_loss(compiled, *micro, cond, process, mixed=mixed, **goal) / config.grad_accum
-            part.backward()
-            losses += part.detach()                                             # no .item(): no waiting for the device
-        update(list(parameters.values()), optimizers, config.grad_clip, losses)
-        ema.update(step + 1)
+                losses = sample_losses(compiled, *micro, cond, process, mixed=mixed, **goal)        # [b / grad_accum]
+            (losses.sum() / config.batch_size).backward()                       # a mean over the global batch, however it is split
+            meter.add(losses, 1 / config.batch_size, micro[2])
+        if update(list(parameters.values()), optimizers, config.grad_clip, meter):
+            ema.update(step + 1)
+        else:
+            log.write(stage="step", step=step + 1, event="skipped", text=meter.skip(step, config.seed))
         bar.update()
         finished = step + 1 == config.max_steps
         if (step + 1) % config.log_every == 0:
-            write_log(log, "step", step + 1, losses, factor, bar, config)
+            write_log(log, "step", step + 1, meter, factor, bar)
         if finished or signals.received or (step + 1) % config.save_every == 0:
-            state = {"losses": finite(losses, step), "finished": finished, "data": data.digest}
+            state = {"meter": meter.state(), "finished": finished, "data": data.digest}
             checkpoint.write(run, "step", step + 1, fill, state, config.keep_last)
         if config.sample_every and (step + 1) % config.sample_every == 0 and not finished:
             sample_grid(config, model, ema, run, step + 1, data)
@@ -218,7 +223,7 @@ def refuse_early(config: Config) -> Config:
     for first in (grid(process, config.sample_steps)[0], process(torch.ones(1))):
         to_x0(config.prediction, pixel, pixel, first)                           # eps from pure noise
     answer = torch.zeros(1, 1 + config.learned_variance, 1, 1)
-    diffusion_loss(lambda *told: answer, pixel, pixel, torch.ones(1), None, process, **objective(config, process))
+    sample_losses(lambda *told: answer, pixel, pixel, torch.ones(1), None, process, **objective(config, process))
     if not config.cache and not (Path(config.out) / "latents" / "index.json").exists():
         find_shards(config)                                                     # the sources are there
     if config.vae_weights:

@@ -38,7 +38,7 @@ def test_every_field_is_a_flag():
     (["--max-stepz", "3"], "did you mean '--max-steps'"),
     (["--max-steps", "many"], "invalid int value"),
     (["--max-steps", "0"], "--max-steps 0 must be at least 1"),
-    (["--batch-size", "10", "--grad-accum", "3"], "not a multiple"),
+    (["--batch-size", "2", "--grad-accum", "3"], "cannot be divided into"),
     (["--caption-dropout", "1.5"], "between 0 and 1"),
     (["--loss-weight", "p2", "--min-snr-gamma", "5"], "leave one out"),
     (["--times", "mode", "--times-scale", "2"], "between -1 and 1.75"),

@@ -262,8 +262,8 @@ def check(config: Config) -> None:
         raise ValueError("--mask-padding is for --network dit: the pipelines that a U-Net is exported to attend to the padding")
     if config.cache and not config.vae_weights:
         raise ValueError("--cache goes with the VAE that made it: name that with --vae-weights (the cache's settings.json says which)")
-    if config.batch_size % config.grad_accum:
-        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of --grad-accum {config.grad_accum}")
+    if config.batch_size < config.grad_accum:
+        raise ValueError(f"--batch-size {config.batch_size} cannot be divided into --grad-accum {config.grad_accum} micro-batches")
     for name, known in (("network", ("unet", "dit")), ("optimizer", ("muon", "adamw")), ("dtype", ("auto", "bf16", "fp32")),
                         ("device", ("auto", "cpu", "cuda", "mps"))):
         lookup(dict.fromkeys(known), getattr(config, name).partition(":")[0], name)

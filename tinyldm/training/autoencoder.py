@@ -18,7 +18,8 @@ from tinyldm.pipeline import to_bytes, to_pixels
 from tinyldm.sheet import tile
 from tinyldm.training import checkpoint
 from tinyldm.training.log import Log
-from tinyldm.training.loop import finite, latest, restore_counters, update, write_log
+from tinyldm.training.loop import latest, update, write_log
+from tinyldm.training.meter import Meter
 from tinyldm.training.optim import make_optimizers, set_lr
 from tinyldm.training.run import Interrupted, Progress, Signals, generator, write_picture
 from tinyldm.vendor_loaders.folder import save_vae
@@ -41,11 +42,13 @@ def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.devic
     vae = AutoencoderKL(build(VAEConfig, config.vae | {"sample_size": config.resolution}, "--vae")).to(device)
     parameters = dict(vae.named_parameters())
     optimizers = make_optimizers(parameters, kind=config.optimizer, lr=config.vae_lr, muon_lr=config.vae_muon_lr)
-    start, losses = 0, torch.zeros((), device=device)         # summed since the last line of the log
+    start, meter = 0, Meter(device)
     if last := latest(config, run, "vae"):
         load_weights(vae, last / "vae" / "diffusion_pytorch_model.safetensors")
         checkpoint.load_optimizers(last / "optimizer.safetensors", optimizers, parameters)
-        start = restore_counters(last, losses)
+        state = checkpoint.read_state(last)
+        start = state["step"]
+        meter.load(state["meter"])
     log = Log(run / "log.jsonl", "vae", start)
 
     def fill(folder: Path) -> None:
@@ -63,13 +66,14 @@ def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.devic
         error = decoded.float() - pixels
         loss = error.abs().mean() + error.square().mean() + config.vae_kl * posterior.kl().mean()
         loss.backward()
-        losses += loss.detach()
-        update(list(parameters.values()), optimizers, config.grad_clip, losses)
+        meter.add(loss.view(1), share=1.0)
+        if not update(list(parameters.values()), optimizers, config.grad_clip, meter):
+            log.write(stage="vae", step=step + 1, event="skipped", text=meter.skip(step, config.seed))
         bar.update()
         if (step + 1) % config.log_every == 0:
-            write_log(log, "vae", step + 1, losses, factor, bar, config)
+            write_log(log, "vae", step + 1, meter, factor, bar)
         if signals.received or (step + 1) % config.save_every == 0:
-            checkpoint.write(run, "vae", step + 1, fill, {"losses": finite(losses, step)}, config.keep_last)
+            checkpoint.write(run, "vae", step + 1, fill, {"meter": meter.state()}, config.keep_last)
         if signals.received:
             raise Interrupted
     bar.close()

@@ -19,12 +19,13 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """SIGINT and SIGTERM, remembered and obeyed between steps. A second one ends the program at once."""
+    """SIGINT, SIGTERM and SIGHUP, remembered and obeyed between steps. A second one ends the program at once."""
 
     def __init__(self):
         self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.remember)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):           # Windows has no SIGHUP
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.remember)
 
     def remember(self, number: int, frame) -> None:
         if self.received:
@@ -53,13 +54,13 @@ class Progress:
         self.steps += 1
         self.bar.update()
 
-    def report(self, loss: float) -> dict[str, float]:
+    def report(self, loss: float | None) -> dict[str, float]:
         """Show the loss, and return what a log row has that depends on the clock: seconds since the bar began,
         images per second since the last report."""
         now = time.perf_counter()
         rate = self.steps * self.batch_size / (now - self.marked)
         self.marked, self.steps = now, 0
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss or float('nan'):.4f}, {rate:.0f} images/s", refresh=False)
         return {"seconds": now - self.begun, "images_per_second": rate}
 
     def close(self) -> None:

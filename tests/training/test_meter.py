@@ -1,0 +1,87 @@
+"""What is measured while training: means per line, per bin of t, and steps that are left out."""
+
+import pytest
+import torch
+from torch import nn
+
+from tinyldm.training.loop import update
+from tinyldm.training.meter import BINS, TOO_MANY, Meter
+from tinyldm.training.optim import make_optimizers
+
+
+def test_a_line_holds_the_means_of_its_steps():
+    meter = Meter(torch.device("cpu"))
+    for step, norm in ((1.0, 2.0), (3.0, 6.0)):
+        for _ in range(2):                                                      # two micro-batches of two
+            meter.add(torch.tensor([step, step + 1]), 1 / 4, torch.tensor([0.0, 0.99]))
+        meter.keep(norm)
+    row = meter.row()
+    assert row["loss"] == pytest.approx(2.5) and row["grad_norm"] == pytest.approx(4.0) and "skipped" not in row
+    assert row["t_bins"] == [2.0, *[None] * (BINS - 2), 3.0]
+    assert meter.row() == {"loss": None}                                        # nothing since
+
+
+def test_t_at_either_end_has_a_bin():
+    meter = Meter(torch.device("cpu"))
+    meter.add(torch.arange(3.0), 1 / 3, torch.tensor([0.0, 0.5, 1.0]))
+    meter.keep(1.0)
+    assert meter.row()["t_bins"] == [0.0, None, None, None, 1.0, None, None, 2.0]
+
+
+def test_a_step_that_is_left_out_leaves_no_trace_in_the_means():
+    meter = Meter(torch.device("cpu"))
+    meter.add(torch.ones(2), 0.5, torch.rand(2))
+    meter.keep(1.0)
+    meter.add(torch.full((2,), float("nan")), 0.5, torch.rand(2))
+    assert "seed 7, step 3" in meter.skip(3, 7).replace("--", "")
+    assert meter.row()["loss"] == 1.0 and meter.skipped == 1 and meter.row()["skipped"] == 1
+
+
+def test_ten_in_a_row_stop_the_run_and_one_good_step_forgives_the_rest():
+    meter = Meter(torch.device("cpu"))
+    for _ in range(TOO_MANY - 1):
+        meter.skip(5, 0)
+    meter.keep(1.0)
+    for _ in range(TOO_MANY - 1):
+        meter.skip(5, 0)
+    with pytest.raises(ValueError, match="10 steps in a row, up to step 5 .seed 0.*--resume auto"):
+        meter.skip(5, 0)
+
+
+def test_the_sums_survive_a_checkpoint():
+    one = Meter(torch.device("cpu"))
+    one.add(torch.rand(4), 0.25, torch.rand(4))
+    one.keep(0.3)
+    one.skip(1, 0)
+    two = Meter(torch.device("cpu"))
+    two.load(one.state())
+    assert two.state() == one.state() and two.row() == one.row()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("bad", ["gradient", "loss"])
+def test_what_is_not_finite_changes_neither_weights_nor_moments(kind, bad):
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(4, 4)), "out": nn.Linear(4, 1)})
+    parameters = dict(net.named_parameters())
+    optimizers = make_optimizers(parameters, kind=kind, lr=0.1, muon_lr=0.1)
+    meter = Meter(torch.device("cpu"))
+
+    def step(poison: float) -> bool:
+        loss = net["out"](net["blocks"](torch.ones(2, 4))).square()
+        loss.mean().backward()
+        meter.add(loss.flatten() * (poison if bad == "loss" else 1), 0.5)
+        if bad == "gradient":
+            net["out"].weight.grad[0, 2] *= poison
+        return update(list(parameters.values()), optimizers, 1.0, meter)
+
+    assert step(1.0)
+    before = [p.clone() for p in parameters.values()]
+    moments = [value.clone() for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    for poison in (float("nan"), float("inf")):
+        assert not step(poison) and all(p.grad is None for p in parameters.values())
+        meter.skip(1, 0)
+    after = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters.values()))
+    assert all(torch.equal(a, b) for a, b in zip(moments, after))
+    assert step(1.0) and not torch.equal(before[0], next(iter(parameters.values())))
