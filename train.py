@@ -30,7 +30,7 @@ if __name__ == "__main__":                                   # before torch is l
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyldm.data import toyworld
 from tinyldm.data.cache import Cache, write_tokens
@@ -57,10 +57,11 @@ from tinyldm.training.autoencoder import finish_vae, train_vae
 from tinyldm.training.budget import forwards, meta_networks, print_plan
 from tinyldm.training.ema import EMA
 from tinyldm.training.log import Log
-from tinyldm.training.loop import latest, update, write_log
+from tinyldm.training.loop import attempt, refresh_report, resumed_from, update, write_log
 from tinyldm.training.meter import Meter
 from tinyldm.training.optim import make_optimizers, set_lr
 from tinyldm.training.run import Interrupted, Progress, Signals, generator, write_picture
+from tinyldm.training.validation import Validation
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.folder import save_model, save_vae
 from tinyldm.vendor_loaders.load import Model, load_model, load_text, load_tokenizer, load_vae
@@ -97,16 +98,16 @@ def make_loader(config: Config, data: Cache, tokenizer: Tokenizer, device: torch
         data = Cache(data.folder, place)
     weights = [source.weight for source in parse_sources(config.data)]
     loader = Loader(data, tokenizer.fingerprint, batch_size=config.batch_size, seed=config.seed,
-                    weights=weights if len(weights) > 1 and weights[0] else None, pin=device.type == "cuda",
+                    weights=weights if len(weights) > 1 and weights[0] else None, pin=device.type == "cuda", hold_out=config.val_samples,
                     caption_weights=tuple(split_weights(config.caption_key).values()) or (1.0,))
     for size, count in loader.order.never_drawn:
         print(f"{count:,} pictures of latent size {size} are never drawn: fewer than one batch of {config.batch_size}")
     return loader
 
 
-def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, device: torch.device, signals: Signals) -> None:
+def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, device: torch.device, signals: Signals,
+                    last: Path | None) -> None:
     torch.manual_seed(config.seed + 1)
-    last = latest(config, run, "step")
     net, text, tokenizer = build_networks(config, vae, data.all_captions(), last)
     net, text = net.to(device), text.to(device)
     trained = {"net": net} if config.text_weights else {"net": net, "text": text}
@@ -139,14 +140,30 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, 
     empty = torch.from_numpy(tokenizer.encode([""]))[0]
     compiled = torch.compile(net) if (config.compile if config.compile is not None else device.type == "cuda") else net
 
-    def fill(folder: Path) -> None:
-        averaged = {part: (module, ema.state_dict(part)) for part, module in trained.items()}
-        save_model(folder / "model", net=averaged["net"], vae=run / "vae", text=averaged.get("text", text),
-                   tokenizer=tokenizer, scheduler=model.scheduler, defaults=model.defaults | {"step": step + 1},
-                   non_ema={part: module.state_dict() for part, module in trained.items()})
-        checkpoint.save_optimizers(folder / "optimizer.safetensors", optimizers, parameters)
+    def save(writer: checkpoint.Writer, step: int, finished: bool) -> None:
+        """Copy what changes to the host; the rest happens in the background."""
+        writer.wait()                                                           # at most one copy at a time
+        averaged = {part: (module, checkpoint.host_copy(ema.state_dict(part))) for part, module in trained.items()}
+        raw = {part: checkpoint.host_copy(module.state_dict()) for part, module in trained.items()}
+        moments = checkpoint.host_copy(checkpoint.optimizer_tensors(optimizers, parameters))
 
-    bar = Progress(config.network, start, config.max_steps, config.batch_size)
+        def fill(folder: Path) -> None:
+            save_model(folder / "model", net=averaged["net"], vae=run / "vae", text=averaged.get("text", text), non_ema=raw,
+                       tokenizer=tokenizer, scheduler=model.scheduler, defaults=model.defaults | {"step": step})
+            checkpoint.save_tensors(folder / "optimizer.safetensors", moments)
+
+        if found := checkpoint.names(run):
+            checkpoint.check_room(run, checkpoint.size_of(found[-1]))
+        writer.save("step", step, fill, {"meter": meter.state(), "finished": finished, "data": data.digest})
+
+    def losses_of(x0: Tensor, eps: Tensor, t: Tensor, mixed: Tensor, tokens: Tensor) -> Tensor:
+        with autocast(device, config.dtype):
+            cond = encode_tokens(text, tokens, device, config.mask_padding, cut=True)
+            return sample_losses(compiled, x0, eps, t, cond, process, mixed=mixed, **goal)      # [micro-batch]
+
+    validate = Validation(loader.cache, loader.held_out, tokenizer.fingerprint, config.seed, config.batch_size // config.grad_accum, device,
+                          losses_of)
+    bar, writer = Progress(config.network, start, config.max_steps, config.batch_size), checkpoint.Writer(run, config.keep_last, config.keep_every)
     for step, (_, x0, tokens) in enumerate(loader.run(start, config.max_steps), start):     # x0 [b, c, h, w]
         factor = set_lr(optimizers, step, config.max_steps, config.warmup_steps, config.decay)
         rng = generator(config.seed, 2, step)                                   # one stream for the whole global batch
@@ -155,10 +172,8 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, 
         dropped = torch.rand(len(x0), generator=rng) < config.caption_dropout
         tokens = torch.where(dropped[:, None], empty, tokens)                   # [b, context_length]
         whole = [part.to(device, non_blocking=True) for part in (x0, noise.eps, t, noise.mixed)] + [tokens]
-        for *micro, mixed, words in zip(*(part.tensor_split(config.grad_accum) for part in whole)):
-            with autocast(device, config.dtype):
-                cond = encode_tokens(text, words, device, config.mask_padding, cut=True)
-                losses = sample_losses(compiled, *micro, cond, process, mixed=mixed, **goal)        # [b / grad_accum]
+        for micro in zip(*(part.tensor_split(config.grad_accum) for part in whole)):
+            losses = losses_of(*micro)
             (losses.sum() / config.batch_size).backward()                       # a mean over the global batch, however it is split
             meter.add(losses, 1 / config.batch_size, micro[2])
         if update(list(parameters.values()), optimizers, config.grad_clip, meter):
@@ -170,14 +185,22 @@ def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, 
         if (step + 1) % config.log_every == 0:
             write_log(log, "step", step + 1, meter, factor, bar)
         if finished or signals.received or (step + 1) % config.save_every == 0:
-            state = {"meter": meter.state(), "finished": finished, "data": data.digest}
-            checkpoint.write(run, "step", step + 1, fill, state, config.keep_last)
+            save(writer, step + 1, finished)
+            refresh_report(run)
+        if len(loader.held_out) and (finished or config.val_every and (step + 1) % config.val_every == 0):
+            raw = validate()
+            with ema.applied():
+                averaged = validate()
+            log.write(stage="step", step=step + 1, val_raw=raw["loss"], val_ema=averaged["loss"], val_bins=averaged["t_bins"])
         if config.sample_every and (step + 1) % config.sample_every == 0 and not finished:
-            sample_grid(config, model, ema, run, step + 1, data)
+            attempt("the sample grid", lambda: sample_grid(config, model, ema, run, step + 1, data))
         if signals.received and not finished:
+            writer.close()
             raise Interrupted
     bar.close()
+    writer.close()
     sample_grid(config, model, ema, run, config.max_steps, data)
+    refresh_report(run)
 
 
 def process_options(config: Config) -> dict[str, Any]:
@@ -246,13 +269,15 @@ def prepare_run(config: Config) -> Path:
     if config.resume == "no" and ((run / "vae").exists() or checkpoint.names(run)):
         raise ValueError(f"{run} holds a run already: continue it with --resume auto, or name another folder with --out")
     run.mkdir(parents=True, exist_ok=True)
+    checkpoint.lock(run)
     write_file(run / "config.json", json.dumps(dataclasses.asdict(config) | {"resume": "no"}, indent=1))
     print(f"run folder {run}, configuration in {run / 'config.json'}")
     return run
 
 
-def prepare_data(config: Config, run: Path, device: torch.device, signals: Signals) -> tuple[AutoencoderKL, Cache]:
-    """The frozen VAE and the latents of all pictures, each made only where it is not there yet."""
+def prepare_data(config: Config, run: Path, device: torch.device, signals: Signals, last: Path | None) -> tuple[AutoencoderKL, Cache]:
+    """The frozen VAE and the latents of all pictures, each made only where it is not there yet. last: the checkpoint to go
+    on from."""
     if not (run / "vae").is_dir():
         if config.vae_weights:
             replace_folder(run / "vae", lambda folder: save_vae(folder, load_vae(config.vae_weights)))
@@ -261,11 +286,11 @@ def prepare_data(config: Config, run: Path, device: torch.device, signals: Signa
             images = np.stack([item.image for item in pictures])
             del pictures
             print(f"the VAE trains on {len(images):,} pictures" + f" ({sum(faults.values()):,} unusable ones passed over)" * bool(faults))
-            finish_vae(config, run, train_vae(config, run, images, device, signals), images, device)
+            finish_vae(config, run, train_vae(config, run, images, device, signals, last), images, device)
     vae = load_vae(run / "vae", device)
     if config.cache:
         return vae, Cache(Path(config.cache))
-    if latest(config, run, "step"):                            # whatever has become of the sources since
+    if last and last.name.startswith("step"):                  # whatever has become of the sources since
         return vae, Cache(run / "latents")
     report = prepare(config, run / "latents", vae, device, check=signals.check)
     if report is None:
@@ -284,8 +309,9 @@ def main() -> None:
     config = refuse_early(config)
     run, signals = prepare_run(config), Signals()
     try:
-        vae, data = prepare_data(config, run, device, signals)
-        train_diffusion(config, run, vae, data, device, signals)
+        last = resumed_from(config, run)
+        vae, data = prepare_data(config, run, device, signals, last)
+        train_diffusion(config, run, vae, data, device, signals, last if last and last.name.startswith("step") else None)
     except Interrupted:
         print(f"saved; continue with: python train.py --out {run} --resume auto")
         sys.exit(128 + signals.received)

@@ -1,12 +1,13 @@
 """Files and folders that are there whole or not at all, and claims that end with their process."""
 
+import hashlib
 import subprocess
 import sys
 
 import pytest
 
 from helpers import ENVIRONMENT, ROOT
-from tinyldm.files import Claims, replace_folder, write_file
+from tinyldm.files import Claims, replace_folder, sha256, write_file
 
 
 def names(folder) -> list[str]:
@@ -57,6 +58,12 @@ def test_all_of_a_folder_is_flushed_before_it_takes_its_place(tmp_path, monkeypa
     replace_folder(tmp_path / "folder", fill)
     assert sorted(flushed[:-1]) == [(".writing-folder", False), ("file", False), ("sub", False)]
     assert flushed[-1] == (tmp_path.name, True)
+
+
+def test_the_sha256_of_a_file_is_that_of_all_its_bytes(tmp_path):
+    for size in (0, 3, (1 << 20) + 1, 3 << 20):
+        (tmp_path / "file").write_bytes(data := b"abc" * (size // 3))
+        assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
 
 
 def test_a_claim_keeps_other_processes_off_until_its_process_ends(tmp_path):

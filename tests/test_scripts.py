@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
 from helpers import ROOT, load_script, mistake, script, weights
 from tinyldm.config import parse
+from tinyldm.training import checkpoint
 from tinyldm.training.log import read
 
 SMALL = ("--scenes 24 --resolution 16 --vae-crop 8 --vae-batch-size 4 --batch-size 4 --log-every 3 --save-every 2 "
@@ -34,11 +37,19 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+def lines(run: Path) -> list[dict]:
+    """Rows of the log that tell the loss."""
+    return [row for row in read(run / "log.jsonl") if "loss" in row]
+
+
 def test_a_run_leaves_a_log_samples_and_a_model_folder(run):
-    rows = read(run / "log.jsonl")
+    rows = lines(run)
+    assert [row["step"] for row in read(run / "log.jsonl") if "val_ema" in row] == [6]
+    assert all(len(row["t_bins"]) == 8 and row["grad_norm"] > 0 for row in rows if row["stage"] == "step")
     assert [(row["stage"], row["step"]) for row in rows] == [("vae", 3), ("step", 3), ("step", 6)]
     assert all(np.isfinite(row["loss"]) for row in rows)
     assert {file.name for file in (run / "samples").iterdir()} == {"vae.png", "step-000002.png", "step-000004.png", "step-000006.png"}
+    assert "step-000004.png" in (run / "report.html").read_text()
     model = run / "checkpoints" / "step-000006" / "model"
     assert {path.name for path in model.iterdir()} >= {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert not list(run.rglob("*.pt")) and not list(run.rglob("*.tmp"))
@@ -69,12 +80,58 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(run, tmp_path, poi
     assert logs[0] == logs[1]
 
 
+def test_from_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(run, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    file, = cut.glob("checkpoints/step-000006/model/unet/diffusion_pytorch_model.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+    done = script("train.py", "--out", cut, "--resume", "auto")
+    assert done.returncode == 0 and "step-000006 is damaged" in done.stdout and "step-000004" in done.stdout, done.stderr
+    one, two = (weights(folder / "checkpoints" / "step-000006") for folder in (run, cut))
+    assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_two_processes_do_not_train_in_one_folder(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    held = checkpoint.lock(copy)
+    done = script("train.py", "--out", copy, "--resume", "auto", "--max-steps", 7)
+    held.close()
+    assert done.returncode == 2 and "another process" in done.stderr and "Traceback" not in done.stderr
+    assert not (copy / "checkpoints" / "step-000007").exists()
+
+
 def test_k_micro_batches_train_as_one_batch(run, tmp_path):
-    done = script("train.py", "--out", tmp_path / "micro", *SMALL, "--grad-accum", 2, "--dtype", "fp32")
+    done = script("train.py", "--out", tmp_path / "micro", *SMALL, "--grad-accum", 3, "--dtype", "fp32")     # of 2, 1 and 1
     whole = script("train.py", "--out", tmp_path / "whole", *SMALL, "--dtype", "fp32")
     assert done.returncode == whole.returncode == 0, done.stderr + whole.stderr
-    losses = [[row["loss"] for row in read(tmp_path / name / "log.jsonl") if row["stage"] == "step"] for name in ("micro", "whole")]
+    losses = [[row["loss"] for row in lines(tmp_path / name) if row["stage"] == "step"] for name in ("micro", "whole")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_batch_that_is_not_finite_is_left_out_noted_and_survived(run, tmp_path, monkeypatch):
+    train, calls = load_script("train"), []
+    real = train.sample_losses
+
+    def poisoned(*batch, **objective):
+        calls.append(objective)
+        return real(*batch, **objective) * (float("nan") if len(calls) == 3 else 1)     # the first is refuse_early's: step 2
+
+    monkeypatch.setattr(train, "sample_losses", poisoned)
+    words = [*SMALL, "--vae-weights", str(run / "vae"), "--sample-every", "0", "--out", str(tmp_path / "run"), "--dtype", "fp32"]
+    train.CONFIG, train.ARGS = parse(words, "", train.FLAGS)
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    monkeypatch.setattr(train, "prefer_plain_attention", lambda: None)
+    monkeypatch.setattr(train, "Signals", lambda: SimpleNamespace(received=0, check=lambda: None))
+    train.main()
+    assert torch.backends.cuda.flash_sdp_enabled() == flash
+    events = [row for row in read(tmp_path / "run" / "log.jsonl") if "event" in row]
+    assert [(row["event"], row["step"]) for row in events] == [("skipped", 2)] and "step 1" in events[0]["text"]
+    assert [row["skipped"] for row in lines(tmp_path / "run")] == [1, 1]
+    assert all(np.isfinite(tensor).all() for tensor in weights(tmp_path / "run" / "checkpoints" / "step-000006").values())
 
 
 OBJECTIVES = [
@@ -122,7 +179,7 @@ def test_every_objective_trains_goes_on_and_draws(run, tmp_path, words):
     short = ["--vae-weights", run / "checkpoints" / "step-000006" / "model", "--max-steps", 4, "--sample-every", 0, "--log-every", 2]
     done = script("train.py", "--out", folder, *SMALL, *words.split(), *short)
     assert done.returncode == 0, done.stderr
-    assert all(np.isfinite(row["loss"]) for row in read(folder / "log.jsonl"))
+    assert all(np.isfinite(row["loss"]) for row in lines(folder))
     whole = weights(folder / "checkpoints" / "step-000004")
     shutil.rmtree(folder / "checkpoints" / "step-000004")
     done = script("train.py", "--out", folder, "--resume", "auto")

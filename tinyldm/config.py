@@ -105,6 +105,9 @@ class Config:
     log_every: int = knob(20, "steps per line of log.jsonl")
     save_every: int = knob(500, "steps per checkpoint")
     keep_last: int = knob(2, "checkpoints to keep")
+    keep_every: int = knob(0, "and besides every one whose step is a multiple of this (0: none)")
+    val_every: int = knob(100, "steps per validation (0: at the end only)")
+    val_samples: int = knob(128, "samples held out for it (a tenth of them at most)")
     sample_every: int = knob(500, "steps per sample grid (0: none)")
     sample_prompts: str = knob("", "prompts of the sample grid, separated by | (default: toyworld's own, else captions of the data)")
     sampler: str = knob("dpmpp_2m", "sampler of the grids, and the model's default")
@@ -132,7 +135,7 @@ WEEK = dict(
     vae_weights="stabilityai/sd-vae-ft-mse", text_weights="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
     resolution=256, batch_size=512, grad_accum=4, warmup_steps=1500, ema_decay=0.9999, caption_dropout=0.1,
     lr=2e-4, muon_lr=5e-4, weight_decay=0.01, decay=0.2, max_steps=220_000,
-    save_every=2000, sample_every=2000, log_every=100, cfg=5.0,
+    save_every=2000, sample_every=2000, val_every=1000, val_samples=1024, log_every=100, cfg=5.0,
     hours={"encode": 21, "256": 110, "512": 30, "rest": 7}, pictures=4_600_000,
 )
 PRESETS: dict[str, dict] = {
@@ -239,7 +242,8 @@ def check(config: Config) -> None:
     least = dict.fromkeys(("max_steps", "batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every",
                            "scenes", "sample_steps", "vae_batch_size", "vae_pictures", "encode_batch_size"), 1)
     least |= dict.fromkeys(("seed", "vae_crop", "vae_kl", "warmup_steps", "sample_every", "weight_decay", "min_snr_gamma",
-                            "noise_offset", "input_perturbation", "min_side", "max_aspect", "min_caption", "max_caption", "buckets"), 0)
+                            "noise_offset", "input_perturbation", "min_side", "max_aspect", "min_caption", "max_caption", "buckets",
+                            "val_every", "val_samples", "keep_every"), 0)
     least["vae_steps"] = 0 if config.vae_weights else 1
     for name, smallest in least.items():
         if not smallest <= getattr(config, name) < float("inf"):

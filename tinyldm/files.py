@@ -6,6 +6,7 @@ kill or a power cut there is the old, the new or nothing, never a half.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -54,6 +55,15 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(torso, folder)
     flush(folder.parent)
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's contents, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while piece := handle.read(1 << 20):                   # other threads run on meanwhile
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 class Claims:

@@ -1,4 +1,7 @@
-"""Checkpoints are whole or absent, optimizers come back exactly, and channels_last moments survive."""
+"""Which checkpoints stay, optimizers that come back exactly, channels_last moments, host copies, room on the disk."""
+
+import os
+from collections import namedtuple
 
 import pytest
 import torch
@@ -54,26 +57,115 @@ def test_a_foreign_optimizer_file_is_refused_with_its_name(tmp_path):
         checkpoint.load_optimizers(tmp_path / "o.safetensors", make_optimizers(other, kind="adamw", lr=1, muon_lr=1), other)
 
 
+def put(run, stage, step, word="x", keep=9, keep_every=0):
+    return checkpoint.write(run, stage, step, lambda folder: (folder / "x").write_text(word), {"word": word}, keep, keep_every)
+
+
+def found(run) -> list[str]:
+    return [path.name for path in checkpoint.names(run)]
+
+
 def test_the_newest_are_kept_and_both_stages_sort_in_their_order(tmp_path):
     for stage, step in (("vae", 900), ("step", 5), ("step", 40), ("step", 1000)):
-        checkpoint.write(tmp_path, stage, step, lambda folder: (folder / "x").write_text("x"), {}, keep=3)
-    assert [path.name for path in checkpoint.names(tmp_path)] == ["step-000005", "step-000040", "step-001000"]
-    assert checkpoint.read_state(checkpoint.names(tmp_path)[-1]) == {"stage": "step", "step": 1000}
+        put(tmp_path, stage, step, keep=3)
+    assert found(tmp_path) == ["step-000005", "step-000040", "step-001000"]
+    assert checkpoint.read_state(checkpoint.names(tmp_path)[-1]) == {"stage": "step", "step": 1000, "word": "x"}
+    put(tmp_path, "step", 1234567, keep=2)                             # seven digits
+    assert found(tmp_path) == ["step-001000", "step-1234567"]
+    put(tmp_path, "step", 1234568, keep=0)
+    assert found(tmp_path) == ["step-1234568"] == os.listdir(tmp_path / "checkpoints")
+
+
+def test_every_so_many_steps_one_stays_for_good(tmp_path):
+    for step in range(10, 100, 10):
+        put(tmp_path, "step", step, keep=2, keep_every=30)
+    assert found(tmp_path) == ["step-000030", "step-000060", "step-000080", "step-000090"]
+
+
+def test_a_run_that_went_back_keeps_what_it_writes_and_leaves_what_is_ahead(tmp_path):
+    for step in (10, 20, 50, 60):
+        put(tmp_path, "step", step)
+    put(tmp_path, "step", 30, keep=2)
+    assert found(tmp_path) == ["step-000020", "step-000030", "step-000050", "step-000060"]
+    put(tmp_path, "step", 55, keep=2)
+    assert found(tmp_path) == ["step-000050", "step-000055", "step-000060"]
 
 
 def test_a_failure_while_writing_leaves_the_older_checkpoints_and_no_torso(tmp_path):
-    checkpoint.write(tmp_path, "step", 1, lambda folder: (folder / "x").write_text("x"), {}, keep=2)
+    put(tmp_path, "step", 1, "one")
 
     def disk_full(folder):
         (folder / "y").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError):
-        checkpoint.write(tmp_path, "step", 2, disk_full, {}, keep=2)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    for step in (1, 2):
+        with pytest.raises(OSError):
+            checkpoint.write(tmp_path, "step", step, disk_full, {}, keep=1)
+        assert os.listdir(tmp_path / "checkpoints") == ["step-000001"]
+        assert (tmp_path / "checkpoints" / "step-000001" / "x").read_text() == "one"
 
 
-def test_an_unfinished_folder_is_not_a_checkpoint(tmp_path):
-    (tmp_path / "checkpoints" / "step-000007").mkdir(parents=True)
-    (tmp_path / "checkpoints" / ".writing-step-000008").mkdir()
-    assert checkpoint.names(tmp_path) == []
+def test_what_a_killed_process_left_is_removed_and_other_folders_are_not(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in (".writing-step-000007", ".dropped-step-000005", "step-000006", "step-000006-copy", "step-best", "notes"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file").touch()
+    (folder / "step-000006-copy" / "state.json").touch()
+    (folder / "step-best" / "state.json").touch()
+    assert found(tmp_path) == []                                       # 6 is not finished: it has no state.json
+    put(tmp_path, "step", 8, keep=1)
+    assert sorted(os.listdir(folder)) == ["notes", "step-000006", "step-000006-copy", "step-000008", "step-best"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_a_host_copy_is_contiguous_and_keeps_its_values_when_the_original_changes(device):
+    originals = {"plain": torch.arange(6.0), "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+                 "part": torch.arange(9)[::2], "scalar": torch.tensor(7.0), "bf16": nn.Parameter(torch.ones(3).bfloat16())}
+    originals = {name: tensor.to(device) for name, tensor in originals.items()}
+    expected = {name: tensor.tolist() for name, tensor in originals.items()}
+    copies = checkpoint.host_copy(originals)
+    with torch.no_grad():
+        for tensor in originals.values():
+            tensor.zero_()
+    assert {name: copy.tolist() for name, copy in copies.items()} == expected
+    for name, copy in copies.items():
+        assert copy.device.type == "cpu" and copy.is_contiguous() and not copy.requires_grad
+        assert copy.dtype == originals[name].dtype and copy.is_pinned() == (device == "cuda")
+
+
+def test_a_copy_of_the_optimizers_is_what_is_saved(tmp_path):
+    one = small(torch.channels_last)
+    parameters = dict(one.named_parameters())
+    optimizers = make_optimizers(parameters, kind="muon", lr=1e-2, muon_lr=1e-2)
+    trained(one, 2, optimizers)
+    checkpoint.save_optimizers(tmp_path / "one", optimizers, parameters)
+    copy = checkpoint.host_copy(checkpoint.optimizer_tensors(optimizers, parameters))
+    trained(one, 1, optimizers)
+    checkpoint.save_tensors(tmp_path / "two", copy)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert "layers.0.weight/momentum_buffer" in copy and "head.weight/exp_avg" in copy
+
+
+def test_too_little_room_for_the_next_checkpoints_is_told_with_both_sizes(tmp_path, monkeypatch):
+    asked = []
+    usage = lambda place: asked.append(place) or namedtuple("usage", "total used free")(0, 0, 10_000_000_000)
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    run = tmp_path / "not" / "there"
+    checkpoint.check_room(run, 5_000_000_000)
+    checkpoint.check_room(run, 3_333_333_333, checkpoints=3)
+    with pytest.raises(OSError, match="10.0 GB are free for .*there, and the next 2 checkpoints need 12.0 GB: make room"):
+        checkpoint.check_room(run, 6_000_000_000)
+    assert set(asked) == {tmp_path}
+
+
+def test_the_size_of_a_checkpoint_is_what_another_one_takes(tmp_path):
+    (tmp_path / "frozen").write_bytes(b"f" * 1000)
+
+    def fill(folder):
+        (folder / "model").mkdir()
+        (folder / "model" / "x").write_bytes(b"x" * 500)
+        os.link(tmp_path / "frozen", folder / "model" / "vae")
+
+    folder = checkpoint.write(tmp_path, "step", 1, fill, {}, keep=1)
+    assert checkpoint.size_of(folder) == 500 + (folder / "state.json").stat().st_size

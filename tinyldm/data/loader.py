@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinyldm.data.cache import Cache
-from tinyldm.data.order import Order
+from tinyldm.data.order import Order, Size
 
 DRAWS = 5                   # the stream of random numbers that is the loader's
 
@@ -29,19 +29,29 @@ class Batch(NamedTuple):
     tokens: Tensor          # int64 [b, L]
 
 
+def keep_back(ranges: Sequence[dict[Size, range]], count: int) -> tuple[list[dict[Size, range]], np.ndarray]:
+    """Ranges of flat sample numbers -> the same without the last `count` of the largest (a tenth of it at most), and those."""
+    source, size = max(((i, size) for i, sizes in enumerate(ranges) for size in sizes), key=lambda at: len(ranges[at[0]][at[1]]))
+    whole = ranges[source][size]
+    count = min(count, len(whole) // 10)
+    left = [dict(sizes) for sizes in ranges]
+    left[source][size] = whole[:len(whole) - count]
+    return left, np.arange(whole.stop - count, whole.stop)
+
+
 class Loader:
     """This process's share of every global batch of a cache.
 
     batch_size: of the global batch. weights: one per source, see `Order`. caption_weights: one per caption key, see
     `Cache.tokens`. rank, world: this process and how many there are. pin: put batches in page-locked memory.
-    depth: how many batches `run` keeps ready.
+    depth: how many batches `run` keeps ready. hold_out: how many samples are never drawn, for validation (`held_out`).
 
     ValueError: the cache has no tokens of this tokenizer, too few caption weights, or nothing for a rank to do.
     """
 
     def __init__(self, cache: Cache, tokenizer_fingerprint: str, *, batch_size: int, seed: int,
                  weights: Sequence[Fraction] | None = None, caption_weights: Sequence[float] = (1.0,), rank: int = 0,
-                 world: int = 1, pin: bool = False, depth: int = 4):
+                 world: int = 1, pin: bool = False, depth: int = 4, hold_out: int = 0):
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world} processes: ranks run from 0 to {world - 1}")
         if batch_size < world:
@@ -51,7 +61,8 @@ class Loader:
             raise ValueError(f"depth {depth}: keep at least 1 batch ready")
         cache.check_tokens(tokenizer_fingerprint)
         cache.check_weights(caption_weights)
-        self.order = Order(cache.ranges, batch_size, seed, weights)
+        ranges, self.held_out = keep_back(cache.ranges, hold_out)
+        self.order = Order(ranges, batch_size, seed, weights)
         self.cache, self.fingerprint, self.seed, self.pin, self.depth = cache, tokenizer_fingerprint, seed, pin, depth
         self.caption_weights = tuple(caption_weights)
         part = np.array_split(np.arange(batch_size), world)[rank]

@@ -18,7 +18,7 @@ from tinyldm.pipeline import to_bytes, to_pixels
 from tinyldm.sheet import tile
 from tinyldm.training import checkpoint
 from tinyldm.training.log import Log
-from tinyldm.training.loop import latest, update, write_log
+from tinyldm.training.loop import update, write_log
 from tinyldm.training.meter import Meter
 from tinyldm.training.optim import make_optimizers, set_lr
 from tinyldm.training.run import Interrupted, Progress, Signals, generator, write_picture
@@ -36,14 +36,15 @@ def random_crops(images: np.ndarray, size: int, count: int, seed: int, step: int
     return to_pixels(np.stack([images[i, y : y + size, x : x + size] for i, y, x in zip(chosen, ys, xs)]))
 
 
-def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.device, signals: Signals) -> AutoencoderKL:
-    """L1 + MSE + a small KL (arXiv:2112.10752, Eq. 25 without the adversary), on random crops."""
+def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.device, signals: Signals,
+              last: Path | None) -> AutoencoderKL:
+    """L1 + MSE + a small KL (arXiv:2112.10752, Eq. 25 without the adversary), on random crops. last: the checkpoint to go on from."""
     torch.manual_seed(config.seed)
     vae = AutoencoderKL(build(VAEConfig, config.vae | {"sample_size": config.resolution}, "--vae")).to(device)
     parameters = dict(vae.named_parameters())
     optimizers = make_optimizers(parameters, kind=config.optimizer, lr=config.vae_lr, muon_lr=config.vae_muon_lr)
     start, meter = 0, Meter(device)
-    if last := latest(config, run, "vae"):
+    if last:
         load_weights(vae, last / "vae" / "diffusion_pytorch_model.safetensors")
         checkpoint.load_optimizers(last / "optimizer.safetensors", optimizers, parameters)
         state = checkpoint.read_state(last)
@@ -73,7 +74,7 @@ def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.devic
         if (step + 1) % config.log_every == 0:
             write_log(log, "vae", step + 1, meter, factor, bar)
         if signals.received or (step + 1) % config.save_every == 0:
-            checkpoint.write(run, "vae", step + 1, fill, {"meter": meter.state()}, config.keep_last)
+            checkpoint.write(run, "vae", step + 1, fill, {"meter": meter.state()}, config.keep_last, config.keep_every)
         if signals.received:
             raise Interrupted
     bar.close()

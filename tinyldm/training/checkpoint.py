@@ -3,61 +3,202 @@
 RUN/checkpoints/vae-000300/    vae/, optimizer.safetensors, state.json         stage 1
 RUN/checkpoints/step-001000/   model/, optimizer.safetensors, state.json       stage 2
 
-`model/` is the model folder of the whole library: averaged weights, the raw ones as its non_ema variant.
+`model/` is the model folder of the whole library: averaged weights, the raw ones as its non_ema variant. state.json
+holds the size and SHA-256 of every other file and a checksum of itself, so that whatever a disk does later is noticed
+and the checkpoint before is taken. A name that ends in ~ is a whole checkpoint that another of the same step was about
+to replace when the process died. Names with a dot in front are torsos, removed by the next write.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from tinyldm.files import replace_folder
+from tinyldm.files import Claims, replace_folder, sha256
 
 STAGES = ("vae", "step")                                   # in the order a run goes through them
+NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)~?")
+_locks: list[Claims] = []                                  # a lock that nobody refers to would be let go
 
 
 def names(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
-    found = [path for stage in STAGES for path in run.glob(f"checkpoints/{stage}-*")]
-    return sorted((path for path in found if (path / "state.json").exists()),
-                  key=lambda path: (STAGES.index(path.name.split("-")[0]), int(path.name.split("-")[1])))
+    """A run's checkpoints, oldest first, whole or damaged."""
+    return [folder for folder in _folders(run) if (folder / "state.json").exists()]
 
 
-def read_state(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / "state.json").read_text())
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What write() was given as `state`, with stage and step. ValueError where state.json is damaged."""
+    return {key: value for key, value in _read(checkpoint).items() if key not in ("files", "checksum")}
 
 
-def write(run: Path, stage: str, step: int, fill: Callable[[Path], None], state: dict, keep: int) -> Path:
-    """Put in place, whole, what `fill` writes into a folder, and state.json; then drop all but the newest `keep`."""
+def whole(checkpoint: Path, contents: bool = True) -> str:
+    """"" where every file is there as it was written, or else what is wrong. contents: read all of them; without, only
+    names and sizes are compared. Checkpoints from before there were checksums pass if their state.json can be read."""
+    try:
+        files = _read(checkpoint).get("files", {})
+    except FileNotFoundError:
+        return "state.json is missing"
+    except (OSError, ValueError) as error:
+        return str(error)
+    for name, (size, digest) in files.items():
+        try:
+            if (found := (checkpoint / name).stat().st_size) != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
+            if contents and sha256(checkpoint / name) != digest:
+                return f"{name} has changed since it was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+    return ""
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint that is whole. Each damaged one after it is named in a line. Reads all of what it judges."""
+    faults: list[tuple[str, str]] = []
+    found = None
+    for folder in reversed(_folders(run)):
+        if not (fault := whole(folder)):
+            found = folder
+            break
+        faults.append((folder.name, fault))
+    for name, fault in faults:
+        way_out = f"going on from {found.name}" if found else "no older one is whole"
+        print(f"checkpoint {name} is damaged ({fault}): {way_out}")
+    return found
+
+
+def write(run: Path, stage: str, step: int, fill: Callable[[Path], None], state: dict[str, Any], keep: int,
+          keep_every: int = 0) -> Path:
+    """Put in place, whole, what `fill` writes into a folder, and state.json; then drop what is no longer kept.
+
+    keep         so many of the newest stay (at least this one)
+    keep_every   and every one whose step is a multiple of it; 0: none
+
+    Of the same step, the older one stays until this one is in place. Later ones (a run that went back has them) are
+    left alone until the run overtakes them. OSError where it cannot be written; the older ones are as they were then.
+    """
     folder = run / "checkpoints" / f"{stage}-{step:06d}"
+    for pattern in (".writing-*", ".dropped-*"):               # of a process that was killed
+        for torso in folder.parent.glob(pattern):
+            shutil.rmtree(torso, ignore_errors=True)
 
     def fill_all(torso: Path) -> None:
         torso.mkdir()
         fill(torso)
-        (torso / "state.json").write_text(json.dumps({"stage": stage, "step": step, **state}, indent=1))
+        _write_state(torso, {"stage": stage, "step": step, **state})
+        if folder.exists() and not whole(folder):              # not in the way, yet there until this one is
+            aside = folder.with_name(folder.name + "~")
+            _discard(aside)
+            os.replace(folder, aside)
 
     replace_folder(folder, fill_all)
-    for old in names(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    if fault := whole(folder, contents=False):                 # the contents were read for their checksums just now
+        raise OSError(f"{folder} is damaged as soon as it is written ({fault}): check this disk")
+    _drop(run, folder, keep, keep_every)
     return folder
 
 
-def save_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> None:
-    """Every optimizer's state as tensors named PARAMETER/KEY. OSError where the disk is full."""
+class Writer:
+    """Checkpoints written in the background, one at a time, in a thread of their own.
+
+    `fill` must read only what nobody changes meanwhile: host_copy() of the tensors first. What goes wrong (a full disk)
+    is raised by the next wait(), save() or close().
+    """
+
+    def __init__(self, run: Path, keep: int, keep_every: int = 0):
+        self.run, self.keep, self.keep_every = run, keep, keep_every
+        self.pool = ThreadPoolExecutor(1, "checkpoint")        # a program that ends lets it finish first
+        self.pending: Future | None = None
+
+    def save(self, stage: str, step: int, fill: Callable[[Path], None], state: dict[str, Any]) -> None:
+        """Wait for the write before, and begin this one. Arguments as in write()."""
+        self.wait()
+        self.pending = self.pool.submit(write, self.run, stage, step, fill, dict(state), self.keep, self.keep_every)
+
+    def wait(self) -> None:
+        """Until nothing is under way. Called before host_copy(), it keeps host memory at one copy instead of two."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self.pool.shutdown()
+
+
+def host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies in host memory, which share nothing with the originals: pinned, and all under way at once, for
+    those from CUDA."""
+    copies, devices = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = copy.copy_(tensor.contiguous() if tensor.is_cuda else tensor, non_blocking=tensor.is_cuda)
+        if tensor.is_cuda:
+            devices.add(tensor.device)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
+
+
+def size_of(checkpoint: Path) -> int:
+    """Bytes that another one like it takes on the disk: files linked from elsewhere (a frozen VAE) take none."""
+    stats = [file.stat() for file in checkpoint.rglob("*") if file.is_file()]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+
+
+def check_room(run: Path, needed: int, checkpoints: int = 2) -> None:
+    """OSError where the disk has no room for so many more checkpoints of `needed` bytes each."""
+    place = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    free, total = shutil.disk_usage(place).free, checkpoints * needed
+    if free < total:
+        raise OSError(f"{free / 1e9:.1f} GB are free for {run}, and the next {checkpoints} checkpoints need "
+                      f"{total / 1e9:.1f} GB: make room, or copy the run to a larger disk and go on there with --out")
+
+
+def lock(run: Path) -> Claims:
+    """Keep other processes from training in this folder, until this one ends or the lock is closed. ValueError where
+    another has it."""
+    claims = Claims(run / "lock")
+    if not claims.take("train"):
+        claims.close()
+        raise ValueError(f"another process trains in {run}: wait for its end, stop it, or name another folder with --out")
+    _locks.append(claims)
+    return claims
+
+
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Every optimizer's state under the names PARAMETER/KEY: the tensors themselves, not copies."""
     by_id = {id(p): name for name, p in parameters.items()}
-    tensors = {f"{by_id[id(p)]}/{key}": value.detach().cpu().contiguous()
-               for optimizer in optimizers for p, state in optimizer.state.items() for key, value in state.items()}
+    return {f"{by_id[id(p)]}/{key}": value.detach()
+            for optimizer in optimizers for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file. OSError where the disk is full."""
     try:
-        save_file(tensors, file)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
     except SafetensorError as error:
         raise OSError(f"cannot write {file}: {error} (is the disk full?)") from None
+
+
+def save_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> None:
+    save_tensors(file, optimizer_tensors(optimizers, parameters))
 
 
 def load_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> None:
@@ -73,3 +214,67 @@ def load_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], paramet
                 owner[id(p)].state[p][part] = restored.requires_grad_(False)
     except (KeyError, SafetensorError) as error:
         raise ValueError(f"{file} does not fit this run: {error}. Is it a checkpoint of another configuration?") from None
+
+
+# ---------------------------------------------------------------- folders and their state.json
+
+
+def _number(folder: Path) -> tuple[int, int]:
+    """(stage, step) of a checkpoint's name."""
+    stage, step = NAME.fullmatch(folder.name).groups()
+    return STAGES.index(stage), int(step)
+
+
+def _folders(run: Path) -> list[Path]:
+    """All that carry a checkpoint's name, oldest first; of one step, what was to be replaced (~) before the other."""
+    found = [path for path in run.glob("checkpoints/*-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (*_number(path), not path.name.endswith("~")))
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """All of state.json. ValueError where it is not what was written."""
+    file = checkpoint / "state.json"
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} cannot be read: it holds no {{...}}")
+    if ("files" in state or "checksum" in state) and state.get("checksum") != _checksum(state):
+        raise ValueError(f"{file} has changed since it was written")
+    return state
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    """state.json, with the sizes and checksums of all other files in the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    state = state | {"files": {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}}
+    state = json.loads(json.dumps(state))                      # as it will be read: keys are text, tuples are lists
+    (folder / "state.json").write_text(json.dumps(state | {"checksum": _checksum(state)}, indent=1), encoding="utf-8")
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in state.items() if key != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _drop(run: Path, newest: Path, keep: int, keep_every: int) -> None:
+    """Remove what `newest`, in place and whole, makes superfluous. What is visibly damaged is not counted as kept."""
+    reached = [folder for folder in names(run) if _number(folder) <= _number(newest)]
+    sound = {_number(folder): folder for folder in reached if not whole(folder, contents=False)}    # an heir instead of its ~
+    kept = [*sound.values()][-max(keep, 1):]
+    kept += [folder for (_, step), folder in sound.items() if keep_every and step % keep_every == 0]
+    for folder in reached:
+        if folder not in kept:
+            _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder, out of sight first: half of a checkpoint must not look like one. Where somebody holds it open
+    (Windows), it stays until the next time."""
+    hidden = folder.with_name(f".dropped-{folder.name}")
+    try:
+        os.replace(folder, hidden)
+    except OSError:
+        return
+    shutil.rmtree(hidden, ignore_errors=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +15,7 @@ from tinyldm.config import Config
 from tinyldm.training import checkpoint
 from tinyldm.training.log import Log
 from tinyldm.training.meter import Meter
+from tinyldm.training.report import write_report
 from tinyldm.training.run import Progress
 
 
@@ -33,7 +37,25 @@ def write_log(log: Log, stage: str, step: int, meter: Meter, lr_factor: float, b
     log.write(stage=stage, step=step, lr_factor=lr_factor, **row, **bar.report(row["loss"]))
 
 
-def latest(config: Config, run: Path, stage: str) -> Path | None:
-    """The checkpoint to go on from, if it is of this stage."""
-    found = checkpoint.names(run) if config.resume == "auto" else []
-    return found[-1] if found and found[-1].name.startswith(stage) else None
+def attempt(what: str, work: Callable[[], Any]) -> None:
+    """Do what a run can do without: a failure is told, and training goes on."""
+    try:
+        work()
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"{what} failed, training goes on: {' '.join(str(error).split())[:200]}", flush=True)
+
+
+def refresh_report(run: Path) -> None:
+    """RUN/report.html, with where it was made."""
+    attempt("report.html", lambda: write_report(run, {"Python": platform.python_version(), "torch": torch.__version__,
+                                                      "machine": platform.platform()}))
+
+
+def resumed_from(config: Config, run: Path) -> Path | None:
+    """The newest checkpoint that is whole; None for a run that begins. ValueError where all are damaged."""
+    if config.resume != "auto":
+        return None
+    last = checkpoint.newest_whole(run)
+    if last is None and checkpoint.names(run):
+        raise ValueError(f"every checkpoint in {run} is damaged: start another run with --out (its latents can be used again with --cache)")
+    return last

@@ -1,0 +1,464 @@
+"""The page of a run: what is in it, what it copes with, and (slow) that a browser shows it."""
+
+import html
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from configparser import ConfigParser
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyldm.config import PRESETS, Config
+from tinyldm.training.report import EVENTS, POINTS, running_hours, thin, write_report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_run(folder: Path, rows: list = (), config: dict | None = None, checkpoints: dict = {}, samples: tuple = ()) -> Path:
+    for name in ("samples", "checkpoints"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text(json.dumps(config if config is not None else asdict(Config(**PRESETS["tiny"]))))
+    for name, state in checkpoints.items():
+        (folder / "checkpoints" / name).mkdir()
+        (folder / "checkpoints" / name / "state.json").write_text(state if isinstance(state, str) else json.dumps(state))
+    for i, name in enumerate(samples):
+        Image.new("RGB", (40, 20), (40 * i, 90, 120)).save(folder / "samples" / name)
+    return folder
+
+
+def data_of(page: Path) -> dict:
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    assert len(found) == 1
+    return json.loads(found[0], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def losses(n: int, **more) -> list[dict]:
+    return [{"stage": "step", "step": i, "loss": 1 / i, **more} for i in range(1, n + 1)]
+
+
+# ---------------------------------------------------------------- what is in it
+
+
+def test_the_page_is_one_well_formed_file_that_loads_nothing_from_elsewhere(tmp_path):
+    class Reader(HTMLParser):
+        open_tags, addresses = [], []
+
+        def handle_starttag(self, tag, attributes):
+            self.addresses += [value for name, value in attributes if name in ("src", "href")]
+            if tag not in ("meta", "link", "input", "img", "br"):
+                self.open_tags.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open_tags.pop() == tag
+
+    page = write_report(make_run(tmp_path / "one", losses(5)))
+    assert page == tmp_path / "one" / "report.html"
+    reader = Reader()
+    reader.feed(page.read_text(encoding="utf-8"))
+    assert reader.open_tags == [] and reader.addresses == ["data:,"]
+    text = page.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?://|@import|url\((?!#)|@(TITLE|DATA|REFRESH)@", text)
+    assert not list(page.parent.glob(".writing*"))
+
+
+def test_curves_events_and_plan_come_from_the_log(tmp_path):
+    rows = [{"stage": "vae", "step": 10, "loss": 0.5, "seconds": 36.0},
+            {"stage": "step", "step": 200, "event": "plan", "text": "measured", "total_steps": 1000, "decay_from": 700,
+             "finish": "2026-11-27 10:00"},
+            *losses(3, t_bins=[0.1, None, 0.3], grad_norm=2.0),
+            {"stage": "step", "step": 300, "event": "plan", "total_steps": 1100, "decay_from": 800, "finish": "2026-11-28"},
+            {"stage": "step", "step": 301, "event": "skipped", "text": "gradients are not finite"}]
+    data = data_of(write_report(make_run(tmp_path, rows)))
+    assert list(data["stages"]) == ["vae", "step"]
+    step = data["stages"]["step"]
+    assert step["plan"] == {"total": 1100, "decay_from": 800, "warmup": 50, "finish": "2026-11-28"} and step["step"] == 301
+    assert step["curves"]["loss"] == {"x": [1, 2, 3], "y": [1, 0.5, 0.333333], "bad": []}
+    assert set(step["curves"]) == {"loss", "grad_norm"}
+    assert [curve["y"] for curve in step["bins"]["t_bins"]] == [[0.1] * 3, [], [0.3] * 3]
+    assert [(event["event"], event["step"]) for event in data["events"]] == [("plan", 200), ("plan", 300), ("skipped", 301)]
+    assert data["events"][0]["total_steps"] == 1000 and data["events"][2]["text"] == "gradients are not finite"
+
+
+def test_without_a_plan_the_settings_say_it(tmp_path):
+    stages = data_of(write_report(make_run(tmp_path, [{"stage": "vae", "step": 10}, *losses(1)])))["stages"]
+    assert stages["step"]["plan"] == {"total": 850, "decay_from": 510, "warmup": 50, "finish": None}
+    assert stages["vae"]["plan"] == {"total": 950, "decay_from": 380, "warmup": 50, "finish": None}
+
+
+def test_running_time_adds_up_over_processes_and_stages():
+    rows = [{"stage": "vae", "step": i, "seconds": s} for i, s in enumerate((1800, 3600, 900, 1800))]
+    hours = running_hours([*rows, {"stage": "step", "step": 1, "seconds": 3600}, {"stage": "step", "step": 2, "seconds": 600},
+                           {"stage": "step", "step": 3}])
+    assert hours["vae"]["y"] == [0.5, 1, 1.25, 1.5]
+    assert hours["step"]["y"] == [2, round(2 + 1 / 6, 5)]
+
+
+def test_settings_show_where_they_leave_the_preset(tmp_path):
+    config = asdict(Config(**PRESETS["tiny_dit"] | {"preset": "tiny_dit", "lr": 0.5})) | {"of_tomorrow": [1]}
+    found = {one["name"]: one for one in data_of(write_report(make_run(tmp_path, config=config)))["config"]}
+    assert [name for name, one in found.items() if one["differs"]] == ["lr"]
+    assert (found["lr"]["value"], found["lr"]["usual"]) == ("0.5", "0.002") and "AdamW" in found["lr"]["help"]
+    assert found["of_tomorrow"]["usual"] is None and found["dit"]["value"].startswith('{"patch": 1')
+
+
+def test_data_as_old_runs_say_it_is_no_difference(tmp_path):
+    config = asdict(Config(**PRESETS["tiny"])) | {"data": "toyworld"}
+    assert not any(one["differs"] for one in data_of(write_report(make_run(tmp_path, config=config)))["config"])
+
+
+def test_sample_grids_are_linked_in_order_of_steps(tmp_path):
+    run = make_run(tmp_path, samples=("step-1000000.png", "step-000500.png", "vae.png", "step-000020.png", "a #1 ü.png"))
+    data = data_of(write_report(run))
+    assert [one["step"] for one in data["samples"]] == [None, None, 20, 500, 1_000_000]
+    assert [one["src"] for one in data["samples"]][:2] == ["samples/a%20%231%20%C3%BC.png", "samples/vae.png"]
+
+
+def test_the_environment_of_the_caller_comes_with_the_versions(tmp_path):
+    environment = data_of(write_report(make_run(tmp_path), {"gpu": "one card", "ranks": 3}))["environment"]
+    assert environment["gpu"] == "one card" and environment["ranks"] == "3"
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3])) and {"torch", "platform"} <= set(environment)
+
+
+def test_the_page_is_refreshed_until_the_run_is_finished(tmp_path):
+    def refreshed(name, rows, checkpoints, config=None):
+        return 'http-equiv="refresh"' in write_report(make_run(tmp_path / name, rows, config, checkpoints)).read_text()
+
+    end = {"step-000850": {"finished": True}}
+    assert refreshed("begun", [], {})
+    assert refreshed("going", losses(9), {"step-000500": {"finished": False}})
+    assert refreshed("vae", [], {"vae-000950": {"finished": True}})
+    assert not refreshed("done", losses(9), end)
+    longer = asdict(Config(**PRESETS["tiny"] | {"max_steps": 1700}))
+    assert refreshed("longer", losses(9), end, longer)
+    assert refreshed("taken up", [*losses(9), {"stage": "step", "step": 860}], end)
+    plan = {"stage": "step", "step": 200, "event": "plan", "total_steps": 850}
+    assert not refreshed("budget", [*losses(9), plan], end, longer)
+
+
+def test_the_last_step_is_that_of_the_last_checkpoint_when_the_log_ends_before(tmp_path):
+    saved = {"step-000850": {"finished": True}, "step-000500": {"finished": False}, "vae-000950": {"finished": True}}
+    data = data_of(write_report(make_run(tmp_path, losses(840), checkpoints=saved)))
+    assert data["stages"]["step"]["step"] == 850
+    assert list(data["stages"]) == ["vae", "step"]
+    assert [one["name"] for one in data["checkpoints"]] == ["vae-000950", "step-000500", "step-000850"]
+
+
+# ---------------------------------------------------------------- what it copes with
+
+
+def test_a_folder_without_anything_gives_a_page(tmp_path):
+    data = data_of(write_report(tmp_path))
+    assert data["stages"]["step"]["step"] == 0 and data["config"] == [] and data["samples"] == [] and data["events"] == []
+
+
+def test_damaged_files_and_rows_leave_gaps(tmp_path):
+    strange = [5, None, [], "x", {}, {"step": 1}, {"stage": "step"}, {"stage": 3, "step": 3}, {"stage": "step", "step": None},
+               {"stage": "step", "step": math.nan}, {"stage": "step", "step": True}, {"stage": "step", "step": 10**400}]
+    values = [{"stage": "step", "step": 7, "loss": value, "t_bins": value, "event": value, "text": value, "seconds": value}
+              for value in ("0.5", True, None, {}, [], [None, "x", 2], 10**400, -math.inf)]
+    plan = {"stage": "step", "step": 8, "event": "plan", "total_steps": "many", "decay_from": math.nan, "finish": [1]}
+    run = make_run(tmp_path, [*strange, *losses(2), *values, plan],
+                   checkpoints={"step-000001": "{torn", "step-x": {}, "other": {"finished": True}, "step-000002": "[]"})
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"stage": "step", "step": 9, "lo')
+    data = data_of(write_report(run))
+    assert data["stages"]["step"]["curves"]["loss"]["y"] == [1, 0.5] and data["checkpoints"] == []
+    assert data["stages"]["step"]["plan"]["total"] == 850 and data["stages"]["step"]["step"] == 8
+    (run / "config.json").write_text("{")
+    assert data_of(write_report(run))["config"] == []
+    odd = {"preset": math.nan, "max_steps": "x", "lr": math.nan, "decay": None, "sample_prompts": 3}
+    (run / "config.json").write_text(json.dumps(odd))
+    assert data_of(write_report(run))["stages"]["step"]["plan"]["total"] is None
+
+
+def test_values_that_are_not_finite_are_marked_and_do_not_reach_the_curve(tmp_path):
+    rows = [*losses(3), {"stage": "step", "step": 4, "loss": math.nan}, {"stage": "step", "step": 5, "loss": math.inf}]
+    curve = data_of(write_report(make_run(tmp_path, rows)))["stages"]["step"]["curves"]["loss"]
+    assert curve["x"] == [1, 2, 3] and curve["bad"] == [4, 5]
+
+
+@pytest.mark.parametrize("said", ["</script><script>alert(1)</script>", "<!-- <script>", "\u2028 漢字 ü \U0001f98a", "\ud800",
+                                  "@DATA@ @TITLE@"])
+def test_whatever_people_write_stays_text(tmp_path, said):
+    config = asdict(Config(**PRESETS["tiny"])) | {"sample_prompts": f"a|{said}", "preset": said}
+    rows = [{"stage": "step", "step": 1, "event": said, "text": said}, {"stage": said, "step": 1, "loss": 1.0}]
+    page = write_report(make_run(tmp_path, rows, config), {said: said})
+    data = data_of(page)
+    assert data["prompts"] == ["a", said] and data["events"][0]["text"] == said and data["preset"] == said
+    assert data["environment"][said] == said and said in data["stages"]
+    assert page.read_text(encoding="utf-8").count("<script") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("name", ["<b>&\"run\"", "@DATA@", os.fsdecode(b"not utf-8 \xff")])
+def test_a_run_may_have_any_name(tmp_path, name):
+    try:
+        run = make_run(tmp_path / name, losses(2))
+    except OSError:
+        pytest.skip("this file system refuses the name")
+    page = write_report(run)
+    assert data_of(page)["name"] == name
+    title = re.search("<title>(.*?) · training run</title>", page.read_text(encoding="utf-8"))[1]
+    assert html.unescape(title) == name.replace("\udcff", "?") and "<" not in title
+
+
+def test_an_old_page_stays_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
+    page = write_report(make_run(tmp_path, losses(2)))
+    before = page.read_bytes()
+
+    def full(path):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("tinyldm.files.flush", full)
+    with pytest.raises(OSError):
+        write_report(tmp_path, {"new": "thing"})
+    assert page.read_bytes() == before
+
+
+# ---------------------------------------------------------------- size
+
+
+def test_thinning_keeps_ends_and_extremes_and_means():
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=100_003)
+    y[[0, 5, 77_777, -1]] = 2.5, 9, -9, 3.5
+    curve = thin(range(1, len(y) + 1), y.tolist())
+    assert POINTS * 0.9 < len(curve["x"]) <= POINTS + 2 and curve["x"] == sorted(set(curve["x"]))
+    points = dict(zip(curve["x"], curve["y"]))
+    assert points[1] == 2.5 and points[6] == 9 and points[77_778] == -9 and points[len(y)] == 3.5
+    edges = np.linspace(0, len(y), POINTS // 2 + 1).astype(int)
+    for low, high, x, mean in zip(edges[:-1], edges[1:], curve["mx"], curve["my"], strict=True):
+        inside = [value for step, value in points.items() if low < step <= high]
+        part = y[low:high]
+        assert min(inside) == pytest.approx(part.min(), rel=1e-5) and max(inside) == pytest.approx(part.max(), rel=1e-5)
+        assert mean == pytest.approx(part.mean(), rel=1e-4, abs=1e-5) and x == pytest.approx((low + 1 + high) / 2, rel=1e-4)
+
+
+def test_short_curves_are_left_as_they_are():
+    curve = thin(range(POINTS), [0.5] * POINTS)
+    assert curve["x"] == list(range(POINTS)) and "mx" not in curve
+    assert "mx" in thin(range(POINTS + 1), [0.5] * (POINTS + 1))
+
+
+def test_enormous_values_keep_finite_means():
+    assert all(map(math.isfinite, thin(range(9000), [1.7e308] * 9000)["my"]))
+
+
+def full_row(stage: str, i: int) -> dict:
+    noise = 0.100001 + (i * 7919 % 9973) / 10007
+    names = "loss lr_factor seconds images_per_second grad_norm update_ratio val_raw val_ema mfu memory_gb"
+    return {"stage": stage, "step": i, "skipped": i, **dict.fromkeys(names.split(), noise),
+            "t_bins": [noise] * 8, "val_bins": [noise] * 8}
+
+
+def test_long_logs_make_a_page_under_5_mb(tmp_path):
+    rows = [full_row(stage, i) for stage in ("vae", "step") for i in range(1, 6001)]
+    events = [{"stage": "step", "step": i, "event": "spike" if i % 10 else "plan", "text": "x" * 1000} for i in range(5000)]
+    page = write_report(make_run(tmp_path, rows + events, asdict(Config()) | {"sample_prompts": "y" * 10**6}))
+    data = data_of(page)
+    assert 1e6 < page.stat().st_size < 5e6
+    kinds = [event["event"] for event in data["events"]]
+    assert (kinds.count("plan"), kinds.count("spike"), data["events_left_out"]) == (EVENTS, EVENTS, 5000 - 2 * EVENTS)
+    assert data["events"][-1]["step"] == 4999 and len(data["events"][-1]["text"]) == 400
+
+
+@pytest.mark.slow
+def test_a_million_rows_make_a_page_under_5_mb(tmp_path):
+    run = make_run(tmp_path)
+    with open(run / "log.jsonl", "w") as file:
+        for i in range(1, 10**6 + 1):
+            file.write(f'{{"stage": "step", "step": {i}, "loss": {i * 7919 % 1000 / 999}, "seconds": {i}}}\n')
+    page = write_report(run)
+    assert page.stat().st_size < 5e6 and data_of(page)["stages"]["step"]["step"] == 10**6
+
+
+def test_the_template_is_installed_with_the_package():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert setup["options.package_data"]["tinyldm.training"].split() == ["report.html"]
+    assert (ROOT / "tinyldm" / "training" / "report.html").is_file()
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+class Browser:
+    """A headless Chromium, driven through its debugging pipe: JSON messages on its file descriptors 3 and 4."""
+
+    START = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+
+    def __init__(self, program: str, folder: Path):
+        import fcntl
+
+        theirs, self.to = os.pipe()
+        self.back, ours = os.pipe()
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (theirs, ours)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.START, *map(str, ends), program, "--headless", "--no-sandbox", "--disable-gpu",
+             "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"],
+            pass_fds=ends, stderr=subprocess.DEVNULL)
+        for end in (theirs, ours, *ends):
+            os.close(end)
+        self.rest, self.count, self.events, self.session = b"", 0, [], {}
+        page = next(t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]}
+        for part in ("Page", "Runtime", "Log"):
+            self.send(f"{part}.enable")
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
+        self.send("Emulation.setDeviceMetricsOverride", width=1200, height=900, deviceScaleFactor=1, mobile=False)
+
+    def receive(self) -> dict:
+        while b"\0" not in self.rest:
+            piece = os.read(self.back, 1 << 20)
+            assert piece, "the browser has ended"
+            self.rest += piece
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
+
+    def send(self, method: str, **params) -> dict:
+        self.count += 1
+        os.write(self.to, json.dumps({"id": self.count, "method": method, "params": params, **self.session}).encode() + b"\0")
+        while (answer := self.receive()).get("id") != self.count:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, page: Path) -> None:
+        self.events.clear()
+        self.send("Page.navigate", url=page.as_uri())
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.receive())
+
+    def run(self, script: str):
+        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            text = {"text": key} if len(key) == 1 else {}
+            code = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35}.get(key, ord(key[0]))
+            self.send("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
+            self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def drag(self, x0: float, x1: float, y: float) -> None:
+        for kind, x in (("mousePressed", x0), ("mouseMoved", (x0 + x1) / 2), ("mouseMoved", x1), ("mouseReleased", x1)):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+    def complaints(self) -> list[dict]:
+        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [event for event in self.events if event["method"] in kinds]
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self.to), os.close(self.back)
+
+
+@pytest.fixture
+def browser(tmp_path_factory):
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not program or os.name == "nt":
+        pytest.skip("no Chromium is installed here (Debian: apt-get install chromium)")
+    browser = Browser(program, tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def week(tmp_path):
+    rows = [{"stage": "vae", "step": 10, "loss": 0.5}] + [full_row("step", i) for i in range(10, 50_001, 10)]
+    plan = {"total_steps": 80_000, "decay_from": 60_000, "finish": "2026-11-27 10:00"}
+    rows += [{"stage": "step", "step": 700, "event": "plan", **plan},
+             {"stage": "step", "step": 800, "event": "spike", "text": "</script>"},
+             {"stage": "step", "step": 900, "loss": math.nan}]
+    return make_run(tmp_path / "die Woche <1>", rows, checkpoints={"step-000500": {"finished": False}},
+                    samples=("vae.png", "step-000100.png", "step-000200.png", "step-000300.png"))
+
+
+@pytest.mark.slow
+def test_a_browser_loads_every_state_of_a_run_without_complaint(browser, week, tmp_path):
+    one = make_run(tmp_path / "one", losses(1), samples=("step-000001.png",))
+    bad = make_run(tmp_path / "bad", [{"stage": "step", "step": i, "loss": math.nan, "t_bins": [None]} for i in range(3)])
+    (tmp_path / "nothing").mkdir()
+    for scheme in ("light", "dark"):
+        browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        for run in (week, one, bad, tmp_path / "nothing", make_run(tmp_path / f"begun {scheme}")):
+            browser.open(write_report(run))
+            assert browser.complaints() == [], run
+            assert browser.run("document.querySelector('h1').textContent") == run.name
+            assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+            assert "NaN" not in browser.run("document.body.innerText + $('charts').innerHTML + $('now').innerHTML")
+    browser.open(write_report(bad))
+    assert browser.run("charts.map(chart => chart.title)") == ["Loss"]      # with its marks; a curve without data has no chart
+    browser.send("Emulation.setDeviceMetricsOverride", width=360, height=700, deviceScaleFactor=1, mobile=False)
+    browser.open(write_report(week))
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth") and browser.complaints() == []
+
+
+@pytest.mark.slow
+def test_in_a_browser_charts_are_drawn_and_the_slider_changes_the_picture(browser, week):
+    browser.open(write_report(week))
+    titles = browser.run("[...document.querySelectorAll('#charts h3')].map(h => h.textContent)")
+    assert len(titles) == 12 and titles[0] == "Loss"
+    assert browser.run("[...document.querySelectorAll('svg.plot')].every(s => [...s.querySelectorAll('path.curve')]"
+                       ".some(p => p.getBoundingClientRect().width > 100))")
+    said = browser.run("document.querySelector('svg.plot').getAttribute('aria-label')")
+    assert re.match(r"Loss: loss [\d.]+ at step 50,000", said)
+    source = "$('picture').getAttribute('src')"
+    assert browser.run(source) == "samples/step-000300.png"
+    browser.run("$('slider').focus()")
+    browser.press("ArrowLeft")
+    assert browser.run(source) == "samples/step-000200.png"
+    assert browser.run("$('slider').getAttribute('aria-valuetext')") == "step 200"
+    browser.press("Home")
+    assert browser.run(source) == "samples/step-000100.png"
+    for _ in range(100):
+        if browser.run("$('picture').complete && $('picture').naturalWidth") == 40:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the picture did not load")
+    browser.run("$('beside').value = 'newest'; $('beside').dispatchEvent(new Event('change'))")
+    assert browser.run("$('other').getAttribute('src')") == "samples/step-000300.png"
+    assert browser.complaints() == []
+
+
+@pytest.mark.slow
+def test_in_a_browser_keys_and_mouse_zoom_and_a_reload_keeps_it(browser, week):
+    page = write_report(week)
+    browser.open(page)
+    span = "charts[0].b - charts[0].a"
+    whole = browser.run(span)
+    browser.run("charts[0].svg.focus()")
+    browser.press("End", "ArrowLeft")
+    first = browser.run("charts[0].at.textContent")
+    browser.press("ArrowLeft")
+    assert first.startswith("at step") and browser.run("charts[0].at.textContent") != first
+    assert browser.run("$('live').textContent").startswith("at step")
+    browser.press("Home", "+")
+    assert browser.run(span) < 0.7 * whole and browser.run("charts[1].b") == browser.run("charts[0].b")
+    browser.press("0")
+    assert browser.run(span) == whole
+    box = browser.run("(charts[0].svg.scrollIntoView({block: 'center'}), charts[0].svg.getBoundingClientRect().toJSON())")
+    browser.drag(box["x"] + box["width"] * 0.3, box["x"] + box["width"] * 0.6, box["y"] + 100)
+    assert browser.run(span) == pytest.approx(whole * 0.3 * box["width"] / (box["width"] - 64), rel=0.02)
+    browser.run("$('smooth').value = 70; $('smooth').dispatchEvent(new Event('input'))")
+    browser.run("$('log').click(); $('slider').value = 1; $('slider').dispatchEvent(new Event('input'))")
+    kept = browser.run(span), browser.run("scrollY")
+    browser.open(page)
+    assert (browser.run(span), browser.run("scrollY")) == kept and kept[1] > 0
+    assert browser.run("[$('smooth').value, $('log').checked, $('slider').value]") == ["70", True, "1"]
+    browser.run("$('reset').click()")
+    assert browser.run(span) == whole and browser.complaints() == []

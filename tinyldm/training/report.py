@@ -1,0 +1,249 @@
+"""RUN/report.html: one page that shows a run, while it goes and afterwards, from what lies in its folder.
+
+The page is the template report.html beside this file with one block of JSON in it. It needs no network and no library:
+curves are in the page, thinned, and the sample grids are links into RUN/samples. Whatever is missing or damaged in the
+run folder leaves a gap on the page, never an error: a report must not end a training run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import html
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from tinyldm.config import PRESETS, Config
+from tinyldm.files import write_file
+from tinyldm.training import log
+
+POINTS = 2000          # per series
+BINS = 16              # per vector of t-bins
+EVENTS = 400           # the newest, and as many plans
+TEXT = 400             # characters of an event (ten times as many of a setting)
+VAE_DECAY = 0.6        # of stage 1's learning rate
+SCALARS = "loss lr_factor grad_norm update_ratio val_raw val_ema images_per_second mfu memory_gb skipped".split()
+VECTORS = ("t_bins", "val_bins")
+
+
+def write_report(run: Path, environment: dict | None = None) -> Path:
+    """Write RUN/report.html, whole or not at all -> its path.
+
+    environment: names and values to show after, or in place of, the versions of Python, torch and the platform. OSError
+    where the page cannot be written.
+    """
+    config = read_json(run / "config.json")
+    rows = read_rows(run / "log.jsonl")
+    kept = keep_newest(events := [row for row in rows if "event" in row])
+    saved = checkpoints(run)
+    names = dict.fromkeys(row["stage"] for row in [*rows, *saved]) or ["step"]
+    stages = {name: stage(name, [row for row in rows if row["stage"] == name], config, saved)
+              for name in sorted(names, key=lambda name: name != "vae")}
+    name, finished = run.resolve().name, is_finished(config, rows, saved)
+    data = {
+        "name": name, "folder": str(run), "preset": str(config.get("preset", "")), "finished": finished,
+        "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "stages": stages, "hours": running_hours(rows), "checkpoints": saved, "samples": samples(run),
+        "events": [shown(event) for event in kept], "events_left_out": len(events) - len(kept),
+        "prompts": prompts(config), "config": compare(config),
+        "environment": {str(key): text(value) for key, value in {**versions(), **(environment or {})}.items()},
+    }
+    parts = {"TITLE": html.escape(name), "DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
+             "REFRESH": "" if finished else '<meta http-equiv="refresh" content="60">'}
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    page = re.sub("@(TITLE|DATA|REFRESH)@", lambda match: parts[match[1]], template)
+    write_file(run / "report.html", page.encode("utf-8", "replace"))
+    return run / "report.html"
+
+
+# ---------------------------------------------------------------- reading the folder
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or {} where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The log's rows that say where they belong, by step within each stage."""
+    try:
+        rows = log.read(path)
+    except (OSError, ValueError):
+        return []
+    rows = [row for row in rows
+            if isinstance(row, dict) and isinstance(row.get("stage"), str) and math.isfinite(number(row.get("step")))]
+    stages = dict.fromkeys(row["stage"] for row in rows)
+    return [row for name in stages for row in sorted((r for r in rows if r["stage"] == name), key=itemgetter("step"))]
+
+
+def checkpoints(run: Path) -> list[dict]:
+    """What is on disk, oldest first: {name, stage, step, finished}."""
+    found = []
+    for path in run.glob("checkpoints/*/state.json"):
+        state, place = read_json(path), re.fullmatch(r"(\w+)-(\d{1,15})", path.parent.name)
+        if state and place:
+            found.append({"name": path.parent.name, "stage": place[1], "step": int(place[2]),
+                          "finished": state.get("finished") is True})
+    return sorted(found, key=lambda one: (one["stage"] != "vae", one["step"]))
+
+
+def samples(run: Path) -> list[dict]:
+    """Grids by step: {src: relative address, label, step: None for a picture without one}."""
+    found = [{"src": f"samples/{quote(os.fsencode(path.name))}", "label": path.stem,
+              "step": int(place[1]) if (place := re.fullmatch(r"step-(\d{1,15})", path.stem)) else None}
+             for path in run.glob("samples/*.png")]
+    return sorted(found, key=lambda one: (one["step"] or 0, one["label"]))
+
+
+def is_finished(config: dict, rows: list[dict], saved: list[dict]) -> bool:
+    """Whether the last stage reached its end and nothing has been taken up since (a run can be made longer)."""
+    ends = [one["step"] for one in saved if one["stage"] == "step" and one["finished"]]
+    rows = [row for row in rows if row["stage"] == "step"]
+    total = math.nan if any(row.get("event") == "plan" for row in rows) else number(config.get("max_steps"))
+    return bool(ends) and not any(ends[-1] < step for step in [total, *(row["step"] for row in rows)])
+
+
+# ---------------------------------------------------------------- curves
+
+
+def number(value: Any) -> float:
+    """A float, NaN for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    with suppress(OverflowError):
+        return float(value)
+    return math.inf
+
+
+def floats(values: Sequence[Any]) -> np.ndarray:
+    if set(map(type, values)) <= {int, float}:
+        with suppress(OverflowError):
+            return np.array(values, np.float64)
+    return np.array([number(value) for value in values])
+
+
+def thin(steps: Sequence[float], values: Sequence[Any], points: int = POINTS) -> dict[str, list]:
+    """A curve of about `points` points -> {x, y: the values, of each bucket its least and its greatest; mx, my: the
+    buckets' means, where there are buckets; bad: steps of values that are not finite, 200 at most}."""
+    x, y = floats(steps), floats(values)
+    x, y, bad = x[np.isfinite(y)], y[np.isfinite(y)], x[~np.isfinite(y)]
+    bad = bad[np.linspace(0, len(bad) - 1, min(len(bad), 200)).astype(int)]
+    if len(x) <= points:
+        return {"x": plain(x), "y": plain(y), "bad": plain(bad)}
+    edges = np.linspace(0, len(x), points // 2 + 1).astype(int)
+    kept = {0, len(x) - 1}
+    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist()):
+        kept |= {low + int(y[low:high].argmin()), low + int(y[low:high].argmax())}
+    index, counts = np.array(sorted(kept)), np.diff(edges)
+    means = [np.add.reduceat(z / np.repeat(counts, counts), edges[:-1]) for z in (x, y)]       # cannot overflow
+    return {"x": plain(x[index]), "y": plain(y[index]), "mx": plain(means[0]), "my": plain(means[1]), "bad": plain(bad)}
+
+
+def plain(values: np.ndarray) -> list:
+    return [int(v) if v == int(v) and abs(v) < 1e15 else float(f"{v:.6g}") for v in values.tolist()]
+
+
+def stage(name: str, rows: list[dict], config: dict, saved: list[dict]) -> dict:
+    """{step: the last that is known of, plan, curves: {name: curve}, bins: {name: [curve per bin]}}."""
+    keys = set().union(*rows)
+    curves = {key: found for key in SCALARS if key in keys and (found := curve(rows, lambda row: row.get(key)))}
+    bins = {}
+    for key in VECTORS:
+        listed = [row for row in rows if isinstance(row.get(key), list)]
+        length = min(BINS, max((len(row[key]) for row in listed), default=0))
+        if length:
+            bins[key] = [curve(listed, lambda row: row[key][i] if i < len(row[key]) else None) or thin([], [])
+                         for i in range(length)]
+    steps = [0] + [row["step"] for row in rows[-1:]] + [one["step"] for one in saved if one["stage"] == name]
+    return {"step": max(steps), "plan": plan(name, rows, config), "curves": curves, "bins": bins}
+
+
+def curve(rows: list[dict], pick: Callable[[dict], Any]) -> dict | None:
+    values = [pick(row) for row in rows]
+    steps = [row["step"] for row, value in zip(rows, values) if value is not None]
+    return thin(steps, [value for value in values if value is not None]) if steps else None
+
+
+def running_hours(rows: list[dict]) -> dict[str, dict]:
+    """Time spent running at each step, in hours, over all processes, per stage: `seconds` starts again with each."""
+    before, last, curves = 0.0, 0.0, {}
+    for row in rows:
+        seconds = number(row.get("seconds"))
+        if math.isfinite(seconds) and seconds >= 0:
+            before += last if seconds < last else 0.0
+            last = seconds
+            curves.setdefault(row["stage"], []).append((row["step"], (before + seconds) / 3600))
+    return {name: thin(*zip(*points)) for name, points in curves.items()}
+
+
+def plan(name: str, rows: list[dict], config: dict) -> dict:
+    """The newest plan of a stage, from its events, else from the settings; None for what nobody has said."""
+    events = [row for row in rows if row.get("event") == "plan"]
+    told = shown(events[-1]) if events else {}
+    settings = {key: value for key, value in config.items() if 0 < number(value) < math.inf}
+    total = told.get("total_steps") or settings.get("vae_steps" if name == "vae" else "max_steps")
+    share = VAE_DECAY if name == "vae" else settings.get("decay")
+    guess = round(total * (1 - share)) if total and share is not None else None
+    return {"total": total, "decay_from": told.get("decay_from", guess), "finish": told.get("finish"),
+            "warmup": settings.get("warmup_steps", 0)}
+
+
+# ---------------------------------------------------------------- events, settings, environment
+
+
+def text(value: Any, length: int = TEXT) -> str:
+    said = value if isinstance(value, str) else json.dumps(value, default=str)
+    return said if len(said) <= length else said[: length - 1] + "…"
+
+
+def keep_newest(events: list[dict]) -> list[dict]:
+    """All that fit, oldest first: the newest plans, and the newest of the rest."""
+    plans = [event for event in events if event["event"] == "plan"][-EVENTS:]
+    kept = {id(event) for event in plans + [event for event in events if event["event"] != "plan"][-EVENTS:]}
+    return [event for event in events if id(event) in kept]
+
+
+def shown(event: dict) -> dict:
+    """Of an event what the page shows, each part only where it is there and what it should be."""
+    kept = {"stage": event["stage"], "step": event["step"], "event": text(event["event"], 40)}
+    numbers = {key: event[key] for key in ("total_steps", "decay_from") if 0 < number(event.get(key)) < math.inf}
+    said = {key: text(event[key]) for key in ("text", "finish") if event.get(key)}
+    return kept | numbers | said
+
+
+def prompts(config: dict) -> list[str]:
+    said = config.get("sample_prompts")
+    return [text(prompt) for prompt in said.split("|")[:100]] if isinstance(said, str) and said else []
+
+
+def compare(config: dict) -> list[dict]:
+    """Every setting: {name, value, usual: the preset's value, differs, help}. Settings of other versions: usual None."""
+    preset, helps = str(config.get("preset", "")), {field.name: field.metadata["help"] for field in dataclasses.fields(Config)}
+    usual = json.loads(json.dumps(dataclasses.asdict(Config(**PRESETS.get(preset, {}) | {"preset": preset}))))
+    usual["data"] = " ".join(usual["data"]) if isinstance(config.get("data"), str) else usual["data"]
+    return [{"name": name, "value": text(value, 10 * TEXT), "usual": text(usual[name], 10 * TEXT) if name in usual else None,
+             "differs": name in usual and value != usual[name], "help": helps.get(name, "")} for name, value in config.items()]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("torch", "numpy", "tinyldm"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

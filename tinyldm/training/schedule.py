@@ -1,0 +1,183 @@
+"""The course of the learning rate, over a number of steps or over a budget of running time.
+
+Warm-up, constant, linear decay to 0. With max_steps all of it is counted in steps and nothing depends on the clock.
+
+With a budget the decay is counted in time: it begins when its share of the running time is all that is left, and its
+factor is the time left over the decay's time. A number of steps, fixed when the decay begins, would be exposed for 20
+to 40 % of the run to any change of speed (10 % slower by then: 2 to 4 % late, or cut off before the rate is low);
+time left reaches 0 when the time does, whatever the speed, and no rate has to be measured for that. The price: the
+factor of a step is only known once it begins, so processes that train together must be told one `running` and `now`
+(of rank 0). The number of steps is a plan for people, made from the measured rate until the decay begins.
+
+There are no clocks here: times are passed in, in seconds. `running` is the time the run's processes have been alive,
+all of them added up; `now` is time.time(), which only a deadline needs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+UNITS = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+SPAN = re.compile("".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in UNITS))
+SHORTEST = 0.01             # of the running time: a decay is not cut shorter than this, though that is overtime
+OVERTIME = "out of time: {:.0f} s more, to bring the learning rate down"
+
+
+def seconds(text: str) -> float:
+    """"7d", "1d12h", "1.5h", "20m", "90s" -> seconds."""
+    found = SPAN.fullmatch(text.strip().lower())
+    result = sum(float(number or 0) * size for number, size in zip(found.groups(), UNITS.values())) if found else 0.0
+    if not 0 < result < math.inf:
+        raise ValueError(f"'{text}' is not a span of time: use days, hours, minutes, seconds, as in 7d, 1d12h, 1.5h, 20m, 90s")
+    return result
+
+
+class Revision(NamedTuple):
+    """A change of the planned number of steps, for the log."""
+
+    old: int                # 0: there was no plan
+    new: int
+    why: str
+
+
+class Schedule:
+    """What the learning rate is multiplied by, and when the run ends.
+
+    warmup: steps. decay: share of the steps (of the running time, with a budget) over which the factor falls to 0.
+    Either max_steps, or a budget (seconds of running time; downtime is free) or a deadline (time.time() of the end;
+    downtime counts) or both of these, whichever comes first.
+
+    `total` is the planned number of steps. With a budget it is 0 before the first measurement, then information:
+    the run ends when done() says so, which a drift of the speed during the decay moves away from the plan.
+    """
+
+    def __init__(self, *, warmup: int, decay: float, max_steps: int = 0, budget: float = 0.0, deadline: float = 0.0):
+        if bool(max_steps) == bool(budget or deadline):
+            raise ValueError("a run ends by --max-steps or by time (--budget, --deadline): give one of the two")
+        for name, value in dict(warmup=warmup, max_steps=max_steps, budget=budget, deadline=deadline).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} {value} must be 0 or more")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay {decay} must lie between 0 and 1")
+        self.warmup, self.decay, self.max_steps = warmup, decay, max_steps
+        self.budget, self.deadline = float(budget), float(deadline)
+        self.total = max_steps
+        self.planned_decay = 0                  # with a budget: first step of the decay, as planned
+        self.running = 0.0                      # at the last checkpoint, as are the next three
+        self.rate = 0.0                         # seconds per step; 0: not measured
+        self.reserve = 0.0                      # seconds to keep for what is not training
+        self.share = 1.0                        # what the decay had left of the learning rate
+        self.overtime = 0.0                     # seconds added to the end, see SHORTEST
+        self.anchor: list[float] | None = None  # [share, seconds left then]: the decay goes on from there to 0
+
+    def factor(self, step: int, running: float = 0.0, now: float = 0.0) -> float:
+        """0 to 1, for the optimizer step `step` (0-based) that begins at these times."""
+        rising = (step + 1) / max(self.warmup, 1)
+        if self.max_steps:
+            return min(1.0, rising, (self.total - step) / max(self.decay * self.total, 1))
+        return min(rising, self._falling(running, now))
+
+    def done(self, step: int, running: float = 0.0, now: float = 0.0) -> bool:
+        """After `step` steps: is this the end? With a budget: is less than half a step left?"""
+        if self.max_steps:
+            return step >= self.total
+        return self.left(running, now) <= self.rate / 2
+
+    def left(self, running: float, now: float = 0.0) -> float:
+        """Seconds left for training (negative: late)."""
+        if self.deadline and not now:
+            raise ValueError("a deadline cannot be kept without the time: pass now=time.time()")
+        ends = [end for given, end in ((self.budget, self.budget - running), (self.deadline, self.deadline - now)) if given]
+        return min(ends, default=math.inf) - self.reserve + self.overtime
+
+    def spent(self) -> float:
+        """Accumulated running seconds as of the last checkpoint (revise, resume). A resumed process counts on from here."""
+        return self.running
+
+    @property
+    def decay_from(self) -> int:
+        """First step of the decay; with a budget as planned, 0: not known yet."""
+        if self.max_steps:
+            return self.total - math.ceil(max(self.decay * self.total, 1)) + 1
+        return self.planned_decay
+
+    def revise(self, step: int, running: float, rate: float, reserve: float = 0.0, now: float = 0.0) -> Revision | None:
+        """At a checkpoint, after `step` steps, before its state() is taken. -> what has changed in the plan, if anything.
+
+        rate: seconds per step, a median of recent ones without evaluations and checkpoints (0: not measured).
+        reserve: seconds of the budget that training cannot have: evaluations, checkpoints, encoding still to come.
+        The plan of steps stands once the decay has begun, except that a first one is made even then. A change of
+        the reserve never makes the learning rate jump: the decay goes on from where it is, faster or slower.
+        """
+        self.running = max(self.running, running)
+        if self.max_steps:
+            return None
+        share = self._falling(running, now)
+        late = 0.0
+        if reserve != self.reserve:
+            self.reserve = reserve
+            late = self._go_on_from(share, running, now)
+        self.share = share
+        before, self.rate = self.rate, rate if 0 < rate < math.inf else self.rate
+        if self.total and share < 1:
+            return None
+        speed = f"{self.rate:.3g} s per step"
+        return self._plan(step, running, now, OVERTIME.format(late) if late else f"{speed}, measured" if not self.total else
+                          f"{speed}, was {before:.3g}" if before != self.rate else "time spent otherwise than planned")
+
+    def resume(self, step: int, running: float, now: float = 0.0) -> Revision | None:
+        """Once after from_state, when training is about to go on at `step`: time may have passed since the checkpoint.
+
+        running: spent(), and what the killed process ran after its checkpoint, where that is known, and the start of
+        this one: they count. Where no time was lost the plan of the checkpoint stands.
+        The learning rate goes on from where the weights left it, not from where the clock would have it. Where too
+        little is left to bring it down (SHORTEST), the run takes that much overtime.
+        """
+        lost, self.running = running - self.running, max(self.running, running)
+        if self.max_steps or lost <= 0 and not self.deadline:                  # a deadline comes nearer meanwhile
+            return None
+        late = self._go_on_from(self.share, running, now)
+        why = OVERTIME.format(late) if late else "time lost since the checkpoint"
+        return self._plan(step, running, now, why) if self.total else None
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for JSON. With max_steps only `running` depends on the clock."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Schedule:
+        """The schedule of a checkpoint: its plan, not that of today's flags."""
+        schedule = cls(**{name: state[name] for name in ("warmup", "decay", "max_steps", "budget", "deadline")})
+        vars(schedule).update(state)
+        return schedule
+
+    def _falling(self, running: float, now: float) -> float:
+        """The decay's part of the factor: 1 before it begins, then in proportion to the time left."""
+        left = self.left(running, now)
+        share, span = self.anchor or (1.0, self._span(running, left))
+        return share * min(1.0, max(left, 0.0) / max(span, 1e-9))
+
+    def _span(self, running: float, left: float) -> float:
+        return self.decay * (running + left)
+
+    def _go_on_from(self, share: float, running: float, now: float) -> float:
+        """Continue the decay, where it has begun or should have, from this share of the learning rate. -> the seconds
+        that takes, where they had to be granted as overtime, else 0."""
+        left = self.left(running, now)
+        if share == 1 and left >= self._span(running, left):
+            return 0.0
+        needed = share * min(SHORTEST, self.decay) * running
+        self.overtime += max(needed - left, 0.0)
+        self.anchor = [share, max(needed, left)]
+        return needed if needed > left else 0.0
+
+    def _plan(self, step: int, running: float, now: float, why: str) -> Revision | None:
+        if not self.rate:
+            return None
+        old, left = self.total, max(self.left(running, now), 0.0)
+        self.total = step + round(left / self.rate)
+        if self.share == 1 or not old:
+            self.planned_decay = step + max(round((left - self._span(running, left)) / self.rate), 0)
+        return Revision(old, self.total, why) if self.total != old else None
