@@ -43,12 +43,12 @@ from tinyldm.diffusion.loss import T_SAMPLERS, make_noise, make_weight, sample_l
 from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.process import PROCESSES, Process, make_process
 from tinyldm.diffusion.samplers import find_sampler
+from tinyldm.files import replace_folder, write_file
 from tinyldm.lookup import lookup
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL
-from tinyldm.files import replace_folder, write_file
 from tinyldm.pipeline import draw, encode_tokens, settings
 from tinyldm.sheet import tile
 from tinyldm.tokenizer import Tokenizer

@@ -60,9 +60,9 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(run, tmp_path, poi
     cut = tmp_path / "cut"
     shutil.copytree(run, cut)
     stage, step = point.split("-")
-    for checkpoint in (cut / "checkpoints").iterdir():
-        if checkpoint.name.startswith("step") > (stage == "step") or checkpoint.name.startswith(stage) and checkpoint.name > point:
-            shutil.rmtree(checkpoint)
+    for saved in (cut / "checkpoints").iterdir():
+        if saved.name.startswith("step") > (stage == "step") or saved.name.startswith(stage) and saved.name > point:
+            shutil.rmtree(saved)
     if stage == "vae":
         shutil.rmtree(cut / "vae")
         shutil.rmtree(cut / "latents")

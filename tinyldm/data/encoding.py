@@ -160,6 +160,7 @@ class Encoder:
         self.log.write(json.dumps(row | detail) + "\n")
 
     def flush(self, batch: list[Item]) -> None:
+        """Encode pictures of one size and write them, but for those whose latents are not finite even in float32."""
         shape = (self.config.encode_batch_size, *batch[0].image.shape)
         if shape not in self.buffers:                          # kept: new memory is slow to touch
             self.buffers[shape] = np.empty(shape, np.uint8)

@@ -106,6 +106,7 @@ def file_sizes(shard: dict) -> dict[str, int]:
 
 
 def check_sizes(folder: Path | str, sizes: dict[str, int], fix: str | None = None) -> None:
+    """ValueError, with the fix, unless the folder's files are there with so many bytes each."""
     for name, size in sizes.items():
         path = os.path.join(folder, name)
         try:

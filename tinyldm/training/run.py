@@ -60,7 +60,8 @@ class Progress:
         now = time.perf_counter()
         rate = self.steps * self.batch_size / (now - self.marked)
         self.marked, self.steps = now, 0
-        self.bar.set_postfix_str(f"loss {loss or float('nan'):.4f}, {rate:.0f} images/s", refresh=False)
+        told = "no finite step" if loss is None else f"loss {loss:.4f}"
+        self.bar.set_postfix_str(f"{told}, {rate:.0f} images/s", refresh=False)
         return {"seconds": now - self.begun, "images_per_second": rate}
 
     def close(self) -> None:
