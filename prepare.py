@@ -21,7 +21,7 @@ from tinyldm.cli import guard
 from tinyldm.config import Config, parse
 
 NAMES = ("preset", "seed", "device", "dtype", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments",
-         "min_side", "max_aspect", "min_caption", "max_caption", "max_skip", "encode_batch_size", "vae_weights",
+         "stages", "min_side", "max_aspect", "min_caption", "max_caption", "max_skip", "encode_batch_size", "vae_weights",
          "text_weights", "network", "unet", "dit")
 
 
@@ -48,7 +48,7 @@ import torch
 
 from tinyldm.data.cache import write_tokens
 from tinyldm.data.encoding import posterior
-from tinyldm.data.prepare import prepare, some_pictures
+from tinyldm.data.prepare import prepare, some_pictures, stage_folders
 from tinyldm.device import pick_device
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.pipeline import to_bytes
@@ -96,17 +96,19 @@ def main() -> None:
                 write_preview(config, Path(ARGS.preview), signals)
             if ARGS.decode_check:
                 decode_check(config, vae, device, ARGS.decode_check, out.with_name(out.name + ".decoded.png"), signals)
-        report = prepare(config, out, vae, device, ARGS.rebuild, signals.check)
+        done = [(prepare(stage, folder, vae, device, ARGS.rebuild, signals.check), folder) for stage, folder in stage_folders(config, out)]
     except Interrupted:
         print(f"stopped; finished shards stay in {out}: the same command goes on")
         sys.exit(128 + signals.received)
-    if report is None:
-        return print(f"this process is done; others are still at work on {out}")
-    print(report)
-    if tokenizer:
-        write_tokens(out, tokenizer)
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{size / 1e6:,.1f} MB in {out}: python train.py --cache {out} --vae-weights {config.vae_weights} ...")
+    for report, folder in done:
+        if report is None:
+            return print(f"this process is done; others are still at work on {folder}")
+        print(report)
+        if tokenizer:
+            write_tokens(folder, tokenizer)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        print(f"{size / 1e6:,.1f} MB in {folder}")
+    print(f"python train.py --cache {' '.join(str(folder) for _, folder in done)} --vae-weights {config.vae_weights} ...")
 
 
 if __name__ == "__main__":

@@ -5,262 +5,301 @@
     python train.py --data "shards/*.tar" --out runs/mine    your own captioned pictures (or a folder of them, or a URL)
     python train.py --cache CACHE --vae-weights V --out ...  latents that prepare.py made before
     python train.py --preset 5090_week --dry-run             the plan of a week on one RTX 5090
+    python train.py --preset tiny --budget 20m               whatever can be learnt in this time
+    torchrun --nproc-per-node 4 train.py ...                 several GPUs: the same batches, shared out
 
 Any field of tinyldm.config.Config is a flag; network fields are KEY=VALUE pairs (--unet widths=64,128,256 depth=2).
-Everything lands in runs/PRESET (or --out): log.jsonl, samples/, checkpoints/. Then: python sample.py "a red fox"
+Everything lands in runs/PRESET (or --out): report.html, log.jsonl, samples/, checkpoints/. Then: python sample.py "a red fox"
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
+import os
 import sys
-from collections.abc import Iterable
+import time
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from tinyldm.cli import guard
-from tinyldm.config import Config, build, parse, split_weights
+from tinyldm.config import Config, parse, stages
 
 FLAGS = {"--dry-run": dict(action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")}
+BEGUN = time.monotonic()                                     # of the running time, loading included
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
     CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS)
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyldm.data import toyworld
-from tinyldm.data.cache import Cache, write_tokens
-from tinyldm.data.loader import Loader
-from tinyldm.data.prepare import adopt, find_shards, prepare, some_pictures
-from tinyldm.data.sources import parse_sources
-from tinyldm.device import autocast, pick_device, prefer_plain_attention
-from tinyldm.diffusion.grids import grid
-from tinyldm.diffusion.loss import T_SAMPLERS, make_noise, make_weight, sample_losses, sample_t
-from tinyldm.diffusion.prediction import to_x0
-from tinyldm.diffusion.process import PROCESSES, Process, make_process
-from tinyldm.diffusion.samplers import find_sampler
+from tinyldm.data.cache import Cache
+from tinyldm.data.prepare import prepare, some_pictures, stage_folders
+from tinyldm.device import autocast, deterministic, pick_device, prefer_plain_attention
+from tinyldm.diffusion.loss import make_noise, sample_losses, sample_t
+from tinyldm.diffusion.process import make_process
 from tinyldm.files import replace_folder, write_file
-from tinyldm.lookup import lookup
-from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
-from tinyldm.models.dit import DiT, DiTConfig
-from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.pipeline import draw, encode_tokens, settings
 from tinyldm.sheet import tile
-from tinyldm.tokenizer import Tokenizer
 from tinyldm.training import checkpoint
 from tinyldm.training.autoencoder import finish_vae, train_vae
-from tinyldm.training.budget import forwards, meta_networks, print_plan
-from tinyldm.training.ema import EMA
+from tinyldm.training.budget import Measured, compare, peak_flops, print_plan, useful_flops
+from tinyldm.training.distributed import World, connect, launched
+from tinyldm.training.learner import Learner
 from tinyldm.training.log import Log
-from tinyldm.training.loop import attempt, refresh_report, resumed_from, update, write_log
-from tinyldm.training.meter import Meter
-from tinyldm.training.optim import make_optimizers, set_lr
-from tinyldm.training.run import Interrupted, Progress, Signals, generator, write_picture
+from tinyldm.training.loop import RolledBack, attempt, make_schedule, mean_rate, out_of_memory, refresh_report, resumed_from, write_log
+from tinyldm.training.run import Clock, Interrupted, Pace, Progress, Signals, date, generator, memory_gb, write_picture
+from tinyldm.training.schedule import Revision
+from tinyldm.training.setup import at_stage, build_networks, make_loader, objective, process_options, refuse_early
+from tinyldm.training.spikes import RECENT, Course
+from tinyldm.training.track import Tracker
 from tinyldm.training.validation import Validation
-from tinyldm.vendor_loaders import scheduler
-from tinyldm.vendor_loaders.folder import save_model, save_vae
-from tinyldm.vendor_loaders.load import Model, load_model, load_text, load_tokenizer, load_vae
+from tinyldm.vendor_loaders.folder import save_vae
+from tinyldm.vendor_loaders.load import Model, load_vae
+
+MEASURED = 200                                               # steps, after which plan and measurement are compared
+ROLLBACKS = 10                                               # in one process, after which it is not the data
 
 
-def build_networks(config: Config, vae: AutoencoderKL, captions: Iterable[str],
-                   last: Path | None) -> tuple[nn.Module, CLIPText, Tokenizer]:
-    """The network to train, and its text encoder: pretrained and frozen, or new and trained along. last: the checkpoint
-    whose vocabulary to keep."""
-    if config.text_weights:
-        text = load_text(config.text_weights)
-        tokenizer = load_tokenizer(config.text_weights, text.config.context_length)
-    else:
-        length = config.text.get("context_length", 77)
-        tokenizer = Tokenizer.load(last / "model" / "tokenizer") if last else Tokenizer.train(captions, config.vocab_size, length)
-        text = CLIPText(build(CLIPTextConfig, config.text | dict(
-            vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), "--text"))
-    channels = dict(in_channels=vae.config.latent_channels, context_dim=text.config.width,
-                    out_channels=vae.config.latent_channels * (1 + config.learned_variance))
-    if config.network == "dit":
-        return DiT(build(DiTConfig, config.dit | channels, "--dit")), text, tokenizer
-    size = config.resolution // vae.config.downscale
-    return UNet(build(UNetConfig, config.unet | channels | {"sample_size": size}, "--unet")), text, tokenizer
+class Here(NamedTuple):
+    """Where a run takes place, and with whom."""
+
+    run: Path
+    device: torch.device
+    world: World
+    signals: Signals
+    clock: Clock
 
 
-def make_loader(config: Config, data: Cache, tokenizer: Tokenizer, device: torch.device) -> Loader:
-    """Batches of the cache, mixed as --data and --caption-key say."""
-    try:
-        data.check_tokens(tokenizer.fingerprint)
-    except ValueError:                                         # of a cache that others use too, the run keeps them itself
-        place = Path(config.out) / "tokens" if config.cache else None
-        write_tokens(data.folder, tokenizer, place)
-        data = Cache(data.folder, place)
-    weights = [source.weight for source in parse_sources(config.data)]
-    loader = Loader(data, tokenizer.fingerprint, batch_size=config.batch_size, seed=config.seed,
-                    weights=weights if len(weights) > 1 and weights[0] else None, pin=device.type == "cuda", hold_out=config.val_samples,
-                    caption_weights=tuple(split_weights(config.caption_key).values()) or (1.0,))
-    for size, count in loader.order.never_drawn:
-        print(f"{count:,} pictures of latent size {size} are never drawn: fewer than one batch of {config.batch_size}")
-    return loader
+# ---------------------------------------------------------------- stage 2
 
 
-def train_diffusion(config: Config, run: Path, vae: AutoencoderKL, data: Cache, device: torch.device, signals: Signals,
-                    last: Path | None) -> None:
-    torch.manual_seed(config.seed + 1)
-    net, text, tokenizer = build_networks(config, vae, data.all_captions(), last)
-    net, text = net.to(device), text.to(device)
-    trained = {"net": net} if config.text_weights else {"net": net, "text": text}
-    parameters = {f"{part}.{name}": p for part, module in trained.items() for name, p in module.named_parameters()}
-    optimizers = make_optimizers(parameters, kind=config.optimizer, lr=config.lr, muon_lr=config.muon_lr,
-                                 weight_decay=config.weight_decay)
-    process = make_process(config.process, **process_options(config))
-    goal = objective(config, process)
-    start, meter = 0, Meter(device)
-    ema = EMA(trained, config.ema_decay)
-    if last:
-        state = checkpoint.read_state(last)
-        if state["data"] != data.digest:
-            raise ValueError(f"{data.folder} has changed since {last}: put back the latents it began with, or start another run with --out")
-        raw, averaged = (load_model(last / "model", device, ema=wanted) for wanted in (False, True))
-        for part, module in trained.items():
-            module.load_state_dict(getattr(raw, part).state_dict())
-            ema.load_state_dict(part, getattr(averaged, part).state_dict())
-        checkpoint.load_optimizers(last / "optimizer.safetensors", optimizers, parameters)
-        start = state["step"]
-        meter.load(state["meter"])
-    log = Log(run / "log.jsonl", "step", start)
-    model = Model(net, vae, text, tokenizer, process, config.prediction,
-                  scheduler.to_config(config.process, process_options(config), config.prediction, config.network, config.sampler,
-                                      config.learned_variance),
-                  dict(preset=config.preset, resolution=config.resolution, sampler=config.sampler,
-                       steps=config.sample_steps, cfg=config.cfg, data=" ".join(config.data),
-                       mask_padding=config.mask_padding))
-    loader = make_loader(config, data, tokenizer, device)
-    empty = torch.from_numpy(tokenizer.encode([""]))[0]
-    compiled = torch.compile(net) if (config.compile if config.compile is not None else device.type == "cuda") else net
+class Trainer:
+    """Stage 2: the network learns to denoise latents, at one picture size after another."""
 
-    def save(writer: checkpoint.Writer, step: int, finished: bool) -> None:
-        """Copy what changes to the host; the rest happens in the background."""
-        writer.wait()                                                           # at most one copy at a time
-        averaged = {part: (module, checkpoint.host_copy(ema.state_dict(part))) for part, module in trained.items()}
-        raw = {part: checkpoint.host_copy(module.state_dict()) for part, module in trained.items()}
-        moments = checkpoint.host_copy(checkpoint.optimizer_tensors(optimizers, parameters))
+    def __init__(self, config: Config, here: Here, vae: AutoencoderKL, caches: list[Cache], last: Path | None, window: int):
+        """last: the checkpoint to go on from. window: so many batches have been passed over to get here (--rollback)."""
+        torch.manual_seed(config.seed + 1)
+        self.config, self.here, self.caches, self.stages = config, here, caches, stages(config)
+        net, text, tokenizer = build_networks(config, vae, caches[0].all_captions(), last)
+        net, text = net.to(here.device), text.to(here.device)
+        self.learner = Learner(config, net, text, here.world, here.device)
+        self.data = [cache.digest for cache in caches]
+        state = self.learner.load(last) if last else {}
+        if last and state["data"] != self.data:
+            raise ValueError(f"{', '.join(str(cache.folder) for cache in caches)} has changed since {last}: put back the latents it "
+                             "began with, or start another run with --out")
+        self.step, self.place, self.window = state.get("step", 0), state.get("stage_number", 0), max(window, state.get("window", 0))
+        shares = [float(share) for share in config.stages.values()] or [1.0]
+        self.shares = [share / sum(shares) for share in shares]
+        running, now = self.time()
+        self.schedule = make_schedule(config, state.get("schedule"), running)
+        self.model = Model(net, vae, text, tokenizer, make_process(config.process, **process_options(config)), config.prediction, {}, {})
+        self.compiled = torch.compile(net) if (config.compile if config.compile is not None else here.device.type == "cuda") else net
+        self.empty = torch.from_numpy(tokenizer.encode([""]))[0]
+        self.tracker = Tracker(config.track if here.world.main else "", here.run, dataclasses.asdict(config), self.step)
+        self.log = Log(here.run / "log.jsonl" if here.world.main else None, "step", self.step, self.tracker.row)
+        self.writer, self.pace = checkpoint.Writer(here.run, config.keep_last, config.keep_every), Pace()
+        self.note_plan(self.schedule.resume(self.step, running, now) if last else None, running, now)
+        if window > state.get("window", 0):
+            self.log.write(stage="step", step=self.step, event="rollback", text=f"back to step {self.step}: {window:,} batches passed over so far")
 
-        def fill(folder: Path) -> None:
-            save_model(folder / "model", net=averaged["net"], vae=run / "vae", text=averaged.get("text", text), non_ema=raw,
-                       tokenizer=tokenizer, scheduler=model.scheduler, defaults=model.defaults | {"step": step})
-            checkpoint.save_tensors(folder / "optimizer.safetensors", moments)
+    def time(self) -> list[float]:
+        """Running time and the time of day, as the main process has them."""
+        return self.here.world.agree(self.here.clock.running(), time.time())
 
-        if found := checkpoint.names(run):
-            checkpoint.check_room(run, checkpoint.size_of(found[-1]))
-        writer.save("step", step, fill, {"meter": meter.state(), "finished": finished, "data": data.digest})
+    def train(self) -> None:
+        """All stages, to the end of the schedule."""
+        costs = [useful_flops(stage) for stage in self.stages]
+        self.bar = Progress(self.config.network, self.step, self.schedule.total, self.config.batch_size, self.here.device, self.here.world.main)
+        peak = peak_flops(self.config, self.here.device)
+        self.bar.peak, self.costs, begun, first = peak and peak * self.here.world.size, costs, self.step, self.place
+        try:
+            for self.place in range(first, len(self.stages)):
+                running, now = self.time()
+                if not (self.schedule.done(self.step, running, now) or self.stage_over(running, now)):
+                    stage, self.bar.flops = self.stages[self.place], costs[self.place]
+                    if self.place > first:
+                        text, self.learner.course = f"from here on {stage.resolution} px", Course()
+                        self.log.write(stage="step", step=self.step + 1, event="stage", resolution=stage.resolution, text=text)
+                    self.train_stage(stage, self.caches[self.place], begun)
+        finally:                                                                    # also the checkpoint that is under way
+            self.bar.close(), self.tracker.close(), self.writer.close()
 
-    def losses_of(x0: Tensor, eps: Tensor, t: Tensor, mixed: Tensor, tokens: Tensor) -> Tensor:
-        with autocast(device, config.dtype):
-            cond = encode_tokens(text, tokens, device, config.mask_padding, cut=True)
-            return sample_losses(compiled, x0, eps, t, cond, process, mixed=mixed, **goal)      # [micro-batch]
+    def train_stage(self, config: Config, data: Cache, begun: int) -> None:
+        """One picture size, until its share of the training is over."""
+        learner, world, device, log = self.learner, self.here.world, self.here.device, self.log
+        self.model = at_stage(self.model, config)
+        loader = make_loader(config, data, self.model.tokenizer, device, world)
+        most = config.batch_size // world.size                                      # micro-batches, each of one sample or more
+        parts = min(-(-config.grad_accum // world.size), most)
+        goal = objective(config, self.model.process)
 
-    validate = Validation(loader.cache, loader.held_out, tokenizer.fingerprint, config.seed, config.batch_size // config.grad_accum, device,
-                          losses_of)
-    bar, writer = Progress(config.network, start, config.max_steps, config.batch_size), checkpoint.Writer(run, config.keep_last, config.keep_every)
-    for step, (_, x0, tokens) in enumerate(loader.run(start, config.max_steps), start):     # x0 [b, c, h, w]
-        factor = set_lr(optimizers, step, config.max_steps, config.warmup_steps, config.decay)
-        rng = generator(config.seed, 2, step)                                   # one stream for the whole global batch
-        noise = make_noise(x0.shape, rng, config.noise_offset, config.input_perturbation)
-        t = sample_t(config.times, len(x0), rng, config.times_mean, config.times_scale, process, config.stratified_times)
-        dropped = torch.rand(len(x0), generator=rng) < config.caption_dropout
-        tokens = torch.where(dropped[:, None], empty, tokens)                   # [b, context_length]
-        whole = [part.to(device, non_blocking=True) for part in (x0, noise.eps, t, noise.mixed)] + [tokens]
-        for micro in zip(*(part.tensor_split(config.grad_accum) for part in whole)):
-            losses = losses_of(*micro)
-            (losses.sum() / config.batch_size).backward()                       # a mean over the global batch, however it is split
-            meter.add(losses, 1 / config.batch_size, micro[2])
-        if update(list(parameters.values()), optimizers, config.grad_clip, meter):
-            ema.update(step + 1)
-        else:
-            log.write(stage="step", step=step + 1, event="skipped", text=meter.skip(step, config.seed))
-        bar.update()
-        finished = step + 1 == config.max_steps
-        if (step + 1) % config.log_every == 0:
-            write_log(log, "step", step + 1, meter, factor, bar)
-        if finished or signals.received or (step + 1) % config.save_every == 0:
-            save(writer, step + 1, finished)
-            refresh_report(run)
-        if len(loader.held_out) and (finished or config.val_every and (step + 1) % config.val_every == 0):
-            raw = validate()
-            with ema.applied():
-                averaged = validate()
-            log.write(stage="step", step=step + 1, val_raw=raw["loss"], val_ema=averaged["loss"], val_bins=averaged["t_bins"])
-        if config.sample_every and (step + 1) % config.sample_every == 0 and not finished:
-            attempt("the sample grid", lambda: sample_grid(config, model, ema, run, step + 1, data))
-        if signals.received and not finished:
-            writer.close()
-            raise Interrupted
-    bar.close()
-    writer.close()
-    sample_grid(config, model, ema, run, config.max_steps, data)
-    refresh_report(run)
+        def losses_of(x0: Tensor, eps: Tensor, t: Tensor, mixed: Tensor, tokens: Tensor) -> Tensor:
+            with autocast(device, config.dtype):
+                cond = encode_tokens(self.model.text, tokens, device, config.mask_padding, cut=True)
+                return sample_losses(self.compiled, x0, eps, t, cond, self.model.process, mixed=mixed, **goal)      # [micro-batch]
 
+        validate = Validation(loader.cache, loader.held_out, loader.fingerprint, config.seed, -(-most // parts), device, losses_of)
+        for _, x0, tokens in loader.run(self.step + self.window):                   # x0 [b, c, h, w]: this process's share
+            batch = self.noised(config, x0, tokens, loader.part)
+            while True:
+                failed = self.accumulate(losses_of, batch, parts)
+                running, now, failed, signal = world.agree(self.here.clock.running(), time.time(), failed, self.here.signals.received)
+                if not failed:
+                    break
+                parts = self.smaller(parts, most)
+            factor, measured = self.schedule.factor(self.step, running, now), (self.step + 1) % config.log_every == 0
+            loss, moved = learner.step(self.step + 1, factor, measured)
+            self.step += 1
+            self.pace.step()
+            self.bar.update()
+            self.watch(loss)
+            finished = self.schedule.done(self.step, running, now)
+            if measured:
+                write_log(log, "step", self.step, learner.meter, self.bar, factor, config.lr * factor, self.ends(running, now),
+                          **{"update_ratio": moved} if moved is not None else {}, running=running)
+            if self.step - begun == MEASURED:
+                self.tell(config, running, now)
+            self.duties(config, validate, data, finished, bool(signal), running, now)
+            if signal and not finished:
+                self.here.signals.received = int(signal)                        # whoever got it
+                raise Interrupted
+            if finished or self.stage_over(running, now):
+                return
 
-def process_options(config: Config) -> dict[str, Any]:
-    """What make_process takes: --shift and --zero-terminal-snr where the process has them, and --process-options."""
-    takes = inspect.signature(lookup(PROCESSES, config.process, "process")).parameters
-    if config.zero_terminal_snr and "zero_snr" not in takes:
-        raise ValueError(f"--zero-terminal-snr is for tables, not for {config.process}: leave it out (flow ends in pure noise by itself)")
-    if config.process == "betas" and not config.process_options.get("betas"):
-        raise ValueError("--process betas needs them: --process-options betas=0.0001,0.0002,... from the cleanest level to the noisiest")
-    named = {"shift": config.shift, "zero_snr": config.zero_terminal_snr}
-    return {name: value for name, value in named.items() if name in takes} | config.process_options
+    def noised(self, config: Config, x0: Tensor, tokens: Tensor, share: slice) -> list[Tensor]:
+        """Noise, times and dropped captions, drawn for the whole global batch by one stream of random numbers, of which every
+        process takes its share -> x0, eps, t, x_t's noise, token ids."""
+        rng = generator(config.seed, 2, self.step + self.window)
+        noise = make_noise((config.batch_size, *x0.shape[1:]), rng, config.noise_offset, config.input_perturbation)
+        t = sample_t(config.times, config.batch_size, rng, config.times_mean, config.times_scale, self.model.process, config.stratified_times)
+        dropped = torch.rand(config.batch_size, generator=rng) < config.caption_dropout
+        tokens = torch.where(dropped[share, None], self.empty, tokens)              # [b, context_length]
+        return [part.to(self.here.device, non_blocking=True) for part in (x0, noise.eps[share], t[share], noise.mixed[share])] + [tokens]
 
+    def accumulate(self, losses_of, batch: list[Tensor], parts: int) -> bool:
+        """Gradients of a batch, in so many micro-batches. True, and none, where the memory does not suffice."""
+        try:
+            for micro in zip(*(part.tensor_split(parts) for part in batch)):
+                losses = losses_of(*micro)
+                (losses.sum() / self.config.batch_size).backward()                  # a mean over the global batch, however it is split
+                self.learner.meter.add(losses, 1 / self.config.batch_size, micro[2])
+            return False
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return True
 
-def objective(config: Config, process: Process) -> dict[str, Any]:
-    """How diffusion_loss measures: prediction, weight, loss."""
-    name = "min_snr" if config.min_snr_gamma and config.loss_weight == "none" else config.loss_weight
-    gamma = config.p2_gamma if name == "p2" else config.min_snr_gamma or None
-    return dict(prediction=config.prediction, weight=make_weight(name, config.prediction, gamma, process), loss=config.loss,
-                huber_c=config.huber_c)
+    def smaller(self, parts: int, most: int) -> int:
+        """Twice as many micro-batches of half the size, after one did not fit: the global batch stays."""
+        self.learner.forget()
+        if self.here.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if parts == most:
+            raise ValueError(f"out of memory with a single picture of {self.stages[self.place].resolution} px: use a smaller network, "
+                             "--grad-checkpointing, or --stages of fewer pixels")
+        parts = min(2 * parts, most)
+        text = f"out of memory: micro-batch {-(-most // parts)}, accumulation {parts * self.here.world.size}"
+        print(f"\n{text}", flush=True)
+        self.log.write(stage="step", step=self.step + 1, event="memory", text=text)
+        return parts
 
+    def watch(self, loss: float | None) -> None:
+        """Steps that were left out and spikes are noted; a loss that has left its course rolls back, where that is wanted."""
+        if loss is None:
+            text = self.learner.meter.skip(self.step - 1, self.config.seed)
+            return self.log.write(stage="step", step=self.step, event="skipped", text=text)
+        if text := self.learner.course.see(self.step, loss):
+            self.log.write(stage="step", step=self.step, event="spike", text=text)
+        if self.config.rollback and self.learner.course.lost:
+            raise RolledBack(self.step - RECENT, self.step, self.window)
 
-def sample_grid(config: Config, model: Model, ema: EMA, run: Path, step: int, data: Cache) -> None:
-    """A picture of fixed prompts from fixed seeds: comparable between steps and between runs."""
-    spread = dict.fromkeys(data.captions(i)[0][1] for i in range(0, len(data), -(-len(data) // 8)))
-    known = toyworld.PROMPTS if config.data == ["toyworld"] else list(spread)
-    prompts = config.sample_prompts.split("|") if config.sample_prompts else known
-    repeated = [prompt for prompt in prompts for _ in range(2)]
-    model.net.eval(), model.text.eval()
-    with ema.applied(), autocast(pick_device(config.device), config.dtype):
-        images = draw(model, repeated, range(len(repeated)), settings(model))
-    model.net.train(), model.text.train()
-    write_picture(run / "samples" / f"step-{step:06d}.png", tile(images, columns=8))
+    def duties(self, config: Config, validate: Validation, data: Cache, finished: bool, stopping: bool, running: float, now: float) -> None:
+        """What is due now and then: validation, pictures, a revised plan, and then the checkpoint that says they are done."""
+        step, ema = self.step, self.learner.ema
+        if validate.whole and (finished or config.val_every and step % config.val_every == 0):
+            with self.pace.aside("validation"):
+                attempt("validation", lambda: self.log.write(stage="step", step=step, **validate.both(ema)))
+        if finished or config.sample_every and step % config.sample_every == 0:
+            with self.pace.aside("the sample grid"):
+                attempt("the sample grid", lambda: self.sample_grid(config, data))
+        if finished or stopping or step % config.save_every == 0:
+            with self.pace.aside("the checkpoint"):
+                self.note_plan(self.replan(running, now), running, now)
+                self.learner.save(self.writer, self.model, step, {
+                    "finished": finished, "data": self.data, "stage_number": self.place, "window": self.window,
+                    "schedule": None if self.schedule.max_steps else self.schedule.state()})
+                if finished:
+                    self.writer.wait()
+                if self.here.world.main:
+                    refresh_report(self.here.run)
+
+    # ---------------------------------------------------------------- the plan
+
+    def stage_over(self, running: float, now: float) -> bool:
+        """Whether the stage has had its share; the last one goes on to the end."""
+        end = sum(self.shares[:self.place + 1]) - 1e-9
+        return self.place + 1 < len(self.stages) and self.schedule.progress(self.step, running, now) >= end
+
+    def rate(self, running: float, now: float) -> float:
+        """Seconds per step from here to the end, on average over the stages to come; 0: not known yet."""
+        if not self.pace.times:
+            return 0.0
+        return mean_rate(self.pace.rate, self.schedule.progress(self.step, running, now), self.place, self.shares, self.costs)
+
+    def replan(self, running: float, now: float) -> Revision | None:
+        """With a budget: what the measured speed makes of it."""
+        rate, ending = self.here.world.agree(self.rate(running, now), sum(self.pace.costs.values()))
+        revision = self.schedule.revise(self.step, running, rate, ending, now)
+        self.bar.plan(self.schedule.total)
+        return revision
+
+    def note_plan(self, revision: Revision | None, running: float, now: float) -> None:
+        if revision:
+            self.log.write(stage="step", step=self.step, event="plan", total_steps=revision.new, decay_from=self.schedule.decay_from,
+                           finish=date(self.schedule.left(running, now)), text=f"{revision.new:,} steps planned ({revision.why})")
+
+    def ends(self, running: float, now: float) -> str:
+        if not self.schedule.max_steps:
+            return date(self.schedule.left(running, now))
+        return date((self.schedule.total - self.step) * self.rate(running, now))
+
+    def tell(self, config: Config, running: float, now: float) -> None:
+        """Plan and measurement, side by side, once there is something to compare."""
+        if not self.schedule.total:
+            self.note_plan(self.replan(running, now), running, now)
+        seconds, memory = self.pace.seconds, memory_gb(self.here.device)
+        speed = config.batch_size / seconds
+        attempt("the comparison with the plan", lambda: print("\n" + compare(config, Measured(
+            seconds, speed, speed * self.bar.flops / self.bar.peak if self.bar.peak else None, memory or None, self.schedule.total,
+            self.ends(running, now)), self.config, MEASURED), flush=True))
+
+    # ---------------------------------------------------------------- pictures
+
+    def sample_grid(self, config: Config, data: Cache) -> None:
+        """A picture of fixed prompts from fixed seeds: comparable between steps and between runs."""
+        model, spread = self.model, dict.fromkeys(data.captions(i)[0][1] for i in range(0, len(data), -(-len(data) // 8)))
+        known = toyworld.PROMPTS if config.data == ["toyworld"] else list(spread)
+        prompts = config.sample_prompts.split("|") if config.sample_prompts else known
+        repeated = [prompt for prompt in prompts for _ in range(2)]
+        model.net.eval(), model.text.eval()
+        try:
+            with self.learner.ema.applied(), autocast(self.here.device, config.dtype):
+                images = draw(model, repeated, range(len(repeated)), settings(model))
+        finally:
+            model.net.train(), model.text.train()
+        if self.here.world.main:
+            file = self.here.run / "samples" / f"step-{self.step:06d}.png"
+            write_picture(file, tile(images, columns=8))
+            self.tracker.picture("samples", file, self.step)
 
 
 # ---------------------------------------------------------------- the run
-
-
-def refuse_early(config: Config) -> Config:
-    """Whatever cannot work is refused here, before anything is written or trained. -> config, with what --cache decides in it."""
-    find_sampler(config.sampler)
-    lookup(T_SAMPLERS, config.times, "--times")
-    process, pixel = make_process(config.process, **process_options(config)), torch.zeros(1, 1, 1, 1)
-    for first in (grid(process, config.sample_steps)[0], process(torch.ones(1))):
-        to_x0(config.prediction, pixel, pixel, first)                           # eps from pure noise
-    answer = torch.zeros(1, 1 + config.learned_variance, 1, 1)
-    sample_losses(lambda *told: answer, pixel, pixel, torch.ones(1), None, process, **objective(config, process))
-    if not config.cache and not (Path(config.out) / "latents" / "index.json").exists():
-        find_shards(config)                                                     # the sources are there
-    if config.vae_weights:
-        vae = load_vae(config.vae_weights)                                      # downloaded, whole and of the right kind
-        config = adopt(config, Cache(Path(config.cache)), vae) if config.cache else config
-    if config.text_weights:
-        load_text(config.text_weights), load_tokenizer(config.text_weights)
-    if not config.vae_weights:
-        networks = meta_networks(config)                                        # shapes without values: sizes that do
-        for size in {config.resolution, config.vae_crop or config.resolution}:  # not divide fail here, in a second
-            for part, forward in forwards(networks, size).items():
-                if part != "net" or size == config.resolution:
-                    forward()
-    return config
 
 
 def prepare_run(config: Config) -> Path:
@@ -275,48 +314,84 @@ def prepare_run(config: Config) -> Path:
     return run
 
 
-def prepare_data(config: Config, run: Path, device: torch.device, signals: Signals, last: Path | None) -> tuple[AutoencoderKL, Cache]:
-    """The frozen VAE and the latents of all pictures, each made only where it is not there yet. last: the checkpoint to go
-    on from."""
-    if not (run / "vae").is_dir():
-        if config.vae_weights:
-            replace_folder(run / "vae", lambda folder: save_vae(folder, load_vae(config.vae_weights)))
+def prepare_vae(config: Config, here: Here, last: Path | None) -> None:
+    """RUN/vae, pretrained or trained here, where it is not there yet. last: the checkpoint to go on from."""
+    run, device, signals = here.run, here.device, here.signals
+    if config.vae_weights:
+        return replace_folder(run / "vae", lambda folder: save_vae(folder, load_vae(config.vae_weights)))
+    pictures, faults = some_pictures(config, config.vae_pictures, signals.check)
+    images = np.stack([item.image for item in pictures])
+    del pictures
+    print(f"the VAE trains on {len(images):,} pictures" + f" ({sum(faults.values()):,} unusable ones passed over)" * bool(faults))
+    finish_vae(config, run, train_vae(config, run, images, device, signals, here.clock, last), images, device)
+
+
+def prepare_data(config: Config, here: Here, last: Path | None) -> tuple[AutoencoderKL, list[Cache]]:
+    """The frozen VAE, and per stage the latents of all pictures, each made only where it is not there yet. Several processes
+    share out what is to be encoded; the main one trains a VAE alone."""
+    def check() -> None:
+        here.clock.running()
+        here.signals.check()
+
+    while not (here.run / "vae").is_dir():
+        if here.world.main:
+            prepare_vae(config, here, last)
         else:
-            pictures, faults = some_pictures(config, config.vae_pictures, signals.check)
-            images = np.stack([item.image for item in pictures])
-            del pictures
-            print(f"the VAE trains on {len(images):,} pictures" + f" ({sum(faults.values()):,} unusable ones passed over)" * bool(faults))
-            finish_vae(config, run, train_vae(config, run, images, device, signals, last), images, device)
-    vae = load_vae(run / "vae", device)
-    if config.cache:
-        return vae, Cache(Path(config.cache))
-    if last and last.name.startswith("step"):                  # whatever has become of the sources since
-        return vae, Cache(run / "latents")
-    report = prepare(config, run / "latents", vae, device, check=signals.check)
-    if report is None:
-        raise ValueError(f"other processes are still preparing {run / 'latents'}: run this again when they are done")
-    print(report)
-    return vae, Cache(run / "latents")
+            check(), time.sleep(0.5)
+    vae, caches = load_vae(here.run / "vae", here.device), []
+    for stage, folder in stage_folders(config, here.run / "latents"):
+        if not config.cache and not (last and last.name.startswith("step")):    # afterwards, whatever has become of the sources
+            while (report := prepare(stage, folder, vae, here.device, check=check)) is None:
+                check(), time.sleep(0.5)                                        # others are at the last shards
+            print(report)
+        caches.append(Cache(folder))
+    return vae, caches
+
+
+def train_all(config: Config, here: Here) -> None:
+    """Everything, from the newest checkpoint on. With --rollback it may begin again at an older one."""
+    last, window = here.world.told(str(resumed_from(config, here.run) or "") if here.world.main else ""), 0
+    last = Path(last) if last else None
+    vae, caches = prepare_data(config, here, last)
+    last = last if last and last.name.startswith("step") else None
+    for _ in range(ROLLBACKS):
+        trainer = Trainer(config, here, vae, caches, last, window)
+        try:
+            with here.world.watch():
+                return trainer.train()
+        except RolledBack as back:
+            last, window = here.world.told(back.retreat(here.run) if here.world.main else None)
+            last = Path(last)
+            del trainer                                                         # its weights, before others are made
+    raise ValueError(f"{ROLLBACKS} times the loss left its course: this is not the data. Lower --lr and --muon-lr, or lengthen --warmup-steps")
 
 
 def main() -> None:
     config = CONFIG
     if ARGS.dry_run:
         return print_plan(config)
+    rank, _ = launched()
+    if rank:
+        sys.stdout = open(os.devnull, "w")                                      # the main process speaks for all
     device = pick_device(config.device)
     if device.type == "cpu":
         prefer_plain_attention()
+    if config.deterministic:
+        deterministic()
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):                    # torchrun starts all again after one has died
+        config.resume = "auto"
     config = refuse_early(config)
-    run, signals = prepare_run(config), Signals()
+    run = prepare_run(config) if rank == 0 else Path(config.out)
+    signals, clock, world = Signals(), Clock(run if rank == 0 else None, BEGUN), connect(device)
     try:
-        last = resumed_from(config, run)
-        vae, data = prepare_data(config, run, device, signals, last)
-        train_diffusion(config, run, vae, data, device, signals, last if last and last.name.startswith("step") else None)
+        train_all(config, Here(run, device, world, signals, clock))
     except Interrupted:
         print(f"saved; continue with: python train.py --out {run} --resume auto")
         sys.exit(128 + signals.received)
-    last = run / "samples" / f"step-{config.max_steps:06d}.png"
-    print(f"done: look at {last}, and draw what you like: python sample.py \"a red fox\" --model {run}")
+    finally:
+        clock.close()
+        world.close()
+    print(f"done: look at {run / 'report.html'}, and draw what you like: python sample.py \"a red fox\" --model {run}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,26 @@
 """What several test files share."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
 from tinyldm.cli import guard
 from tinyldm.config import parse
+from tinyldm.data import toyworld
 from tinyldm.models.clip_text import CLIPTextConfig
 from tinyldm.tokenizer import Tokenizer
+from tinyldm.training.log import read
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a red square on the left of a blue circle"
@@ -54,6 +59,55 @@ def mistake(name: str, words, capsys) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 2 and len(lines) == 1
     return lines[0]
+
+
+SMALL = ("--scenes 24 --resolution 16 --vae-crop 8 --vae-batch-size 4 --batch-size 4 --log-every 3 --save-every 2 "
+         "--keep-last 99 --sample-every 2 --sample-steps 2 --warmup-steps 2 --vae-steps 4 --max-steps 6 "
+         "--vae widths=8,16 groups=4 --unet widths=16,32 attention=False,True heads=1,2 groups=4 "
+         "--text width=16 layers=1 heads=2 mlp_width=32").split()
+
+
+def pictures(folder: Path, count: int, size=(16, 16)) -> Path:
+    """Scenes of the toy world as files, with captions long and short."""
+    folder.mkdir()
+    for i in range(count):
+        drawn = toyworld.sample(i, max(size), 0)
+        Image.fromarray(drawn.image).crop((0, 0, *size)).save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.json").write_text(json.dumps({"long": drawn.caption, "short": ["scene", f"number {i}"]}))
+        (folder / f"{i:04d}.txt").write_text(drawn.caption)
+    return folder
+
+
+def train_here(train, words: list[str], monkeypatch, stop_after: int | None = None) -> None:
+    """train.py's main job in this process: faster than another one, and open to monkeypatching. stop_after: as if interrupted
+    while that step went on."""
+    train.CONFIG, train.ARGS = parse(words, "", train.FLAGS)
+    signals = SimpleNamespace(received=0, check=lambda: None)
+    monkeypatch.setattr(train, "prefer_plain_attention", lambda: None)          # a switch for the whole process
+    monkeypatch.setattr(train, "Signals", lambda: signals)
+    locked = []
+    monkeypatch.setattr(train.checkpoint, "lock", locked.append)
+    if stop_after is None:
+        return train.main()
+    real = train.Trainer.noised
+
+    def noised(self, *args):
+        signals.received = signal.SIGTERM if self.step + 1 == stop_after else 0
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "noised", noised)
+        with pytest.raises(SystemExit) as end:
+            train.main()
+    assert end.value.code == 128 + signal.SIGTERM
+
+
+TIMING = {"seconds", "images_per_second", "mfu", "memory_gb", "running"}
+
+
+def log_without_timing(run: Path) -> list[dict]:
+    """The rows of a run's log, without what depends on the clock and the machine."""
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in read(run / "log.jsonl")]
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:

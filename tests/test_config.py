@@ -37,7 +37,7 @@ def test_every_field_is_a_flag():
     (["--preset", "tinny"], "did you mean 'tiny'"),
     (["--max-stepz", "3"], "did you mean '--max-steps'"),
     (["--max-steps", "many"], "invalid int value"),
-    (["--max-steps", "0"], "--max-steps 0 must be at least 1"),
+    (["--max-steps", "0"], "by --max-steps or by time"),
     (["--batch-size", "2", "--grad-accum", "3"], "cannot be divided into"),
     (["--caption-dropout", "1.5"], "between 0 and 1"),
     (["--loss-weight", "p2", "--min-snr-gamma", "5"], "leave one out"),

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 
 from tinyldm.cli import Parser
 from tinyldm.lookup import lookup
+from tinyldm.training.schedule import moment, seconds
 
 
 def knob(default: Any, text: str) -> Any:
@@ -41,6 +42,8 @@ class Config:
     caption_key: list = knob([], "where captions are: txt, or keys of the json or metadata, each with a :WEIGHT where several "
                              "are mixed (default: txt, else prompt, caption or text)")
     resolution: int = knob(64, "picture size in pixels")
+    stages: dict = knob({}, "picture sizes one after another, each with its share of the training, as in 256=0.8 512=0.2 (default: "
+                        "--resolution alone). Micro-batches keep their number of pixels, flow's shift grows with the side")
     buckets: float = knob(0.0, "aspect buckets, of sides up to this ratio, with the square's number of tokens (0: all cropped square)")
     flip: bool = knob(False, "encode every picture mirrored too (captions that say left and right become wrong)")
     moments: bool = knob(False, "keep the posterior's std beside its mean; training then resamples the latents")
@@ -49,7 +52,7 @@ class Config:
     min_caption: int = knob(1, "leave out captions shorter than so many characters")
     max_caption: int = knob(0, "leave out longer ones (0: none; what the text encoder cannot take is cut off)")
     max_skip: float = knob(0.05, "stop when a larger share of the samples is unusable")
-    cache: str = knob("", "latents made by prepare.py, used as they are (default: OUT/latents, made where missing)")
+    cache: list = knob([], "latents made by prepare.py, used as they are, one per stage (default: OUT/latents, made where missing)")
     encode_batch_size: int = knob(32, "pictures the VAE encodes at once")
 
     vae: dict = knob({}, "VAEConfig fields, as key=value")
@@ -90,7 +93,9 @@ class Config:
                               "longest caption of a batch")
     caption_dropout: float = knob(0.1, "share of captions replaced by the empty one, for classifier-free guidance")
 
-    max_steps: int = knob(1000, "optimizer steps")
+    max_steps: int = knob(1000, "optimizer steps (0: as many as --budget or --deadline leave time for)")
+    budget: str = knob("", "running time instead, as in 7d or 1h30m, all of it counted, pauses between processes not")
+    deadline: str = knob("", "when to be done instead, as in 2030-01-31T18:00 (local time); with --budget, whichever comes first")
     batch_size: int = knob(64, "pictures per optimizer step, over all micro-batches")
     grad_accum: int = knob(1, "micro-batches per step")
     optimizer: str = knob("muon", "muon (AdamW for all but the blocks' matrices) or adamw")
@@ -101,8 +106,15 @@ class Config:
     decay: float = knob(0.4, "share of the steps, at the end, over which the learning rate falls to 0")
     grad_clip: float = knob(1.0, "largest gradient norm")
     ema_decay: float = knob(0.995, "decay of the averaged weights, after their warm-up")
+    ema_widths: list = knob([], "averages of these widths instead, power functions of the step, as in 0.05 0.1: the first is the model's, "
+                            "others can be had afterwards (python -m tinyldm.reconstruct)")
+    rollback: bool = knob(False, "when the loss leaves its course, go back to the last checkpoint and pass over the batches since")
+    grad_checkpointing: bool = knob(False, "keep only the blocks' inputs for the backward pass: a third more work, far less memory")
+    fsdp: bool = knob(False, "several GPUs: share out weights, gradients and optimizer state among them too (FSDP2)")
+    deterministic: bool = knob(False, "CUDA: only algorithms that give the same bits every time (slower)")
 
     log_every: int = knob(20, "steps per line of log.jsonl")
+    track: str = knob("", "show the log elsewhere too: tensorboard or wandb (pip install 'tinyldm[tensorboard]' or 'tinyldm[wandb]')")
     save_every: int = knob(500, "steps per checkpoint")
     keep_last: int = knob(2, "checkpoints to keep")
     keep_every: int = knob(0, "and besides every one whose step is a multiple of this (0: none)")
@@ -114,15 +126,17 @@ class Config:
     sample_steps: int = knob(20, "its steps")
     cfg: float = knob(4.5, "its guidance scale")
 
-    hours: dict = knob({}, "dry run: hours of the budget by use (encode, 256, 512, rest)")
     pictures: int = knob(0, "dry run: pictures in the data set the preset is made for")
     mfu: float = knob(0.55, "dry run: share of the GPU's peak the training reaches")
     gpu_gb: float = knob(32.0, "dry run: memory of the GPU, GB")
-    gpu_tflops: float = knob(209.5, "dry run: its bf16 peak (RTX 5090), TFLOP/s")
+    gpu_tflops: float = knob(209.5, "its bf16 peak (RTX 5090), TFLOP/s: for the dry run, and for the MFU of a GPU that is not known")
 
     def __post_init__(self):
         self.out = self.out or f"runs/{self.preset}"
         self.data = self.data.split() if isinstance(self.data, str) else self.data       # as runs of old say it
+        if self.stages and (first := next(iter(self.stages))).isdigit():
+            self.resolution = int(first)
+        self.cache = [self.cache] * bool(self.cache) if isinstance(self.cache, str) else self.cache
 
 
 TINY = dict(
@@ -133,10 +147,9 @@ TINY = dict(
 WEEK = dict(
     data=["hf://datasets/jackyhate/text-to-image-2M/data_512_2M/data_{000000..000045}.tar"],
     vae_weights="stabilityai/sd-vae-ft-mse", text_weights="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
-    resolution=256, batch_size=512, grad_accum=4, warmup_steps=1500, ema_decay=0.9999, caption_dropout=0.1,
-    lr=2e-4, muon_lr=5e-4, weight_decay=0.01, decay=0.2, max_steps=220_000,
-    save_every=2000, sample_every=2000, val_every=1000, val_samples=1024, log_every=100, cfg=5.0,
-    hours={"encode": 21, "256": 110, "512": 30, "rest": 7}, pictures=4_600_000,
+    resolution=256, stages={"256": 0.79, "512": 0.21}, batch_size=512, grad_accum=4, warmup_steps=1500, ema_decay=0.9999,
+    caption_dropout=0.1, lr=2e-4, muon_lr=5e-4, weight_decay=0.01, decay=0.2, max_steps=0, budget="7d",
+    save_every=1000, sample_every=2000, val_every=1000, val_samples=1024, log_every=100, cfg=5.0, pictures=4_600_000,
 )
 PRESETS: dict[str, dict] = {
     "tiny": TINY,
@@ -145,7 +158,7 @@ PRESETS: dict[str, dict] = {
         lr=2e-3, muon_lr=2e-3, max_steps=1000),
     "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16), grad_accum=8),
     "5090_week_unet": WEEK | dict(
-        network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), max_steps=300_000, mfu=0.4),
+        network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), mfu=0.4),
 }
 
 
@@ -174,6 +187,8 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
         row = starting_point(typed)
         typed = {name: {**row.get(name, {}), **pairs(name, value)} if hints[name] is dict else value
                  for name, value in typed.items()}
+        for name in EXCLUDES.keys() & typed.keys():
+            row |= {other: nothing for other, nothing in EXCLUDES[name].items() if other not in typed}
         config = Config(**(row | typed))
         check(config)
     except ValueError as error:
@@ -200,10 +215,14 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+# What a typed setting leaves of those in a preset's row that say otherwise.
+EXCLUDES: dict[str, dict[str, Any]] = {
+    "max_steps": {"budget": "", "deadline": ""}, "budget": {"max_steps": 0}, "deadline": {"max_steps": 0}, "resolution": {"stages": {}}}
+
 # What weights, optimizer state, word ids and latents hang on: a resumed run cannot change it.
 KEPT = {"seed", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments", "min_side", "max_aspect", "min_caption",
         "max_caption", "cache", "vae", "vae_weights", "text", "text_weights", "vocab_size", "network",
-        "unet", "dit", "process", "process_options", "shift", "zero_terminal_snr", "prediction", "learned_variance", "optimizer",
+        "unet", "dit", "stages", "ema_widths", "process", "process_options", "shift", "zero_terminal_snr", "prediction", "learned_variance", "optimizer",
         "mask_padding"}
 
 
@@ -239,11 +258,11 @@ def pairs(name: str, words: list[str]) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Numbers that cannot work, refused before anything is written."""
-    least = dict.fromkeys(("max_steps", "batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every",
+    least = dict.fromkeys(("batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every",
                            "scenes", "sample_steps", "vae_batch_size", "vae_pictures", "encode_batch_size"), 1)
     least |= dict.fromkeys(("seed", "vae_crop", "vae_kl", "warmup_steps", "sample_every", "weight_decay", "min_snr_gamma",
                             "noise_offset", "input_perturbation", "min_side", "max_aspect", "min_caption", "max_caption", "buckets",
-                            "val_every", "val_samples", "keep_every"), 0)
+                            "val_every", "val_samples", "keep_every", "max_steps"), 0)
     least["vae_steps"] = 0 if config.vae_weights else 1
     for name, smallest in least.items():
         if not smallest <= getattr(config, name) < float("inf"):
@@ -264,6 +283,20 @@ def check(config: Config) -> None:
         raise ValueError("--buckets and --max-aspect are ratios of the longer side to the shorter: 1 or more (0: off)")
     if config.mask_padding and config.network != "dit":
         raise ValueError("--mask-padding is for --network dit: the pipelines that a U-Net is exported to attend to the padding")
+    if bool(config.max_steps) == bool(config.budget or config.deadline):
+        raise ValueError("a run ends by --max-steps or by time (--budget, --deadline): give one of the two")
+    for name, read in (("budget", seconds), ("deadline", moment)):
+        if said := getattr(config, name):
+            try:
+                read(said)
+            except ValueError as error:
+                raise ValueError(f"--{name}: {error}") from None
+    stages = config.stages or {str(config.resolution): 1.0}
+    for side, share in stages.items():
+        if not (side.isdigit() and int(side) and isinstance(share, (int, float)) and 0 < share < float("inf")):
+            raise ValueError(f"--stages {side}={share} is not a picture size and its share of the training: for example --stages 256=0.8 512=0.2")
+    if config.cache and len(config.cache) != len(stages):
+        raise ValueError(f"--cache names {len(config.cache)} of the caches of {len(stages)} stages ({', '.join(stages)} px): name one for each")
     if config.cache and not config.vae_weights:
         raise ValueError("--cache goes with the VAE that made it: name that with --vae-weights (the cache's settings.json says which)")
     if config.batch_size < config.grad_accum:
@@ -271,6 +304,19 @@ def check(config: Config) -> None:
     for name, known in (("network", ("unet", "dit")), ("optimizer", ("muon", "adamw")), ("dtype", ("auto", "bf16", "fp32")),
                         ("device", ("auto", "cpu", "cuda", "mps"))):
         lookup(dict.fromkeys(known), getattr(config, name).partition(":")[0], name)
+
+
+def stages(config: Config) -> list[Config]:
+    """The settings of every stage, in their order; just `config` where there is one. (check() has seen the sizes.)"""
+    if not config.stages:
+        return [config]
+    caches, first = config.cache or [None] * len(config.stages), int(next(iter(config.stages)))
+    result = []
+    for side, cache in zip(map(int, config.stages), caches):
+        accumulation = min(config.batch_size, round(config.grad_accum * max(1.0, (side / first) ** 2)))
+        result.append(dataclasses.replace(config, resolution=side, stages={}, cache=[cache] * bool(cache), grad_accum=accumulation,
+                                          shift=config.shift * side / first))      # the root of the tokens' ratio (arXiv:2403.03206, Eq. 23)
+    return result
 
 
 def build(kind: type, settings: dict[str, Any], what: str) -> Any:

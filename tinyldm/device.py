@@ -52,6 +52,14 @@ def autocast(device: torch.device, dtype: str = "auto") -> AbstractContextManage
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=True)
 
 
+def deterministic() -> None:
+    """Only algorithms that give the same bits every time, on CUDA too; RuntimeError from an operation that has none. To be
+    called before the GPU is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 def prefer_plain_attention() -> None:
     """For training on CPUs: attention over a few dozen tokens runs several times faster (backward, bf16) as plain matrix
     products than through the fused kernel. Drawing does not: forward alone, and over many tokens, the fused kernel

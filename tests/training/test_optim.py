@@ -6,6 +6,7 @@ from torch import nn
 
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.training.optim import Muon, make_optimizers, orthogonalise, set_lr
+from tinyldm.training.schedule import Schedule
 
 
 def tiny_unet() -> UNet:
@@ -68,7 +69,9 @@ def test_muon_moves_a_matrix_by_the_size_it_promises():
 def test_the_learning_rate_warms_up_stays_and_ends_near_zero():
     parameters = dict(tiny_unet().named_parameters())
     optimizers = make_optimizers(parameters, kind="muon", lr=1e-3, muon_lr=1e-2)
-    factors = [set_lr(optimizers, step, total=100, warmup=10, decay=0.2) for step in range(100)]
+    schedule = Schedule(warmup=10, decay=0.2, max_steps=100)
+    factors = [schedule.factor(step) for step in range(100)]
+    set_lr(optimizers, factors[-1])
     assert factors[0] == pytest.approx(0.1) and factors[9:80] == [1.0] * 71
     assert factors[-1] == pytest.approx(1 / 20) and factors == sorted(factors[:10]) + factors[10:80] + sorted(factors[80:], reverse=True)
     assert optimizers[1].param_groups[0]["lr"] == pytest.approx(1e-2 / 20)

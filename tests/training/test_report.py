@@ -1,14 +1,12 @@
-"""The page of a run: what is in it, what it copes with, and (slow) that a browser shows it."""
+"""The page of a run: what is in it, and what it copes with."""
 
+import datetime
 import html
 import json
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
-import time
 from configparser import ConfigParser
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -16,35 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from reports import data_of, full_row, losses, make_run
 
 from tinyldm.config import PRESETS, Config
 from tinyldm.training.report import EVENTS, POINTS, running_hours, thin, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def make_run(folder: Path, rows: list = (), config: dict | None = None, checkpoints: dict = {}, samples: tuple = ()) -> Path:
-    for name in ("samples", "checkpoints"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.json").write_text(json.dumps(config if config is not None else asdict(Config(**PRESETS["tiny"]))))
-    for name, state in checkpoints.items():
-        (folder / "checkpoints" / name).mkdir()
-        (folder / "checkpoints" / name / "state.json").write_text(state if isinstance(state, str) else json.dumps(state))
-    for i, name in enumerate(samples):
-        Image.new("RGB", (40, 20), (40 * i, 90, 120)).save(folder / "samples" / name)
-    return folder
-
-
-def data_of(page: Path) -> dict:
-    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
-    assert len(found) == 1
-    return json.loads(found[0], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
-def losses(n: int, **more) -> list[dict]:
-    return [{"stage": "step", "step": i, "loss": 1 / i, **more} for i in range(1, n + 1)]
 
 
 # ---------------------------------------------------------------- what is in it
@@ -104,6 +79,34 @@ def test_running_time_adds_up_over_processes_and_stages():
     assert hours["step"]["y"] == [2, round(2 + 1 / 6, 5)]
 
 
+def test_running_time_that_a_row_says_is_believed_and_other_rows_go_on_from_there():
+    rows = [{"stage": "vae", "step": 1, "seconds": 1800}, {"stage": "vae", "step": 2, "seconds": 3600, "running": 7200},
+            {"stage": "step", "step": 1, "running": 10_800}, {"stage": "step", "step": 2, "seconds": 1800},
+            {"stage": "step", "step": 3, "seconds": 3600, "running": math.nan}]
+    hours = running_hours(rows)
+    assert hours["vae"]["y"] == [0.5, 2] and hours["step"]["y"] == [3, 3.5, 4]
+
+
+def test_a_run_that_ends_by_time_says_how_much_it_has(tmp_path):
+    def time(**settings):
+        config = asdict(Config(**PRESETS["tiny"] | {"max_steps": 0})) | settings
+        return data_of(write_report(make_run(tmp_path / str(len(list(tmp_path.iterdir()))), losses(1), config)))["time"]
+
+    noon = datetime.datetime(2030, 1, 31, 12).timestamp()
+    assert time(budget="7d") == {"hours": 168} and time(deadline="2030-01-31T12:00") == {"ends": noon}
+    assert time(budget="1h30m", deadline="2030-01-31T12:00") == {"hours": 1.5, "ends": noon}
+    assert time() == time(budget="soon", deadline="later") == time(budget=7, deadline=None) == {}
+
+
+def test_events_of_all_kinds_and_curves_of_all_names_reach_the_page(tmp_path):
+    events = [{"event": "stage", "text": "from here on 512 px", "resolution": 512}, {"event": "spike", "text": "loss 3 is far up"},
+              {"event": "rollback", "text": "back to step 1"}, {"event": "memory", "text": "micro-batch 8, accumulation 4"}]
+    rows = [{"stage": "step", "step": i, **event} for i, event in enumerate(events, 1)]
+    data = data_of(write_report(make_run(tmp_path, rows + losses(2, update_ratio=0.001, mfu=0.5, memory_gb=27.5, running=60.0))))
+    assert data["events"] == rows
+    assert {"update_ratio", "mfu", "memory_gb"} < set(data["stages"]["step"]["curves"])
+
+
 def test_settings_show_where_they_leave_the_preset(tmp_path):
     config = asdict(Config(**PRESETS["tiny_dit"] | {"preset": "tiny_dit", "lr": 0.5})) | {"of_tomorrow": [1]}
     found = {one["name"]: one for one in data_of(write_report(make_run(tmp_path, config=config)))["config"]}
@@ -144,6 +147,10 @@ def test_the_page_is_refreshed_until_the_run_is_finished(tmp_path):
     assert refreshed("taken up", [*losses(9), {"stage": "step", "step": 860}], end)
     plan = {"stage": "step", "step": 200, "event": "plan", "total_steps": 850}
     assert not refreshed("budget", [*losses(9), plan], end, longer)
+    week = asdict(Config(**PRESETS["tiny"] | {"max_steps": 0, "budget": "7d"}))
+    assert refreshed("week", losses(9), {"step-000850": {"finished": False}}, week)
+    assert not refreshed("week, over", losses(9), end, week)
+    assert refreshed("two weeks", [*losses(9), {"stage": "step", "step": 870}], end, week)
 
 
 def test_the_last_step_is_that_of_the_last_checkpoint_when_the_log_ends_before(tmp_path):
@@ -255,13 +262,6 @@ def test_enormous_values_keep_finite_means():
     assert all(map(math.isfinite, thin(range(9000), [1.7e308] * 9000)["my"]))
 
 
-def full_row(stage: str, i: int) -> dict:
-    noise = 0.100001 + (i * 7919 % 9973) / 10007
-    names = "loss lr_factor seconds images_per_second grad_norm update_ratio val_raw val_ema mfu memory_gb"
-    return {"stage": stage, "step": i, "skipped": i, **dict.fromkeys(names.split(), noise),
-            "t_bins": [noise] * 8, "val_bins": [noise] * 8}
-
-
 def test_long_logs_make_a_page_under_5_mb(tmp_path):
     rows = [full_row(stage, i) for stage in ("vae", "step") for i in range(1, 6001)]
     events = [{"stage": "step", "step": i, "event": "spike" if i % 10 else "plan", "text": "x" * 1000} for i in range(5000)]
@@ -288,177 +288,3 @@ def test_the_template_is_installed_with_the_package():
     setup.read(ROOT / "setup.cfg")
     assert setup["options.package_data"]["tinyldm.training"].split() == ["report.html"]
     assert (ROOT / "tinyldm" / "training" / "report.html").is_file()
-
-
-# ---------------------------------------------------------------- in a browser
-
-
-class Browser:
-    """A headless Chromium, driven through its debugging pipe: JSON messages on its file descriptors 3 and 4."""
-
-    START = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
-
-    def __init__(self, program: str, folder: Path):
-        import fcntl
-
-        theirs, self.to = os.pipe()
-        self.back, ours = os.pipe()
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (theirs, ours)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.START, *map(str, ends), program, "--headless", "--no-sandbox", "--disable-gpu",
-             "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"],
-            pass_fds=ends, stderr=subprocess.DEVNULL)
-        for end in (theirs, ours, *ends):
-            os.close(end)
-        self.rest, self.count, self.events, self.session = b"", 0, [], {}
-        page = next(t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]}
-        for part in ("Page", "Runtime", "Log"):
-            self.send(f"{part}.enable")
-        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
-        self.send("Emulation.setDeviceMetricsOverride", width=1200, height=900, deviceScaleFactor=1, mobile=False)
-
-    def receive(self) -> dict:
-        while b"\0" not in self.rest:
-            piece = os.read(self.back, 1 << 20)
-            assert piece, "the browser has ended"
-            self.rest += piece
-        message, _, self.rest = self.rest.partition(b"\0")
-        return json.loads(message)
-
-    def send(self, method: str, **params) -> dict:
-        self.count += 1
-        os.write(self.to, json.dumps({"id": self.count, "method": method, "params": params, **self.session}).encode() + b"\0")
-        while (answer := self.receive()).get("id") != self.count:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def open(self, page: Path) -> None:
-        self.events.clear()
-        self.send("Page.navigate", url=page.as_uri())
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self.events.append(self.receive())
-
-    def run(self, script: str):
-        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def press(self, *keys: str) -> None:
-        for key in keys:
-            text = {"text": key} if len(key) == 1 else {}
-            code = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35}.get(key, ord(key[0]))
-            self.send("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
-            self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
-
-    def drag(self, x0: float, x1: float, y: float) -> None:
-        for kind, x in (("mousePressed", x0), ("mouseMoved", (x0 + x1) / 2), ("mouseMoved", x1), ("mouseReleased", x1)):
-            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
-
-    def complaints(self) -> list[dict]:
-        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        return [event for event in self.events if event["method"] in kinds]
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-        os.close(self.to), os.close(self.back)
-
-
-@pytest.fixture
-def browser(tmp_path_factory):
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not program or os.name == "nt":
-        pytest.skip("no Chromium is installed here (Debian: apt-get install chromium)")
-    browser = Browser(program, tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def week(tmp_path):
-    rows = [{"stage": "vae", "step": 10, "loss": 0.5}] + [full_row("step", i) for i in range(10, 50_001, 10)]
-    plan = {"total_steps": 80_000, "decay_from": 60_000, "finish": "2026-11-27 10:00"}
-    rows += [{"stage": "step", "step": 700, "event": "plan", **plan},
-             {"stage": "step", "step": 800, "event": "spike", "text": "</script>"},
-             {"stage": "step", "step": 900, "loss": math.nan}]
-    return make_run(tmp_path / "die Woche <1>", rows, checkpoints={"step-000500": {"finished": False}},
-                    samples=("vae.png", "step-000100.png", "step-000200.png", "step-000300.png"))
-
-
-@pytest.mark.slow
-def test_a_browser_loads_every_state_of_a_run_without_complaint(browser, week, tmp_path):
-    one = make_run(tmp_path / "one", losses(1), samples=("step-000001.png",))
-    bad = make_run(tmp_path / "bad", [{"stage": "step", "step": i, "loss": math.nan, "t_bins": [None]} for i in range(3)])
-    (tmp_path / "nothing").mkdir()
-    for scheme in ("light", "dark"):
-        browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        for run in (week, one, bad, tmp_path / "nothing", make_run(tmp_path / f"begun {scheme}")):
-            browser.open(write_report(run))
-            assert browser.complaints() == [], run
-            assert browser.run("document.querySelector('h1').textContent") == run.name
-            assert browser.run("document.documentElement.scrollWidth <= innerWidth")
-            assert "NaN" not in browser.run("document.body.innerText + $('charts').innerHTML + $('now').innerHTML")
-    browser.open(write_report(bad))
-    assert browser.run("charts.map(chart => chart.title)") == ["Loss"]      # with its marks; a curve without data has no chart
-    browser.send("Emulation.setDeviceMetricsOverride", width=360, height=700, deviceScaleFactor=1, mobile=False)
-    browser.open(write_report(week))
-    assert browser.run("document.documentElement.scrollWidth <= innerWidth") and browser.complaints() == []
-
-
-@pytest.mark.slow
-def test_in_a_browser_charts_are_drawn_and_the_slider_changes_the_picture(browser, week):
-    browser.open(write_report(week))
-    titles = browser.run("[...document.querySelectorAll('#charts h3')].map(h => h.textContent)")
-    assert len(titles) == 12 and titles[0] == "Loss"
-    assert browser.run("[...document.querySelectorAll('svg.plot')].every(s => [...s.querySelectorAll('path.curve')]"
-                       ".some(p => p.getBoundingClientRect().width > 100))")
-    said = browser.run("document.querySelector('svg.plot').getAttribute('aria-label')")
-    assert re.match(r"Loss: loss [\d.]+ at step 50,000", said)
-    source = "$('picture').getAttribute('src')"
-    assert browser.run(source) == "samples/step-000300.png"
-    browser.run("$('slider').focus()")
-    browser.press("ArrowLeft")
-    assert browser.run(source) == "samples/step-000200.png"
-    assert browser.run("$('slider').getAttribute('aria-valuetext')") == "step 200"
-    browser.press("Home")
-    assert browser.run(source) == "samples/step-000100.png"
-    for _ in range(100):
-        if browser.run("$('picture').complete && $('picture').naturalWidth") == 40:
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("the picture did not load")
-    browser.run("$('beside').value = 'newest'; $('beside').dispatchEvent(new Event('change'))")
-    assert browser.run("$('other').getAttribute('src')") == "samples/step-000300.png"
-    assert browser.complaints() == []
-
-
-@pytest.mark.slow
-def test_in_a_browser_keys_and_mouse_zoom_and_a_reload_keeps_it(browser, week):
-    page = write_report(week)
-    browser.open(page)
-    span = "charts[0].b - charts[0].a"
-    whole = browser.run(span)
-    browser.run("charts[0].svg.focus()")
-    browser.press("End", "ArrowLeft")
-    first = browser.run("charts[0].at.textContent")
-    browser.press("ArrowLeft")
-    assert first.startswith("at step") and browser.run("charts[0].at.textContent") != first
-    assert browser.run("$('live').textContent").startswith("at step")
-    browser.press("Home", "+")
-    assert browser.run(span) < 0.7 * whole and browser.run("charts[1].b") == browser.run("charts[0].b")
-    browser.press("0")
-    assert browser.run(span) == whole
-    box = browser.run("(charts[0].svg.scrollIntoView({block: 'center'}), charts[0].svg.getBoundingClientRect().toJSON())")
-    browser.drag(box["x"] + box["width"] * 0.3, box["x"] + box["width"] * 0.6, box["y"] + 100)
-    assert browser.run(span) == pytest.approx(whole * 0.3 * box["width"] / (box["width"] - 64), rel=0.02)
-    browser.run("$('smooth').value = 70; $('smooth').dispatchEvent(new Event('input'))")
-    browser.run("$('log').click(); $('slider').value = 1; $('slider').dispatchEvent(new Event('input'))")
-    kept = browser.run(span), browser.run("scrollY")
-    browser.open(page)
-    assert (browser.run(span), browser.run("scrollY")) == kept and kept[1] > 0
-    assert browser.run("[$('smooth').value, $('log').checked, $('slider').value]") == ["70", True, "1"]
-    browser.run("$('reset').click()")
-    assert browser.run(span) == whole and browser.complaints() == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import count
 from queue import Empty, Queue
 from threading import Event, Thread
 from typing import NamedTuple
@@ -86,17 +87,18 @@ class Loader:
             latents, tokens = latents.pin_memory(), tokens.pin_memory()
         return Batch(mine, latents, tokens)
 
-    def run(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps start .. stop - 1, made ahead by one thread, which ends with the iterator.
+    def run(self, start: int, stop: int | None = None) -> Iterator[Batch]:
+        """The batches of steps start .. stop - 1 (None: without end), made ahead by one thread, which ends with the iterator.
 
         What goes wrong in the thread is raised here, after the batches before it.
         """
+        steps = count(start) if stop is None else range(start, stop)
         ready: Queue = Queue(self.depth)
         left = Event()
 
         def make() -> None:
             try:
-                for step in range(start, stop):
+                for step in steps:
                     ready.put(self.batch(step))
                     if left.is_set():
                         return
@@ -106,7 +108,7 @@ class Loader:
         thread = Thread(target=make, name="loader", daemon=True)    # daemon: a forgotten iterator must not keep a program alive
         thread.start()
         try:
-            for _ in range(start, stop):
+            for _ in (count() if stop is None else range(start, stop)):
                 made = ready.get()
                 if isinstance(made, BaseException):
                     raise made

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from tinyldm.config import PRESETS, Config, build, split_weights
+from tinyldm.config import PRESETS, Config, build, split_weights, stages
 from tinyldm.data.cache import Cache, read_index, write_index
 from tinyldm.data.encoding import CHUNK, Encoder, Item, decoded, encode_shard, fingerprint, make_recipe, read_shard, workers
 from tinyldm.data.readers import CUT, DAMAGED, Damaged
@@ -226,6 +226,12 @@ def judge(config: Config, report: Report, shards: int) -> None:
 
 
 # ---------------------------------------------------------------- the job
+
+
+def stage_folders(config: Config, base: Path) -> list[tuple[Config, Path]]:
+    """Every stage's settings and where its latents are: --cache, else `base`, or `base`-SIZE where sizes follow one another."""
+    return [(stage, Path(stage.cache[0]) if stage.cache else base.with_name(f"{base.name}-{stage.resolution}") if config.stages else base)
+            for stage in stages(config)]
 
 
 def prepare(config: Config, folder: Path, vae: AutoencoderKL, device: torch.device, rebuild: bool = False,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyldm.models.layers import Attention, Cond, TimeEmbedding
+from tinyldm.models.layers import Attention, Cond, TimeEmbedding, runner
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
+        self.grad_checkpointing = False                                # for training: less memory, a third more work
         width, area = config.width, config.patch**2
         if width % (4 * config.heads):
             raise ValueError(f"width {width} over {config.heads} heads must give a head size that is a multiple of 4 "
@@ -84,8 +85,9 @@ class DiT(nn.Module):
         if self.pooled_in is not None:
             time = time + self.pooled_in(cond.pooled)
         modulation = self.modulation(F.silu(time)).unflatten(1, (6, 1, -1))    # [b, 6, 1, width]
+        run = runner(self)
         for block in self.blocks:
-            x = block(x, context, cond.mask, modulation, rope)
+            x = run(block, x, context, cond.mask, modulation, rope)
         shift, scale = (self.final_table + time[:, None, None]).unbind(1)      # each [b, 1, width]
         x = self.patch_out(self.final_norm(x) * (1 + scale) + shift)   # [b, n, out * patch^2]
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, cols)), patch)

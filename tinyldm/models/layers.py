@@ -8,11 +8,14 @@ DDPM (arXiv:2006.11239, App. B); attention is softmax(q k^T / sqrt(d)) v (arXiv:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,15 @@ class Cond:
         """Both conditions along the batch, self first: [b] and [b'] become [b + b']."""
         join = lambda a, b: None if a is None else torch.cat([a, b])
         return Cond(join(self.context, other.context), join(self.mask, other.mask), join(self.pooled, other.pooled))
+
+
+def runner(net: nn.Module) -> Callable[..., Tensor]:
+    """How a network runs its blocks: run(block, *inputs). Where it trains with net.grad_checkpointing, only the inputs
+    are kept, and the backward pass runs the block once more to have the rest (arXiv:1604.06174, Sec. 4.1).
+    (Blocks draw no random numbers, so no generator's state has to be kept with the inputs.)"""
+    if net.grad_checkpointing and net.training and torch.is_grad_enabled():
+        return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    return lambda block, *inputs: block(*inputs)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

@@ -7,13 +7,14 @@ Any widths and any number of levels; the published SD 1.x and 2.x shapes are con
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyldm.models.layers import Attention, Cond, Downsample, ResBlock, TimeEmbedding, Upsample
+from tinyldm.models.layers import Attention, Cond, Downsample, ResBlock, TimeEmbedding, Upsample, runner
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList(SpatialTransformer(width, heads, config) for _ in in_channels if heads)
         self.resample = resample
 
-    def apply_block(self, i: int, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
-        x = self.resnets[i](x, emb)
-        return self.attentions[i](x, cond) if len(self.attentions) else x
+    def apply_block(self, i: int, x: Tensor, emb: Tensor, cond: Cond, run: Callable[..., Tensor]) -> Tensor:
+        x = run(self.resnets[i], x, emb)
+        return run(self.attentions[i], x, cond) if len(self.attentions) else x
 
 
 class Middle(nn.Module):
@@ -111,9 +112,9 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(width, width, config.groups, 1e-5, emb_dim) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialTransformer(width, heads, config)])
 
-    def forward(self, x: Tensor, emb: Tensor, cond: Cond) -> Tensor:
-        x = self.resnets[0](x, emb)
-        return self.resnets[1](self.attentions[0](x, cond), emb)
+    def forward(self, x: Tensor, emb: Tensor, cond: Cond, run: Callable[..., Tensor]) -> Tensor:
+        x = run(self.resnets[0], x, emb)
+        return run(self.resnets[1], run(self.attentions[0], x, cond), emb)
 
 
 class UNet(nn.Module):
@@ -122,6 +123,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
+        self.grad_checkpointing = False                                    # for training: less memory, a third more work
         widths, last = config.widths, len(config.widths) - 1
         emb_dim = 4 * widths[0]
         heads = [h if attended else 0 for h, attended in zip(config.heads, config.attention)]
@@ -162,19 +164,19 @@ class UNet(nn.Module):
             raise ValueError(f"latent size {x.shape[2]}x{x.shape[3]} is not a multiple of {multiple}: "
                              f"this U-Net halves it {len(self.config.widths) - 1} times")
         emb = self.time_embedding(t)                                       # [b, e]
-        x = self.conv_in(x)
+        x, run = self.conv_in(x), runner(self)
         skips = [x]
         for level in self.down:
             for i in range(len(level.resnets)):
-                x = level.apply_block(i, x, emb, cond)
+                x = level.apply_block(i, x, emb, cond, run)
                 skips.append(x)
             if level.resample is not None:
                 x = level.resample(x)                                      # half height and width
                 skips.append(x)
-        x = self.middle(x, emb, cond)
+        x = self.middle(x, emb, cond, run)
         for level in self.up:
             for i in range(len(level.resnets)):
-                x = level.apply_block(i, torch.cat([x, skips.pop()], dim=1), emb, cond)
+                x = level.apply_block(i, torch.cat([x, skips.pop()], dim=1), emb, cond, run)
             if level.resample is not None:
                 x = level.resample(x)                                      # double height and width
         return self.conv_out(F.silu(self.norm_out(x)))

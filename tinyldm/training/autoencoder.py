@@ -21,7 +21,8 @@ from tinyldm.training.log import Log
 from tinyldm.training.loop import update, write_log
 from tinyldm.training.meter import Meter
 from tinyldm.training.optim import make_optimizers, set_lr
-from tinyldm.training.run import Interrupted, Progress, Signals, generator, write_picture
+from tinyldm.training.run import Clock, Interrupted, Progress, Signals, generator, write_picture
+from tinyldm.training.schedule import Schedule
 from tinyldm.vendor_loaders.folder import save_vae
 from tinyldm.vendor_loaders.load import load_weights
 
@@ -36,7 +37,7 @@ def random_crops(images: np.ndarray, size: int, count: int, seed: int, step: int
     return to_pixels(np.stack([images[i, y : y + size, x : x + size] for i, y, x in zip(chosen, ys, xs)]))
 
 
-def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.device, signals: Signals,
+def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.device, signals: Signals, clock: Clock,
               last: Path | None) -> AutoencoderKL:
     """L1 + MSE + a small KL (arXiv:2112.10752, Eq. 25 without the adversary), on random crops. last: the checkpoint to go on from."""
     torch.manual_seed(config.seed)
@@ -56,9 +57,10 @@ def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.devic
         save_vae(folder / "vae", vae)
         checkpoint.save_optimizers(folder / "optimizer.safetensors", optimizers, parameters)
 
-    bar = Progress("VAE", start, config.vae_steps, config.vae_batch_size)
+    bar, schedule = Progress("VAE", start, config.vae_steps, config.vae_batch_size, device), Schedule(
+        warmup=config.warmup_steps, decay=0.6, max_steps=config.vae_steps)
     for step in range(start, config.vae_steps):
-        factor = set_lr(optimizers, step, config.vae_steps, config.warmup_steps, decay=0.6)
+        set_lr(optimizers, factor := schedule.factor(step))
         pixels = random_crops(images, config.vae_crop, config.vae_batch_size, config.seed, step).to(device)
         with autocast(device, config.dtype):
             posterior = vae.encode(pixels)
@@ -68,11 +70,11 @@ def train_vae(config: Config, run: Path, images: np.ndarray, device: torch.devic
         loss = error.abs().mean() + error.square().mean() + config.vae_kl * posterior.kl().mean()
         loss.backward()
         meter.add(loss.view(1), share=1.0)
-        if not update(list(parameters.values()), optimizers, config.grad_clip, meter):
+        if update(list(parameters.values()), optimizers, config.grad_clip, meter) is None:
             log.write(stage="vae", step=step + 1, event="skipped", text=meter.skip(step, config.seed))
         bar.update()
         if (step + 1) % config.log_every == 0:
-            write_log(log, "vae", step + 1, meter, factor, bar)
+            write_log(log, "vae", step + 1, meter, bar, factor, config.vae_lr * factor, running=clock.running())
         if signals.received or (step + 1) % config.save_every == 0:
             checkpoint.write(run, "vae", step + 1, fill, {"meter": meter.state()}, config.keep_last, config.keep_every)
         if signals.received:

@@ -1,153 +1,32 @@
 """The plan of a run, before anything is loaded or written: parameters, FLOPs, memory, hours, disk.
 
-The networks are built on the meta device, shapes without values: any machine plans a run of any size in seconds.
-FLOPs are those of matrix products and convolutions, two per multiply-add; training counts as three forward passes.
-Activations are an estimate (see Kept), hours are projections from a share of the GPU's peak. A GB is 10^9 bytes.
+Any machine plans a run of any size in seconds: flops.py and memory.py count on the meta device. Hours are projections
+from a share of the GPU's peak. compare() holds a running job against its plan.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from tinyldm.config import Config, build
-from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
-from tinyldm.models.dit import DiT, DiTConfig
-from tinyldm.models.layers import Cond
-from tinyldm.models.unet import UNet, UNetConfig
-from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.training.optim import muon_matrices
+from tinyldm.config import Config
+from tinyldm.config import stages as configs_of
+from tinyldm.device import pick_device
+from tinyldm.training.flops import Networks, count_flops, forwards, meta_networks, size
+from tinyldm.training.flops import peak_flops as peak_flops
+from tinyldm.training.flops import useful_flops as useful_flops
+from tinyldm.training.memory import activations, memory
+from tinyldm.training.schedule import moment, seconds
 
-RESERVE = 1.5e9        # estimate: CUDA context, workspaces, fragmentation
-PARTITIONER = 1.07     # torch.compile (2.13) keeps this much more than Kept counts: traced, for the DiT and the U-Net
-EAGER = 1.6            # estimate: and this much more again without it, when every cast and norm keeps its own tensors
 ENCODE_MFU = 0.4       # estimate: share of the peak that the VAE's encoder reaches
+REST = 0.04            # estimate: share of the running time for sample grids, validation, checkpoints and restarts
 
 
-class Networks(NamedTuple):
-    net: nn.Module
-    text: CLIPText
-    vae: AutoencoderKL
-
-
-def meta_networks(config: Config) -> Networks:
-    """What train.py would build or load. Published weights are taken to have the shapes of Stable Diffusion 1's."""
-    vae = VAEConfig() if config.vae_weights else build(VAEConfig, config.vae, "--vae")
-    text = (CLIPTextConfig(activation="gelu") if config.text_weights
-            else build(CLIPTextConfig, config.text | {"vocab_size": config.vocab_size}, "--text"))
-    channels = dict(in_channels=vae.latent_channels, out_channels=vae.latent_channels * (1 + config.learned_variance),
-                    context_dim=text.width)
-    with torch.device("meta"):
-        net = (DiT(build(DiTConfig, config.dit | channels, "--dit")) if config.network == "dit"
-               else UNet(build(UNetConfig, config.unet | channels, "--unet")))
-        return Networks(net, CLIPText(text), AutoencoderKL(vae))
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def forwards(networks: Networks, resolution: int, batch: int = 1) -> dict[str, Callable[[], object]]:
-    """A forward pass of each part, on pictures of this size."""
-    (net, text, vae), f = networks, networks.vae.config.downscale
-    if resolution % f:
-        raise ValueError(f"resolution {resolution} is not a multiple of the VAE's {f}: use {-(-resolution // f) * f}")
-    x = empty(batch, vae.config.latent_channels, resolution // f, resolution // f)
-    ids = empty(batch, text.config.context_length, dtype=torch.long)
-    cond = Cond(empty(*ids.shape, text.config.width))
-    return {"net": lambda: net(x, empty(batch), cond), "text": lambda: text(ids),
-            "encode": lambda: vae.encode(empty(batch, 3, resolution, resolution)), "decode": lambda: vae.decode(x)}
-
-
-def size(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
-
-
-@torch.no_grad()
-def count_flops(forward: Callable[[], object]) -> int:
-    """FLOPs of a forward pass on the meta device, where attention runs as two matrix products and is counted.
-    (On the CPU it would be one fused operation that the counter does not know, and count as nothing.)"""
-    with FlopCounterMode(display=False) as counter:
-        forward()
-    return counter.get_total_flops()
-
-
-class Saves(torch.autograd.Function):
-    """Stands for an operation of which only its output's shape and what it keeps for the backward pass matter."""
-
-    @staticmethod
-    def forward(ctx, out: Tensor, *kept: Tensor) -> Tensor:
-        ctx.save_for_backward(*kept)
-        return out
-
-
-class Kept(TorchFunctionMode):
-    """Watches forward passes on the meta device for the tensors they would keep for the backward pass on a GPU.
-
-    That device has neither autocast nor fused attention, so both are acted out: products run in `dtype`, a
-    tensor is cast once; attention keeps q, k, v, its output and a number per query; a norm keeps its input.
-    Pointwise operations keep outputs of products only, the rest is recomputed, about as torch.compile does.
-    """
-
-    products, norms = (F.linear, F.conv2d), (F.group_norm, F.layer_norm, F.rms_norm)
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype, self.running = dtype, None
-        self.casts, self.made, self.kept = {}, {}, {}     # tensor -> cast; storage -> a tensor, which keeps it alive
-        self.weights: set[int] = set()                    # storages of parameters
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.running, kwargs = function, kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            q, k, v = (self.cast(x) for x in args[:3])                                    # [b, heads, n, d]
-            out = empty(q.shape[0], q.shape[2], *v.shape[1::2], dtype=v.dtype).transpose(1, 2)
-            return Saves.apply(out, q, k, v, out, empty(*q.shape[:3]))
-        if function in self.norms:
-            with torch.no_grad():
-                out = function(args[0].float(), *args[1:], **kwargs)
-            return Saves.apply(out, args[0])
-        if function in self.products:
-            out = function(*map(self.cast, args), **{key: self.cast(x) for key, x in kwargs.items()})
-            self.made[storage(out)] = out
-            return out
-        return function(*args, **kwargs)
-
-    def cast(self, x):
-        self.weights |= {storage(x)} if isinstance(x, nn.Parameter) else set()
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == self.dtype:
-            return x
-        if x not in self.casts:
-            self.casts[x] = x.to(self.dtype)
-        return self.casts[x]
-
-    def pack(self, x: Tensor) -> Tensor:
-        if self.running in (*self.products, *self.norms, F.scaled_dot_product_attention) or storage(x) in self.made:
-            self.kept[storage(x)] = x
-        return x
-
-
-def storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
-
-
-def count_kept(forward: Callable[[], object], dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
-    """Bytes that a forward pass keeps until the backward pass: (activations, casts of parameters)."""
-    mode = Kept(dtype)
-    with saved_tensors_hooks(mode.pack, lambda x: x), mode:
-        forward()
-    copies = [copy for x, copy in mode.casts.items() if isinstance(x, nn.Parameter)]
-    weights = mode.weights | set(map(storage, copies))
-    kept = [x for at, x in mode.kept.items() if at not in weights]
-    return tuple(sum(x.untyped_storage().nbytes() for x in tensors) for tensors in (kept, copies))
+# ---------------------------------------------------------------- the plan
 
 
 @dataclass(frozen=True)
@@ -155,17 +34,40 @@ class Stage:
     """One stretch of training at one picture size."""
 
     name: str
+    config: Config                  # its own
     batch: int
-    micro: int
-    steps: int
-    hours: float                    # 0: limited by steps alone
-    rate: float                     # images per second, a projection
+    micro: int                      # the largest micro-batch
     trained: dict[str, nn.Module]
     frozen: int                     # parameters on the GPU beside them
     flops: dict[str, int]           # per image and part, three times the forward pass where it is trained
     kept: float                     # bytes of activations per image
     casts: int                      # bytes of the weights' casts
-    cached: int                     # bytes per picture on disk
+    cached: int = 0                 # bytes per picture on disk; 0: stage 1, which has no cache
+    steps: int = 0
+    encoding: float = 0.0           # hours, a projection
+
+    @property
+    def useful(self) -> int:
+        """FLOPs of training on one image."""
+        return sum(self.flops[part] for part in (("net", "text") if self.cached else self.flops))
+
+    @property
+    def rate(self) -> float:
+        """Images per second, a projection. --mfu is of what the GPU computes; a forward pass that is run again is not useful."""
+        again = self.flops["net"] / 3 if self.cached and self.config.grad_checkpointing else 0
+        return self.config.mfu * self.config.gpu_tflops * 1e12 / (self.useful + again)
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.batch / self.rate / 3600
+
+    def memory(self, micro: int | None = None) -> dict[str, float]:
+        """Bytes on the GPU, by kind."""
+        return memory(self.config, self.trained, self.frozen, self.kept * (micro or self.micro), self.casts)
+
+    def need(self, micro: int | None = None) -> float:
+        """GB in all."""
+        return sum(self.memory(micro).values()) / 1e9
 
 
 class Plan(NamedTuple):
@@ -173,90 +75,98 @@ class Plan(NamedTuple):
     networks: Networks
     stages: list[Stage]
     pictures: int                   # 0: not known
+    given: float                    # hours of the budget; 0: none
+
+    @property
+    def used(self) -> float:
+        """Hours in all, a projection."""
+        return sum(s.hours + s.encoding for s in self.stages) / (1 - REST)
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, must_fit: bool = True) -> Plan:
     """ValueError, with the knob to turn, where a stage does not fit the GPU."""
     for name in ("mfu", "gpu_tflops", "gpu_gb"):
         if not getattr(config, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
-    for key, hours in config.hours.items():
-        if not isinstance(hours, (int, float)) or hours < 0:
-            raise ValueError(f"--hours {key}={hours} is not a number of hours: for example --hours 256=110")
-    sizes = {int(key): hours for key, hours in config.hours.items() if key.isdigit() and hours}
-    if config.resolution not in sizes:
-        sizes = {config.resolution: 0.0}
-    networks = meta_networks(config)
-    stages = [] if config.vae_weights else [vae_stage(config, networks)]
-    stages += [diffusion_stage(config, networks, side, sizes[side]) for side in sorted(sizes)]
-    return Plan(config, networks, stages, config.scenes if config.data == ["toyworld"] else config.pictures)
+    networks, parts, given = meta_networks(config), configs_of(config), given_hours(config)
+    first = [] if config.vae_weights else [vae_stage(parts[0], networks)]
+    stages = [*first, *(diffusion_stage(part, networks) for part in parts)]
+    if must_fit:
+        for place, stage in enumerate(stages, -len(first)):
+            check_fit(config, stage, place)
+    pictures = config.scenes if config.data == ["toyworld"] else config.pictures
+    if not config.cache:
+        speed = ENCODE_MFU * config.gpu_tflops * 1e12 * 3600                                   # FLOPs per hour
+        stages = [replace(s, encoding=pictures * s.flops["encode"] / speed) if s.cached else s for s in stages]
+    left = given * (1 - REST) - sum(s.encoding + s.hours for s in stages)                      # hours are stage 1's so far
+    return Plan(config, networks, [*first, *shared_out(config, stages[len(first):], left)], pictures, given)
+
+
+def given_hours(config: Config) -> float:
+    """Running time from now to the end of the budget or to the deadline, whichever comes first; 0: steps decide."""
+    ends = [seconds(config.budget)] if config.budget else []
+    if config.deadline:
+        ends.append(moment(config.deadline) - time.time())
+        if ends[-1] <= 0:
+            raise ValueError(f"--deadline {config.deadline} has passed: name a later one")
+    return min(ends, default=0.0) / 3600
+
+
+def shared_out(config: Config, stages: list[Stage], hours: float) -> list[Stage]:
+    """The same stages with their steps: shares of so many hours, or of --max-steps where that is given."""
+    shares, done, result = config.stages or {str(config.resolution): 1.0}, 0.0, []
+    for stage, share in zip(stages, shares.values()):
+        begin, done = done, done + share / sum(shares.values())
+        steps = (round(config.max_steps * done) - round(config.max_steps * begin) if config.max_steps
+                 else int((done - begin) * max(hours, 0.0) * 3600 * stage.rate / stage.batch))
+        result.append(replace(stage, steps=steps))
+    return result
 
 
 def vae_stage(config: Config, networks: Networks) -> Stage:
     """Stage 1: the VAE on crops."""
-    side, batch = min(config.vae_crop or config.resolution, config.resolution), config.vae_batch_size
+    side, batch, vae = min(config.vae_crop or config.resolution, config.resolution), config.vae_batch_size, networks.vae
     calls = {part: call for part, call in forwards(networks, side).items() if part in ("encode", "decode")}
     flops = {part: 3 * count_flops(call) for part, call in calls.items()}
-    kept, casts = activations(config, *calls.values())
-    return fitted(config, Stage(f"VAE, {side} px", batch, batch, config.vae_steps, 0.0, 0.0,
-                                {"vae": networks.vae}, 0, flops, kept, casts, cached=0), chosen=True)
+    kept, casts = activations(config, *((vae, call) for call in calls.values()))
+    return Stage(f"VAE, {side} px", config, batch, batch, {"vae": vae}, 0, flops, kept, casts, steps=config.vae_steps)
 
 
-def diffusion_stage(config: Config, networks: Networks, side: int, hours: float) -> Stage:
-    """Stage 2 on pictures of one size, for so many hours (0: for max_steps)."""
-    (net, text, vae), calls, batch = networks, forwards(networks, side), config.batch_size
+def diffusion_stage(config: Config, networks: Networks) -> Stage:
+    """Stage 2 on pictures of one size."""
+    (net, text, vae), side, calls = networks, config.resolution, forwards(networks, config.resolution)
     trained = {"net": net} if config.text_weights else {"net": net, "text": text}
     flops = {part: (3 if part in trained else 1) * count_flops(call) for part, call in calls.items()}
-    speed = config.mfu * config.gpu_tflops * 1e12 / (flops["net"] + flops["text"])
-    kept, casts = activations(config, *(calls[part] for part in trained))
+    kept, casts = activations(config, *((module, calls[part]) for part, module in trained.items()))
     latent = vae.config.latent_channels * (side // vae.config.downscale) ** 2
-    cached = 2 * (latent + text.config.context_length)                           # fp16, and 16-bit token ids
-    steps = int(hours * 3600 * speed / batch) if hours else config.max_steps
-    stage = Stage(f"{side} px", batch, batch // config.grad_accum, steps, hours, speed, trained,
-                  size(*networks) - size(*trained.values()), flops, kept, casts, cached)
-    return fitted(config, stage, chosen=side == config.resolution)
+    return Stage(f"{side} px", config, config.batch_size, -(-config.batch_size // config.grad_accum), trained,
+                 size(*networks) - size(*trained.values()), flops, kept, casts,
+                 cached=2 * (latent + text.config.context_length))                             # fp16, and 16-bit token ids
 
 
-def activations(config: Config, *calls: Callable) -> tuple[float, int]:
-    """(bytes per image, estimated; bytes of the weights' casts)."""
-    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
-    kept, casts = (sum(counts) for counts in zip(*(count_kept(call, dtype) for call in calls)))
-    return kept * PARTITIONER * (EAGER if config.compile is False else 1), casts
-
-
-def memory(config: Config, stage: Stage, micro: int) -> dict[str, float]:
-    """Bytes on the GPU, by kind."""
-    named = {f"{part}.{name}": p for part, module in stage.trained.items() for name, p in module.named_parameters()}
-    chosen = muon_matrices(named, config.optimizer)
-    count, matrices = (sum(p.numel() for p in some.values()) for some in (named, chosen))
-    return {"weights, fp32": 4 * count, "their casts, for autocast": stage.casts, "gradients, fp32": 4 * count,
-            f"optimizer ({config.optimizer})": 8 * (count - matrices) + 4 * matrices,
-            "averaged weights, fp32": 4 * count * ("net" in stage.trained), "frozen networks, fp32": 4 * stage.frozen,
-            "activations (estimate)": micro * stage.kept, "CUDA, fragmentation (estimate)": RESERVE}
-
-
-def need(config: Config, stage: Stage, micro: int) -> float:
-    """GB in all."""
-    return sum(memory(config, stage, micro).values()) / 1e9
-
-
-def fitted(config: Config, stage: Stage, chosen: bool) -> Stage:
-    """The stage, if it fits the GPU; else with the largest micro-batch that does, unless the config has chosen one."""
-    if need(config, stage, stage.micro) <= config.gpu_gb:
-        return stage
-    divisors = (m for m in range(stage.micro, 0, -1) if stage.batch % m == 0)
-    if (micro := next((m for m in divisors if need(config, stage, m) <= config.gpu_gb), 0)) and not chosen:
-        return replace(stage, micro=micro)
-    vae = "vae" in stage.trained
-    knob = f"--vae-batch-size {micro}" if vae else f"--grad-accum {stage.batch // max(micro, 1)} (micro-batch {micro})"
-    advice = f"{knob} would fit, at {need(config, stage, micro):.1f} GB" if micro else (
-        f"single images need {need(config, stage, 1):.1f} GB, so shrink it (--{'vae' if vae else config.network})")
-    raise ValueError(f"micro-batch {stage.micro} at {stage.name} needs {need(config, stage, stage.micro):.1f} GB "
+def check_fit(config: Config, stage: Stage, place: int) -> None:
+    """ValueError, with what would fit, where a stage does not. place: its place among the diffusion stages; -1: the VAE."""
+    if stage.need() <= config.gpu_gb:
+        return
+    divisors = [m for m in range(1, stage.batch + 1) if stage.batch % m == 0]
+    if place < 0:
+        options = [(f"--vae-batch-size {micro}", micro) for micro in reversed(divisors)]
+    else:                                                      # the flag is the first stage's, others follow from it
+        scaled = {accum: -(-stage.batch // configs_of(replace(config, grad_accum=accum))[place].grad_accum) for accum in divisors}
+        options = [(f"--grad-accum {accum} (micro-batch {micro})", micro) for accum, micro in scaled.items()]
+    found = next(((knob, micro) for knob, micro in options if stage.need(micro) <= config.gpu_gb), None)
+    again = " or --grad-checkpointing" if place >= 0 and not config.grad_checkpointing else ""
+    advice = (f"{found[0]} would fit, at {stage.need(found[1]):.1f} GB" if found else
+              f"single images need {stage.need(1):.1f} GB, so shrink it (--{'vae' if place < 0 else config.network}{again})")
+    raise ValueError(f"micro-batch {stage.micro} at {stage.name} needs {stage.need():.1f} GB "
                      f"(estimate), the GPU has {config.gpu_gb:g} (--gpu-gb): {advice}")
 
 
+# ---------------------------------------------------------------- telling it
+
+
 def render(plan: Plan) -> str:
-    config, networks, stages, pictures = plan
+    config, networks, stages, pictures, _ = plan
     lines = [f"plan of --preset {config.preset}: nothing is loaded, trained or written", "", "parameters"]
 
     def row(label: str, cell: Callable[[Stage], str], diffusion: bool = False) -> None:
@@ -271,30 +181,90 @@ def render(plan: Plan) -> str:
     for part in stages[-1].flops:
         row(names[part], lambda s: f"{s.flops[part] / 1e9:,.4g}" if part in s.flops else "")
     lines += ["", f"memory, GB of {config.gpu_gb:g}"]
-    row("micro-batch x accumulation", lambda s: f"{s.micro} x {s.batch // s.micro}")
-    for kind in memory(config, stages[0], 1):
-        row(kind, lambda s: f"{memory(config, s, s.micro)[kind] / 1e9:.3f}")
-    row("all", lambda s: f"{need(config, s, s.micro):.3f}")
-    lines += ["", "time"]
-    if timed := any(s.hours for s in stages):
-        lines[-1] = f"time (projection: {config.mfu:.0%} of {config.gpu_tflops:g} TFLOP/s)"
-        row("hours", lambda s: f"{s.hours:g}")
-        row("images per second", lambda s: f"{s.rate:,.0f}")
-    row("steps (--max-steps)" if timed else "steps", lambda s: f"{s.steps:,}")
+    row("micro-batch x accumulation", lambda s: f"{s.micro} x {s.config.grad_accum if s.cached else 1}")
+    for kind in stages[0].memory():
+        row(kind, lambda s: f"{s.memory()[kind] / 1e9:.3f}")
+    row("all", lambda s: f"{s.need():.3f}")
+    lines += ["", f"time (projection: {config.mfu:.0%} of {config.gpu_tflops:g} TFLOP/s)"]
+    row("images per second", lambda s: f"{s.rate:,.0f}")
+    row("steps", lambda s: f"{s.steps:,}")
     row("images", lambda s: f"{s.steps * s.batch:,}")
+    row("time", lambda s: span(s.hours))
     if pictures:
         row(f"epochs over {pictures:,} pictures", lambda s: f"{s.steps * s.batch / pictures:,.1f}", diffusion=True)
         row("GB on disk (latents in fp16, token ids)", lambda s: f"{pictures * s.cached / 1e9:,.3g}", diffusion=True)
-    if pictures and timed:
-        speed = ENCODE_MFU * config.gpu_tflops * 1e12 * 3600                                   # FLOPs per hour
-        encoding = {s.name: pictures * s.flops["encode"] / speed for s in stages if s.cached}
-        row(f"hours to encode them (at {ENCODE_MFU:.0%})", lambda s: f"{encoding[s.name]:.1f}", diffusion=True)
-        used, given = sum(encoding.values()) + sum(s.hours for s in stages), sum(config.hours.values())
-        advice = ": TOO MUCH, lower --hours or --pictures" if used > given else ""
-        lines.append(f"  training and encoding: {used:.0f} of {given:g} h{advice}")
-    return "\n".join(lines)
+        row(f"time to encode them (at {ENCODE_MFU:.0%})", lambda s: span(s.encoding), diffusion=True)
+    return "\n".join([*lines, *shares_of_time(plan)])
+
+
+def span(hours: float) -> str:
+    """A length of time, for people."""
+    size, unit = next(((size, unit) for size, unit in ((1, "h"), (1 / 60, "min")) if hours >= size), (1 / 3600, "s"))
+    return f"{hours / size:,.3g} {unit}"
+
+
+def shares_of_time(plan: Plan) -> list[str]:
+    """Where the hours go, and whether there are enough."""
+    encoding, training = (sum(getattr(s, name) for s in plan.stages) for name in ("encoding", "hours"))
+    before = encoding + sum(s.hours for s in plan.stages if not s.cached)
+    whole = plan.given or plan.used
+    lines = [f"  in all {span(whole)}: encoding {span(encoding)}, training {span(training)}, evaluation and restarts {span(whole * REST)}"]
+    if plan.given and (not plan.stages[-1].steps or before > encoding + training - before):
+        end = "--budget" if plan.config.budget else "--deadline"
+        lines.append(f"  TOO MUCH for {end}: what comes before the training leaves it too little; use fewer --pictures or more time")
+    if not plan.pictures and not plan.config.cache:
+        lines.append("  (without the hours of encoding: --pictures N says how many there are)")
+    return lines
 
 
 def print_plan(config: Config) -> None:
     """What train.py --dry-run shows."""
     print(render(make_plan(config)))
+
+
+class Measured(NamedTuple):
+    """What a running job has found out."""
+
+    seconds_per_step: float
+    images_per_second: float
+    mfu: float | None               # share of peak_flops; None: not known
+    memory_gb: float | None         # the largest so far, 10^9 bytes
+    steps: int                      # in all, all stages
+    finish: str
+
+
+def compare(config: Config, measured: Measured, whole: Config | None = None, after: int = 200) -> str:
+    """A few lines that hold a stage's running against its plan: projections for --gpu-tflops at --mfu.
+
+    config   the running stage's
+    whole    the run's, where it has several stages: steps and finish are the whole run's
+    after    steps
+
+    "-" where a number is not to be had; never an error."""
+    plan, stage = None, None
+    try:
+        plan = make_plan(whole or config, must_fit=False)
+        stage = next((s for s in plan.stages if s.cached and s.config.resolution == config.resolution), None)
+    except ValueError:                                         # a deadline that has passed, sizes of another VAE
+        pass
+    told = lambda value, how: "-" if value is None else format(value, how)
+    useful = stage and stage.useful / 1e12
+    rows = [("seconds per step", ".4g", stage and stage.batch / stage.rate, measured.seconds_per_step),
+            ("images per second", ",.4g", stage and stage.rate, measured.images_per_second),
+            ("TFLOP/s, useful", ",.4g", stage and stage.rate * useful, stage and measured.images_per_second * useful),
+            ("MFU", ".1%", stage and stage.rate * useful / config.gpu_tflops, measured.mfu),
+            ("memory, GB", ".3g", stage and stage.need(), measured.memory_gb),
+            ("steps in all", ",", plan and sum(s.steps for s in plan.stages if s.cached), measured.steps),
+            ("finish", "", plan and planned_finish(plan), measured.finish)]
+    lines = [f"{f'after {after} steps':20}{'plan':>20}{'measured':>20}"]
+    lines += [f"  {label:18}{told(planned, how):>20}{told(found, how):>20}" for label, how, planned, found in rows]
+    device = pick_device(config.device).type
+    if device != "cuda":
+        lines.append(f"  (the plan is for a GPU of {config.gpu_tflops:g} TFLOP/s, this is {'a CPU' if device == 'cpu' else device})")
+    return "\n".join(lines)
+
+
+def planned_finish(plan: Plan) -> str:
+    if plan.given and plan.config.deadline and plan.given < (seconds(plan.config.budget) / 3600 if plan.config.budget else float("inf")):
+        return plan.config.deadline
+    return f"after {plan.config.budget}" if plan.config.budget else f"after {span(plan.used)}"

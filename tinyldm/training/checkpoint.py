@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinyldm.files import Claims, replace_folder, sha256
+from tinyldm.training import distributed
 
 STAGES = ("vae", "step")                                   # in the order a run goes through them
 NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)~?")
@@ -111,6 +112,13 @@ def write(run: Path, stage: str, step: int, fill: Callable[[Path], None], state:
     return folder
 
 
+def forget(run: Path, step: int) -> None:
+    """Remove the checkpoints of stage 2 after `step`."""
+    for folder in _folders(run):
+        if _number(folder) > (STAGES.index("step"), step):
+            _discard(folder)
+
+
 class Writer:
     """Checkpoints written in the background, one at a time, in a thread of their own.
 
@@ -141,12 +149,15 @@ class Writer:
             self.pool.shutdown()
 
 
-def host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def host_copy(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """Contiguous copies in host memory, which share nothing with the originals: pinned, and all under way at once, for
-    those from CUDA."""
+    those from CUDA. Sharded tensors are gathered, for which every process must call, with the same names in the same order;
+    keep=False, in those that do not write, only takes part in that -> {}."""
     copies, devices = {}, set()
     for name, tensor in tensors.items():
-        tensor = tensor.detach()
+        tensor = distributed.whole(tensor.detach())
+        if not keep:
+            continue
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         copies[name] = copy.copy_(tensor.contiguous() if tensor.is_cuda else tensor, non_blocking=tensor.is_cuda)
         if tensor.is_cuda:
@@ -210,8 +221,10 @@ def load_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], paramet
             for key in tensors.keys():
                 name, _, part = key.rpartition("/")
                 p, value = parameters[name], tensors.get_tensor(key)
-                restored = torch.empty_like(p).copy_(value) if value.shape == p.shape else value.to(p.device)
-                owner[id(p)].state[p][part] = restored.requires_grad_(False)
+                restored = torch.empty_like(p, requires_grad=False) if value.shape == p.shape else value.to(p.device)
+                if value.shape == p.shape:
+                    distributed.fill(restored, value)
+                owner[id(p)].state[p][part] = restored
     except (KeyError, SafetensorError) as error:
         raise ValueError(f"{file} does not fit this run: {error}. Is it a checkpoint of another configuration?") from None
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyldm.training.distributed import fill, local, sharded, whole
+
 
 class EMA:
     """Averages of the parameters of several named modules, in float32 on their devices.
@@ -33,16 +35,18 @@ class EMA:
 
     @torch.no_grad()
     def update(self, n: int) -> None:
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.parameters.values()], 1 - self.decay_at(n))
+        averages, values = ([local(tensor) for tensor in tensors.values()] for tensors in (self.shadow, self.parameters))
+        torch._foreach_lerp_(averages, values, 1 - self.decay_at(n))
 
     def state_dict(self, part: str) -> dict[str, Tensor]:
-        """The averages of one module, under its own names."""
+        """The averages of one module, under its own names: the tensors themselves, sharded like their parameters."""
         return {name.removeprefix(part + "."): tensor for name, tensor in self.shadow.items() if name.startswith(part + ".")}
 
     @torch.no_grad()
     def load_state_dict(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        """The way back, from whole tensors."""
         for name, tensor in tensors.items():
-            self.shadow[f"{part}.{name}"].copy_(tensor)
+            fill(self.shadow[f"{part}.{name}"], tensor)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -53,9 +57,15 @@ class EMA:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, p in self.parameters.items():
-            p.data, self.shadow[name] = self.shadow[name], p.data
+            if sharded(p):                                     # gathered from memory that the network knows: change what it holds
+                own, other = local(p), local(self.shadow[name])
+                kept = own.clone()
+                own.copy_(other), other.copy_(kept)
+            else:
+                p.data, self.shadow[name] = self.shadow[name], p.data
 
 
 # ---------------------------------------------------------------- power functions
@@ -102,7 +112,7 @@ class PowerEMA:
         """sigma_rel -> {"part.name": average}, copies in CPU memory: what reconstruct wants of this step.
 
         float16 halves the files; its rounding, up to 2^-11 of a weight, grows by the sum of the coefficients' sizes."""
-        return {sigma_rel: {name: tensor.to("cpu", dtype, copy=True) for name, tensor in average.shadow.items()}
+        return {sigma_rel: {name: whole(tensor).to("cpu", dtype, copy=True) for name, tensor in average.shadow.items()}
                 for sigma_rel, average in zip(self.sigma_rels, self.averages)}
 
 

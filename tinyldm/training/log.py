@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
 class Log:
     """Rows with at least `stage` and `step`. Opening it at (stage, step) forgets the rows of steps that a resumed
-    run is going to take again."""
+    run is going to take again. Without a path nothing is written. also: is told every row, too."""
 
-    def __init__(self, path: Path, stage: str = "vae", step: int = 0):
-        self.path = path
-        if path.exists():
+    def __init__(self, path: Path | None, stage: str = "vae", step: int = 0, also: Callable[[dict], None] = lambda row: None):
+        self.path, self.also = path, also
+        if path and path.exists():
             kept = [row for row in read(path) if (row["stage"] != "vae", row["step"]) <= (stage != "vae", step)]
             torso = path.with_suffix(".tmp")
             torso.write_text("".join(json.dumps(row) + "\n" for row in kept))
             os.replace(torso, path)
 
     def write(self, **row) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.also(row)
 
 
 def read(path: Path) -> list[dict]:

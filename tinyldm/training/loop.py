@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import platform
+import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +15,82 @@ from torch import nn
 
 from tinyldm.config import Config
 from tinyldm.training import checkpoint
+from tinyldm.training.distributed import clip
 from tinyldm.training.log import Log
 from tinyldm.training.meter import Meter
 from tinyldm.training.report import write_report
-from tinyldm.training.run import Progress
+from tinyldm.training.run import Progress, span
+from tinyldm.training.schedule import Schedule, moment, seconds
 
 
-def update(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], clip: float, meter: Meter) -> bool:
-    """One optimizer step on the gradients at hand, clipped to a global norm. False, and no step, where the norm or the
-    loss is not finite. (The one place where the device is waited for: once per step, not per micro-batch.)"""
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True))
-    if good := math.isfinite(norm) and math.isfinite(float(meter.waiting[0])):
+def update(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], max_norm: float, meter: Meter) -> float | None:
+    """One optimizer step on the gradients at hand, clipped to a global norm -> the step's loss. None, and no step, where
+    it or the norm is not finite. (The one place where the device is waited for: once per step, not per micro-batch.)"""
+    norm = clip(parameters, max_norm)
+    loss = float(meter.waiting[0])
+    if good := math.isfinite(norm) and math.isfinite(loss):
         for optimizer in optimizers:
             optimizer.step()
         meter.keep(norm)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return good
+    return loss if good else None
 
 
-def write_log(log: Log, stage: str, step: int, meter: Meter, lr_factor: float, bar: Progress) -> None:
+def write_log(log: Log, stage: str, step: int, meter: Meter, bar: Progress, factor: float, lr: float, finish: str = "", **more: Any) -> None:
+    """A row of the log, and the same on the bar."""
     row = meter.row()
-    log.write(stage=stage, step=step, lr_factor=lr_factor, **row, **bar.report(row["loss"]))
+    log.write(stage=stage, step=step, lr_factor=factor, **row, **more, **bar.report(row["loss"], lr, finish))
+
+
+class RolledBack(Exception):
+    """At `step` the loss has left its course, since about step `since`."""
+
+    def __init__(self, since: int, step: int, window: int):
+        super().__init__(f"the loss left its course about step {since}")
+        self.since, self.step, self.window = since, step, window
+
+    def retreat(self, run: Path) -> tuple[str, int]:
+        """Give up the checkpoints since -> the one to go on from, and how many batches have been passed over by then: those up to
+        this step. ValueError where there is none."""
+        checkpoint.forget(run, self.since)
+        last = checkpoint.newest_whole(run)
+        if last is None or not last.name.startswith("step"):
+            raise ValueError(f"{self}, before the first checkpoint there is: start again with a lower --lr and --muon-lr, or a longer "
+                             "--warmup-steps")
+        return str(last), self.window + self.step - checkpoint.read_state(last)["step"]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error says, on a GPU or a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and any(
+        said in str(error) for said in ("out of memory", "not enough memory", "can't allocate memory"))
+
+
+def make_schedule(config: Config, saved: dict[str, Any] | None, running: float) -> Schedule:
+    """The course of stage 2, or the rest of it. saved: the plan in the checkpoint to go on from, which is kept unless
+    another end has been asked for since; None for a run that begins, or goes by steps. ValueError where no time is left."""
+    asked = Schedule(warmup=config.warmup_steps, decay=config.decay, max_steps=config.max_steps,
+                     budget=seconds(config.budget) if config.budget else 0.0, deadline=moment(config.deadline) if config.deadline else 0.0)
+    if asked.max_steps:
+        return asked
+    plan = Schedule.from_state(saved) if saved else None
+    if plan and (asked.budget, asked.deadline) == (plan.budget, plan.deadline):
+        return plan
+    asked.begun, asked.running = (plan.begun, plan.running) if plan else (running, running)
+    if asked.left(running, time.time()) <= 0:
+        raise ValueError(f"no time is left for training, the run has been running for {span(running)}: nothing is lost, go on with "
+                         "--resume auto and a larger --budget or a later --deadline, or with --max-steps")
+    return asked
+
+
+def mean_rate(rate: float, progress: float, place: int, shares: list[float], costs: list[float]) -> float:
+    """Seconds per step on average from here to the end: `rate` in stage `place`, in later ones in proportion to the cost of a
+    picture. shares: of the time, per stage."""
+    ends = list(accumulate(shares))
+    times = [ends[i] - max(progress, ends[i] - shares[i]) for i in range(place, len(shares))]
+    steps = sum(max(spent, 0.0) / (rate * costs[i] / costs[place]) for i, spent in enumerate(times, place))
+    return sum(max(spent, 0.0) for spent in times) / steps if steps else rate
 
 
 def attempt(what: str, work: Callable[[], Any]) -> None:

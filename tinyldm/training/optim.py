@@ -13,6 +13,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from tinyldm.training.distributed import local, part_of, sharded, whole
+
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
@@ -55,6 +57,8 @@ class Muon(torch.optim.Optimizer):
 
     lr: the root-mean-square of a matrix's update is 0.2 * lr * (its own dimension-free size), so AdamW's
     learning rates and weight decays fit (arXiv:2502.16982, Eq. 4).
+
+    Sharded matrices are gathered: every process orthogonalises all of them, and takes its part.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -66,13 +70,14 @@ class Muon(torch.optim.Optimizer):
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[p.shape[0], p[0].numel()].append(p)
-            for (rows, columns), params in by_shape.items():
+                    by_shape[p.shape[0], p.numel() // p.shape[0], sharded(p)].append(p)
+            for (rows, columns, _), params in by_shape.items():
                 updates = torch.stack([self.nesterov(p, group["momentum"]) for p in params])   # [k, rows, columns]
-                updates = orthogonalise(updates) * (0.2 * math.sqrt(max(rows, columns)))
+                updates = orthogonalise(whole(updates)) * (0.2 * math.sqrt(max(rows, columns)))
                 for p, update in zip(params, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.view_as(p), alpha=-group["lr"])
+                    own = local(p)
+                    own.mul_(1 - group["lr"] * group["weight_decay"])
+                    own.add_(part_of(update.view(p.shape), p), alpha=-group["lr"])
 
     def nesterov(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]
@@ -96,8 +101,10 @@ def make_optimizers(parameters: dict[str, nn.Parameter], *, kind: str, lr: float
     """[AdamW] or, for kind "muon", [AdamW, Muon], together covering parameters (name -> parameter) once each."""
     inner = muon_matrices(parameters, kind)
     outer = [p for name, p in parameters.items() if name not in inner]
+    kinds = [[p for p in outer if sharded(p) == kind] for kind in (False, True)]              # not to be mixed in one kernel
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
+        torch.optim.AdamW([{"params": params} for params in kinds if params], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay,
+                          fused=True)]
     if inner:
         optimizers.append(Muon(list(inner.values()), lr=muon_lr, weight_decay=weight_decay))
     for optimizer in optimizers:
@@ -106,10 +113,8 @@ def make_optimizers(parameters: dict[str, nn.Parameter], *, kind: str, lr: float
     return optimizers
 
 
-def set_lr(optimizers: list[torch.optim.Optimizer], step: int, total: int, warmup: int, decay: float) -> float:
-    """Linear warm-up, constant, linear decay to 0 over the last share `decay` of the steps. Returns the factor."""
-    factor = min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(decay * total, 1))
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Every group's learning rate is its peak times the factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-    return factor

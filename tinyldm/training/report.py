@@ -28,6 +28,7 @@ import numpy as np
 from tinyldm.config import PRESETS, Config
 from tinyldm.files import write_file
 from tinyldm.training import log
+from tinyldm.training.schedule import moment, seconds
 
 POINTS = 2000          # per series
 BINS = 16              # per vector of t-bins
@@ -55,7 +56,7 @@ def write_report(run: Path, environment: dict | None = None) -> Path:
     data = {
         "name": name, "folder": str(run), "preset": str(config.get("preset", "")), "finished": finished,
         "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "stages": stages, "hours": running_hours(rows), "checkpoints": saved, "samples": samples(run),
+        "stages": stages, "hours": running_hours(rows), "time": time_to_go(config), "checkpoints": saved, "samples": samples(run),
         "events": [shown(event) for event in kept], "events_left_out": len(events) - len(kept),
         "prompts": prompts(config), "config": compare(config),
         "environment": {str(key): text(value) for key, value in {**versions(), **(environment or {})}.items()},
@@ -181,14 +182,18 @@ def curve(rows: list[dict], pick: Callable[[dict], Any]) -> dict | None:
 
 
 def running_hours(rows: list[dict]) -> dict[str, dict]:
-    """Time spent running at each step, in hours, over all processes, per stage: `seconds` starts again with each."""
+    """Time spent running at each step, in hours, over all processes, per stage: `running` says it; rows without it add up
+    from `seconds`, which starts again with each process."""
     before, last, curves = 0.0, 0.0, {}
     for row in rows:
-        seconds = number(row.get("seconds"))
-        if math.isfinite(seconds) and seconds >= 0:
-            before += last if seconds < last else 0.0
-            last = seconds
-            curves.setdefault(row["stage"], []).append((row["step"], (before + seconds) / 3600))
+        process, running = (max(0.0, number(row.get(key))) if number(row.get(key)) < math.inf else None for key in ("seconds", "running"))
+        if process is not None:
+            before += last if process < last else 0.0
+            last = process
+        if running is not None:
+            before = running - last
+        if process is not None or running is not None:
+            curves.setdefault(row["stage"], []).append((row["step"], (before + last) / 3600))
     return {name: thin(*zip(*points)) for name, points in curves.items()}
 
 
@@ -202,6 +207,16 @@ def plan(name: str, rows: list[dict], config: dict) -> dict:
     guess = round(total * (1 - share)) if total and share is not None else None
     return {"total": total, "decay_from": told.get("decay_from", guess), "finish": told.get("finish"),
             "warmup": settings.get("warmup_steps", 0)}
+
+
+def time_to_go(config: dict) -> dict:
+    """Of a run that ends by time {hours: its budget, ends: its deadline in seconds since 1970}, each where it was given."""
+    found = {}
+    for key, name, convert in (("hours", "budget", lambda said: seconds(said) / 3600), ("ends", "deadline", moment)):
+        with suppress(ValueError, OverflowError, OSError):     # the last: years that Windows does not know
+            if isinstance(config.get(name), str):
+                found[key] = convert(config[name])
+    return found
 
 
 # ---------------------------------------------------------------- events, settings, environment
@@ -222,7 +237,7 @@ def keep_newest(events: list[dict]) -> list[dict]:
 def shown(event: dict) -> dict:
     """Of an event what the page shows, each part only where it is there and what it should be."""
     kept = {"stage": event["stage"], "step": event["step"], "event": text(event["event"], 40)}
-    numbers = {key: event[key] for key in ("total_steps", "decay_from") if 0 < number(event.get(key)) < math.inf}
+    numbers = {key: event[key] for key in ("total_steps", "decay_from", "resolution") if 0 < number(event.get(key)) < math.inf}
     said = {key: text(event[key]) for key in ("text", "finish") if event.get(key)}
     return kept | numbers | said
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import datetime
 from typing import Any, NamedTuple
 
 UNITS = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
@@ -32,6 +33,14 @@ def seconds(text: str) -> float:
     if not 0 < result < math.inf:
         raise ValueError(f"'{text}' is not a span of time: use days, hours, minutes, seconds, as in 7d, 1d12h, 1.5h, 20m, 90s")
     return result
+
+
+def moment(text: str) -> float:
+    """"2030-01-31T18:00", local time unless it names a zone -> seconds since 1970."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise ValueError(f"'{text}' is not a date and time: write it as in 2030-01-31T18:00") from None
 
 
 class Revision(NamedTuple):
@@ -71,6 +80,7 @@ class Schedule:
         self.share = 1.0                        # what the decay had left of the learning rate
         self.overtime = 0.0                     # seconds added to the end, see SHORTEST
         self.anchor: list[float] | None = None  # [share, seconds left then]: the decay goes on from there to 0
+        self.begun = 0.0                        # running time before the first step
 
     def factor(self, step: int, running: float = 0.0, now: float = 0.0) -> float:
         """0 to 1, for the optimizer step `step` (0-based) that begins at these times."""
@@ -84,6 +94,14 @@ class Schedule:
         if self.max_steps:
             return step >= self.total
         return self.left(running, now) <= self.rate / 2
+
+    def progress(self, step: int, running: float = 0.0, now: float = 0.0) -> float:
+        """How much of the training is over, 0 to 1: of its steps, or of its time, to which encoding and what else went
+        before the first step does not belong."""
+        if self.max_steps:
+            return step / self.total
+        past, left = running - self.begun, max(self.left(running, now), 0.0)
+        return past / max(past + left, 1e-9)
 
     def left(self, running: float, now: float = 0.0) -> float:
         """Seconds left for training (negative: late)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tinyldm.data.cache import Cache
 from tinyldm.diffusion.loss import make_noise
+from tinyldm.training.ema import EMA, PowerEMA
 from tinyldm.training.meter import Meter
 from tinyldm.training.run import generator
 
@@ -33,6 +34,13 @@ class Validation:
         t = (torch.randperm(n, generator=generator(seed, 5)) + 0.5) / n
         tokens = data.tokens(held_out, fingerprint, np.zeros(n), [1.0] * data.kinds)
         self.whole = (x0, eps, t, eps, torch.from_numpy(tokens))
+
+    def both(self, ema: EMA | PowerEMA) -> dict[str, Any]:
+        """For a row of the log: the loss of the weights as they are, val_raw, of the averaged ones, val_ema, and its val_bins."""
+        raw = self()
+        with ema.applied():
+            averaged = self()
+        return {"val_raw": raw["loss"], "val_ema": averaged["loss"], "val_bins": averaged["t_bins"]}
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""train.py on several processes, as torchrun starts them: the same run as on one, up to float rounding."""
+
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers import ENVIRONMENT, ROOT, SMALL, script, weights
+from tinyldm.training import checkpoint
+from tinyldm.training.log import read
+
+WORDS = [*SMALL, "--batch-size", "8", "--dtype", "fp32", "--optimizer", "adamw", "--log-every", "1"]
+
+
+def torchrun(processes: int, *words) -> subprocess.CompletedProcess:
+    return script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *words)
+
+
+def losses(run: Path) -> list[float]:
+    return [row[name] for row in read(run / "log.jsonl") if row["stage"] == "step" for name in ("loss", "val_raw", "val_ema") if name in row]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    done = script("train.py", *WORDS, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    """Adam divides by the gradient's size: where that is nothing but rounding (biases before a norm), so is the step."""
+    assert len(losses(one)) == 8 and losses(one) == pytest.approx(losses(two), rel=2e-5)
+    one, two = (weights(run / "checkpoints" / "step-000006" / "model") for run in (one, two))
+    assert one.keys() == two.keys()
+    apart = np.concatenate([np.abs(one[name] - two[name]).ravel() for name in one])
+    moved = 4e-3                                               # what a step of Adam's moves a weight by
+    assert np.mean(apart > 1e-2 * moved) < 0.01 and apart.max() < 6 * moved
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_train_as_one(alone, tmp_path, processes):
+    done = torchrun(processes, "train.py", *WORDS, "--out", tmp_path / "run", "--grad-accum", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder") == 1                # one speaks for all
+    assert_alike(alone, tmp_path / "run")
+
+
+@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, processes):
+    cut = tmp_path / "cut"
+    shutil.copytree(alone, cut)
+    for name in ("step-000004", "step-000006"):
+        shutil.rmtree(cut / "checkpoints" / name)
+    done = torchrun(processes, "train.py", "--out", cut, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert_alike(alone, cut)
+
+
+def start_by_hand(words: list, processes: int = 2) -> list[subprocess.Popen]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    return [subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT | place | {"RANK": str(rank)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("number, code, said", [(signal.SIGKILL, 2, "another of the 2 processes has ended"),
+                                                (signal.SIGTERM, 143, "")])
+def test_a_dead_process_ends_all_and_a_polite_one_saves_first(alone, tmp_path, number, code, said):
+    run = tmp_path / "run"
+    jobs = start_by_hand(["train.py", *WORDS, "--vae-weights", alone / "vae", "--max-steps", 100_000, "--sample-every", 0,
+                          "--keep-last", 2, "--out", run])
+    try:
+        while not checkpoint.names(run):
+            assert all(job.poll() is None for job in jobs), jobs[0].communicate()
+            time.sleep(0.05)
+        jobs[1].send_signal(number)
+        out, error = jobs[0].communicate(timeout=60)
+        jobs[1].communicate(timeout=60)
+    finally:
+        for job in jobs:
+            job.kill()
+    assert jobs[0].returncode == code and said in error and "Traceback" not in error
+    if number == signal.SIGTERM:
+        assert jobs[1].returncode == 143 and f"--out {run} --resume auto" in out
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(alone, tmp_path):
+    run = tmp_path / "run"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 3, "train.py", *WORDS, "--out", run,
+             "--vae-weights", alone / "vae", "--max-steps", 60, "--save-every", 10]
+    job = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not checkpoint.names(run):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
+    ranks = [int(re.search(r"\d+", str(path))[0]) for path in Path("/proc").glob("[0-9]*/cmdline")
+             if b"train.py" in (line := path.read_bytes()) and str(run).encode() in line and b"torch.distributed.run" not in line]
+    subprocess.run(["kill", "-9", str(max(ranks))], check=True)
+    _, error = job.communicate(timeout=300)
+    assert job.returncode == 0, error
+    assert checkpoint.read_state(checkpoint.newest_whole(run))["finished"]
+    done = script("train.py", *words[8:], "--out", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    assert losses(run)[:60] == pytest.approx(losses(tmp_path / "whole")[:60], rel=1e-3)

@@ -1,0 +1,154 @@
+"""What a week brings: steps that are not finite, a loss that leaves its course, too little memory, pictures that fail."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import SMALL, load_script, log_without_timing, script, train_here, weights
+from tinyldm.training import checkpoint, spikes
+from tinyldm.training.log import read
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae") / "run"
+    done = script("train.py", "--out", folder, *SMALL, "--max-steps", 1)
+    assert done.returncode == 0, done.stderr
+    return folder / "vae"
+
+
+@pytest.fixture
+def train(monkeypatch):
+    return load_script("train")
+
+
+def quick(vae, out, *words) -> list[str]:
+    return [*SMALL, "--vae-weights", str(vae), "--sample-every", "0", "--dtype", "fp32", "--out", str(out), *map(str, words)]
+
+
+def events(run) -> list[dict]:
+    return [row for row in read(run / "log.jsonl") if "event" in row]
+
+
+def spoil(monkeypatch, train, change):
+    """Let `change` (loss, call) -> loss stand between the objective and training."""
+    calls, real = [], train.sample_losses
+
+    def losses(*batch, **objective):
+        calls.append(batch[1].shape[0])
+        return change(real(*batch, **objective), len(calls))
+
+    monkeypatch.setattr(train, "sample_losses", losses)
+    return calls
+
+
+def test_a_batch_that_is_not_finite_is_left_out_noted_and_survived(vae, tmp_path, monkeypatch, train):
+    spoil(monkeypatch, train, lambda loss, call: loss * (float("nan") if call == 2 else 1))
+    train_here(train, quick(vae, tmp_path / "run"), monkeypatch)
+    assert [(row["event"], row["step"]) for row in events(tmp_path / "run")] == [("skipped", 2)]
+    assert "step 1" in events(tmp_path / "run")[0]["text"]                      # for a replay: as it was drawn
+    assert [row["skipped"] for row in read(tmp_path / "run" / "log.jsonl") if "loss" in row] == [1, 1]
+    assert all(np.isfinite(tensor).all() for tensor in weights(tmp_path / "run" / "checkpoints" / "step-000006").values())
+
+
+def test_ten_in_a_row_stop_the_run_and_what_was_saved_stays(vae, tmp_path, monkeypatch, train):
+    spoil(monkeypatch, train, lambda loss, call: loss * (float("inf") if call > 3 else 1))
+    with pytest.raises(ValueError, match="not finite in 10 steps in a row, up to step 12"):
+        train_here(train, quick(vae, tmp_path / "run", "--max-steps", 40, "--save-every", 3), monkeypatch)
+    state = checkpoint.read_state(checkpoint.newest_whole(tmp_path / "run"))
+    assert state["step"] == 12 and state["meter"]["in_a_row"] == 9
+
+
+def test_out_of_memory_halves_the_micro_batch_and_the_batch_stays(vae, tmp_path, monkeypatch, train):
+    real = train.sample_losses
+
+    def losses(net, x0, *rest, **objective):
+        if len(x0) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(net, x0, *rest, **objective)
+
+    train_here(train, quick(vae, tmp_path / "whole", "--val-samples", 0), monkeypatch)
+    monkeypatch.setattr(train, "sample_losses", losses)
+    train_here(train, quick(vae, tmp_path / "run", "--val-samples", 0), monkeypatch)
+    one, two = ([row["loss"] for row in read(tmp_path / name / "log.jsonl") if "loss" in row] for name in ("whole", "run"))
+    assert one == pytest.approx(two, rel=1e-4)
+    texts = [row["text"] for row in events(tmp_path / "run") if row["event"] == "memory"]
+    assert texts == ["out of memory: micro-batch 2, accumulation 2", "out of memory: micro-batch 1, accumulation 4"]
+
+
+def test_out_of_memory_with_a_single_picture_is_an_error(vae, tmp_path, monkeypatch, train):
+    def losses(*batch, **objective):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(train, "sample_losses", losses)
+    with pytest.raises(ValueError, match="out of memory with a single picture of 16 px"):
+        train_here(train, quick(vae, tmp_path / "run"), monkeypatch)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(vae, tmp_path, monkeypatch, train):
+    def losses(*batch, **objective):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(train, "sample_losses", losses)
+    with pytest.raises(RuntimeError, match="mat1"):
+        train_here(train, quick(vae, tmp_path / "run"), monkeypatch)
+
+
+def test_pictures_and_validation_may_fail_and_training_goes_on(vae, tmp_path, monkeypatch, train, capsys):
+    def broken(*args, **options):
+        raise RuntimeError("CUDA error: no more")
+
+    monkeypatch.setattr(train, "draw", broken)
+    monkeypatch.setattr(train.Validation, "both", broken)
+    train_here(train, quick(vae, tmp_path / "run", "--sample-every", 2), monkeypatch)
+    said = capsys.readouterr().out
+    assert said.count("the sample grid failed, training goes on: CUDA error") == 3 and "validation failed" in said
+    assert checkpoint.read_state(checkpoint.newest_whole(tmp_path / "run"))["finished"]
+
+
+def test_a_loss_that_leaves_its_course_rolls_back_and_passes_over_the_batches(vae, tmp_path, monkeypatch, train):
+    monkeypatch.setattr(spikes, "WARMUP", 20)
+    drawn, real = [], train.Trainer.noised
+
+    def noised(self, *args):
+        drawn.append(self.step + self.window)
+        return real(self, *args)
+
+    monkeypatch.setattr(train.Trainer, "noised", noised)
+    spoil(monkeypatch, train, lambda loss, call: loss * (20 if 60 <= drawn[-1] < 90 else 1))
+    words = quick(vae, tmp_path / "run", "--max-steps", 100, "--save-every", 10, "--rollback", "--val-samples", 0, "--keep-last", 5)
+    train_here(train, words, monkeypatch)
+    told = events(tmp_path / "run")
+    assert [row["event"] for row in told][:1] == ["rollback"] and told[0]["step"] == 50
+    lost = drawn.index(50, 51) if 50 in drawn[51:] else len(drawn)              # no batch was drawn twice:
+    assert len(drawn) == len(set(drawn)) and drawn == sorted(drawn) and lost == len(drawn)
+    assert 60 + 15 <= drawn[drawn.index(60):].index(max(drawn)) + 60            # the window was passed over, up to where it was noticed
+    state = checkpoint.read_state(checkpoint.newest_whole(tmp_path / "run"))
+    assert state["step"] == 100 and state["window"] == len(drawn) - 100
+
+
+def test_without_the_switch_a_spike_is_only_noted(vae, tmp_path, monkeypatch, train):
+    monkeypatch.setattr(spikes, "WARMUP", 20)
+    spoil(monkeypatch, train, lambda loss, call: loss * (20 if call == 50 else 1))
+    train_here(train, quick(vae, tmp_path / "run", "--max-steps", 60, "--val-samples", 0, "--save-every", 60), monkeypatch)
+    assert [(row["event"], row["step"]) for row in events(tmp_path / "run")] == [("spike", 50)]
+
+
+def test_before_the_first_checkpoint_there_is_nothing_to_roll_back_to(vae, tmp_path, monkeypatch, train):
+    monkeypatch.setattr(spikes, "WARMUP", 20)
+    spoil(monkeypatch, train, lambda loss, call: loss * (20 if call >= 50 else 1))
+    with pytest.raises(ValueError, match="before the first checkpoint"):
+        train_here(train, quick(vae, tmp_path / "run", "--max-steps", 100, "--save-every", 90, "--rollback", "--val-samples", 0), monkeypatch)
+
+
+def test_checkpointed_blocks_and_averages_of_two_widths_go_on_bit_for_bit(vae, tmp_path, monkeypatch, train):
+    words = ["--ema-widths", "0.05", "0.1", "--grad-checkpointing", "--stages", "16=0.5", "32=0.5"]
+    train_here(train, quick(vae, tmp_path / "whole", *words), monkeypatch)
+    train_here(load_script("train"), quick(vae, tmp_path / "cut", *words, "--max-steps", 6), monkeypatch, stop_after=2)
+    train_here(load_script("train"), ["--out", str(tmp_path / "cut"), "--resume", "auto"], monkeypatch)
+    one, two = (weights(tmp_path / name / "checkpoints" / "step-000006") for name in ("whole", "cut"))
+    assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+    assert any(name.startswith("averages.safetensors:0.1/net.") for name in one)
+    assert log_without_timing(tmp_path / "whole") == log_without_timing(tmp_path / "cut")
+    sizes = [row["resolution"] for row in events(tmp_path / "whole") if row["event"] == "stage"]
+    assert sizes == [32]

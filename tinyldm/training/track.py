@@ -1,0 +1,161 @@
+"""The log, shown elsewhere too: in TensorBoard or in Weights & Biases (--track).
+
+log.jsonl stays the record; this repeats it. Neither package is needed or imported unless it is asked for, and once a run
+has begun nothing that goes wrong here may end it: the first failure is told, and tracking stops.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tinyldm.files import write_file
+from tinyldm.lookup import lookup
+
+PATIENCE = 120              # seconds for the last uploads at the end
+
+
+class Tracker:
+    """Repeats rows of log.jsonl elsewhere; does nothing for kind "".
+
+    kind    tensorboard (files in RUN/tensorboard: tensorboard --logdir RUN/tensorboard) or wandb (files in RUN/wandb,
+            project tinyldm, a run named as the folder; WANDB_MODE, WANDB_PROJECT and the like decide as ever)
+    config  the run's settings
+    step    the step training goes on from: what TensorBoard was told of later ones is dropped. In W&B points that
+            were sent stay, and those of a step taken again lie on top of them
+
+    ValueError for an unknown kind and for a package that is not installed. After going back to an earlier step in one
+    process, close it and make another.
+    """
+
+    def __init__(self, kind: str, run: Path, config: dict, step: int):
+        self.kind, self.backend = kind, None
+        if not kind:
+            return
+        backend = lookup({"tensorboard": TensorBoard, "wandb": WandB}, kind, "--track")
+        try:
+            self.backend = backend(run, config, step)
+        except ImportError as error:
+            raise ValueError(f'--track {kind} needs a package that is missing ({error}): pip install "tinyldm[{kind}]"') from None
+        except Exception as error:                             # no network, no room: not worth the run
+            self._stop(error)
+
+    def row(self, row: dict) -> None:
+        """A row of log.jsonl: numbers as curves STAGE/NAME, lists as one curve for each place, events as text."""
+        self._attempt(lambda backend: send(backend, row))
+
+    def picture(self, name: str, file: Path, step: int) -> None:
+        """A picture's file, after that many steps."""
+        self._attempt(lambda backend: backend.picture(name, file, step))
+
+    def close(self) -> None:
+        """Send what is left, and take no more."""
+        self._attempt(lambda backend: backend.close())
+        self.backend = None
+
+    def _attempt(self, work: Callable[[Any], None]) -> None:
+        try:
+            if self.backend is not None:
+                work(self.backend)
+        except Exception as error:
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        self.backend = None
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"--track {self.kind} failed and is off from here on, training goes on: {said}", flush=True)
+
+
+def send(backend: TensorBoard | WandB, row: dict) -> None:
+    stage, step = row["stage"], row["step"]
+    if "event" in row:
+        rest = {key: value for key, value in row.items() if key not in ("stage", "step", "event", "text")}
+        said = " ".join([str(row.get("text", "")), json.dumps(rest) if rest else ""]).strip()
+        backend.text(stage, f"{stage}/{row['event']}", said, step)
+    elif numbers := {f"{stage}/{name}": value for name, value in flat(row).items()}:
+        backend.numbers(stage, numbers, step)
+
+
+def flat(row: dict) -> dict[str, float]:
+    """The finite numbers of a row, those of lists under NAME/PLACE."""
+    found = {}
+    for name, value in row.items():
+        parts = {f"{name}/{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
+        found |= {key: part for key, part in parts.items()
+                  if name not in ("stage", "step") and type(part) in (int, float) and math.isfinite(part)}
+    return found
+
+
+class TensorBoard:
+    """A folder for each stage: dropping the later steps of one (purge_step) must not touch those of another."""
+
+    def __init__(self, run: Path, config: dict, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.new: Callable[[str], Any] = lambda part: SummaryWriter(str(run / "tensorboard" / part), purge_step=step + 1)
+        self.writers: dict[str, Any] = {}
+        self._writer("settings").add_text("settings", "".join(f"    {name}: {value}\n" for name, value in config.items()), step)
+
+    def _writer(self, part: str) -> Any:
+        if part not in self.writers:
+            self.writers[part] = self.new(part)
+        return self.writers[part]
+
+    def numbers(self, stage: str, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer(stage).add_scalar(name, value, step)
+
+    def text(self, stage: str, name: str, said: str, step: int) -> None:
+        self._writer(stage).add_text(name, said, step)
+
+    def picture(self, name: str, file: Path, step: int) -> None:
+        with Image.open(file) as image:
+            self._writer("pictures").add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+
+
+class WandB:
+    """One W&B run for a run folder, whatever happens to the process: RUN/wandb-id.txt names it. Every stage counts its
+    own steps (W&B's must never fall)."""
+
+    def __init__(self, run: Path, config: dict, step: int):
+        import wandb
+
+        name = run / "wandb-id.txt"
+        if not name.exists():
+            write_file(name, secrets.token_hex(8).encode())
+        self.wandb = wandb
+        self.run = wandb.init(dir=str(run), project="tinyldm", name=run.resolve().name, id=name.read_text().strip(),
+                              resume="allow", config=config, allow_val_change=True)
+        self.stages: set[str] = set()
+
+    def numbers(self, stage: str, values: dict[str, Any], step: int) -> None:
+        if stage not in self.stages:
+            self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self.stages.add(stage)
+        self.run.log(values | {f"{stage}/step": step})
+
+    def text(self, stage: str, name: str, said: str, step: int) -> None:
+        self.numbers(stage, {name: said}, step)
+
+    def picture(self, name: str, file: Path, step: int) -> None:
+        self.numbers("pictures", {f"pictures/{name}": self.wandb.Image(str(file))}, step)
+
+    def close(self) -> None:
+        """In a thread, which a network that is down cannot make the run wait for."""
+        last = threading.Thread(target=self.run.finish, daemon=True)
+        last.start()
+        last.join(PATIENCE)
+        if last.is_alive():
+            raise TimeoutError(f"W&B has not taken everything in {PATIENCE} seconds: wandb sync sends the rest from the run's folder")
