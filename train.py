@@ -114,15 +114,15 @@ class Trainer:
 
     def train(self) -> None:
         """All stages, to the end of the schedule."""
-        costs = [useful_flops(stage) for stage in self.stages]
         self.bar = Progress(self.config.network, self.step, self.schedule.total, self.config.batch_size, self.here.device, self.here.world.main)
-        peak = peak_flops(self.config, self.here.device)
-        self.bar.peak, self.costs, begun, first = peak and peak * self.here.world.size, costs, self.step, self.place
+        peak, begun, first = peak_flops(self.config, self.here.device), self.step, self.place
+        self.bar.peak = peak and peak * self.here.world.size
+        self.costs = [useful_flops(stage) for stage in self.stages] if peak or len(self.stages) > 1 else [1]     # counting takes a second
         try:
             for self.place in range(first, len(self.stages)):
                 running, now = self.time()
                 if not (self.schedule.done(self.step, running, now) or self.stage_over(running, now)):
-                    stage, self.bar.flops = self.stages[self.place], costs[self.place]
+                    stage, self.bar.flops = self.stages[self.place], self.costs[self.place]
                     if self.place > first:
                         text, self.learner.course = f"from here on {stage.resolution} px", Course()
                         self.log.write(stage="step", step=self.step + 1, event="stage", resolution=stage.resolution, text=text)

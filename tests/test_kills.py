@@ -121,6 +121,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):
     assert done.returncode == 2 and "Read-only" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_the_reason_and_with_room_the_run_goes_on(whole, tmp_path):
     with small_disk(tmp_path / "disk", "size=1400k") as disk:
         done = script("train.py", *SMALL, *STEPS, "--out", disk / "run")

@@ -72,7 +72,7 @@ def start_by_hand(words: list, processes: int = 2) -> list[subprocess.Popen]:
 
 
 @pytest.mark.parametrize("number, code, said", [(signal.SIGKILL, 2, "another of the 2 processes has ended"),
-                                                (signal.SIGTERM, 143, "")])
+                                                pytest.param(signal.SIGTERM, 143, "", marks=pytest.mark.slow)])
 def test_a_dead_process_ends_all_and_a_polite_one_saves_first(alone, tmp_path, number, code, said):
     run = tmp_path / "run"
     jobs = start_by_hand(["train.py", *WORDS, "--vae-weights", alone / "vae", "--max-steps", 100_000, "--sample-every", 0,

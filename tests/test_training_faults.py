@@ -51,6 +51,18 @@ def test_a_batch_that_is_not_finite_is_left_out_noted_and_survived(vae, tmp_path
     assert all(np.isfinite(tensor).all() for tensor in weights(tmp_path / "run" / "checkpoints" / "step-000006").values())
 
 
+MASKED = "--network dit --dit patch=2 width=32 layers=1 heads=2 mlp_width=32 time_dim=16 --mask-padding".split()
+
+
+@pytest.mark.parametrize("network", [[], MASKED])
+def test_k_unequal_micro_batches_train_as_one_batch(vae, tmp_path, monkeypatch, network):
+    for name, parts in (("micro", "3"), ("whole", "1")):                        # of 2, 1 and 1 pictures, dropped captions among them
+        words = quick(vae, tmp_path / name, "--grad-accum", parts, "--caption-dropout", "0.5", "--log-every", 1, *network)
+        train_here(load_script("train"), words, monkeypatch)
+    losses = [[row["loss"] for row in read(tmp_path / name / "log.jsonl") if "loss" in row] for name in ("micro", "whole")]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_ten_in_a_row_stop_the_run_and_what_was_saved_stays(vae, tmp_path, monkeypatch, train):
     spoil(monkeypatch, train, lambda loss, call: loss * (float("inf") if call > 3 else 1))
     with pytest.raises(ValueError, match="not finite in 10 steps in a row, up to step 12"):

@@ -114,6 +114,7 @@ def same_compiled(pair, **options):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", [
     lambda: DiT(DiTConfig(width=16, layers=1, heads=1, mlp_width=16, context_dim=12, time_dim=16)),
     lambda: UNet(UNetConfig(widths=(16,), depth=1, attention=(True,), heads=(2,), context_dim=12, groups=8))], ids=["dit", "unet"])
