@@ -35,7 +35,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyldm.data import toyworld
 from tinyldm.data.cache import Cache
 from tinyldm.data.prepare import prepare, some_pictures, stage_folders
 from tinyldm.device import autocast, deterministic, pick_device, prefer_plain_attention
@@ -54,7 +53,7 @@ from tinyldm.training.log import Log
 from tinyldm.training.loop import RolledBack, attempt, make_schedule, mean_rate, out_of_memory, refresh_report, resumed_from, write_log
 from tinyldm.training.run import Clock, Interrupted, Pace, Progress, Signals, date, generator, memory_gb, write_picture
 from tinyldm.training.schedule import Revision
-from tinyldm.training.setup import at_stage, build_networks, make_loader, objective, process_options, refuse_early
+from tinyldm.training.setup import at_stage, build_networks, fixed_prompts, make_loader, objective, process_options, refuse_early
 from tinyldm.training.spikes import RECENT, Course
 from tinyldm.training.track import Tracker
 from tinyldm.training.validation import Validation
@@ -99,7 +98,6 @@ class Trainer:
         running, now = self.time()
         self.schedule = make_schedule(config, state.get("schedule"), running)
         self.model = Model(net, vae, text, tokenizer, make_process(config.process, **process_options(config)), config.prediction, {}, {})
-        self.compiled = torch.compile(net) if (config.compile if config.compile is not None else here.device.type == "cuda") else net
         self.empty = torch.from_numpy(tokenizer.encode([""]))[0]
         self.tracker = Tracker(config.track if here.world.main else "", here.run, dataclasses.asdict(config), self.step)
         self.log = Log(here.run / "log.jsonl" if here.world.main else None, "step", self.step, self.tracker.row)
@@ -137,12 +135,15 @@ class Trainer:
         loader = make_loader(config, data, self.model.tokenizer, device, world)
         most = config.batch_size // world.size                                      # micro-batches, each of one sample or more
         parts = min(-(-config.grad_accum // world.size), most)
-        goal = objective(config, self.model.process)
+        goal, net = objective(config, self.model.process), self.model.net
+        if config.compile if config.compile is not None else device.type == "cuda":
+            torch.compiler.reset()                                                  # or another size of pictures is taken for any size
+            net = torch.compile(net)
 
         def losses_of(x0: Tensor, eps: Tensor, t: Tensor, mixed: Tensor, tokens: Tensor) -> Tensor:
             with autocast(device, config.dtype):
                 cond = encode_tokens(self.model.text, tokens, device, config.mask_padding, cut=True)
-                return sample_losses(self.compiled, x0, eps, t, cond, self.model.process, mixed=mixed, **goal)      # [micro-batch]
+                return sample_losses(net, x0, eps, t, cond, self.model.process, mixed=mixed, **goal)      # [micro-batch]
 
         validate = Validation(loader.cache, loader.held_out, loader.fingerprint, config.seed, -(-most // parts), device, losses_of)
         for _, x0, tokens in loader.run(self.step + self.window):                   # x0 [b, c, h, w]: this process's share
@@ -283,10 +284,7 @@ class Trainer:
 
     def sample_grid(self, config: Config, data: Cache) -> None:
         """A picture of fixed prompts from fixed seeds: comparable between steps and between runs."""
-        model, spread = self.model, dict.fromkeys(data.captions(i)[0][1] for i in range(0, len(data), -(-len(data) // 8)))
-        known = toyworld.PROMPTS if config.data == ["toyworld"] else list(spread)
-        prompts = config.sample_prompts.split("|") if config.sample_prompts else known
-        repeated = [prompt for prompt in prompts for _ in range(2)]
+        model, repeated = self.model, [prompt for prompt in fixed_prompts(config, data) for _ in range(2)]
         model.net.eval(), model.text.eval()
         try:
             with self.learner.ema.applied(), autocast(self.here.device, config.dtype):
@@ -309,6 +307,8 @@ def prepare_run(config: Config) -> Path:
         raise ValueError(f"{run} holds a run already: continue it with --resume auto, or name another folder with --out")
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.lock(run)
+    if config.resume == "no":
+        (run / "running.json").unlink(missing_ok=True)                          # of one that came to nothing
     write_file(run / "config.json", json.dumps(dataclasses.asdict(config) | {"resume": "no"}, indent=1))
     print(f"run folder {run}, configuration in {run / 'config.json'}")
     return run

@@ -188,7 +188,8 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
         typed = {name: {**row.get(name, {}), **pairs(name, value)} if hints[name] is dict else value
                  for name, value in typed.items()}
         for name in EXCLUDES.keys() & typed.keys():
-            row |= {other: nothing for other, nothing in EXCLUDES[name].items() if other not in typed}
+            if name != "resolution" or typed.get("resume") != "auto":             # a resumed run's cannot be another
+                row |= {other: nothing for other, nothing in EXCLUDES[name].items() if other not in typed}
         config = Config(**(row | typed))
         check(config)
     except ValueError as error:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tinyldm.config import Config, build, split_weights, stages
+from tinyldm.data import toyworld
 from tinyldm.data.cache import Cache, write_tokens
 from tinyldm.data.loader import Loader
 from tinyldm.data.prepare import adopt, find_shards, stage_folders
@@ -109,6 +110,14 @@ def at_stage(model: Model, config: Config) -> Model:
         scheduler=scheduler.to_config(config.process, options, config.prediction, config.network, config.sampler, config.learned_variance),
         defaults=dict(preset=config.preset, resolution=config.resolution, sampler=config.sampler, steps=config.sample_steps,
                       cfg=config.cfg, data=" ".join(config.data), mask_padding=config.mask_padding))
+
+
+def fixed_prompts(config: Config, data: Cache) -> list[str]:
+    """What the sample grids show: --sample-prompts, the toy world's own, else some captions from all over the data."""
+    if config.sample_prompts:
+        return config.sample_prompts.split("|")
+    spread = dict.fromkeys(data.captions(i)[0][1] for i in range(0, len(data), -(-len(data) // 8)))
+    return toyworld.PROMPTS if config.data == ["toyworld"] else list(spread)
 
 
 def refuse_early(config: Config) -> Config:
