@@ -54,7 +54,7 @@ class Clock:
     a clock that nobody sets. Without a file (processes beside the main one) only this process counts.
     """
 
-    EVERY = 10.0
+    EVERY = 2.0
 
     def __init__(self, run: Path | None, begun: float | None = None):
         self.file = run / "running.json" if run else None
