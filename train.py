@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from tinyldm.cli import guard
 from tinyldm.config import Config, parse, stages
@@ -31,47 +30,35 @@ BEGUN = time.monotonic()                                     # of the running ti
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
     CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS)
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tinyldm.data.cache import Cache
-from tinyldm.data.prepare import prepare, some_pictures, stage_folders
 from tinyldm.device import autocast, deterministic, pick_device, prefer_plain_attention
 from tinyldm.diffusion.loss import make_noise, sample_losses, sample_t
 from tinyldm.diffusion.process import make_process
-from tinyldm.files import replace_folder, write_file
+from tinyldm.files import write_file
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.pipeline import draw, encode_tokens, settings
 from tinyldm.sheet import tile
 from tinyldm.training import checkpoint
-from tinyldm.training.autoencoder import finish_vae, train_vae
 from tinyldm.training.budget import Measured, compare, peak_flops, print_plan, useful_flops
-from tinyldm.training.distributed import World, connect, launched
+from tinyldm.training.distributed import connect, launch, launched, started_again
+from tinyldm.training.flops import Networks
+from tinyldm.training.latents import Here, prepare_data
 from tinyldm.training.learner import Learner
 from tinyldm.training.log import Log
-from tinyldm.training.loop import RolledBack, attempt, make_schedule, mean_rate, out_of_memory, refresh_report, resumed_from, write_log
-from tinyldm.training.run import Clock, Interrupted, Pace, Progress, Signals, date, generator, memory_gb, write_picture
+from tinyldm.training.loop import RolledBack, attempt, make_schedule, mean_rate, out_of_memory, passed_over, refresh_report, resumed_from, write_log
+from tinyldm.training.run import Clock, Interrupted, Lasting, Pace, Progress, Signals, date, generator, memory_gb, write_picture
 from tinyldm.training.schedule import Revision
 from tinyldm.training.setup import at_stage, build_networks, fixed_prompts, make_loader, objective, process_options, refuse_early
 from tinyldm.training.spikes import RECENT, Course
 from tinyldm.training.track import Tracker
 from tinyldm.training.validation import Validation
-from tinyldm.vendor_loaders.folder import save_vae
-from tinyldm.vendor_loaders.load import Model, load_vae
+from tinyldm.vendor_loaders.load import Model
 
 MEASURED = 200                                               # steps, after which plan and measurement are compared
 ROLLBACKS = 10                                               # in one process, after which it is not the data
-
-
-class Here(NamedTuple):
-    """Where a run takes place, and with whom."""
-
-    run: Path
-    device: torch.device
-    world: World
-    signals: Signals
-    clock: Clock
 
 
 # ---------------------------------------------------------------- stage 2
@@ -86,6 +73,9 @@ class Trainer:
         self.config, self.here, self.caches, self.stages = config, here, caches, stages(config)
         net, text, tokenizer = build_networks(config, vae, caches[0].all_captions(), last)
         net, text = net.to(here.device), text.to(here.device)
+        peak = peak_flops(config, here.device)
+        self.peak = peak and peak * here.world.size
+        self.costs = [useful_flops(stage, Networks(net, text, vae)) for stage in self.stages] if peak or config.stages else [1]   # takes a second
         self.learner = Learner(config, net, text, here.world, here.device)
         self.data = [cache.digest for cache in caches]
         state = self.learner.load(last) if last else {}
@@ -95,8 +85,9 @@ class Trainer:
         self.step, self.place, self.window = state.get("step", 0), state.get("stage_number", 0), max(window, state.get("window", 0))
         shares = [float(share) for share in config.stages.values()] or [1.0]
         self.shares = [share / sum(shares) for share in shares]
+        here.clock.at_least((state.get("schedule") or {}).get("running", 0.0))
         running, now = self.time()
-        self.schedule = make_schedule(config, state.get("schedule"), running)
+        self.schedule = make_schedule(config, state.get("schedule"), running, now)
         self.model = Model(net, vae, text, tokenizer, make_process(config.process, **process_options(config)), config.prediction, {}, {})
         self.empty = torch.from_numpy(tokenizer.encode([""]))[0]
         self.tracker = Tracker(config.track if here.world.main else "", here.run, dataclasses.asdict(config), self.step)
@@ -104,18 +95,17 @@ class Trainer:
         self.writer, self.pace = checkpoint.Writer(here.run, config.keep_last, config.keep_every), Pace()
         self.note_plan(self.schedule.resume(self.step, running, now) if last else None, running, now)
         if window > state.get("window", 0):
-            self.log.write(stage="step", step=self.step, event="rollback", text=f"back to step {self.step}: {window:,} batches passed over so far")
+            self.log.write(stage="step", step=self.step, event="rollback", window=window,
+                           text=f"back to step {self.step}: {window:,} batches passed over so far")
 
     def time(self) -> list[float]:
-        """Running time and the time of day, as the main process has them."""
+        """Running time and the time of day, the latest that any process has: the same for all."""
         return self.here.world.agree(self.here.clock.running(), time.time())
 
     def train(self) -> None:
         """All stages, to the end of the schedule."""
         self.bar = Progress(self.config.network, self.step, self.schedule.total, self.config.batch_size, self.here.device, self.here.world.main)
-        peak, begun, first = peak_flops(self.config, self.here.device), self.step, self.place
-        self.bar.peak = peak and peak * self.here.world.size
-        self.costs = [useful_flops(stage) for stage in self.stages] if peak or len(self.stages) > 1 else [1]     # counting takes a second
+        self.bar.peak, begun, first = self.peak, self.step, self.place
         try:
             for self.place in range(first, len(self.stages)):
                 running, now = self.time()
@@ -126,7 +116,7 @@ class Trainer:
                         self.log.write(stage="step", step=self.step + 1, event="stage", resolution=stage.resolution, text=text)
                     self.train_stage(stage, self.caches[self.place], begun)
         finally:                                                                    # also the checkpoint that is under way
-            self.bar.close(), self.tracker.close(), self.writer.close()
+            self.bar.close(), self.writer.close(), self.tracker.close()
 
     def train_stage(self, config: Config, data: Cache, begun: int) -> None:
         """One picture size, until its share of the training is over."""
@@ -136,8 +126,9 @@ class Trainer:
         most = config.batch_size // world.size                                      # micro-batches, each of one sample or more
         parts = min(-(-config.grad_accum // world.size), most)
         goal, net = objective(config, self.model.process), self.model.net
-        if config.compile if config.compile is not None else device.type == "cuda":
-            torch.compiler.reset()                                                  # or another size of pictures is taken for any size
+        self.pace.restart()
+        if config.compile if config.compile is not None else device.type == "cuda" and not config.fsdp:
+            torch.compiler.reset()                                                  # or another size is taken for any size, here and below
             net = torch.compile(net)
 
         def losses_of(x0: Tensor, eps: Tensor, t: Tensor, mixed: Tensor, tokens: Tensor) -> Tensor:
@@ -159,6 +150,7 @@ class Trainer:
             self.step += 1
             self.pace.step()
             self.bar.update()
+            self.writer.look()
             self.watch(loss)
             finished = self.schedule.done(self.step, running, now)
             if measured:
@@ -166,7 +158,7 @@ class Trainer:
                           **{"update_ratio": moved} if moved is not None else {}, running=running)
             if self.step - begun == MEASURED:
                 self.tell(config, running, now)
-            self.duties(config, validate, data, finished, bool(signal), running, now)
+            self.duties(config, validate, finished, bool(signal), running, now)
             if signal and not finished:
                 self.here.signals.received = int(signal)                        # whoever got it
                 raise Interrupted
@@ -192,7 +184,7 @@ class Trainer:
                 self.learner.meter.add(losses, 1 / self.config.batch_size, micro[2])
             return False
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or self.config.fsdp:                        # which leaves the others waiting
                 raise
             return True
 
@@ -200,7 +192,7 @@ class Trainer:
         """Twice as many micro-batches of half the size, after one did not fit: the global batch stays."""
         self.learner.forget()
         if self.here.device.type == "cuda":
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache(), torch.compiler.reset()
         if parts == most:
             raise ValueError(f"out of memory with a single picture of {self.stages[self.place].resolution} px: use a smaller network, "
                              "--grad-checkpointing, or --stages of fewer pixels")
@@ -213,25 +205,27 @@ class Trainer:
     def watch(self, loss: float | None) -> None:
         """Steps that were left out and spikes are noted; a loss that has left its course rolls back, where that is wanted."""
         if loss is None:
-            text = self.learner.meter.skip(self.step - 1, self.config.seed)
+            text = self.learner.meter.skip(self.step - 1 + self.window, self.config.seed)
             return self.log.write(stage="step", step=self.step, event="skipped", text=text)
         if text := self.learner.course.see(self.step, loss):
             self.log.write(stage="step", step=self.step, event="spike", text=text)
         if self.config.rollback and self.learner.course.lost:
             raise RolledBack(self.step - RECENT, self.step, self.window)
 
-    def duties(self, config: Config, validate: Validation, data: Cache, finished: bool, stopping: bool, running: float, now: float) -> None:
+    def duties(self, config: Config, validate: Validation, finished: bool, stopping: bool, running: float, now: float) -> None:
         """What is due now and then: validation, pictures, a revised plan, and then the checkpoint that says they are done."""
         step, ema = self.step, self.learner.ema
+        tried = attempt if not config.fsdp else lambda what, work: work()           # sharded networks fail together
         if validate.whole and (finished or config.val_every and step % config.val_every == 0):
             with self.pace.aside("validation"):
-                attempt("validation", lambda: self.log.write(stage="step", step=step, **validate.both(ema)))
+                tried("validation", lambda: self.log.write(stage="step", step=step, **validate.both(ema)))
         if finished or config.sample_every and step % config.sample_every == 0:
             with self.pace.aside("the sample grid"):
-                attempt("the sample grid", lambda: self.sample_grid(config, data))
+                tried("the sample grid", lambda: self.sample_grid(config))
         if finished or stopping or step % config.save_every == 0:
             with self.pace.aside("the checkpoint"):
                 self.note_plan(self.replan(running, now), running, now)
+                self.log.flush()
                 self.learner.save(self.writer, self.model, step, {
                     "finished": finished, "data": self.data, "stage_number": self.place, "window": self.window,
                     "schedule": None if self.schedule.max_steps else self.schedule.state()})
@@ -282,9 +276,9 @@ class Trainer:
 
     # ---------------------------------------------------------------- pictures
 
-    def sample_grid(self, config: Config, data: Cache) -> None:
+    def sample_grid(self, config: Config) -> None:
         """A picture of fixed prompts from fixed seeds: comparable between steps and between runs."""
-        model, repeated = self.model, [prompt for prompt in fixed_prompts(config, data) for _ in range(2)]
+        model, repeated = self.model, [prompt for prompt in fixed_prompts(config, self.caches[0]) for _ in range(2)]
         model.net.eval(), model.text.eval()
         try:
             with self.learner.ema.applied(), autocast(self.here.device, config.dtype):
@@ -300,7 +294,7 @@ class Trainer:
 # ---------------------------------------------------------------- the run
 
 
-def prepare_run(config: Config) -> Path:
+def prepare_run(config: Config) -> None:
     """The run folder, new or resumed, with the resolved config in it."""
     run = Path(config.out)
     if config.resume == "no" and ((run / "vae").exists() or checkpoint.names(run)):
@@ -310,47 +304,14 @@ def prepare_run(config: Config) -> Path:
     if config.resume == "no":
         (run / "running.json").unlink(missing_ok=True)                          # of one that came to nothing
     write_file(run / "config.json", json.dumps(dataclasses.asdict(config) | {"resume": "no"}, indent=1))
+    write_file(run / "launch", launch())
     print(f"run folder {run}, configuration in {run / 'config.json'}")
-    return run
-
-
-def prepare_vae(config: Config, here: Here, last: Path | None) -> None:
-    """RUN/vae, pretrained or trained here, where it is not there yet. last: the checkpoint to go on from."""
-    run, device, signals = here.run, here.device, here.signals
-    if config.vae_weights:
-        return replace_folder(run / "vae", lambda folder: save_vae(folder, load_vae(config.vae_weights)))
-    pictures, faults = some_pictures(config, config.vae_pictures, signals.check)
-    images = np.stack([item.image for item in pictures])
-    del pictures
-    print(f"the VAE trains on {len(images):,} pictures" + f" ({sum(faults.values()):,} unusable ones passed over)" * bool(faults))
-    finish_vae(config, run, train_vae(config, run, images, device, signals, here.clock, last), images, device)
-
-
-def prepare_data(config: Config, here: Here, last: Path | None) -> tuple[AutoencoderKL, list[Cache]]:
-    """The frozen VAE, and per stage the latents of all pictures, each made only where it is not there yet. Several processes
-    share out what is to be encoded; the main one trains a VAE alone."""
-    def check() -> None:
-        here.clock.running()
-        here.signals.check()
-
-    while not (here.run / "vae").is_dir():
-        if here.world.main:
-            prepare_vae(config, here, last)
-        else:
-            check(), time.sleep(0.5)
-    vae, caches = load_vae(here.run / "vae", here.device), []
-    for stage, folder in stage_folders(config, here.run / "latents"):
-        if not config.cache and not (last and last.name.startswith("step")):    # afterwards, whatever has become of the sources
-            while (report := prepare(stage, folder, vae, here.device, check=check)) is None:
-                check(), time.sleep(0.5)                                        # others are at the last shards
-            print(report)
-        caches.append(Cache(folder))
-    return vae, caches
 
 
 def train_all(config: Config, here: Here) -> None:
     """Everything, from the newest checkpoint on. With --rollback it may begin again at an older one."""
-    last, window = here.world.told(str(resumed_from(config, here.run) or "") if here.world.main else ""), 0
+    last = resumed_from(config, here.run) if here.world.main else None
+    last, window = here.world.told([str(last or ""), passed_over(here.run, last)])
     last = Path(last) if last else None
     vae, caches = prepare_data(config, here, last)
     last = last if last and last.name.startswith("step") else None
@@ -359,10 +320,12 @@ def train_all(config: Config, here: Here) -> None:
         try:
             with here.world.watch():
                 return trainer.train()
-        except RolledBack as back:
-            last, window = here.world.told(back.retreat(here.run) if here.world.main else None)
-            last = Path(last)
-            del trainer                                                         # its weights, before others are made
+        except RolledBack as error:
+            back = error.with_traceback(None)                                   # which would keep the weights
+        del trainer
+        torch.compiler.reset()
+        last, window = here.world.told(back.retreat(here.run) if here.world.main else None)
+        last = Path(last)
     raise ValueError(f"{ROLLBACKS} times the loss left its course: this is not the data. Lower --lr and --muon-lr, or lengthen --warmup-steps")
 
 
@@ -370,7 +333,8 @@ def main() -> None:
     config = CONFIG
     if ARGS.dry_run:
         return print_plan(config)
-    rank, _ = launched()
+    rank, processes = launched()
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     if rank:
         sys.stdout = open(os.devnull, "w")                                      # the main process speaks for all
     device = pick_device(config.device)
@@ -378,15 +342,19 @@ def main() -> None:
         prefer_plain_attention()
     if config.deterministic:
         deterministic()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):                    # torchrun starts all again after one has died
-        config.resume = "auto"
+    run = Path(config.out)
+    if started_again(run):                                                      # by torchrun, after one process has died
+        config = parse([*sys.argv[1:], "--resume", "auto"], __doc__, FLAGS)[0]
     config = refuse_early(config)
-    run = prepare_run(config) if rank == 0 else Path(config.out)
-    signals, clock, world = Signals(), Clock(run if rank == 0 else None, BEGUN), connect(device)
+    if rank == 0:
+        prepare_run(config)
+    clock, world = Clock(run if rank == 0 else None, BEGUN), connect(device)
+    signals = Signals()
     try:
         train_all(config, Here(run, device, world, signals, clock))
     except Interrupted:
-        print(f"saved; continue with: python train.py --out {run} --resume auto")
+        start = "python" if processes == 1 else "torchrun (as before)"
+        print(f"saved; continue with: {start} train.py --out {run} --resume auto")
         sys.exit(128 + signals.received)
     finally:
         clock.close()

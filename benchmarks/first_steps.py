@@ -45,7 +45,7 @@ def main() -> None:
         stand_ins(models, args.tokenizer)
     run = ["train.py", "--out", str(args.out)]
     start = [*run, "--preset", args.preset, "--data", args.data, "--vae-weights", str(models / "vae"), "--text-weights", str(models / "clip"),
-             *REDUCED, *rest]
+             *REDUCED, "--sample-prompts", "a red fox", *rest]
     for what, words in (("train", start), ("resume", [*run, "--resume", "auto"]),
                         ("draw", ["sample.py", "a red fox", "--model", str(args.out), "--steps", "2", "--out", str(args.out / "fox.png")])):
         begun = time.perf_counter()

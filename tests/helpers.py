@@ -44,7 +44,7 @@ def mistake(name: str, words, capsys) -> str:
     """Run a script in this process, which saves seconds, up to the one line of error that it ends with."""
     module, handlers = load_script(name), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     words = [str(word) for word in words]
-    flash = torch.backends.cuda.flash_sdp_enabled()
+    flash, streams = torch.backends.cuda.flash_sdp_enabled(), (sys.stdout, sys.stderr)
     try:
         with pytest.raises(SystemExit) as end:
             if hasattr(module, "FLAGS"):                       # train.py and prepare.py: the fields of a config, and these
@@ -53,6 +53,7 @@ def mistake(name: str, words, capsys) -> str:
                 module.ARGS = module.parse(words)
             guard(module.main)
     finally:
+        sys.stdout, sys.stderr = streams
         torch.backends.cuda.enable_flash_sdp(flash)             # train.py switches it off on a CPU
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -85,6 +86,8 @@ def train_here(train, words: list[str], monkeypatch, stop_after: int | None = No
     signals = SimpleNamespace(received=0, check=lambda: None)
     monkeypatch.setattr(train, "prefer_plain_attention", lambda: None)          # a switch for the whole process
     monkeypatch.setattr(train, "Signals", lambda: signals)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))      # which main() wraps
     locked = []
     monkeypatch.setattr(train.checkpoint, "lock", locked.append)
     if stop_after is None:

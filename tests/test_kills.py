@@ -159,6 +159,7 @@ def test_a_budget_counts_running_time_over_kills_and_ends_with_a_low_rate(whole,
     monkeypatch.setattr(train.Clock, "running", running)
     train_here(train, words, monkeypatch, stop_after=25)
     spent, ticks[0] = [row for row in read(tmp_path / "run" / "log.jsonl") if "loss" in row][-1]["running"], 0
+    (tmp_path / "run" / "running.json").unlink()               # the checkpoint knows, too
     train_here(train := load_script("train"), ["--out", str(tmp_path / "run"), "--resume", "auto"], monkeypatch)
     rows = [row for row in read(tmp_path / "run" / "log.jsonl") if "loss" in row]
     assert spent < rows[25]["running"] < spent + 2 and 11.5 < rows[-1]["running"] <= 12.2

@@ -178,6 +178,11 @@ def refusal(name, words, capsys) -> str:
     (["--shift", "-1"], "must be a positive number"),
     (["--vae-crop", "9"], "not a multiple of"),
     (["--resume", "maybe"], "unknown --resume"),
+    (["--stages", "16=0.5", "18=0.5", "--unet", "widths=16,32,32", "attention=False,False,False", "heads=1,1,1"], "not a multiple of"),
+    (["--max-steps", "0", "--deadline", "2001-01-01T00:00"], "--deadline 2001-01-01T00:00 has passed"),
+    (["--ema-widths", "0.05", "0.4"], "must lie between 0 and 0.288"),
+    (["--ema-widths", "wide"], "numbers between 0 and 0.288"),
+    (["--fsdp"], "name one with --text-weights"),
 ])
 def test_mistakes_at_train_are_one_line_and_leave_no_run_behind(tmp_path, capsys, words, expected):
     words = ["--out", str(tmp_path / "run"), *SMALL, *(word.replace("NOWHERE", str(tmp_path / "nowhere")) for word in words)]

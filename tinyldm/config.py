@@ -185,8 +185,7 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
     rest = argparse.Namespace(**{name: typed.pop(name) for flag in own or {} if (name := flag[2:].replace("-", "_")) in typed})
     try:
         row = starting_point(typed)
-        typed = {name: {**row.get(name, {}), **pairs(name, value)} if hints[name] is dict else value
-                 for name, value in typed.items()}
+        typed = {name: merged(row, name, value) if hints[name] is dict else value for name, value in typed.items()}
         for name in EXCLUDES.keys() & typed.keys():
             if name != "resolution" or typed.get("resume") != "auto":             # a resumed run's cannot be another
                 row |= {other: nothing for other, nothing in EXCLUDES[name].items() if other not in typed}
@@ -207,9 +206,12 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     if not saved.exists():
         raise ValueError(f"nothing to resume: {saved} is not there; start the run without --resume, or name its folder with --out")
     known = {f.name for f in dataclasses.fields(Config)}
-    row = {name: value for name, value in json.loads(saved.read_text()).items() if name in known}
+    try:
+        row = {name: value for name, value in json.loads(saved.read_text()).items() if name in known}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{saved} is damaged ({error}): write the run's settings into it again, or start another run with --out") from None
     for name in KEPT.intersection(typed):
-        asked = {**row[name], **pairs(name, typed[name])} if isinstance(row.get(name), dict) else typed[name]
+        asked = merged(row, name, typed[name]) if isinstance(row.get(name), dict) else typed[name]
         if json.loads(json.dumps(asked)) != row.get(name):
             raise ValueError(f"a run keeps its --{name.replace('_', '-')} ({row.get(name)}): leave it out to resume, "
                              "or start another run with --out")
@@ -225,6 +227,11 @@ KEPT = {"seed", "data", "scenes", "caption_key", "resolution", "buckets", "flip"
         "max_caption", "cache", "vae", "vae_weights", "text", "text_weights", "vocab_size", "network",
         "unet", "dit", "stages", "ema_widths", "process", "process_options", "shift", "zero_terminal_snr", "prediction", "learned_variance", "optimizer",
         "mask_padding"}
+
+
+def merged(row: dict[str, Any], name: str, words: list[str]) -> dict[str, Any]:
+    """A preset's fields with those typed in their place; but stages are all typed or none."""
+    return pairs(name, words) if name == "stages" else {**row.get(name, {}), **pairs(name, words)}
 
 
 def split_weights(words: list[str]) -> dict[str, float]:

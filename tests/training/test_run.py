@@ -1,16 +1,22 @@
 """Clocks and plans: running time survives kills, what is done between steps is no part of them, later stages cost more."""
 
 import json
+import signal
 import time
 
 import pytest
 import torch
 
 from tinyldm.config import parse, stages
+from tinyldm.training import checkpoint, distributed
 from tinyldm.training import run as module
-from tinyldm.training.loop import RolledBack, make_schedule, mean_rate, out_of_memory
+from tinyldm.training.log import Log
+from tinyldm.training.loop import RolledBack, make_schedule, mean_rate, out_of_memory, passed_over
 from tinyldm.training.run import Clock, Pace, span
 from tinyldm.training.schedule import moment
+
+
+NOW = 1.6e9
 
 
 @pytest.fixture
@@ -85,26 +91,28 @@ def config(*words):
 
 
 def test_a_resumed_run_keeps_its_plan_unless_another_end_is_asked_for():
-    plan = make_schedule(config("--budget", "100s"), None, 10.0)
+    plan = make_schedule(config("--budget", "100s"), None, 10.0, NOW)
     plan.revise(20, 30.0, 1.0)
     saved = json.loads(json.dumps(plan.state()))
-    assert make_schedule(config("--budget", "100s", "--warmup-steps", "7"), saved, 50.0).state() == plan.state()
-    longer = make_schedule(config("--budget", "200s"), saved, 50.0)
+    assert make_schedule(config("--budget", "100s", "--warmup-steps", "7"), saved, 50.0, NOW).state() == plan.state()
+    longer = make_schedule(config("--budget", "200s"), saved, 50.0, NOW)
     assert longer.budget == 200 and longer.begun == 10 and longer.factor(999, 50.0) == 1
-    assert make_schedule(config("--max-steps", "9"), saved, 50.0).done(9)
+    plan.share = saved["share"] = 0.5                          # in its decay: a little more time must not raise the rate again
+    assert make_schedule(config("--budget", "105s"), saved, 90.0, NOW).share == 0.5
+    assert make_schedule(config("--max-steps", "9"), saved, 50.0, NOW).done(9)
 
 
 def test_a_budget_that_is_used_up_before_training_says_how_to_go_on():
     with pytest.raises(ValueError, match="running for 1 m 45 s: nothing is lost, go on with --resume auto and a larger --budget"):
-        make_schedule(config("--budget", "100s"), None, 105.0)
+        make_schedule(config("--budget", "100s"), None, 105.0, NOW)
     with pytest.raises(ValueError, match="later --deadline"):
-        make_schedule(config("--deadline", "2001-01-01T00:00"), None, 5.0)
+        make_schedule(config("--deadline", "2001-01-01T00:00"), None, 5.0, NOW)
 
 
 def test_progress_counts_training_alone():
-    plan = make_schedule(config("--budget", "100s"), None, 20.0)
+    plan = make_schedule(config("--budget", "100s"), None, 20.0, NOW)
     assert plan.progress(5, 20.0) == 0 and plan.progress(5, 60.0) == 0.5 and plan.progress(5, 100.0) == 1
-    assert make_schedule(config("--max-steps", "8"), None, 0.0).progress(2) == 0.25
+    assert make_schedule(config("--max-steps", "8"), None, 0.0, NOW).progress(2) == 0.25
 
 
 @pytest.mark.parametrize("error, said", [
@@ -115,9 +123,53 @@ def test_a_lack_of_memory_is_told_from_other_errors(error, said):
     assert out_of_memory(error) is said
 
 
-def test_there_must_be_something_to_go_back_to(tmp_path):
+def test_there_must_be_something_to_go_back_to_and_then_what_came_since_is_given_up(tmp_path):
+    for step in (10, 20, 30):
+        checkpoint.write(tmp_path, "step", step, lambda folder: (folder / "weights").write_text("w"), {}, keep=9)
     with pytest.raises(ValueError, match="about step 5, before the first checkpoint"):
         RolledBack(5, 25, 0).retreat(tmp_path)
+    assert len(checkpoint.names(tmp_path)) == 3                # nothing was given up for nothing
+    last, window = RolledBack(21, 41, 7).retreat(tmp_path)
+    assert last.endswith("step-000020") and window == 7 + 21
+    assert [path.name for path in checkpoint.names(tmp_path)] == ["step-000010", "step-000020"]
+    log = Log(tmp_path / "log.jsonl", "step", 20)
+    log.write(stage="step", step=20, event="rollback", window=window)
+    assert passed_over(tmp_path, checkpoint.names(tmp_path)[-1]) == 28 and passed_over(tmp_path, checkpoint.names(tmp_path)[0]) == 0
+
+
+def test_what_a_shell_ignores_for_us_stays_ignored():
+    names = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = [signal.getsignal(number) for number in names]
+    try:
+        for number in names:
+            signal.signal(number, signal.SIG_IGN if number == names[-1] else signal.SIG_DFL)
+        signals = module.Signals()
+        assert signal.getsignal(names[-1]) is signal.SIG_IGN and signal.getsignal(names[0]) == signals.remember
+    finally:
+        for number, handler in zip(names, before):
+            signal.signal(number, handler)
+
+
+def test_a_terminal_that_is_gone_is_not_missed(tmp_path):
+    stream = open(tmp_path / "told", "w")
+    lasting = module.Lasting(stream)
+    print("heard", file=lasting)
+    stream.close()
+    print("not heard", file=lasting, flush=True)
+    assert (tmp_path / "told").read_text() == "heard\n" and lasting.name == stream.name
+
+
+def test_only_the_launch_that_began_a_run_goes_on_with_it_by_itself(tmp_path, monkeypatch):
+    assert distributed.launch() == "" and not distributed.started_again(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    (tmp_path / "launch").write_text(distributed.launch())
+    assert not distributed.started_again(tmp_path)             # the first attempt
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert distributed.started_again(tmp_path) and not distributed.started_again(tmp_path / "elsewhere")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert not distributed.started_again(tmp_path)
+    (tmp_path / "launch").write_text("another 1")              # the same name, another parent: on process 0's host that is another
+    assert not distributed.started_again(tmp_path)
 
 
 @pytest.mark.parametrize("seconds, said", [(0.2, "0 s"), (7, "7 s"), (1203, "20 m 3 s"), (3900, "1 h 5 m"), (273_600, "3 d 4 h")])
@@ -148,6 +200,7 @@ def test_what_is_typed_leaves_out_what_the_preset_says_otherwise(tmp_path):
     week = config("--preset", "5090_week", "--max-steps", "10")
     assert (week.max_steps, week.budget) == (10, "") and week.stages
     assert not config("--preset", "5090_week", "--resolution", "256").stages
+    assert config("--preset", "5090_week", "--stages", "128=1").stages == {"128": 1}
     tiny = config("--budget", "20m")
     assert (tiny.max_steps, tiny.budget) == (0, "20m")
     (tmp_path / "config.json").write_text(json.dumps(vars(week)))

@@ -66,11 +66,14 @@ def whole(checkpoint: Path, contents: bool = True) -> str:
     return ""
 
 
-def newest_whole(run: Path) -> Path | None:
-    """The newest checkpoint that is whole. Each damaged one after it is named in a line. Reads all of what it judges."""
+def newest_whole(run: Path, until: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole (and of stage 2's step `until` at most). Each damaged one after it is named in a
+    line. Reads all of what it judges."""
     faults: list[tuple[str, str]] = []
     found = None
     for folder in reversed(_folders(run)):
+        if until is not None and _number(folder) > (STAGES.index("step"), until):
+            continue
         if not (fault := whole(folder)):
             found = folder
             break
@@ -141,6 +144,11 @@ class Writer:
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
+
+    def look(self) -> None:
+        """Raise what has gone wrong by now, if anything: the sooner it is known, the less is lost."""
+        if self.pending and self.pending.done():
+            self.wait()
 
     def close(self) -> None:
         try:

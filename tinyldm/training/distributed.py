@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,6 +132,23 @@ def launched() -> tuple[int, int]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def launch() -> str:
+    """What torchrun's processes have in common over all restarts, and with no other launch (of its process 0; "" without)."""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
+def started_again(run: Path) -> bool:
+    """Whether torchrun has started this once more, and RUN was begun by the launch it belongs to. On hosts other than process
+    0's the id alone must do."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return False
+    try:
+        known = (run / "launch").read_text()
+    except OSError:
+        return False
+    return known == launch() or launched()[0] > 0 and known.split(" ")[0] == os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def connect(device: torch.device) -> World:

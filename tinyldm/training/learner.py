@@ -77,8 +77,9 @@ class Learner:
 
         if not self.world.main:
             return
-        if found := checkpoint.names(writer.run):
-            checkpoint.check_room(writer.run, checkpoint.size_of(found[-1]))
+        parts = [moments, others, *raw.values(), *(tensors for _, tensors in averaged.values())]
+        frozen = {} if "text" in averaged else model.text.state_dict()
+        checkpoint.check_room(writer.run, sum(tensor.nbytes for tensors in [*parts, frozen] for tensor in tensors.values()))
         writer.save("step", step, fill, state | {"meter": self.meter.state(), "course": self.course.state()})
 
     def load(self, last: Path) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
+
+from tinyldm.files import flush, write_file
 
 
 class Log:
@@ -16,9 +17,7 @@ class Log:
         self.path, self.also = path, also
         if path and path.exists():
             kept = [row for row in read(path) if (row["stage"] != "vae", row["step"]) <= (stage != "vae", step)]
-            torso = path.with_suffix(".tmp")
-            torso.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(torso, path)
+            write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, **row) -> None:
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -26,6 +25,12 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         self.also(row)
+
+
+    def flush(self) -> None:
+        """To the disk, before a checkpoint says that these rows need not be written again."""
+        if self.path and self.path.exists():
+            flush(self.path)
 
 
 def read(path: Path) -> list[dict]:

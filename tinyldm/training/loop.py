@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import time
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from tinyldm.config import Config
 from tinyldm.training import checkpoint
 from tinyldm.training.distributed import clip
-from tinyldm.training.log import Log
+from tinyldm.training.log import Log, read
 from tinyldm.training.meter import Meter
 from tinyldm.training.report import write_report
 from tinyldm.training.run import Progress, span
@@ -53,12 +52,20 @@ class RolledBack(Exception):
     def retreat(self, run: Path) -> tuple[str, int]:
         """Give up the checkpoints since -> the one to go on from, and how many batches have been passed over by then: those up to
         this step. ValueError where there is none."""
-        checkpoint.forget(run, self.since)
-        last = checkpoint.newest_whole(run)
+        last = checkpoint.newest_whole(run, self.since)
         if last is None or not last.name.startswith("step"):
             raise ValueError(f"{self}, before the first checkpoint there is: start again with a lower --lr and --muon-lr, or a longer "
                              "--warmup-steps")
+        checkpoint.forget(run, self.since)
         return str(last), self.window + self.step - checkpoint.read_state(last)["step"]
+
+
+def passed_over(run: Path, last: Path | None) -> int:
+    """The batches that a rollback to this checkpoint passed over, if there was one before the process was killed."""
+    if last is None or not (run / "log.jsonl").exists():
+        return 0
+    step = checkpoint.read_state(last)["step"]
+    return max((row["window"] for row in read(run / "log.jsonl") if row.get("event") == "rollback" and row["step"] == step), default=0)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -67,7 +74,7 @@ def out_of_memory(error: BaseException) -> bool:
         said in str(error) for said in ("out of memory", "not enough memory", "can't allocate memory"))
 
 
-def make_schedule(config: Config, saved: dict[str, Any] | None, running: float) -> Schedule:
+def make_schedule(config: Config, saved: dict[str, Any] | None, running: float, now: float) -> Schedule:
     """The course of stage 2, or the rest of it. saved: the plan in the checkpoint to go on from, which is kept unless
     another end has been asked for since; None for a run that begins, or goes by steps. ValueError where no time is left."""
     asked = Schedule(warmup=config.warmup_steps, decay=config.decay, max_steps=config.max_steps,
@@ -78,7 +85,10 @@ def make_schedule(config: Config, saved: dict[str, Any] | None, running: float) 
     if plan and (asked.budget, asked.deadline) == (plan.budget, plan.deadline):
         return plan
     asked.begun, asked.running = (plan.begun, plan.running) if plan else (running, running)
-    if asked.left(running, time.time()) <= 0:
+    left = asked.left(running, now)
+    if plan and left < asked.decay * (running + left):         # still in the decay: on from where it is
+        asked.share = plan.share
+    if left <= 0:
         raise ValueError(f"no time is left for training, the run has been running for {span(running)}: nothing is lost, go on with "
                          "--resume auto and a larger --budget or a later --deadline, or with --max-steps")
     return asked
@@ -97,7 +107,7 @@ def attempt(what: str, work: Callable[[], Any]) -> None:
     """Do what a run can do without: a failure is told, and training goes on."""
     try:
         work()
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
         print(f"{what} failed, training goes on: {' '.join(str(error).split())[:200]}", flush=True)
 
 

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from tinyldm.files import write_file
+from tinyldm.files import flush, write_file
 
 
 class Interrupted(Exception):
@@ -31,8 +32,8 @@ class Signals:
 
     def __init__(self):
         self.received = 0
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):           # Windows has no SIGHUP
-            if hasattr(signal, name):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):           # Windows has no SIGHUP; nohup wants it ignored
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
                 signal.signal(getattr(signal, name), self.remember)
 
     def remember(self, number: int, frame) -> None:
@@ -47,11 +48,30 @@ class Signals:
             raise Interrupted
 
 
+class Lasting:
+    """A stream to people, who may go away (a closed terminal, a dead pipe): what cannot be written then is left out."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class Clock:
     """Running time: how long the processes of a run have been alive, all of them added up, in seconds.
 
-    It is kept in RUN/running.json, rewritten every EVERY seconds at most, so a kill costs no more of it than that. Counted on
-    a clock that nobody sets. Without a file (processes beside the main one) only this process counts.
+    It is kept in RUN/running.json, rewritten at a look at it, every EVERY seconds at most: a kill costs that and the time since
+    the last look (a sample grid may take a while). Counted on a clock that nobody sets. Without a file (processes beside the main one) only this process counts.
     """
 
     EVERY = 2.0
@@ -60,7 +80,7 @@ class Clock:
         self.file = run / "running.json" if run else None
         self.begun = time.monotonic() if begun is None else begun
         self.before = self.written = 0.0
-        with suppress(OSError, ValueError, TypeError, KeyError):         # torn or gone: the checkpoint's count is left
+        with suppress(OSError, ValueError, TypeError, KeyError):         # torn or gone: see at_least
             self.before = max(0.0, float(json.loads(self.file.read_text())["seconds"])) if self.file else 0.0
 
     def running(self) -> float:
@@ -70,6 +90,10 @@ class Clock:
             with suppress(OSError):                                      # a full disk has louder ways to say so
                 write_file(self.file, json.dumps({"seconds": round(seconds, 3)}))
         return seconds
+
+    def at_least(self, seconds: float) -> None:
+        """What a checkpoint knows of the processes before, where the file is lost or did not come along."""
+        self.before = max(self.before, seconds)
 
     def close(self) -> None:
         self.written = -math.inf
@@ -88,6 +112,11 @@ class Pace:
         now = time.perf_counter()
         self.times.append(now - self.mark)
         self.mark, self.steps = now, self.steps + 1
+
+    def restart(self) -> None:
+        """Another kind of steps begins."""
+        self.times.clear()
+        self.mark = time.perf_counter()
 
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:
@@ -188,4 +217,6 @@ def write_picture(file: Path, image: np.ndarray) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     torso = file.with_suffix(".tmp")
     Image.fromarray(image).save(torso, format="PNG")
+    flush(torso)
     os.replace(torso, file)
+    flush(file.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from tinyldm.config import Config, build, split_weights, stages
 from tinyldm.data import toyworld
 from tinyldm.data.cache import Cache, write_tokens
 from tinyldm.data.loader import Loader
-from tinyldm.data.prepare import adopt, find_shards, stage_folders
+from tinyldm.data.prepare import adopt, find_shards, network_unit, stage_folders
 from tinyldm.data.sources import parse_sources
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.loss import T_SAMPLERS, make_weight, sample_losses
@@ -29,8 +30,9 @@ from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.tokenizer import Tokenizer
 from tinyldm.training.budget import forwards, meta_networks
-from tinyldm.training.distributed import World
+from tinyldm.training.distributed import World, launched
 from tinyldm.training.ema import to_gamma
+from tinyldm.training.schedule import moment
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.load import Model, load_text, load_tokenizer, load_vae
 
@@ -126,6 +128,10 @@ def refuse_early(config: Config) -> Config:
     lookup(T_SAMPLERS, config.times, "--times")
     for width in widths(config):
         to_gamma(width)
+    if config.deadline and config.resume == "no" and moment(config.deadline) <= time.time():
+        raise ValueError(f"--deadline {config.deadline} has passed")
+    if (processes := launched()[1]) > config.batch_size:
+        raise ValueError(f"--batch-size {config.batch_size} leaves some of {processes} processes without a picture: start fewer")
     process, pixel = make_process(config.process, **process_options(config)), torch.zeros(1, 1, 1, 1)
     for first in (grid(process, config.sample_steps)[0], process(torch.ones(1))):
         to_x0(config.prediction, pixel, pixel, first)                           # eps from pure noise
@@ -135,6 +141,9 @@ def refuse_early(config: Config) -> Config:
         find_shards(config)                                                     # the sources are there
     if config.vae_weights:
         vae = load_vae(config.vae_weights)                                      # downloaded, whole and of the right kind
+        for stage in stages(config):
+            if stage.resolution % (unit := network_unit(stage, vae)) and not stage.buckets:
+                raise ValueError(f"resolution {stage.resolution} is not a multiple of {unit}, which this VAE and network divide by")
         for stage in stages(config) if config.cache else []:
             adopted = adopt(stage, Cache(Path(stage.cache[0])), vae)
             config = replace(adopted, resolution=config.resolution, **{name: getattr(config, name) for name in (
@@ -145,9 +154,10 @@ def refuse_early(config: Config) -> Config:
         raise ValueError("--fsdp shares out the network, and not a text encoder that is trained along: name one with --text-weights")
     if not config.vae_weights:
         networks = meta_networks(config)                                        # shapes without values: sizes that do
-        for size in {config.resolution, config.vae_crop or config.resolution}:  # not divide fail here, in a second
+        sizes = {stage.resolution for stage in stages(config)}                  # not divide fail here, in a second
+        for size in sizes | {config.vae_crop or config.resolution}:
             for part, forward in forwards(networks, size).items():
-                if part != "net" or size == config.resolution:
+                if part != "net" or size in sizes:
                     forward()
     return config
 

@@ -20,7 +20,7 @@ from PIL import Image
 from tinyldm.files import write_file
 from tinyldm.lookup import lookup
 
-PATIENCE = 120              # seconds for the last uploads at the end
+PATIENCE = 20               # seconds for the last uploads at the end, which an interrupted run has not got many of
 
 
 class Tracker:
