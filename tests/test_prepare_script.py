@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import ENVIRONMENT, ROOT, load_script, mistake, pictures, script, weights
+from helpers import ENVIRONMENT, ROOT, load_script, mistake, pictures, script, train_here, weights
 from tinyldm.config import parse
 from tinyldm.data.cache import Cache
 from tinyldm.data.prepare import settings_of
@@ -32,17 +32,20 @@ def vae(tmp_path_factory) -> Path:
     return folder / "vae"
 
 
-def test_training_on_a_prepared_cache_equals_training_that_prepares(vae, tmp_path):
+def train(words, monkeypatch):
+    train_here(load_script("train"), [str(word) for word in words], monkeypatch)
+
+
+def test_training_on_a_prepared_cache_equals_training_that_prepares(vae, tmp_path, monkeypatch, capsys):
     data = ["--data", pictures(tmp_path / "d", 12), "--vae-weights", vae, "--resolution", 16]
     done = script("prepare.py", *data, "--out", tmp_path / "cache", "--preview", tmp_path / "sheet.png", "--decode-check", 3)
     assert done.returncode == 0, done.stderr
     assert "12 kept" in done.stdout and "posterior" in done.stdout and "PSNR of 3 pictures" in done.stdout
     assert f"--cache {tmp_path / 'cache'}" in done.stdout                              # the next command to type
     assert Image.open(tmp_path / "sheet.png").size[0] > 192 and Image.open(tmp_path / "cache.decoded.png").size == (3 * 18 - 2, 2 * 18 - 2)
-    own = script("train.py", "--out", tmp_path / "own", *TINY, *data)
+    train(["--out", tmp_path / "own", *TINY, *data], monkeypatch)
     shutil.rmtree(tmp_path / "d")                                                       # the cache stands on its own
-    given = script("train.py", "--out", tmp_path / "given", *TINY, "--cache", tmp_path / "cache", *data[2:])
-    assert own.returncode == given.returncode == 0, own.stderr + given.stderr
+    train(["--out", tmp_path / "given", *TINY, "--cache", tmp_path / "cache", *data[2:]], monkeypatch)
     one, two = (weights(tmp_path / name / "checkpoints" / "step-000006" / "model") for name in ("own", "given"))
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
     assert not (tmp_path / "given" / "latents").exists()
@@ -50,28 +53,25 @@ def test_training_on_a_prepared_cache_equals_training_that_prepares(vae, tmp_pat
     assert not list(tmp_path.glob("cache/shards/*/tokens-*"))
     model = json.loads((tmp_path / "given/checkpoints/step-000006/model/tinyldm.json").read_text())
     assert model["data"] == str(tmp_path / "d")
-    on = script("train.py", "--out", tmp_path / "own", "--resume", "auto", "--max-steps", 7)
-    assert on.returncode == 0, on.stderr                                                # needs no source either
+    train(["--out", tmp_path / "own", "--resume", "auto", "--max-steps", 7], monkeypatch)   # needs no source either
     (tmp_path / "cache" / "index.json").write_text((tmp_path / "cache" / "index.json").read_text() + " ")
-    changed = script("train.py", "--out", tmp_path / "given", "--resume", "auto", "--max-steps", 7)
-    assert changed.returncode == 2 and "has changed since" in changed.stderr
-    other = script("train.py", "--out", tmp_path / "other", *TINY, "--cache", tmp_path / "cache", *data[2:4], "--resolution", 32)
-    assert other.returncode == 2 and "resolution 16 there, 32 here" in other.stderr and "Traceback" not in other.stderr
+    assert "has changed since" in mistake("train", ["--out", tmp_path / "given", "--resume", "auto", "--max-steps", 7], capsys)
+    other = ["--out", tmp_path / "other", *TINY, "--cache", tmp_path / "cache", *data[2:4], "--resolution", 32]
+    assert "resolution 16 there, 32 here" in mistake("train", other, capsys)
     assert not (tmp_path / "other").exists()                                            # the mended command can be typed
 
 
-def test_sources_captions_views_moments_and_sizes_all_mixed_train_a_dit_and_resume(vae, tmp_path):
+def test_sources_captions_views_moments_and_sizes_all_mixed_train_a_dit_and_resume(vae, tmp_path, monkeypatch):
     one, two = pictures(tmp_path / "a", 12, (16, 16)), pictures(tmp_path / "b", 12, (24, 8))
     words = ["--data", f"{one}:0.75", f"{two}:0.25", "--caption-key", "long:0.5", "short:0.5", "--flip", "--moments", "--buckets", "3",
              "--vae-weights", vae, "--resolution", 16, *TINY, "--max-steps", 4, "--network", "dit",
              "--dit", "patch=2", "width=32", "layers=1", "heads=2", "mlp_width=32", "time_dim=16", "--mask-padding"]
-    done = script("train.py", "--out", tmp_path / "run", *words)
-    assert done.returncode == 0, done.stderr
+    train(["--out", tmp_path / "run", *words], monkeypatch)
     cache = Cache(tmp_path / "run" / "latents")
     assert cache.shape[:2] == (2, 2) and len(cache.sizes) == 2 and len(cache.captions(0)) == 3
     whole = weights(tmp_path / "run" / "checkpoints" / "step-000004")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
-    assert script("train.py", "--out", tmp_path / "run", "--resume", "auto").returncode == 0
+    train(["--out", tmp_path / "run", "--resume", "auto"], monkeypatch)
     again = weights(tmp_path / "run" / "checkpoints" / "step-000004")
     assert all(np.array_equal(whole[name], again[name]) for name in whole)
 

@@ -45,7 +45,8 @@ def assert_alike(one: Path, two: Path) -> None:
     assert np.mean(apart > 1e-2 * moved) < 0.01 and apart.max() < 6 * moved
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_train_as_one(alone, tmp_path, processes):
     done = torchrun(processes, "train.py", *WORDS, "--out", tmp_path / "run", "--grad-accum", 2)
     assert done.returncode == 0, done.stderr

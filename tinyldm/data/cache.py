@@ -244,12 +244,14 @@ def _tokens_file(shard: str, fingerprint: str, place: Path | None) -> str:
     return os.path.join(shard, name) if place is None else os.path.join(place, f"{os.path.basename(shard)}-{name}")
 
 
-def read_index(folder: Path) -> dict:
-    """What index.json says. ValueError, with the fix, where there is none or it is damaged."""
+def read_index(folder: Path, missing: dict | None = None) -> dict:
+    """What index.json says; `missing`, if given, where there is none. ValueError, with the fix, where it is damaged or must be there."""
     file = Path(folder) / "index.json"
     try:
         return json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
+    except FileNotFoundError:                                  # asking first would not help: other processes come and go
+        if missing is not None:
+            return missing
         raise ValueError(f"{folder} is no finished cache (it has no index.json): make or finish it with prepare.py") from None
     except ValueError as error:
         raise ValueError(f"{file} cannot be read ({error}): run prepare.py again") from error

@@ -282,7 +282,7 @@ def finish(config: Config, folder: Path, sources: list[dict[str, Any]]) -> None:
 
 def read_sources(folder: Path) -> list[dict[str, Any]]:
     """The sources of a finished cache: [{"spec", "shards": what every shard.json says}]; none where it is not finished."""
-    return read_index(folder)["sources"] if (folder / "index.json").exists() else []
+    return read_index(folder, missing={"sources": []})["sources"]
 
 
 def finished(folder: Path) -> dict[str, list[Shard]]:
