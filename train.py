@@ -48,7 +48,8 @@ from tinyldm.training.flops import Networks
 from tinyldm.training.latents import Here, prepare_data
 from tinyldm.training.learner import Learner
 from tinyldm.training.log import Log
-from tinyldm.training.loop import RolledBack, attempt, make_schedule, mean_rate, out_of_memory, passed_over, refresh_report, resumed_from, write_log
+from tinyldm.training.loop import (RolledBack, attempt, make_schedule, mean_rate, out_of_memory, passed_over, refresh_report, resumed_from,
+                                   write_log)
 from tinyldm.training.run import Clock, Interrupted, Lasting, Pace, Progress, Signals, date, generator, memory_gb, write_picture
 from tinyldm.training.schedule import Revision
 from tinyldm.training.setup import at_stage, build_networks, fixed_prompts, make_loader, objective, process_options, refuse_early
@@ -75,7 +76,8 @@ class Trainer:
         net, text = net.to(here.device), text.to(here.device)
         peak = peak_flops(config, here.device)
         self.peak = peak and peak * here.world.size
-        self.costs = [useful_flops(stage, Networks(net, text, vae)) for stage in self.stages] if peak or config.stages else [1]   # takes a second
+        counted = peak or config.stages                                             # which takes a second
+        self.costs = [useful_flops(stage, Networks(net, text, vae)) for stage in self.stages] if counted else [1]
         self.learner = Learner(config, net, text, here.world, here.device)
         self.data = [cache.digest for cache in caches]
         state = self.learner.load(last) if last else {}

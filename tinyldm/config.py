@@ -225,8 +225,8 @@ EXCLUDES: dict[str, dict[str, Any]] = {
 # What weights, optimizer state, word ids and latents hang on: a resumed run cannot change it.
 KEPT = {"seed", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments", "min_side", "max_aspect", "min_caption",
         "max_caption", "cache", "vae", "vae_weights", "text", "text_weights", "vocab_size", "network",
-        "unet", "dit", "stages", "ema_widths", "process", "process_options", "shift", "zero_terminal_snr", "prediction", "learned_variance", "optimizer",
-        "mask_padding"}
+        "unet", "dit", "stages", "ema_widths", "process", "process_options", "shift", "zero_terminal_snr", "prediction", "learned_variance",
+        "optimizer", "mask_padding"}
 
 
 def merged(row: dict[str, Any], name: str, words: list[str]) -> dict[str, Any]:
@@ -302,7 +302,8 @@ def check(config: Config) -> None:
     stages = config.stages or {str(config.resolution): 1.0}
     for side, share in stages.items():
         if not (side.isdigit() and int(side) and isinstance(share, (int, float)) and 0 < share < float("inf")):
-            raise ValueError(f"--stages {side}={share} is not a picture size and its share of the training: for example --stages 256=0.8 512=0.2")
+            raise ValueError(f"--stages {side}={share} is not a picture size and its share of the training: for example "
+                             "--stages 256=0.8 512=0.2")
     if config.cache and len(config.cache) != len(stages):
         raise ValueError(f"--cache names {len(config.cache)} of the caches of {len(stages)} stages ({', '.join(stages)} px): name one for each")
     if config.cache and not config.vae_weights:

@@ -43,7 +43,8 @@ class Meter:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= TOO_MANY:
             raise ValueError(f"loss or gradient was not finite in {TOO_MANY} steps in a row, up to step {step} (seed {seed}): the run is "
-                             "stopped. Go on from the last checkpoint with --resume auto and lower learning rates (--lr and --muon-lr; --vae-lr and --vae-muon-lr), or --dtype fp32")
+                             "stopped. Go on from the last checkpoint with --resume auto and lower learning rates (--lr and "
+                             "--muon-lr; --vae-lr and --vae-muon-lr), or --dtype fp32")
         return f"loss or gradient not finite: left out (--seed {seed}, step {step})"
 
     def row(self) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class Clock:
     """Running time: how long the processes of a run have been alive, all of them added up, in seconds.
 
     It is kept in RUN/running.json, rewritten at a look at it, every EVERY seconds at most: a kill costs that and the time since
-    the last look (a sample grid may take a while). Counted on a clock that nobody sets. Without a file (processes beside the main one) only this process counts.
+    the last look (a sample grid may take a while). Counted on a clock that nobody sets. Without a file (processes beside the
+    main one) only this process counts.
     """
 
     EVERY = 2.0
