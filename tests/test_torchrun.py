@@ -111,3 +111,19 @@ def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(alone, tmp_path)
     done = script("train.py", *words[8:], "--out", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     assert losses(run)[:60] == pytest.approx(losses(tmp_path / "whole")[:60], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_sharded_network_trains_draws_and_saves_as_a_whole_one(alone, tmp_path):
+    model = alone / "checkpoints" / "step-000006" / "model"
+    words = ["train.py", *WORDS, "--vae-weights", model, "--text-weights", model, "--ema-widths", "0.05", "0.1", "--grad-checkpointing"]
+    done = torchrun(2, *words, "--fsdp", "--out", tmp_path / "sharded")
+    assert done.returncode == 0, done.stderr
+    whole = script(*words, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), rel=2e-5)
+    assert len(list((tmp_path / "sharded" / "samples").glob("step-*.png"))) == 3
+    shutil.rmtree(tmp_path / "sharded" / "checkpoints" / "step-000006")                    # and on, without the other process
+    again = script("train.py", "--out", tmp_path / "sharded", "--resume", "auto", "--no-fsdp")
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), rel=2e-5)

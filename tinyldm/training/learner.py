@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,9 @@ class Learner:
     """The network, a text encoder if that is trained along, and all that follows their steps."""
 
     def __init__(self, config: Config, net: nn.Module, text: nn.Module, world: World, device: torch.device):
-        if config.fsdp:
+        self.plain = net
+        if config.fsdp:                                        # its own state_dict would gather and part it again, while it trains
+            self.plain = copy.deepcopy(net).to("meta")
             shard(net, world)
         self.trained = {"net": net} if config.text_weights else {"net": net, "text": text}
         self.parameters = {f"{part}.{name}": p for part, module in self.trained.items() for name, p in module.named_parameters()}
@@ -61,11 +64,12 @@ class Learner:
         """Copy what changes to the host; the rest happens in the background, in the main process."""
         writer.wait()                                                           # at most one copy at a time
         ema = self.ema
-        copy = partial(checkpoint.host_copy, keep=self.world.main)
-        averaged = {part: (module, copy(ema.state_dict(part))) for part, module in self.trained.items()}
-        raw = {part: copy(module.state_dict()) for part, module in self.trained.items()}
-        moments = copy(checkpoint.optimizer_tensors(self.optimizers, self.parameters))
-        others = copy({f"{width}/{part}.{name}": tensor for i, width in enumerate(other_widths(ema), 1)
+        to_host = partial(checkpoint.host_copy, keep=self.world.main)
+        shapes = self.trained | {"net": self.plain}
+        averaged = {part: (shapes[part], to_host(ema.state_dict(part))) for part in self.trained}
+        raw = {part: to_host(module.state_dict()) for part, module in self.trained.items()}
+        moments = to_host(checkpoint.optimizer_tensors(self.optimizers, self.parameters))
+        others = to_host({f"{width}/{part}.{name}": tensor for i, width in enumerate(other_widths(ema), 1)
                                        for part in self.trained for name, tensor in ema.state_dict(part, i).items()})
 
         def fill(folder: Path) -> None:
