@@ -71,7 +71,7 @@ def main() -> None:
                 if saving:
                     writer.wait()
                     writes.append(time.perf_counter() - begun)
-        size = checkpoint.size_of(checkpoint.names(run)[-1]) / 1e6
+        size = sum(file.stat().st_size for file in checkpoint.names(run)[-1].rglob("*.safetensors")) / 1e6
         writer.close()
     count = sum(p.numel() for p in net.parameters())
     base = median(alone[3:])

@@ -183,6 +183,8 @@ def refusal(name, words, capsys) -> str:
     (["--ema-widths", "0.05", "0.4"], "must lie between 0 and 0.288"),
     (["--ema-widths", "wide"], "numbers between 0 and 0.288"),
     (["--fsdp"], "name one with --text-weights"),
+    (["--track", "tensorbord"], "did you mean 'tensorboard'"),
+    (["--stages", "256"], "--stages 256=0.8 512=0.2"),
 ])
 def test_mistakes_at_train_are_one_line_and_leave_no_run_behind(tmp_path, capsys, words, expected):
     words = ["--out", str(tmp_path / "run"), *SMALL, *(word.replace("NOWHERE", str(tmp_path / "nowhere")) for word in words)]

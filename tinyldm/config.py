@@ -256,7 +256,8 @@ def pairs(name: str, words: list[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
-            raise ValueError(f"--{name} takes KEY=VALUE, got '{word}': for example --{name} widths=32,64,128")
+            example = "256=0.8 512=0.2" if name == "stages" else "widths=32,64,128"
+            raise ValueError(f"--{name} takes KEY=VALUE, got '{word}': for example --{name} {example}")
         try:
             result[key] = ast.literal_eval(value.replace("true", "True").replace("false", "False"))
         except (ValueError, SyntaxError):

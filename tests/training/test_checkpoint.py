@@ -157,15 +157,3 @@ def test_too_little_room_for_the_next_checkpoints_is_told_with_both_sizes(tmp_pa
     with pytest.raises(OSError, match="10.0 GB are free for .*there, and the next 2 checkpoints need 12.0 GB: make room"):
         checkpoint.check_room(run, 6_000_000_000)
     assert set(asked) == {tmp_path}
-
-
-def test_the_size_of_a_checkpoint_is_what_another_one_takes(tmp_path):
-    (tmp_path / "frozen").write_bytes(b"f" * 1000)
-
-    def fill(folder):
-        (folder / "model").mkdir()
-        (folder / "model" / "x").write_bytes(b"x" * 500)
-        os.link(tmp_path / "frozen", folder / "model" / "vae")
-
-    folder = checkpoint.write(tmp_path, "step", 1, fill, {}, keep=1)
-    assert checkpoint.size_of(folder) == 500 + (folder / "state.json").stat().st_size

@@ -97,7 +97,7 @@ def test_over_steps_nothing_depends_on_the_clock():
         assert one.resume(step, running=2e6 * step, now=2e9) is None
         one = through_json(one)
         assert [one.factor(s, 1e7, 1e9) for s in range(100)] == [other.factor(s) for s in range(100)]
-    assert one.spent() == 2e6 * 90
+    assert one.running == 2e6 * 90
     assert one.state() | {"running": 0.0} == other.state()
 
 
@@ -233,11 +233,11 @@ def test_a_resumed_run_keeps_its_plan_and_its_time():
     schedule = budgeted()
     schedule.revise(500, 300.0, 0.6, reserve=30.0)
     again = through_json(schedule)
-    assert again.state() == schedule.state() and again.spent() == 300.0
+    assert again.state() == schedule.state() and again.running == 300.0
     assert again.resume(500, 300.0) is None and again.state() == schedule.state()
     assert again.resume(500, 360.0) == (schedule.total, schedule.total - 100, "time lost since the checkpoint")
-    assert again.resume(500, 200.0) is None and again.spent() == 360.0
-    assert again.revise(500, 350.0, 0.6, 30.0) is not None and again.spent() == 360.0
+    assert again.resume(500, 200.0) is None and again.running == 360.0
+    assert again.revise(500, 350.0, 0.6, 30.0) is not None and again.running == 360.0
 
 
 def test_in_the_decay_a_resumed_run_goes_on_from_the_rate_of_its_weights():

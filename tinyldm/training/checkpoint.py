@@ -175,12 +175,6 @@ def host_copy(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor
     return copies
 
 
-def size_of(checkpoint: Path) -> int:
-    """Bytes that another one like it takes on the disk: files linked from elsewhere (a frozen VAE) take none."""
-    stats = [file.stat() for file in checkpoint.rglob("*") if file.is_file()]
-    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
-
-
 def check_room(run: Path, needed: int, checkpoints: int = 2) -> None:
     """OSError where the disk has no room for so many more checkpoints of `needed` bytes each."""
     place = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())

@@ -110,10 +110,6 @@ class Schedule:
         ends = [end for given, end in ((self.budget, self.budget - running), (self.deadline, self.deadline - now)) if given]
         return min(ends, default=math.inf) - self.reserve + self.overtime
 
-    def spent(self) -> float:
-        """Accumulated running seconds as of the last checkpoint (revise, resume). A resumed process counts on from here."""
-        return self.running
-
     @property
     def decay_from(self) -> int:
         """First step of the decay; with a budget as planned, 0: not known yet."""
@@ -148,7 +144,7 @@ class Schedule:
     def resume(self, step: int, running: float, now: float = 0.0) -> Revision | None:
         """Once after from_state, when training is about to go on at `step`: time may have passed since the checkpoint.
 
-        running: spent(), and what the killed process ran after its checkpoint, where that is known, and the start of
+        running: that of the checkpoint, and what the killed process ran after its checkpoint, where that is known, and the start of
         this one: they count. Where no time was lost the plan of the checkpoint stands.
         The learning rate goes on from where the weights left it, not from where the clock would have it. Where too
         little is left to bring it down (SHORTEST), the run takes that much overtime.

@@ -33,6 +33,7 @@ from tinyldm.training.budget import forwards, meta_networks
 from tinyldm.training.distributed import World, launched
 from tinyldm.training.ema import to_gamma
 from tinyldm.training.schedule import moment
+from tinyldm.training.track import find_backend
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.load import Model, load_text, load_tokenizer, load_vae
 
@@ -128,6 +129,8 @@ def refuse_early(config: Config) -> Config:
     lookup(T_SAMPLERS, config.times, "--times")
     for width in widths(config):
         to_gamma(width)
+    if config.track:
+        find_backend(config.track)
     if config.deadline and config.resume == "no" and moment(config.deadline) <= time.time():
         raise ValueError(f"--deadline {config.deadline} has passed")
     if (processes := launched()[1]) > config.batch_size:

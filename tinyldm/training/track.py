@@ -6,6 +6,7 @@ has begun nothing that goes wrong here may end it: the first failure is told, an
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import secrets
@@ -21,6 +22,16 @@ from tinyldm.files import write_file
 from tinyldm.lookup import lookup
 
 PATIENCE = 20               # seconds for the last uploads at the end, which an interrupted run has not got many of
+
+
+def find_backend(kind: str) -> type[TensorBoard] | type[WandB]:
+    """ValueError, with what to do, for an unknown kind or a missing package: to be asked before hours are spent."""
+    package, backend = lookup({"tensorboard": ("torch.utils.tensorboard", TensorBoard), "wandb": ("wandb", WandB)}, kind, "--track")
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f'--track {kind} needs a package that is missing ({error}): pip install "tinyldm[{kind}]"') from None
+    return backend
 
 
 class Tracker:
@@ -40,11 +51,9 @@ class Tracker:
         self.kind, self.backend = kind, None
         if not kind:
             return
-        backend = lookup({"tensorboard": TensorBoard, "wandb": WandB}, kind, "--track")
+        backend = find_backend(kind)
         try:
             self.backend = backend(run, config, step)
-        except ImportError as error:
-            raise ValueError(f'--track {kind} needs a package that is missing ({error}): pip install "tinyldm[{kind}]"') from None
         except Exception as error:                             # no network, no room: not worth the run
             self._stop(error)
 
