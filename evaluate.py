@@ -66,9 +66,12 @@ from tqdm import tqdm
 from tinyldm.data.toyworld import BACKGROUNDS, PAIRS, Scene, sample
 from tinyldm.device import autocast, pick_device
 from tinyldm.evaluation.recogniser import UNCLEAR, WORDS, Reading, Recogniser, get_recogniser, score
-from tinyldm.pipeline import Settings, draw, find_model, settings, to_bytes, to_pixels
-from tinyldm.sheet import INK, RED, captioned
-from tinyldm.vendor_loaders.load import Model, load_model
+from tinyldm.folders.load import load_model
+from tinyldm.model import Model
+from tinyldm.pictures.pixels import to_bytes, to_pixels
+from tinyldm.pictures.sheet import INK, RED, captioned
+from tinyldm.pipeline import Settings, draw, settings
+from tinyldm.training.run_folder import find_model
 
 SPLITS = {"train": "trained pairs", "held_out": "held-out pairs"}
 

@@ -50,11 +50,11 @@ from tinyldm.data.cache import write_tokens
 from tinyldm.data.encoding import posterior
 from tinyldm.data.prepare import prepare, some_pictures, stage_folders
 from tinyldm.device import pick_device
+from tinyldm.folders.load import load_tokenizer, load_vae
 from tinyldm.models.vae import AutoencoderKL
-from tinyldm.pipeline import to_bytes
-from tinyldm.sheet import captioned, tile, two_lines
-from tinyldm.training.run import Interrupted, Signals, write_picture
-from tinyldm.vendor_loaders.load import load_tokenizer, load_vae
+from tinyldm.pictures.pixels import to_bytes, write_picture
+from tinyldm.pictures.sheet import captioned, tile, two_lines
+from tinyldm.training.signals import Interrupted, Signals
 
 
 def write_preview(config: Config, file: Path, signals: Signals) -> None:
@@ -70,9 +70,9 @@ def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count
     images = np.stack([item.image for item in some_pictures(config, count, signals.check)[0]])
     decoded = []
     with torch.no_grad():
-        for batch in np.array_split(images, -(-len(images) // config.encode_batch_size)):
+        for batch in np.array_split(images, -(-len(images) // config.data.encode_batch_size)):
             signals.check()
-            decoded.append(to_bytes(vae.decode(posterior(vae, batch, device, config.dtype).mean)))
+            decoded.append(to_bytes(vae.decode(posterior(vae, batch, device, config.run.dtype).mean)))
     decoded = np.concatenate(decoded)
     psnr = -10 * np.log10((((decoded.astype(float) - images) / 255) ** 2).mean((1, 2, 3)).clip(1e-10))
     rows = [part for start in range(0, len(images), 8) for part in (images[start : start + 8], decoded[start : start + 8])]
@@ -84,12 +84,12 @@ def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count
 
 
 def main() -> None:
-    config, out = CONFIG, Path(ARGS.out or f"runs/{CONFIG.preset}/latents")
-    if not config.vae_weights:
+    config, out = CONFIG, Path(ARGS.out or f"runs/{CONFIG.run.preset}/latents")
+    if not config.autoencoder.weights:
         raise ValueError("which VAE? Name one with --vae-weights: stabilityai/sd-vae-ft-mse, for example, or the vae folder of a run")
-    device, signals = pick_device(config.device), Signals()
-    vae = load_vae(config.vae_weights, device)
-    tokenizer = load_tokenizer(config.text_weights) if config.text_weights else None
+    device, signals = pick_device(config.run.device), Signals()
+    vae = load_vae(config.autoencoder.weights, device)
+    tokenizer = load_tokenizer(config.text.weights) if config.text.weights else None
     try:
         if os.environ.get("RANK", "0") == "0":
             if ARGS.preview:
@@ -108,7 +108,7 @@ def main() -> None:
             write_tokens(folder, tokenizer)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"{size / 1e6:,.1f} MB in {folder}")
-    print(f"python train.py --cache {' '.join(str(folder) for _, folder in done)} --vae-weights {config.vae_weights} ...")
+    print(f"python train.py --cache {' '.join(str(folder) for _, folder in done)} --vae-weights {config.autoencoder.weights} ...")
 
 
 if __name__ == "__main__":

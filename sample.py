@@ -142,17 +142,18 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from tinyldm.animation import Morph, even, write_animation
 from tinyldm.device import pick_device, pick_dtype
 from tinyldm.diffusion.prediction import PREDICTIONS
+from tinyldm.folders.hub import is_hub_id
+from tinyldm.folders.load import load_model, load_vae
 from tinyldm.lookup import lookup
-from tinyldm.pipeline import (Canvas, Settings, check_size, decode, draw, find_model, picture_size, settings, to_bytes,
-                              to_pixels, unit)
-from tinyldm.prompts import plain
-from tinyldm.sheet import tile
-from tinyldm.training.run import write_picture
-from tinyldm.vendor_loaders.hub import is_hub_id
-from tinyldm.vendor_loaders.load import Model, load_model, load_vae
+from tinyldm.model import Model
+from tinyldm.pictures.animation import even, write_animation
+from tinyldm.pictures.pixels import to_bytes, to_pixels, write_picture
+from tinyldm.pictures.sheet import tile
+from tinyldm.pipeline import Canvas, Morph, Settings, check_size, decode, draw, picture_size, settings, unit
+from tinyldm.text.prompt_weights import plain
+from tinyldm.training.run_folder import find_model
 
 TINY_VAE = {4: "madebyollin/taesd"}                          # by latent channels: Stable Diffusion 1's and 2's
 

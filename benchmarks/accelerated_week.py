@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from tinyldm.durations import seconds
 from tinyldm.training.log import read
-from tinyldm.training.schedule import seconds
 
 
 def clock(run: Path) -> float:

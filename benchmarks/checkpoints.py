@@ -16,18 +16,18 @@ from statistics import median
 import torch
 
 from tinyldm.config import parse
+from tinyldm.device import autocast, pick_device
+from tinyldm.folders.save import save_vae
+from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.device import autocast, pick_device
-from tinyldm.tokenizer import Tokenizer
+from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.training import checkpoint
 from tinyldm.training.distributed import World
 from tinyldm.training.learner import Learner
 from tinyldm.training.setup import at_stage
-from tinyldm.vendor_loaders.folder import save_vae
-from tinyldm.vendor_loaders.load import Model
 
 
 def main() -> None:

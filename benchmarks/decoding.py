@@ -2,14 +2,14 @@
 
     python benchmarks/decoding.py [--data photos.tar] [--resolution 256] [--pictures 100] [--rounds 5]
 
-Pillow alone is Image.open, convert("RGB"), ImageOps.fit with the same filter, np.array. The pictures are the tar's, or
-random smooth ones; they are brought to each size (bicubic) and saved as JPEG of quality 90 or as PNG, `same size` with
---data as they are. The two take turns, the first of a pair changes from round to round; medians. PSNR compares what
-`decode` gives with draft and without, so it is the price of decoding a JPEG at a fraction of its size: the lowest of
-all pictures, and the median.
+Pillow alone is Image.open, convert("RGB"), ImageOps.fit with the same filter, np.array. The pictures come from the tar, or
+are random smooth ones; they are resized to each size (bicubic) and saved as JPEG of quality 90 or as PNG. With --data, the first
+row uses the files as they are. The two decoders take turns, and which one begins alternates from round to round; medians. PSNR
+compares the results of `decode` with and without JPEG draft mode, so it is the cost in quality of decoding a JPEG at a fraction
+of its size: the lowest of all pictures, and the median.
 
-The last table is the whole of prepare.py's job on tar shards of the pictures (reading, pairing, decoding, latents,
-captions, flushing to the disk) with a VAE that does nothing, beside Pillow alone in as many threads on the bytes in memory.
+The last table is the complete job of prepare.py on tar shards of the pictures (reading, matching captions, decoding, latents,
+flushing to the disk) with a VAE that does nothing, and Pillow alone in as many threads on bytes in memory.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, JpegImagePlugin
 import torch
+from PIL import Image, ImageOps, JpegImagePlugin
 from PIL import __version__ as pillow_version
 from torch import nn
 
-from tinyldm.config import Config
+from tinyldm.config import make_config
 from tinyldm.data import encoding
 from tinyldm.data.decoding import FILTER, Framing, decode
 from tinyldm.data.prepare import prepare
@@ -80,7 +80,7 @@ def pillow_alone(resolution: int) -> Decode:
 
 
 def rates(one: Decode, two: Decode, pictures: list[bytes], threads: int, rounds: int) -> tuple[float, float]:
-    """Pictures per second of each, medians."""
+    """Pictures per second of each decoder, medians."""
     found: list[list[float]] = [[], []]
     with ThreadPoolExecutor(threads) as pool:
         for i in range(rounds + 1):
@@ -88,13 +88,13 @@ def rates(one: Decode, two: Decode, pictures: list[bytes], threads: int, rounds:
                 begun = time.perf_counter()
                 for _ in pool.map((one, two)[which], pictures):
                     pass
-                if i:                                           # the first round warms up
+                if i:                                           # the first round is a warm-up
                     found[which].append(len(pictures) / (time.perf_counter() - begun))
     return statistics.median(found[0]), statistics.median(found[1])
 
 
 def draft_quality(ours: Decode, pictures: list[bytes]) -> str:
-    """PSNR in dB between drafted and undrafted results: lowest / median, or `exact`."""
+    """PSNR in dB between the results with and without draft mode: lowest / median, or `exact`."""
     drafted = [ours(data) for data in pictures]
     draft = JpegImagePlugin.JpegImageFile.draft
     JpegImagePlugin.JpegImageFile.draft = lambda *_: None
@@ -110,7 +110,7 @@ def draft_quality(ours: Decode, pictures: list[bytes]) -> str:
 
 
 class NoVAE(nn.Module):
-    """In the VAE's place: latents of the right shape, at once."""
+    """Stands in for the VAE: returns latents of the right shape without computing anything."""
 
     config = VAEConfig()
 
@@ -132,14 +132,14 @@ def write_shards(folder: Path, pictures: list[bytes], shards: int, copies: int) 
 
 
 def preparing(pictures: list[bytes], resolution: int, rounds: int, shards: int = 3) -> tuple[float, float, float]:
-    """Pictures per second: the whole job, the same without the making of floats for the VAE, Pillow alone."""
+    """Pictures per second: the complete job, the same without converting pixels to floats for the VAE, and Pillow alone."""
     copies = -(-1000 // len(pictures))
     found: list[list[float]] = [[], [], []]
     real = encoding.to_pixels
-    torch.set_num_threads(1)                                    # beside a GPU, torch has nothing to compute here
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(encoding.workers()) as pool:
-        write_shards(Path(place), pictures, shards, copies)
-        config = Config(data=[f"{place}/*.tar"], resolution=resolution, dtype="fp32")
+    torch.set_num_threads(1)                                    # with a GPU, torch computes nothing on the CPU here
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(encoding.workers()) as pool:
+        write_shards(Path(work), pictures, shards, copies)
+        config = make_config(data=[f"{work}/*.tar"], resolution=resolution, dtype="fp32")
         for i in range(rounds):
             for which in range(3):
                 begun = time.perf_counter()
@@ -148,7 +148,7 @@ def preparing(pictures: list[bytes], resolution: int, rounds: int, shards: int =
                         pass
                 else:
                     encoding.to_pixels = real if which == 0 else lambda images: images.permute(0, 3, 1, 2)
-                    prepare(config, Path(place) / f"cache-{i}-{which}", NoVAE(), torch.device("cpu"))
+                    prepare(config, Path(work) / f"cache-{i}-{which}", NoVAE(), torch.device("cpu"))
                 found[which].append(len(pictures) * copies * shards / (time.perf_counter() - begun))
     encoding.to_pixels = real
     return tuple(statistics.median(rates) for rates in found)
@@ -163,7 +163,7 @@ def main() -> None:
     args = parser.parse_args()
     r = args.resolution
     same = photos(args.data, args.pictures) if args.data else random_pictures(args.pictures, r)
-    some = same[:max(1, len(same) // 2)]                        # the larger, the fewer
+    some = same[:max(1, len(same) // 2)]                        # fewer pictures for the larger sizes
     cases = {f"same size, JPEG ({r} px)" if not args.data else "as they are, JPEG": same,
              f"{2 * r} -> {r}, JPEG": at_size(some, 2 * r, "JPEG"), f"{4 * r} -> {r}, JPEG": at_size(some, 4 * r, "JPEG"),
              f"{r}, PNG": at_size(same, r, "PNG"), f"{2 * r} -> {r}, PNG": at_size(some, 2 * r, "PNG")}

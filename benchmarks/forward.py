@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.device import pick_device, prefer_plain_attention
+from tinyldm.folders.rename import export_renamed
+from tinyldm.model import KINDS, first_layout
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.vendor_loaders.kinds import KINDS, first_layout
-from tinyldm.vendor_loaders.rename import export_renamed
 
 Forward = Callable[[], Tensor]
 FULL = {"U-Net": UNetConfig(), "VAE decode": VAEConfig(), "text": CLIPTextConfig()}

@@ -3,9 +3,9 @@
     python benchmarks/loader.py [--samples 200000] [--rounds 5] [--folder /tmp]
 
 A synthetic cache (4x32x32 latents, 77 tokens, one caption each: 8.2 kB a sample) is written below --folder and removed
-afterwards. Samples per second in batches of 256, four ways in turn, medians: `warm` with the files in the page cache,
-`cold` after asking the system to forget them (Linux). Then caches of ten million samples that are holes and take no
-disk: a fresh process opens one and reads, which shows time and memory but says nothing about disks.
+afterwards. Samples per second in batches of 256 for four ways of reading, which take turns; medians. `warm`: the files are in the
+page cache; `cold`: after asking the system to drop them from it (Linux). Then caches of ten million samples in sparse files, which
+take no space on the disk: a fresh process opens one and reads, which measures time and memory but not the disk.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def write_cache(folder: Path, samples: int) -> None:
         (shard / "shard.json").write_text(json.dumps(writer.close() | {"name": names[-1], "kept": rows}))
     write_index(folder, {}, [{"spec": "noise", "shards": names}])
     write_tokens(folder, TOKENIZER)
-    os.sync() if hasattr(os, "sync") else None          # pages not yet written cannot be forgotten
+    os.sync() if hasattr(os, "sync") else None          # pages that are not yet on the disk cannot be dropped
 
 
 def write_holes(folder: Path, shards: int, rows: int) -> None:
-    """A cache of zeros that takes no disk where files may have holes."""
+    """A cache of zeros in sparse files, which take no space where the file system supports them."""
     from tinyldm.data.cache import write_index
     from tinyldm.data.shard import HEADER, header, latents_name, tokens_name
     arrays = {latents_name(SIZE): ("<f2", (rows, *SHAPE, *SIZE)), "captions.npy": ("|u1", (0,)), "ends.npy": ("<i8", (rows,)),
@@ -70,11 +70,11 @@ NAMES = ("Loader.run (latents and tokens, float32)", "Cache.latents", "np.load(m
 
 
 def ways(folder: Path) -> dict[str, Callable[[int, int], None]]:
-    """Each reads batches start .. stop - 1 of the same order."""
+    """A function (start, stop) for each way of reading. All read batches start .. stop - 1 of the same order."""
     from tinyldm.data.cache import Cache
     from tinyldm.data.loader import Loader
     cache = Cache(folder)
-    loader = Loader(cache, TOKENIZER.fingerprint, batch_size=BATCH, seed=0)
+    loader = Loader(cache, [TOKENIZER.fingerprint], batch_size=BATCH, seed=0)
     maps = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("shards/*/latents-*.npy"))]
     advised = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("shards/*/latents-*.npy"))]
     for array in advised:
@@ -93,13 +93,13 @@ def ways(folder: Path) -> dict[str, Callable[[int, int], None]]:
         for step in range(start, stop):
             samples, out = loader.order.batch(step), np.empty((BATCH, *SHAPE, *SIZE), np.float16)
             for shard in np.unique(samples // ROWS):
-                mine = samples // ROWS == shard
-                out[mine] = arrays[shard][samples[mine] % ROWS]
+                selected = samples // ROWS == shard
+                out[selected] = arrays[shard][samples[selected] % ROWS]
 
     return dict(zip(NAMES, (run, latents, partial(mapped, maps), partial(mapped, advised))))
 
 
-def forget(folder: Path) -> None:
+def drop_pages(folder: Path) -> None:
     """Ask the system to drop the files from the page cache."""
     for file in folder.glob("shards/*/*.npy"):
         with open(file, "rb") as opened:
@@ -107,17 +107,17 @@ def forget(folder: Path) -> None:
 
 
 def measure(folder: Path, count: int, rounds: int, cold: bool) -> dict[str, list[float]]:
-    """Samples per second of each way and round. Cold rounds are short: the slowest way reads a few hundred a second."""
+    """Samples per second of each way in each round. Cold rounds are short, as the slowest way reads only hundreds per second."""
     steps = 8 if cold else count // BATCH // 4
     rates: dict[str, list[float]] = {}
     for turn in range(rounds):
         for name in NAMES:
             read = None
             if cold:
-                forget(folder)                          # while there are no maps: mapped pages cannot be dropped
+                drop_pages(folder)                      # before the files are mapped: mapped pages cannot be dropped
             read = ways(folder)[name]
             if not cold and not turn:
-                read(0, count // BATCH)                 # everything once, so that it is in memory
+                read(0, count // BATCH)                 # read everything once, so that it is in the page cache
             start = time.perf_counter()
             read(turn * steps, (turn + 1) * steps)
             rates.setdefault(name, []).append(steps * BATCH / (time.perf_counter() - start))
@@ -125,19 +125,19 @@ def measure(folder: Path, count: int, rounds: int, cold: bool) -> dict[str, list
 
 
 def anonymous() -> float:
-    """MB that this process holds besides files (Linux)."""
+    """MB of resident memory of this process that are not file pages (Linux)."""
     status = Path("/proc/self/status")
     return int(re.search(r"RssAnon:\s*(\d+)", status.read_text())[1]) / 1e3 if status.exists() else float("nan")
 
 
 def child(folder: Path) -> None:
-    """In a fresh process: open, read one batch, then many."""
+    """In a fresh process: open a cache, read one batch, then many. Prints the figures as JSON."""
     start = time.perf_counter()
     import torch  # noqa: F401
     torch_s, torch_mb, start = time.perf_counter() - start, anonymous(), time.perf_counter()
     from tinyldm.data.cache import Cache
     from tinyldm.data.loader import Loader
-    loader = Loader(Cache(folder), TOKENIZER.fingerprint, batch_size=BATCH, seed=0)
+    loader = Loader(Cache(folder), [TOKENIZER.fingerprint], batch_size=BATCH, seed=0)
     loader.batch(0)
     first_s, first_mb, start = time.perf_counter() - start, anonymous(), time.perf_counter()
     steps = 200
@@ -154,8 +154,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as place:
-        folder = Path(place) / "cache"
+    with tempfile.TemporaryDirectory(dir=args.folder) as work:
+        folder = Path(work) / "cache"
         write_cache(folder, args.samples)
         conditions = ["warm"] + ["cold"] * hasattr(os, "posix_fadvise")
         rates = {condition: measure(folder, args.samples, args.rounds, condition == "cold") for condition in conditions}
@@ -170,9 +170,9 @@ def main() -> None:
     print("| shards | import torch, s | open and first batch, s | anonymous after torch, MB | after the first batch | "
           "after 200 | samples/s |\n|---|---:|---:|---:|---:|---:|---:|")
     for shards, rows in ((100, 100_000), (2000, 5000)):
-        with tempfile.TemporaryDirectory(dir=args.folder) as place:
-            write_holes(Path(place), shards, rows)
-            command = [sys.executable, __file__, "--child", place]
+        with tempfile.TemporaryDirectory(dir=args.folder) as work:
+            write_holes(Path(work), shards, rows)
+            command = [sys.executable, __file__, "--child", work]
             runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(args.rounds)]
             torch_s, first_s, *memory, rate = map(statistics.median, zip(*runs))
             megabytes = " | ".join(f"{mb:.0f}" for mb in memory)

@@ -3,9 +3,9 @@
     python benchmarks/loading.py [--scale full|small] [--rounds 5] [--folder /tmp]
 
 Random weights of Stable Diffusion 1.5's shapes are written below --folder (6 GB, removed afterwards). Every load runs
-in a fresh process, ours and diffusers' or transformers' in turn, with the files in the page cache. `load` is the call
-alone; `ready` adds reading every weight once, because a peer that keeps the file's dtype returns tensors that are still
-on the disk. Memory counts what is allocated and what is mapped, from before the call until ready. Medians. Linux only.
+in a fresh process, alternately with our code and with diffusers or transformers, with the files in the page cache. `load` is the
+call alone; `ready` adds reading every weight once, because a peer that keeps the file's dtype returns tensors whose data are
+still on the disk. Memory: the increase of allocated and mapped memory from before the call until ready. Medians. Linux only.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from pathlib import Path
 
 import torch
 
+from tinyldm.files import read_json
+from tinyldm.folders.build import build_network
+from tinyldm.folders.save import write_part
+from tinyldm.folders.weights import find_weights, open_weights
+from tinyldm.model import KINDS
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.vendor_loaders.folder import read_json, write_part
-from tinyldm.vendor_loaders.kinds import KINDS
-from tinyldm.vendor_loaders.load import build_network
-from tinyldm.vendor_loaders.weights import find_weights, open_weights
 
 FULL = {UNet: UNetConfig(), AutoencoderKL: VAEConfig(), CLIPText: CLIPTextConfig()}
 SMALL = {UNet: replace(FULL[UNet], widths=(64, 128, 256, 256)),
@@ -65,7 +66,7 @@ def ours(path: Path, network: str, dtype: torch.dtype):
 
 
 def peer(network: str):
-    """The peer's loading function; all imports happen here, before the clock starts."""
+    """The peer's loading function. It is imported here, before the time is measured."""
     if network == "CLIPText":
         from transformers import CLIPTextModel
         return lambda path, _, dtype: CLIPTextModel.from_pretrained(path, dtype=dtype)
@@ -80,11 +81,11 @@ def resident(field: str) -> int:
 
 
 def child(who: str, folder: str, network: str, stored: str, dtype: str) -> None:
-    """Load once and print what it took, as JSON."""
+    """Load once and print the time and memory it took, as JSON."""
     load = ours if who == "ours" else peer(network)
-    torch.ones(8).sum()                                         # what torch sets up at its first operation
+    torch.ones(8).sum()                                         # torch's initialisation happens at the first operation
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")               # peak := now
+    Path("/proc/self/clear_refs").write_text("5")               # reset the peak to the current value
     before, begun = resident("VmRSS"), time.perf_counter()
     module = load(Path(folder) / f"{network}-{stored}", network, getattr(torch, dtype))
     loaded = time.perf_counter() - begun
@@ -110,10 +111,10 @@ def table(folder: Path, rounds: int) -> None:
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     for case in CASES:
         for file in (folder / f"{case[0]}-{case[1]}").iterdir():
-            file.read_bytes()                                   # into the page cache
+            file.read_bytes()                                   # read the file into the page cache
         runs = {"ours": [], "peer": []}
         for i in range(rounds):
-            for who in ("ours", "peer")[::1 - 2 * (i % 2)]:     # the first of a pair changes
+            for who in ("ours", "peer")[::1 - 2 * (i % 2)]:     # which one begins alternates
                 runs[who].append(run(who, str(folder), *case))
         one, two = ({key: statistics.median(r[key] for r in found) for key in found[0]} for found in runs.values())
         print(f"| {case[0]}, {case[1]} -> {case[2]} | {one['size'] / 1e9:.2f} | {one['load']:.2f} | {two['load']:.2f} "

@@ -2,7 +2,7 @@
 
     python docs/make_diffusion_pictures.py runs/tiny       writes docs/curves.png and, from that run, docs/guidance.png
 
-Needs matplotlib, which nothing else here does (but docs/sampler_errors.py).
+Needs matplotlib, like docs/sampler_errors.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 
 from tinyldm.device import pick_device
 from tinyldm.diffusion.process import log_snr, make_process
-from tinyldm.pipeline import draw, find_model, settings
-from tinyldm.sheet import INK, captioned
-from tinyldm.vendor_loaders.load import load_model
+from tinyldm.folders.load import load_model
+from tinyldm.pictures.sheet import INK, captioned
+from tinyldm.pipeline import draw, draw_settings
+from tinyldm.training.run_folder import find_model
 
 HERE = Path(__file__).parent
 CURVES = {
@@ -35,7 +36,7 @@ PROMPTS = ("a red fox", "a small white cat in the snow", "a green car on the san
 
 
 def curves() -> None:
-    """Left: the curve in the plane of its two coefficients, divided by their length so that VE fits in. Right: log-SNR."""
+    """Left: each curve in the plane (alpha, sigma), VE divided by the length of that vector. Right: log-SNR against t."""
     t = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     figure, (plane, snr) = plt.subplots(1, 2, figsize=(11, 4.6))
     for i, (label, (name, options)) in enumerate(CURVES.items()):
@@ -54,12 +55,12 @@ def curves() -> None:
 
 
 def guidance(run: str) -> None:
-    """The same noise at growing guidance scales, one row a prompt."""
+    """Pictures from the same noise at increasing guidance scales, one row per prompt."""
     model = load_model(find_model(run), pick_device())
     images, lines = [], []
     for prompt in PROMPTS:
         for scale in SCALES:
-            images.append(draw(model, [prompt], [1], settings(model, cfg=scale))[0])
+            images.append(draw(model, [prompt], [1], draw_settings(model, cfg=scale))[0])
             lines.append([(f"scale {scale}", INK), (prompt if scale == SCALES[0] else "", INK)])
     captioned(images, lines, columns=len(SCALES), side=128).save(HERE / "guidance.png")
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tinyldm.data.toyworld import HELD_OUT
 from tinyldm.device import pick_device
-from tinyldm.pipeline import draw, find_model, settings
-from tinyldm.sheet import captioned, two_lines
-from tinyldm.vendor_loaders.load import load_model
+from tinyldm.folders.load import load_model
+from tinyldm.pictures.sheet import captioned, two_lines
+from tinyldm.pipeline import draw, settings
+from tinyldm.training.run_folder import find_model
 
 TRAINED = ["a red fox", "a small white cat in the snow", "a large orange boat at sea", "a yellow star under the stars",
            "a green car on the sand, on the right", "a blue house on the grass", "a pink flower on grass",

@@ -1,9 +1,9 @@
-"""What every sampler's error costs: makes docs/samplers.md and docs/samplers.png.
+"""Every sampler's error against its number of network calls: makes docs/samplers.md and docs/samplers.png.
 
     python docs/sampler_errors.py            under a minute on one CPU thread
 
-The denoiser is exact (a mixture of three Gaussians in the plane, whose E[x0 | x] has a closed form), so what is measured is
-the sampler. Calls of the denoiser are counted, not steps. Needs matplotlib, which nothing but the scripts in docs/ does.
+The denoiser is exact (a mixture of three Gaussians in the plane, whose E[x0 | x] has a closed form), so the measured error is
+the sampler's alone. Calls of the denoiser are counted, not steps. Needs matplotlib, like the other scripts in docs/.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinyldm.diffusion.grids import Levels, curve, grid
+from tinyldm.diffusion.noise import make_generators
 from tinyldm.diffusion.process import Level, Process, make_process
-from tinyldm.diffusion.samplers import adaptive, final, SAMPLERS
-from tinyldm.noise import make_generators
+from tinyldm.diffusion.samplers import SAMPLERS, adaptive, final
 
 HERE = Path(__file__).parent
 MEAN = torch.tensor([[-1.5, 0.0], [1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
@@ -61,18 +61,19 @@ def data(n: int, seed: int) -> Tensor:
 
 
 def start(level: Level, n: int) -> Tensor:
-    """Exact draws at this level [1, 1, n, 2]: no error comes from where the samplers begin."""
+    """Exact draws at this level, [1, 1, n, 2], so that the start of the samplers adds no error."""
     noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return (level.alpha * data(n, 2) + level.sigma * noise).view(1, 1, n, 2)
 
 
 def steps_for(name: str, calls: int) -> int:
-    """Steps that make so many calls, or one less. Here nothing ends at clean data, so that every step is looked at twice."""
+    """The number of steps that makes `calls` calls, or one less. No grid here ends at clean data, so samplers with two calls
+    per step make two in the last one as well."""
     return calls // 2 if name in ("heun", "edm", "dpmpp_sde") else calls - 1 if name == "pndm" else calls
 
 
 def levels_for(process: Process, schedule: str, steps: int) -> Levels:
-    """`steps` steps between the same two levels for every step count: 0.05 above the data, in sigma / alpha."""
+    """A grid of `steps` steps. Its ends are the same for every step count, and the last one is at sigma / alpha = 0.05."""
     if schedule == "karras":
         return grid(process, steps + 1, "karras", sigma_min=0.05)[:-1]
     at, top, bottom = curve(process), 0.999, 0.05 / 1.05
@@ -80,14 +81,14 @@ def levels_for(process: Process, schedule: str, steps: int) -> Levels:
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
-    """Mean 1-Wasserstein distance of the projections on 50 directions. x, y: [n, 2]."""
+    """The mean 1-Wasserstein distance between projections on 50 directions. x, y: [n, 2]."""
     angle = torch.arange(50, dtype=torch.float64) * math.pi / 50
     directions = torch.stack([angle.cos(), angle.sin()])
     return ((x @ directions).sort(0).values - (y @ directions).sort(0).values).abs().mean().item()
 
 
 def ode_errors(process: Process, schedule: str) -> dict[str, list[tuple[int, float]]]:
-    """By sampler: (calls, root mean square distance to the ODE's solution)."""
+    """{sampler: [(calls, root mean square distance to the ODE's solution), ...]}"""
     first = levels_for(process, schedule, 5)
     x = start(first[0], N_ODE)
     exact = final(adaptive(Counted(), x, first, rtol=1e-8, atol=1e-8))
@@ -105,7 +106,8 @@ def ode_errors(process: Process, schedule: str) -> dict[str, list[tuple[int, flo
 
 
 def distances(process: Process, schedule: str) -> tuple[dict[str, list[tuple[int, float]]], float]:
-    """By sampler: (calls, sliced Wasserstein distance of N_SDE draws to as many exact ones); and that of two exact sets, on average."""
+    """{sampler: [(calls, sliced Wasserstein distance of N_SDE draws to N_SDE exact ones), ...]}, and the mean distance
+    between two exact sets."""
     first = levels_for(process, schedule, 5)
     last = first[-1]
     noise = torch.randn(N_SDE, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -131,9 +133,10 @@ def table(found: dict[str, list[tuple[int, float]]], names: tuple[str, ...]) -> 
 
 def write(odes: dict, sdes: dict, floors: dict) -> None:
     lines = ["# Error against network evaluations", "",
-             "Made by `python docs/sampler_errors.py`; every figure here is its own. The denoiser is exact: a mixture of three "
-             "Gaussians in the plane, so that what remains is the sampler's error. All start from the same exact draws at the "
-             "noisy end and stop at sigma / alpha = 0.05, short of the last jump to clean data, which is the same for all. "
+             "Made by `python docs/sampler_errors.py`; every figure here is printed by it. The denoiser is exact, that of a mixture "
+             "of three Gaussians in the plane, so all of the error is the sampler's. All samplers start from the same exact "
+             "draws at the noisy end and end at sigma / alpha = 0.05, short of the last step to clean data, which is the same "
+             "for all. "
              "`euler` is `ddim`, `euler_a` is `ddpm`.", "", "![errors and paths](samplers.png)", ""]
     for label in odes:
         lines += [f"## {label}", "",
@@ -144,15 +147,16 @@ def write(odes: dict, sdes: dict, floors: dict) -> None:
                   "| calls | " + " | ".join(str(calls) for calls, _ in odes[label]["adaptive"]) + " |",
                   "| error | " + " | ".join(f"{error:.2g}" for _, error in odes[label]["adaptive"]) + " |", "",
                   f"Stochastic samplers: sliced Wasserstein distance of {N_SDE} draws to as many exact ones. Two exact sets are "
-                  f"{floors[label]:.2g} apart: below about that, nothing is told. `dpmpp_2m`, deterministic, to compare.", "",
+                  f"{floors[label]:.2g} apart: differences below about that are noise. `dpmpp_2m`, which is deterministic, is "
+                  "there for comparison.", "",
                   *table(sdes[label], (*STOCHASTIC, "dpmpp_2m")), ""]
     lines += ["A figure in brackets is the number of calls where it is not the column's. `pndm` takes its first step twice; "
-              "`heun`, `edm` and `dpmpp_sde` look twice a step.", ""]
+              "`heun`, `edm` and `dpmpp_sde` call the denoiser twice a step.", ""]
     (HERE / "samplers.md").write_text("\n".join(lines), "utf-8")
 
 
 def draw(odes: dict, sdes: dict, floors: dict) -> None:
-    """One row a process: errors by calls, to the ODE's solution and to the distribution; and paths in few steps."""
+    """One row per process: errors against calls, to the ODE's solution and to the distribution, and paths of few steps."""
     plt.rcParams.update({"font.size": 16, "legend.fontsize": 13, "lines.linewidth": 2.4, "lines.markersize": 8})
     figure, axes = plt.subplots(2, 3, figsize=(20, 13.5), gridspec_kw={"width_ratios": (1.15, 1, 1)})
     for row, (label, errors) in enumerate(odes.items()):
@@ -178,13 +182,14 @@ def draw(odes: dict, sdes: dict, floors: dict) -> None:
                                                   ("ddim", 5, "C0", "o--", range(4)), ("dpmpp_2m", 5, "C4", "v--", range(4))):
             levels = levels_for(process, schedule, steps)
             x = start(levels[0], 400)
-            chosen = [(x[0, 0] - torch.tensor(place)).norm(dim=1).argmin().item() for place in ((-0.9, 1.6), (0.4, 1.9), (1.9, -0.2), (0.1, -1.8))]
-            scale = lambda level: math.hypot(level.alpha, level.sigma)  # to one size all the way: sigma / alpha starts large
-            walk = [x, *(at for at, _ in SAMPLERS[name](Counted(), x, levels, generators=make_generators([4])))]
-            places = torch.stack([at[0, 0, chosen] / scale(level) for at, level in zip(walk, levels)])  # [steps + 1, 4, 2]
+            chosen = [(x[0, 0] - torch.tensor(point)).norm(dim=1).argmin().item()
+                      for point in ((-0.9, 1.6), (0.4, 1.9), (1.9, -0.2), (0.1, -1.8))]
+            scale = lambda level: math.hypot(level.alpha, level.sigma)  # x / scale has about one size at all levels
+            states = [x, *(state for state, _ in SAMPLERS[name](Counted(), x, levels, generators=make_generators([4])))]
+            path = torch.stack([state[0, 0, chosen] / scale(level) for state, level in zip(states, levels)])  # [steps + 1, 4, 2]
             for i in points:
-                paths.plot(*places[:, i].T, style, color=color, linewidth=1.2 if name == "ddpm" else 2, markersize=6, zorder=1 if name == "ddpm" else 2,
-                           label=f"{name}, {steps} steps" if i == points[0] else None)
+                paths.plot(*path[:, i].T, style, color=color, linewidth=1.2 if name == "ddpm" else 2, markersize=6,
+                           zorder=1 if name == "ddpm" else 2, label=f"{name}, {steps} steps" if i == points[0] else None)
         paths.set(title="paths from noise (outside) to data", aspect="equal", xlim=(-2.8, 2.8), ylim=(-4.3, 2.3))
         paths.legend(loc="lower left")
     figure.tight_layout()

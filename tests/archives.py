@@ -1,4 +1,4 @@
-"""Archives, folders and pictures for the tests of data, and short ways to say what is read from them."""
+"""Archives, folders and pictures for the tests of data, and helpers that summarise what is read from them."""
 
 import io
 import tarfile
@@ -12,14 +12,14 @@ from PIL import Image
 from tinyldm.data.readers import Sample, Skip
 from tinyldm.data.sources import Source, list_shards
 
-DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"      # real shards, where they are there
+DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"      # real shards, if available
 FS = LocalFileSystem()
 PAIR = [("a.png", b"A"), ("a.txt", b"one")]
 TWO = [*PAIR, ("b.png", b"B"), ("b.txt", b"two")]
 
 
 def tar(*files, format=tarfile.USTAR_FORMAT):
-    """An archive of (name, content) or of ready headers."""
+    """An archive of files, each given as (name, content) or as a TarInfo."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=format) as archive:
         for file in files:
@@ -40,7 +40,7 @@ def header(name, **fields):
 
 
 def reseal(data: bytearray, start=0) -> None:
-    """Make the checksum of a header that was changed right again."""
+    """Recompute the checksum of a header that was changed."""
     head = data[start:start + 512]
     data[start + 148:start + 156] = b"%06o\0 " % (sum(head) - sum(head[148:156]) + 256)
 

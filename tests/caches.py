@@ -1,4 +1,4 @@
-"""Small caches of latents whose every value says which sample it is."""
+"""Small caches of latents whose values encode the number of their sample."""
 
 import json
 
@@ -9,11 +9,11 @@ from tinyldm.data.cache import Cache, ShardWriter, write_index, write_tokens
 
 SQUARE, WIDE = (4, 4), (2, 6)
 TOKENIZER = small_text()[0]
-IN_ORDER = [2, 0, 1, 3, 4, 5, 6, 7]     # of mixed(): what was written as number i is read as number IN_ORDER.index(i)
+IN_ORDER = [2, 0, 1, 3, 4, 5, 6, 7]     # of mixed(): the sample written with number i is read as IN_ORDER.index(i)
 
 
 def latents(first, count, size=SQUARE, views=1, parts=1):
-    """Sample i, view v, part p is filled with 10 i + v + p / 2, but for a ramp."""
+    """Sample i, view v, part p has the value 10 i + v + p / 2, plus a small ramp along the columns."""
     out = np.zeros((count, views, parts, 3, *size), np.float16)
     out += (10 * np.arange(first, first + count)).reshape(-1, 1, 1, 1, 1, 1)
     out += np.arange(views).reshape(1, -1, 1, 1, 1, 1) + np.arange(parts).reshape(1, 1, -1, 1, 1, 1) / 2
@@ -25,7 +25,7 @@ def caption(i, kind=0):
 
 
 def shard(folder, name, pieces, **shape):
-    """pieces: (size, first number, captions of each sample), in order of arrival."""
+    """Write a shard. pieces: (size, first number, captions of each sample), in the order in which they are written."""
     folder = folder / "shards" / name
     folder.mkdir(parents=True)
     writer = ShardWriter(folder)
@@ -40,7 +40,7 @@ def shard(folder, name, pieces, **shape):
 
 
 def mixed(folder):
-    """Two sources, two sizes, one to three captions each; the numbers are those of IN_ORDER."""
+    """A cache of two sources and two sizes, with one to three captions per sample, numbered as IN_ORDER says."""
     pieces = [(SQUARE, 0, [caption(0), caption(1)]), (WIDE, 2, [caption(2)]), (SQUARE, 3, [caption(3)])]
     shard(folder, "a", pieces, views=2, parts=2)
     shard(folder, "b", [(SQUARE, 4, [caption(4) + caption(40, 1), caption(5, 1)])], views=2, parts=2)
@@ -51,7 +51,7 @@ def mixed(folder):
 
 
 def many(folder, shards, rows=3):
-    """A source of many small shards, and its tokens."""
+    """A cache of one source with many small shards, and its tokens."""
     for i in range(shards):
         shard(folder, f"{i:04d}", [(SQUARE, i * rows, [caption(i * rows + j) for j in range(rows)])])
     write_index(folder, {}, [{"spec": "s", "shards": [f"{i:04d}" for i in range(shards)]}])

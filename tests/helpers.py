@@ -19,7 +19,7 @@ from tinyldm.cli import guard
 from tinyldm.config import parse
 from tinyldm.data import toyworld
 from tinyldm.models.clip_text import CLIPTextConfig
-from tinyldm.tokenizer import Tokenizer
+from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.training.log import read
 
 ROOT = Path(__file__).parent.parent

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from helpers import randomise
 from PIL import Image
 
-from helpers import randomise
 from tinyldm.config import Config
 from tinyldm.data import prepare
 from tinyldm.data.cache import Cache
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.pipeline import to_pixels
+from tinyldm.pictures.pixels import to_pixels
 
 CPU = torch.device("cpu")
 

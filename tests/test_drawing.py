@@ -6,18 +6,20 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from helpers import PROMPT, randomise, script, small_text
 from PIL import Image
 
 import sample
-from helpers import PROMPT, randomise, script, small_text
 from tinyldm import pipeline
+from tinyldm.folders.load import load_model
+from tinyldm.folders.save import save_model, save_vae
+from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.pipeline import Canvas, decode, draw, encode, settings, to_bytes, to_pixels
-from tinyldm.vendor_loaders.folder import save_model, save_vae
-from tinyldm.vendor_loaders.load import Model, load_model
+from tinyldm.pictures.pixels import to_bytes, to_pixels
+from tinyldm.pipeline import Canvas, decode, draw, encode, settings
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, from_config, to_config
 
 SEED = 3

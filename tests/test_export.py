@@ -17,25 +17,26 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import PROMPT, randomise, small_text
 from PIL import Image
 from safetensors import safe_open
 
-from helpers import PROMPT, randomise, small_text
 from tinyldm import export
 from tinyldm.config import PRESETS, Config
+from tinyldm.folders import single_file
+from tinyldm.folders.load import load_model
+from tinyldm.folders.rename import published_shapes
+from tinyldm.folders.save import save_model
+from tinyldm.folders.single_file import SD1, why_not_one_file
+from tinyldm.model import KINDS, Model, first_layout
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.pipeline import draw, find_model, settings
-from tinyldm.training.budget import meta_networks
-from tinyldm.vendor_loaders import single_file
-from tinyldm.vendor_loaders.folder import save_model
-from tinyldm.vendor_loaders.kinds import KINDS, first_layout
-from tinyldm.vendor_loaders.load import Model, load_model
-from tinyldm.vendor_loaders.rename import published_shapes
+from tinyldm.pipeline import draw, settings
+from tinyldm.planning.plan import meta_networks
+from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, from_config, to_config
-from tinyldm.vendor_loaders.single_file import SD1, why_not_one_file
 
 ROOT = Path(__file__).parent.parent
 SEED = 3

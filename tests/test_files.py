@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-
 from helpers import ENVIRONMENT, ROOT
+
 from tinyldm.files import Claims, replace_folder, sha256, write_file
 
 

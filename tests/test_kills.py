@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 from helpers import ENVIRONMENT, ROOT, SMALL, load_script, log_without_timing, pictures, script, train_here, weights
+
 from tinyldm.training import checkpoint
 from tinyldm.training.log import read
 

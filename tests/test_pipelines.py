@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import randomise
 from PIL import Image
 
-from helpers import randomise
-from tinyldm.tokenizer import Tokenizer
+from tinyldm.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 PROMPT, NEGATIVE = "a red square on the left of a blue circle", "a small green triangle"

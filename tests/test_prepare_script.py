@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ENVIRONMENT, ROOT, load_script, mistake, pictures, script, train_here, weights
 from PIL import Image
 
-from helpers import ENVIRONMENT, ROOT, load_script, mistake, pictures, script, train_here, weights
 from tinyldm.config import parse
 from tinyldm.data.cache import Cache
 from tinyldm.data.prepare import settings_of

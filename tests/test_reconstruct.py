@@ -6,18 +6,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
 from helpers import randomise, script, small_text, weights
+
 from tinyldm import reconstruct
 from tinyldm.cli import guard
+from tinyldm.folders.load import load_model
+from tinyldm.folders.save import save_model
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.training import checkpoint
 from tinyldm.training.ema import to_gamma
-from tinyldm.vendor_loaders.folder import save_model
-from tinyldm.vendor_loaders.load import load_model
 from tinyldm.vendor_loaders.scheduler import to_config
 
 STEPS = (100, 200, 300, 400)

@@ -6,19 +6,20 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from helpers import randomise, script
 from PIL import Image
 
-from helpers import randomise, script
-from tinyldm.animation import Morph, even, slerp, write_animation
-from tinyldm.noise import initial_noise, make_generators
+from tinyldm.diffusion.noise import initial_noise, make_generators, slerp
+from tinyldm.folders.save import save_model
+from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.pipeline import Canvas, decode, draw, encode, encode_text, settings, to_bytes, to_pixels
-from tinyldm.prompts import parse_weights, plain, token_weights
-from tinyldm.tokenizer import Tokenizer
-from tinyldm.vendor_loaders.folder import save_model
-from tinyldm.vendor_loaders.load import Model
+from tinyldm.pictures.animation import even, write_animation
+from tinyldm.pictures.pixels import to_bytes, to_pixels
+from tinyldm.pipeline import Canvas, Morph, decode, draw, encode, encode_text, settings
+from tinyldm.text.prompt_weights import parse_weights, plain, token_weights
+from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders.scheduler import from_config, to_config
 
 PROMPT, OTHER = "a red square on the left of a blue circle", "a small green triangle"

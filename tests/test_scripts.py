@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, SMALL, load_script, log_without_timing, mistake, script, train_here, weights
 from PIL import Image
 from safetensors.numpy import load_file
 
-from helpers import ROOT, SMALL, load_script, log_without_timing, mistake, script, train_here, weights
 from tinyldm.config import parse
 from tinyldm.training import checkpoint
 from tinyldm.training.log import read
-
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from helpers import ENVIRONMENT, ROOT, SMALL, script, weights
+
 from tinyldm.training import checkpoint
 from tinyldm.training.log import read
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-
 from helpers import SMALL, load_script, log_without_timing, train_here, weights
+
 from tinyldm.training import checkpoint, spikes
 from tinyldm.training.log import read
 

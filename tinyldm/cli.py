@@ -10,6 +10,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TextIO
 
 from tinyldm.lookup import nearest
 
@@ -55,3 +57,23 @@ def guard(main: Callable[[], None]) -> None:
         if "memory" not in f"{type(error).__name__} {error}".lower() or os.environ.get("TINYLDM_TRACEBACK"):
             raise
         fail(f"out of memory: use a smaller --batch-size, fewer pixels, or --dtype bf16 ({' '.join(str(error).split())[:200]})")
+
+
+class BestEffortStream:
+    """A stream whose reader may go away (a closed terminal, a broken pipe): what cannot be written then is dropped, so that a
+    long run goes on."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

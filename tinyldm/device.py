@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from contextlib import AbstractContextManager
 
 import torch
@@ -65,3 +66,15 @@ def prefer_plain_attention() -> None:
     products than through the fused kernel. Drawing does not: forward alone, and over many tokens, the fused kernel
     wins. This switch, in spite of its name, governs the CPU's too."""
     torch.backends.cuda.enable_flash_sdp(False)
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most that was in use at once, in GB: on the GPU, or by this process. 0: not known here."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # Windows has none
+    except ImportError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

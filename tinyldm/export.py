@@ -50,19 +50,19 @@ import torch
 from torch import nn
 
 from tinyldm.device import DTYPES
+from tinyldm.files import replace_folder
+from tinyldm.folders.hub import is_hub_id
+from tinyldm.folders.load import load_model
+from tinyldm.folders.save import save_model
+from tinyldm.folders.single_file import save_checkpoint, why_not_one_file
 from tinyldm.lookup import lookup
+from tinyldm.model import KINDS, VAE, Model
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.dit import DiT
 from tinyldm.models.vae import AutoencoderKL
-from tinyldm.pipeline import find_model, settings
-from tinyldm.files import replace_folder
+from tinyldm.pipeline import settings
+from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders import scheduler
-from tinyldm.vendor_loaders.folder import save_model
-from tinyldm.vendor_loaders.hub import is_hub_id
-from tinyldm.vendor_loaders.kinds import KINDS, VAE
-from tinyldm.vendor_loaders.load import Model, load_model
-from tinyldm.vendor_loaders.single_file import save_checkpoint, why_not_one_file
-
 
 SAME_STEPS = {"euler": "ddim"}              # a scheduler's name for one is as good as for the other
 

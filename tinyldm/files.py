@@ -7,6 +7,7 @@ kill or a power cut there is the old, the new or nothing, never a half.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -14,6 +15,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+INCOMPLETE = "copy or download it again, or export it anew"
 
 
 def flush(path: Path) -> None:
@@ -27,33 +30,38 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def flush_folder(folder: Path) -> None:
+    """Push a folder and all that is in it to the disk, files first: after a power cut it is whole, or not there under its name."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
 def write_file(file: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
-    torso = file.with_name(f".writing-{file.name}")
+    partial = file.with_name(f".writing-{file.name}")
     try:
-        torso.write_bytes(content.encode() if isinstance(content, str) else content)
-        flush(torso)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush(partial)
     except BaseException:
-        torso.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
-    os.replace(torso, file)
+    os.replace(partial, file)
     flush(file.parent)
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` make a folder under another name, flush it, then put it in place of what was there."""
-    torso = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(torso, ignore_errors=True)
-    torso.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fill(torso)
-        for path in [*torso.rglob("*"), torso]:
-            flush(path)
+        fill(partial)
+        flush_folder(partial)
     except BaseException:
-        shutil.rmtree(torso, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(torso, folder)
+    os.replace(partial, folder)
     flush(folder.parent)
 
 
@@ -108,3 +116,16 @@ class Claims:
 
     def close(self) -> None:
         self.file.close()
+
+
+def read_json(file: Path, fix: str) -> dict:
+    """A JSON object. ValueError where it is missing (then with `fix`, what to do) or damaged."""
+    if not file.exists():
+        raise ValueError(f"{file} does not exist: {fix}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): {INCOMPLETE}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged (it holds no {{...}}): {INCOMPLETE}")
+    return content

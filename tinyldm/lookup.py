@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -20,3 +21,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """"did you mean 'euler'? " for a near miss, "" where nothing is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"did you mean '{near[0]}'? " if near else ""
+
+
+def build_dataclass(kind: type[T], values: Mapping[str, Any], what: str) -> T:
+    """A dataclass from values by field name; lists become tuples. ValueError, with the nearest name, for an unknown field."""
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        lookup(known, name, f"{what} field")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -56,12 +56,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinyldm.files import replace_folder
+from tinyldm.folders.load import load_model
+from tinyldm.folders.rename import published_names
+from tinyldm.folders.save import save_model, weights_name
+from tinyldm.model import KINDS, Model, first_layout
 from tinyldm.training import checkpoint
 from tinyldm.training.ema import coefficients, overlap, reconstruct, to_gamma
-from tinyldm.vendor_loaders.folder import save_model, weights_name
-from tinyldm.vendor_loaders.kinds import KINDS, first_layout
-from tinyldm.vendor_loaders.load import Model, load_model
-from tinyldm.vendor_loaders.rename import published_names
 
 
 class Stored(Mapping[str, Tensor]):

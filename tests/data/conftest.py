@@ -1,4 +1,4 @@
-"""Fixtures that several files share."""
+"""Fixtures that are used by several test files."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tinyldm.data.readers import read_tar
 
 @pytest.fixture
 def read(tmp_path):
-    """All that comes out of the bytes of an archive."""
+    """A function that returns everything that read_tar yields for the bytes of an archive."""
     def read(data, name="a.tar"):
         (tmp_path / name).write_bytes(data)
         return list(read_tar(FS, str(tmp_path / name), len(data)))
@@ -20,12 +20,12 @@ def read(tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[str]:
-    """Names of the shards that are encoded."""
+    """A list to which the file name of every shard is appended when it is encoded."""
     names, real = [], prepare.encode_shard
 
-    def noted(shard, *rest):
+    def record(shard, *rest):
         names.append(Path(shard.url).name)
         return real(shard, *rest)
 
-    monkeypatch.setattr(prepare, "encode_shard", noted)
+    monkeypatch.setattr(prepare, "encode_shard", record)
     return names

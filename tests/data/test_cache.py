@@ -1,4 +1,4 @@
-"""Caches of latents: what is written is what is read, by position, and broken ones are refused."""
+"""Caches of latents: samples are read as they were written, and damaged caches are refused."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_samples_are_numbered_by_source_size_shard_and_row(tmp_path):
     assert [text.split()[3] for text in cache.all_captions()] == ["2", "0", "1", "3", "4", "40", "5", "6", "7", "70", "700"]
 
 
-def test_a_size_of_a_source_is_one_range_whatever_shards_it_is_in(tmp_path):
+def test_a_size_of_a_source_is_one_range_across_shards(tmp_path):
     for i, name in enumerate("ab"):
         shard(tmp_path, name, [(SQUARE, 4 * i, [caption(0)] * 2), (WIDE, 4 * i + 2, [caption(0)] * 2)])
     write_index(tmp_path, {}, [{"spec": "s", "shards": ["a", "b"]}])
@@ -85,7 +85,7 @@ def test_a_shard_of_empty_captions_is_a_shard(tmp_path):
     assert Cache(tmp_path).captions(1) == [(0, "")] and list(Cache(tmp_path).all_captions()) == ["", ""]
 
 
-def test_the_writer_refuses_what_does_not_fit(tmp_path):
+def test_the_writer_refuses_arrays_that_do_not_fit(tmp_path):
     writer = ShardWriter(tmp_path)
     writer.add(latents(0, 1), [caption(0)])
     with pytest.raises(ValueError, match="one shape"):
@@ -107,7 +107,7 @@ def test_the_index_says_what_was_read_kept_and_skipped(tmp_path):
     assert index["sources"][1]["shards"][0]["groups"] == []
 
 
-def test_a_cache_that_is_not_whole_is_refused_with_the_file_and_the_fix(tmp_path):
+def test_an_incomplete_cache_is_refused_with_the_file_and_the_fix(tmp_path):
     with pytest.raises(ValueError, match="no index.json.*prepare.py"):
         Cache(tmp_path)
     mixed(tmp_path)
@@ -135,13 +135,13 @@ def test_an_index_is_not_written_over_broken_shards(tmp_path):
         write_index(tmp_path, {}, [{"spec": "s", "shards": ["z", "x", "y"]}])
     with pytest.raises(ValueError, match="named twice"):
         write_index(tmp_path, {}, [{"spec": "s", "shards": ["x"]}, {"spec": "t", "shards": ["x"]}])
-    with pytest.raises(ValueError, match="gone is not whole"):
+    with pytest.raises(ValueError, match="gone is incomplete"):
         write_index(tmp_path, {}, [{"spec": "s", "shards": ["gone"]}])
     os.truncate(other / "latents-4x4.npy", 5000)
     with pytest.raises(ValueError, match="should have"):
         write_index(tmp_path, {}, [{"spec": "s", "shards": ["y"]}])
     (folder / "shard.json").write_text("{")
-    with pytest.raises(ValueError, match="x is not whole"):
+    with pytest.raises(ValueError, match="x is incomplete"):
         write_index(tmp_path, {}, [{"spec": "s", "shards": ["x"]}])
     assert not (tmp_path / "index.json").exists()
     write_index(tmp_path, {}, [{"spec": "s", "shards": ["z"]}])
@@ -149,7 +149,7 @@ def test_an_index_is_not_written_over_broken_shards(tmp_path):
         Cache(tmp_path)
 
 
-def test_questions_outside_the_cache_are_refused(tmp_path):
+def test_numbers_outside_the_cache_are_refused(tmp_path):
     cache = mixed(tmp_path)
     for number in (-1, 8):
         with pytest.raises(IndexError):
@@ -160,7 +160,7 @@ def test_questions_outside_the_cache_are_refused(tmp_path):
         cache.latents(np.array([0, 1]))
 
 
-def test_a_file_that_shrinks_later_is_an_error_not_rubbish(tmp_path):
+def test_a_file_that_shrinks_after_opening_is_an_error(tmp_path):
     cache = mixed(tmp_path)
     os.truncate(tmp_path / "shards/a/latents-4x4.npy", 4096 + 100)
     with pytest.raises(ValueError, match="ends before"):

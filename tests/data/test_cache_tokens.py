@@ -1,4 +1,4 @@
-"""The captions of a cache as token ids: of the sample asked for, one caption of several, and made once per tokenizer."""
+"""Token ids in a cache: of the right sample, of one caption among several, and written once per tokenizer."""
 
 from collections import Counter
 
@@ -7,11 +7,11 @@ import pytest
 from caches import TOKENIZER, mixed
 
 from tinyldm.data.cache import Cache, write_tokens
-from tinyldm.tokenizer import Tokenizer
+from tinyldm.text.tokenizer import Tokenizer
 
 
 def text_of(row):
-    """Which numbered caption a row of token ids is."""
+    """The number in the caption that a row of token ids encodes."""
     symbols = {number: symbol for symbol, number in TOKENIZER.vocab.items()}
     words = "".join(symbols[int(i)] for i in row if int(i) not in (TOKENIZER.bos_token_id, TOKENIZER.eos_token_id))
     return int("".join(letter for letter in words if letter.isdigit()))
@@ -49,7 +49,7 @@ def test_a_sample_with_only_captions_of_weight_0_takes_any(tmp_path):
     assert [text_of(row) for row in rows] == [5, 4, 6, 70]
 
 
-def test_where_each_sample_has_one_caption_nothing_is_looked_up(tmp_path):
+def test_with_one_caption_per_sample_first_npy_and_kinds_npy_are_not_read(tmp_path):
     cache = mixed(tmp_path)
     write_tokens(tmp_path, TOKENIZER)
     for name in ("first.npy", "kinds.npy"):
@@ -87,11 +87,11 @@ def test_tokens_are_added_once_and_per_tokenizer(tmp_path):
     file.write_bytes(content[:50])
     with pytest.raises(ValueError, match="cannot be read.*run prepare.py"):
         Cache(tmp_path).check_tokens(TOKENIZER.fingerprint)
-    write_tokens(tmp_path, TOKENIZER)                                   # what is not whole is made again
+    write_tokens(tmp_path, TOKENIZER)                                   # an incomplete file is written again
     assert file.read_bytes() == content
 
 
-def test_tokens_may_lie_outside_a_cache_that_others_use_too(tmp_path):
+def test_tokens_may_be_stored_outside_a_cache(tmp_path):
     whole = mixed(tmp_path / "cache")
     before = sorted((tmp_path / "cache").rglob("*"))
     write_tokens(tmp_path / "cache", TOKENIZER, tmp_path / "tokens")
@@ -113,7 +113,7 @@ def test_large_vocabularies_take_four_bytes_an_id(tmp_path):
     assert np.array_equal(tokens, large.encode([cache.captions(i)[0][1] for i in (0, 3)]))
 
 
-def test_the_fingerprint_of_a_tokenizer_is_of_all_that_decides_its_ids():
+def test_the_fingerprint_of_a_tokenizer_depends_on_everything_that_determines_its_ids():
     one = Tokenizer(TOKENIZER.vocab, TOKENIZER.merges, 16)
     again = Tokenizer(dict(reversed(TOKENIZER.vocab.items())), list(TOKENIZER.merges), 16)
     swapped = dict(TOKENIZER.vocab)

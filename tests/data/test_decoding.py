@@ -1,4 +1,4 @@
-"""From the bytes of a picture, whatever they hold, to an upright array of the right size, or a reason why not."""
+"""Decoding the bytes of a picture to an upright array of the right size."""
 
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -30,14 +30,14 @@ def test_buckets_hold_the_squares_tokens_in_both_orientations():
 
 def test_buckets_end_at_the_one_nearest_to_the_longest_aspect():
     assert make_buckets(256, 16, 1.0) == ((256, 256),)
-    assert make_buckets(256, 16, 1.90)[0] == (12 * 16, 21 * 16)     # between 1.75 and 2.09 the middle in log is 1.913
+    assert make_buckets(256, 16, 1.90)[0] == (12 * 16, 21 * 16)     # the geometric mean of 1.75 and 2.09 is 1.913
     assert make_buckets(256, 16, 1.92)[0] == (11 * 16, 23 * 16)
     assert (16, 32) not in make_buckets(24, 8, 4.0) and (8, 72) in make_buckets(24, 8, 9.0)     # 8 of 9 units, 9 of 9
 
 
 @pytest.mark.parametrize("resolution, unit, aspect, hint", [(250, 16, 2, "256"), (8, 16, 2, "16"), (256, 16, 0.5, "at least 1"),
                                                             (256, 0, 2, "multiple of 0")])
-def test_impossible_buckets_are_refused_with_what_would_do(resolution, unit, aspect, hint):
+def test_impossible_buckets_are_refused_with_a_possible_resolution(resolution, unit, aspect, hint):
     with pytest.raises(ValueError, match=hint):
         make_buckets(resolution, unit, aspect)
 
@@ -52,7 +52,7 @@ def test_impossible_limits_are_refused_before_they_drop_every_picture(limits):
 @pytest.mark.parametrize("size, bucket", [((100, 100), (256, 256)), ((100, 180), (192, 336)), ((180, 100), (336, 192)),
                                           ((100, 900), (176, 368)), ((1000, 1064), (256, 256)), ((1000, 1066), (240, 272))])
 def test_a_picture_goes_to_the_bucket_nearest_in_log_aspect(size, bucket):
-    framing = Framing(256, make_buckets(256, 16, 2.0))              # 272 / 240 is 1.133: the middle to 1 is 1.065 in log
+    framing = Framing(256, make_buckets(256, 16, 2.0))              # the geometric mean of 1 and 272 / 240 is 1.065
     assert decode(noise(*size, 3), framing).shape == (*bucket, 3)
 
 
@@ -71,7 +71,7 @@ def test_the_crop_has_its_centre_at_the_pictures_centre_to_a_fraction_of_a_pixel
         out = decode(grey(ramp if width > height else ramp.T), SQUARE).astype(float)
         assert abs(out.mean() - 127.5) < 1 and abs((out + out[::-1, ::-1]).mean() - 255) < 1
         side, long = min(height, width), max(height, width)
-        assert abs(np.ptp(out) - 255 * (side - side / 16) / (long - 1)) < 0.05 * 255, "the whole short side is in it"
+        assert abs(np.ptp(out) - 255 * (side - side / 16) / (long - 1)) < 0.05 * 255, "the crop contains the whole short side"
 
 
 def test_a_resize_is_one_lanczos_pass_over_the_central_box():
@@ -144,16 +144,16 @@ def loads(monkeypatch):
 
 
 @pytest.mark.parametrize("size, turn, framing, decoded", [
-    ((1024, 768), 1, Framing(64), (256, 192)),                       # a sixth would do, a quarter is the next there is
-    ((1024, 768), 1, Framing(192), (512, 384)),                      # a half is exactly twice the target
+    ((1024, 768), 1, Framing(64), (256, 192)),                       # 1/6 would be enough, and the next larger scale is 1/4
+    ((1024, 768), 1, Framing(192), (512, 384)),                      # at 1/2 it has exactly twice the target size
     ((1024, 768), 1, Framing(193), (1024, 768)),
     ((1024, 1024), 1, Framing(64), (128, 128)),
-    ((1600, 600), 1, Framing(256, ((96, 256),)), (800, 300)),        # cover of 256 x 96 leaves 1600 / 6.25
+    ((1600, 600), 1, Framing(256, ((96, 256),)), (800, 300)),        # covering 256 x 96 scales 1600 x 600 by 1 / 6.25
     ((1600, 600), 1, Framing(256, ((256, 96),)), (1600, 600)),       # the crop is 225 of the 1600 columns
-    ((1600, 600), 6, Framing(256, ((256, 96),)), (800, 300)),        # the same on its side
+    ((1600, 600), 6, Framing(256, ((256, 96),)), (800, 300)),        # the same picture turned by 90 degrees
     ((1600, 600), 6, Framing(256, ((96, 256),)), (1600, 600)),
 ])
-def test_a_large_jpeg_is_decoded_smaller_but_to_twice_what_is_needed(size, turn, framing, decoded, loads):
+def test_a_large_jpeg_is_decoded_smaller_but_to_twice_the_target_at_least(size, turn, framing, decoded, loads):
     out = decode(encode(np.zeros((size[1], size[0], 3), np.uint8), "JPEG", exif=exif(turn)), framing)
     assert loads[0] == decoded and out.shape[:2] == framing.size(1, 1)
 
@@ -179,7 +179,7 @@ def test_a_drafted_picture_is_close_to_the_undrafted_one_to_a_fraction_of_a_pixe
 
 # ---- arrays, threads
 
-def test_arrays_go_the_same_way_and_are_not_shared():
+def test_arrays_are_treated_like_files_and_not_modified():
     picture = noise(16, 16, 3)
     out = decode(picture, SQUARE)
     assert (out == picture).all() and out.flags.c_contiguous and out.flags.writeable

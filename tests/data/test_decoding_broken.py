@@ -1,4 +1,4 @@
-"""Broken pictures, bombs and those outside the limits: always a reason, in silence, and never a half picture."""
+"""Broken pictures, decompression bombs and pictures outside the limits: a reason, no warnings, and never half a picture."""
 
 import pickle
 import struct
@@ -24,7 +24,7 @@ def reason(data, framing=SQUARE) -> tuple[str, bool]:
 
 
 def header(width, height, colour_type=2, pixels=b"") -> bytes:
-    """A PNG that promises much."""
+    """A PNG whose header claims a size for which it has no pixels."""
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
     size = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
@@ -48,13 +48,13 @@ def test_pictures_at_the_limits_are_kept():
     assert decode(noise(1, 50), SQUARE).shape == (16, 16, 3)
 
 
-def test_bombs_are_refused_by_their_header_in_silence(recwarn, monkeypatch, capfd):
+def test_bombs_are_refused_by_their_header_without_a_warning(recwarn, monkeypatch, capfd):
     loaded, load = [], ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: loaded.append(self.size) or load(self))
     for size in ((50000, 50000), (2 ** 31 - 1, 2 ** 31 - 1), (12000, 10000), (100_000_001, 1)):
         assert reason(header(*size)) == ("too many pixels", False)
     assert not loaded
-    assert reason(header(10000, 9500), Framing(16, min_side=9600)) == ("too small", True)     # Pillow itself would warn
+    assert reason(header(10000, 9500), Framing(16, min_side=9600)) == ("too small", True)     # at this size Pillow itself warns
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert reason(header(40, 40)) == ("too many pixels", False)
     assert not recwarn.list and capfd.readouterr() == ("", "")
@@ -146,7 +146,7 @@ def test_arrays_of_another_kind_are_unreadable():
         assert reason(array) == ("unreadable", False)
 
 
-def test_a_reason_survives_the_way_to_another_process():
+def test_a_reason_can_be_pickled():
     for error in (Unusable("too small", "1 x 1", filtered=True), Unusable("unreadable")):
         twin = pickle.loads(pickle.dumps(error))
         assert vars(twin) == vars(error) and str(twin) == str(error)

@@ -1,4 +1,4 @@
-"""The colours of decoded pictures: every mode a file can have, transparency, deep pixels, inks, embedded profiles."""
+"""The colours of decoded pictures: every mode of Pillow, transparency, 16-bit pixels, CMYK, embedded profiles."""
 
 import io
 import struct
@@ -53,7 +53,7 @@ def grey_profile() -> bytes:
 
 
 def ink_profile() -> bytes:
-    """CMYK: a table of two levels per ink, white paper, each ink halves the lightness, with a tint."""
+    """A CMYK profile with two levels per ink: white paper, and every ink halves the lightness and adds a tint."""
     line = bytes(range(256))
     table = bytes(v for n in range(16) for v in (255 >> bin(n).count("1"), 128 + 30 * (n & 1), 128 - 20 * (n >> 1 & 1)))
     identity = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))

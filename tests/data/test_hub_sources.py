@@ -1,4 +1,4 @@
-"""Shards from a hub that breaks off, refuses, fails or is away."""
+"""Shards from a hub that drops connections, refuses access, fails or cannot be reached."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tinyldm.data.remote import SourceLost
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Lists and serves the files of one data set; every second body breaks off half way."""
+    """Lists and serves the files of one data set; every second response body ends half way."""
 
     protocol_version = "HTTP/1.1"
 
@@ -78,7 +78,7 @@ def hub(monkeypatch, tmp_path):
     huggingface_hub.HfFileSystem.clear_instance_cache()
 
 
-def test_shards_are_streamed_from_the_hub_over_breaks(hub):
+def test_shards_are_streamed_from_the_hub_over_broken_connections(hub):
     out = shards("hf://datasets/some/set/{0..1}.tar")
     assert [part.key for shard in out for part in shard.read()] == ["a", "b"] and hub.requests >= 4
     assert [shard.url for shard in out] == [f"hf://datasets/some/set/{i}.tar" for i in range(2)] and all(s.remote for s in out)
@@ -90,7 +90,7 @@ def test_shards_are_streamed_from_the_hub_over_breaks(hub):
 
 @pytest.mark.parametrize("spec, expected", [("some/set/{0..2}.tar", "some/set/2.tar: there is no such file"),
                                             ("some/other/0.tar", "there is no such file or folder")])
-def test_what_the_hub_does_not_have_is_named(hub, spec, expected):
+def test_files_that_are_not_on_the_hub_are_named(hub, spec, expected):
     assert expected in refusal(f"hf://datasets/{spec}")
 
 
@@ -101,13 +101,13 @@ SPECS = ["hf://datasets/some/set/0.tar", "hf://datasets/some/set/*.tar", "hf://d
 @pytest.mark.parametrize("status, code, expected", [
     (401, "RepoNotFound", "no right to read it: log in or set HF_TOKEN"), (401, "", "HF_TOKEN"), (403, "", "HF_TOKEN"),
     (403, "GatedRepo", "HF_TOKEN"), (404, "RepoNotFound", "there is no such file"), (404, "RevisionNotFound", "no such file")])
-def test_what_the_hub_refuses_is_told_with_what_to_do(hub, spec, status, code, expected):
+def test_refusals_of_the_hub_are_errors_with_the_fix(hub, spec, status, code, expected):
     hub.refusal = status, code
     assert expected in refusal(spec)
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_hub_that_fails_or_is_away_is_a_loss(hub, spec, monkeypatch):
+def test_a_hub_that_fails_or_cannot_be_reached_is_source_lost(hub, spec, monkeypatch):
     hub.refusal = 500, ""
     with pytest.raises(SourceLost, match="cannot be listed"):
         shards(spec)
@@ -119,7 +119,7 @@ def test_a_hub_that_fails_or_is_away_is_a_loss(hub, spec, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     huggingface_hub.close_session()
     assert shards(spec)
-    with socket.socket() as deaf:           # taken, and not listening
+    with socket.socket() as deaf:           # the port is bound, but nobody listens
         deaf.bind(("127.0.0.1", 0))
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{deaf.getsockname()[1]}")
         huggingface_hub.HfFileSystem.clear_instance_cache()

@@ -1,4 +1,4 @@
-"""The loader: batches that depend on seed and step alone, at any number of processes, made ahead or not."""
+"""The loader: batches depend only on seed and step, for any number of processes, with prefetching or without."""
 
 import gc
 import json
@@ -13,8 +13,10 @@ from helpers import small_text
 
 from tinyldm.data.cache import Cache, ShardWriter, write_index, write_tokens
 from tinyldm.data.loader import Loader
+from tinyldm.text.tokenizer import Tokenizer
 
 TOKENIZER = small_text()[0]
+SHORTER = Tokenizer(TOKENIZER.vocab, TOKENIZER.merges, 8)
 N = 50
 
 
@@ -24,19 +26,20 @@ def cache(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     rng = np.random.default_rng(0)
     for name, count in (("a", 30), ("b", 20)):
-        place = folder / "shards" / name
-        place.mkdir(parents=True)
-        writer = ShardWriter(place)
+        shard = folder / "shards" / name
+        shard.mkdir(parents=True)
+        writer = ShardWriter(shard)
         writer.add(rng.standard_normal((count, views, parts, 4, 4, 4)).astype(np.float16),
                    [[(0, f"a red square {name} {i}"), (1, f"a blue circle {name} {i}")] for i in range(count)])
-        (place / "shard.json").write_text(json.dumps(writer.close() | {"name": name, "kept": count}))
+        (shard / "shard.json").write_text(json.dumps(writer.close() | {"name": name, "kept": count}))
     write_index(folder, {}, [{"spec": "one", "shards": ["a"]}, {"spec": "two", "shards": ["b"]}])
     write_tokens(folder, TOKENIZER)
+    write_tokens(folder, SHORTER)
     return Cache(folder)
 
 
 def loader(cache, **options):
-    return Loader(cache, TOKENIZER.fingerprint, **{"batch_size": 10, "seed": 1, "caption_weights": (1.0, 1.0)} | options)
+    return Loader(cache, [TOKENIZER.fingerprint], **{"batch_size": 10, "seed": 1, "caption_weights": (1.0, 1.0)} | options)
 
 
 def same(one, two):
@@ -67,6 +70,28 @@ def test_a_batch_is_what_the_cache_holds(cache):
         assert batch.tokens[i].tolist() in TOKENIZER.encode(texts).tolist()
 
 
+def test_several_tokenizers_give_their_ids_of_the_same_caption_side_by_side(cache):
+    options = {"batch_size": N, "seed": 1, "caption_weights": (1.0, 1.0)}
+    one, both = (Loader(cache, fingerprints, **options) for fingerprints in (
+        [TOKENIZER.fingerprint], [SHORTER.fingerprint, TOKENIZER.fingerprint]))
+    chosen = set()
+    for step in range(3):
+        alone, batch = one.batch(step), both.batch(step)
+        assert batch.tokens.shape == (N, 8 + 16) and torch.equal(batch.tokens[:, 8:], alone.tokens)
+        for sample, row in zip(batch.samples, batch.tokens):
+            captions = cache.captions(int(sample))
+            [kind] = [kind for kind, text in captions if TOKENIZER.encode([text])[0].tolist() == row[8:].tolist()]
+            assert SHORTER.encode([captions[kind][1]])[0].tolist() == row[:8].tolist()
+            chosen.add(kind)
+    assert chosen == {0, 1}
+
+
+def test_one_fingerprint_that_is_not_in_a_list_is_refused(cache):
+    for wrong in (TOKENIZER.fingerprint, []):
+        with pytest.raises(TypeError, match="pass a list"):
+            Loader(cache, wrong, batch_size=10, seed=0, caption_weights=(1.0, 1.0))
+
+
 def test_views_and_captions_are_all_drawn(cache):
     run = joined(loader(cache).run(0, 60))
     kinds = (run.tokens[:, 1:] == torch.from_numpy(TOKENIZER.encode(["a blue circle"]))[0, 2]).any(1).float().mean()
@@ -74,8 +99,8 @@ def test_views_and_captions_are_all_drawn(cache):
     views, parts = cache.shape[:2]
     if parts == 1:
         first = torch.from_numpy(cache.latents(run.samples)[:, 0]).float()
-        share = (run.latents == first).all(dim=(1, 2, 3)).float().mean()
-        assert share == 1 if views == 1 else 0.4 < share < 0.6
+        fraction = (run.latents == first).all(dim=(1, 2, 3)).float().mean()
+        assert fraction == 1 if views == 1 else 0.4 < fraction < 0.6
 
 
 def test_noise_is_drawn_by_the_standard_deviation(cache):
@@ -86,8 +111,8 @@ def test_noise_is_drawn_by_the_standard_deviation(cache):
     for view in (0, 1):
         stored = torch.from_numpy(cache.latents(run.samples, np.full(400, view))).float()
         noises.append((run.latents - stored[:, 0]) / stored[:, 1])
-    spread = torch.stack([noise.abs().amax(dim=(1, 2, 3)) for noise in noises])
-    noise = torch.where((spread[0] < spread[1])[:, None, None, None], *noises)          # the view that it is of
+    largest = torch.stack([noise.abs().amax(dim=(1, 2, 3)) for noise in noises])
+    noise = torch.where((largest[0] < largest[1])[:, None, None, None], *noises)        # the other view gives larger values
     assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1) < 0.05
     assert len(torch.unique((noise[:, 0, 0, 0] * 100).round())) > 100
 
@@ -111,7 +136,7 @@ def test_starting_anywhere_gives_the_same_batches_as_running_there(cache):
 
 
 def test_two_steps_and_two_seeds_draw_differently(cache):
-    """The kinds of captions drawn for the places of a batch."""
+    """Compares the kinds of captions at the positions of a batch."""
     blue = TOKENIZER.encode(["a blue circle"])[0, 2]
     one, two = loader(cache, batch_size=N), loader(cache, batch_size=N, seed=2)
     kinds = [(batch.tokens[:, 2] == blue) for batch in (one.batch(0), one.batch(1), two.batch(0))]
@@ -124,13 +149,13 @@ def test_weights_mix_the_sources(cache):
     assert (run.samples >= 30).sum() == 80
 
 
-def test_an_error_in_the_thread_reaches_the_caller_after_what_came_before(cache, monkeypatch):
-    one, whole = loader(cache), Loader.batch
+def test_an_error_in_the_thread_reaches_the_caller_after_the_batches_before_it(cache, monkeypatch):
+    one, batch_of = loader(cache), Loader.batch
 
     def fails(self, step):
         if step == 3:
             raise OSError("disk gone")
-        return whole(self, step)
+        return batch_of(self, step)
 
     monkeypatch.setattr(Loader, "batch", fails)
     seen = []
@@ -173,13 +198,13 @@ def test_no_more_than_depth_batches_wait(cache, monkeypatch):
     monkeypatch.setattr(Loader, "batch", counts)
     run = loader(cache, depth=3).run(0, 100)
     assert next(run).step == 0
-    assert enough.wait(10)                                  # made ahead: the one given out, three waiting, one in hand
+    assert enough.wait(10)                                  # one batch returned, three in the queue, one that the thread holds
     threading.Event().wait(0.05)
     assert made == [0, 1, 2, 3, 4]
     run.close()
 
 
-def test_pinning_is_asked_of_both_tensors(cache, monkeypatch):
+def test_both_tensors_of_a_batch_are_pinned(cache, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.dtype) or self)
     loader(cache).batch(0)
@@ -188,15 +213,15 @@ def test_pinning_is_asked_of_both_tensors(cache, monkeypatch):
     assert pinned == [torch.float32, torch.int64]
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     ({"rank": 2, "world": 2}, "ranks run from 0 to 1"), ({"rank": -1, "world": 2}, "ranks run"),
     ({"world": 11}, "--batch-size 11"),
     ({"depth": 0}, "depth 0"), ({"caption_weights": (1.0,)}, "2 kinds"), ({"weights": [Fraction(1)]}, "for 2 sources")])
-def test_what_cannot_be_is_refused_at_once(cache, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_options_are_refused_at_once(cache, options, message):
+    with pytest.raises(ValueError, match=message):
         loader(cache, **options)
 
 
-def test_a_tokenizer_that_the_cache_does_not_know_is_refused_at_once(cache):
+def test_a_tokenizer_without_tokens_in_the_cache_is_refused_at_once(cache):
     with pytest.raises(ValueError, match="not encoded by this tokenizer"):
-        Loader(cache, "0" * 64, batch_size=10, seed=0, caption_weights=(1.0, 1.0))
+        Loader(cache, ["0" * 64], batch_size=10, seed=0, caption_weights=(1.0, 1.0))

@@ -78,12 +78,12 @@ def test_a_damaged_npz_is_an_error(tmp_path):
     assert struct.unpack("<I", bytes(data[:4]))[0] == 0x04034b50
 
 
-def test_an_npz_that_is_hurt_anywhere_is_an_error_of_the_file_and_never_of_the_disk(tmp_path):
+def test_damage_to_the_end_record_of_an_npz_is_an_error_about_the_file_and_not_the_disk(tmp_path):
     np.savez(tmp_path / "a.npz", images=IMAGES, labels=LABELS)
     data, rng, refused = (tmp_path / "a.npz").read_bytes(), random.Random(1), 0
-    for place in range(len(data) - 22, len(data)):            # where it says how its parts lie
+    for position in range(len(data) - 22, len(data)):           # the end record, with the offset of the directory
         changed = bytearray(data)
-        changed[place] ^= rng.randint(1, 255)
+        changed[position] ^= rng.randint(1, 255)
         (tmp_path / "a.npz").write_bytes(changed)
         try:
             list(read_npz(FS, str(tmp_path / "a.npz"), len(data)))
@@ -93,9 +93,9 @@ def test_an_npz_that_is_hurt_anywhere_is_an_error_of_the_file_and_never_of_the_d
     assert refused > 5
 
 
-def test_an_npz_whose_parts_lie_before_its_start_is_not_taken_for_a_lost_disk(tmp_path, monkeypatch):
+def test_an_npz_with_negative_offsets_is_not_taken_for_a_failed_disk(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
-        raise OSError(22, "Invalid argument")                 # what a seek to a place below 0 comes to
+        raise OSError(22, "Invalid argument")                 # the error of a seek to a negative position
 
     (tmp_path / "a.npz").write_bytes(b"")
     monkeypatch.setattr(np, "load", fail)

@@ -1,4 +1,4 @@
-"""The order of training: a pure function of (seed, step), every sample once an epoch, mixed as told over any window."""
+"""The order of training: a pure function of (seed, step), every sample once an epoch, sources mixed by weight in any interval."""
 
 from fractions import Fraction
 from itertools import product
@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tinyldm.data.order import Order, chairmen, permute
+from tinyldm.data.order import Order, interleave, permute
 
 SIZE, WIDE, TALL = (32, 32), (24, 40), (40, 24)
 NARROW = (16, 64)
@@ -17,7 +17,7 @@ def drawn(order, steps, first=0):
 
 
 def sources(*counts):
-    """One size; the flat numbers of each source."""
+    """Ranges of flat numbers of sources with these counts of samples, all of one size."""
     ends = np.cumsum(counts).tolist()
     return [{SIZE: range(end - count, end)} for count, end in zip(counts, ends)]
 
@@ -27,12 +27,12 @@ def chi_square(observed, expected):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 100, 1023, 1024, 99_991])
-def test_a_permutation_takes_every_place_once(n):
+def test_a_permutation_takes_every_value_once(n):
     for epoch in range(3):
         assert np.array_equal(np.sort(permute(np.arange(n), n, 5, 0, epoch)), np.arange(n))
 
 
-def test_the_permutation_of_ten_million_is_one_and_can_be_asked_anywhere():
+def test_ten_million_values_are_permuted_and_any_of_them_can_be_computed_alone():
     n = 10_000_000
     assert np.bincount(permute(np.arange(n), n, 0, 1), minlength=n).max() == 1
     some = np.array([n - 1, 0, 1234567])
@@ -40,7 +40,7 @@ def test_the_permutation_of_ten_million_is_one_and_can_be_asked_anywhere():
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 7, 12, 30])
-def test_small_permutations_put_anyone_anywhere_alike(n):
+def test_small_permutations_send_every_value_everywhere_equally_often(n):
     keys, table = 1500, np.zeros((n, n))
     for seed in range(keys):
         table[np.arange(n), permute(np.arange(n), n, seed, 0)] += 1
@@ -48,8 +48,8 @@ def test_small_permutations_put_anyone_anywhere_alike(n):
     assert chi_square(table, keys / n) < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_neighbours_end_up_anywhere():
-    """Where the second of two neighbours goes, seen from the first: all distances alike."""
+def test_neighbours_end_up_at_every_distance_equally_often():
+    """The distance between the images of two neighbours is uniform."""
     n, keys = 11, 3000
     distances = np.zeros(n)
     for seed in range(keys):
@@ -73,9 +73,9 @@ def test_epochs_seeds_and_sources_have_unrelated_orders():
 
 def test_every_sample_comes_once_an_epoch_and_epochs_differ():
     order = Order(sources(60, 40), 8, seed=3)
-    all_of_it = drawn(order, 25).reshape(2, 100)
-    assert np.array_equal(np.sort(all_of_it, axis=1), [range(100)] * 2)
-    assert not np.array_equal(*all_of_it)
+    epochs = drawn(order, 25).reshape(2, 100)
+    assert np.array_equal(np.sort(epochs, axis=1), [range(100)] * 2)
+    assert not np.array_equal(*epochs)
     assert order.steps_per_epoch == 13 and order.sizes == [SIZE] and order.never_drawn == []
 
 
@@ -103,37 +103,37 @@ def test_a_source_cut_off_from_its_range_is_drawn_by_its_own_numbers():
     assert sorted(order.batch(0)) == [100, 101, 102, 200, 201, 202, 203]
 
 
-def windows(turns, shares):
-    """How far the count of any source in any window is from its due."""
-    steps = np.zeros((2 * len(turns) + 1, len(shares)))
-    for i, turn in enumerate(np.tile(turns, 2)):
-        steps[i + 1] = -np.array(shares) / sum(shares)
-        steps[i + 1, turn] += 1
-    ahead = np.cumsum(steps, axis=0)
-    return np.ptp(ahead, axis=0).max(), np.abs(ahead).max()
+def deviations(table, proportions):
+    """The largest deviation of a source's count from its exact proportion: in any interval, and in any prefix."""
+    steps = np.zeros((2 * len(table) + 1, len(proportions)))
+    for i, source in enumerate(np.tile(table, 2)):
+        steps[i + 1] = -np.array(proportions) / sum(proportions)
+        steps[i + 1, source] += 1
+    surplus = np.cumsum(steps, axis=0)
+    return np.ptp(surplus, axis=0).max(), np.abs(surplus).max()
 
 
-def test_two_sources_keep_within_one_sample_of_their_due_over_any_window():
+def test_two_sources_stay_within_one_sample_of_their_proportion_in_any_interval():
     for a, b in product(range(1, 25), repeat=2):
-        any_window, prefix = windows(chairmen([a, b]), [a, b])
-        assert any_window < 1 + 1e-9 and prefix < 0.5 + 1e-9
+        interval, prefix = deviations(interleave([a, b]), [a, b])
+        assert interval < 1 + 1e-9 and prefix < 0.5 + 1e-9
 
 
-def test_more_sources_keep_within_one_of_every_prefix_and_two_of_any_window():
+def test_more_sources_stay_within_one_sample_in_any_prefix_and_two_in_any_interval():
     for k, most in ((3, 9), (4, 5), (5, 3)):
-        for shares in product(range(1, most + 1), repeat=k):
-            turns = chairmen(list(shares))
-            assert np.bincount(turns, minlength=k).tolist() == list(shares)
-            any_window, prefix = windows(turns, shares)
+        for proportions in product(range(1, most + 1), repeat=k):
+            table = interleave(list(proportions))
+            assert np.bincount(table, minlength=k).tolist() == list(proportions)
+            interval, prefix = deviations(table, proportions)
             assert prefix < 1 - 1 / (2 * k - 2) + 1e-9
-            assert any_window < 2 - 1 / (k - 1) + 1e-9
+            assert interval < 2 - 1 / (k - 1) + 1e-9
 
 
-def test_a_long_period_of_very_unequal_sources_is_mixed_as_told():
-    shares = [70_000, 1, 19_999, 10_000]
-    turns = chairmen(shares)
-    ahead = np.cumsum(turns[:, None] == np.arange(4), axis=0) - np.outer(np.arange(1, 100_001), shares) / 100_000
-    assert np.abs(ahead).max() < 1 - 1 / 6 + 1e-9
+def test_a_long_period_of_very_unequal_sources_keeps_the_proportions():
+    proportions = [70_000, 1, 19_999, 10_000]
+    table = interleave(proportions)
+    surplus = np.cumsum(table[:, None] == np.arange(4), axis=0) - np.outer(np.arange(1, 100_001), proportions) / 100_000
+    assert np.abs(surplus).max() < 1 - 1 / 6 + 1e-9
 
 
 def test_weights_are_honoured_in_batches_and_each_source_runs_its_own_epochs():
@@ -152,7 +152,7 @@ def test_weights_are_honoured_in_batches_and_each_source_runs_its_own_epochs():
     assert order.steps_per_epoch is None
 
 
-def test_sources_of_one_length_are_not_drawn_in_step():
+def test_sources_of_equal_length_have_different_orders():
     order = Order(sources(1000, 1000), 100, 5, [Fraction(1), Fraction(1)])
     numbers = drawn(order, 20)
     assert (numbers[numbers < 1000] == numbers[numbers >= 1000] - 1000).sum() < 12      # 1 expected
@@ -164,11 +164,11 @@ def test_only_the_proportions_of_weights_count():
     assert np.array_equal(drawn(one, 9), drawn(Order(sources(20, 30), 8, 0, [Fraction(40), Fraction(20)]), 9))
 
 
-@pytest.mark.parametrize("weights, said", [
+@pytest.mark.parametrize("weights, message", [
     ([Fraction(1), Fraction(1_000_000)], "rounder"), ([Fraction(1)], "1 weights for 2 sources"),
     ([Fraction(0), Fraction(1)], "above 0"), ([Fraction(-1), Fraction(3)], "above 0")])
-def test_weights_that_cannot_be_are_refused(weights, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_weights_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
         Order(sources(10, 10), 4, 0, weights)
     Order(sources(10, 10), 4, 0, [Fraction(1), Fraction(999)])
 
@@ -187,21 +187,21 @@ def test_a_batch_is_of_one_size_and_an_epoch_has_every_full_batch_once():
     assert order.sizes == [NARROW, WIDE, SIZE, TALL]
     assert order.steps_per_epoch == 40 // 8 + 130 // 8 + 26 // 8 and order.never_drawn == [(NARROW, 5)]
     epochs = [[order.batch(step + epoch * 24) for step in range(24)] for epoch in range(4)]
-    places, left_over = [], set()
+    sizes, left_over = [], set()
     for batches in epochs:
         kinds = [{size_of(number, buckets()) for number in batch} for batch in batches]
         assert all(len(kind) == 1 for kind in kinds)
-        places.append([kind.pop() for kind in kinds])
+        sizes.append([kind.pop() for kind in kinds])
         numbers = np.concatenate(batches)
         assert len(np.unique(numbers)) == len(numbers) == 24 * 8
-        assert set(range(40)) <= set(numbers.tolist())                                  # 5 whole batches
+        assert set(range(40)) <= set(numbers.tolist())                                  # they fill 5 batches exactly
         left_over.add(frozenset(set(range(175, 201)) - set(numbers.tolist())))
-    assert len(left_over) > 1 and len(set(map(tuple, places))) == 4                    # the leftovers and the order differ
-    assert np.bincount([place.index(TALL) for place in places]).max() < 4
+    assert len(left_over) > 1 and len(set(map(tuple, sizes))) == 4                     # the leftovers and the order differ
+    assert np.bincount([epoch.index(TALL) for epoch in sizes]).max() < 4
 
 
 def test_sizes_come_in_no_fixed_order():
-    """The places that one size's batches take in an epoch are drawn evenly."""
+    """The positions of one size's batches within an epoch are uniform."""
     order = Order([{WIDE: range(0, 16), SIZE: range(16, 64)}], 8, 1)
     table = np.zeros(8)
     for epoch in range(400):
@@ -209,7 +209,7 @@ def test_sizes_come_in_no_fixed_order():
     assert chi_square(table, 100) < 8 + 4 * 4
 
 
-def test_with_weights_sources_take_turns_batch_by_batch():
+def test_with_weights_and_several_sizes_sources_are_mixed_batch_by_batch():
     order = Order(buckets(), 8, 1, [Fraction(3), Fraction(1)])
     owners = [0 if order.batch(step).max() < 145 else 1 for step in range(400)]
     ahead = np.cumsum(np.array(owners) == 1) - np.arange(1, 401) / 4
@@ -219,7 +219,7 @@ def test_with_weights_sources_take_turns_batch_by_batch():
     assert order.never_drawn == [(NARROW, 5)]
 
 
-def test_what_cannot_be_drawn_is_refused():
+def test_sources_without_a_full_batch_are_refused():
     with pytest.raises(ValueError, match="--batch-size 10 "):
         Order([{SIZE: range(10), WIDE: range(10, 15)}], 11, 0)
     Order([{SIZE: range(10), WIDE: range(10, 15)}], 10, 0)

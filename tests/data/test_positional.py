@@ -1,4 +1,4 @@
-"""Caches read by position: under few open files, by many threads, and with nothing held for each sample."""
+"""Caches read by position: with few open files, by many threads, and without memory per sample."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tinyldm.data import positional
 from tinyldm.data.cache import Cache
 
 
-def test_more_shards_than_files_may_be_open_read_alike(tmp_path):
+def test_more_shards_than_open_files_are_read_correctly(tmp_path):
     many(tmp_path, 40)
     cache = Cache(tmp_path)
     cache._files.limit = 8
@@ -39,12 +39,12 @@ def test_reading_keeps_within_the_systems_limit_of_open_files(tmp_path):
     assert done.stdout.strip() == str(10 * 59 * 30), done.stderr
 
 
-def test_without_reading_by_position_files_are_sought(tmp_path, monkeypatch):
+def test_without_preadv_files_are_read_with_seek(tmp_path, monkeypatch):
     for name in ("preadv", "posix_fadvise"):
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setitem(sys.modules, "resource", None)
     cache = mixed(tmp_path)
-    assert positional._handles() == 128
+    assert positional._open_file_limit() == 128
     assert cache.latents(np.array([5, 1, 4]))[:, 0, 0, 0, 0].tolist() == [50, 0, 40]
 
 
@@ -58,8 +58,8 @@ def test_threads_read_the_same_as_one(tmp_path):
             assert np.array_equal(got[:, 0, 0, 0, 0].astype(int), 10 * order)
 
 
-def test_opening_holds_nothing_per_sample(tmp_path):
-    """A million samples, as files that are mostly holes: what opening and reading allocate is far below a byte for each."""
+def test_opening_uses_no_memory_per_sample(tmp_path):
+    """With a million samples in sparse files, opening and reading allocate far less than one byte per sample."""
     folder = shard(tmp_path, "x", [(SQUARE, 0, [caption(0)])])
     n = 1_000_000
     facts = json.loads((folder / "shard.json").read_text())

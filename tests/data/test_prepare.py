@@ -1,4 +1,4 @@
-"""The job that encodes a data set: right pairs, whole caches, used only where they fit."""
+"""The job that encodes a data set: correct pairs, complete caches, and caches used only with matching settings."""
 
 import shutil
 from collections import Counter
@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from preparing import CPU, VAE, contents, latent, make_vae, numbered, picture, run, settings, shard
-from tinyldm.config import Config
+
+from tinyldm.config import make_config
 from tinyldm.data import encoding, prepare
 from tinyldm.data.encoding import fingerprint
-from tinyldm.pipeline import to_pixels
+from tinyldm.pictures.pixels import to_pixels
 
 
 def test_every_picture_lies_in_the_cache_beside_its_own_caption(tmp_path):
@@ -82,7 +82,7 @@ def test_a_changed_caption_beside_a_picture_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"resolution": 16}, "resolution 8 there, 16 here"), ({"flip": True}, "flip false there, true here"),
+    ({"resolution": 16}, "resolution 8 in the cache, 16 in this run"), ({"flip": True}, "flip false in the cache, true in this run"),
     ({"moments": True}, "moments"), ({"min_side": 4}, "min_side"), ({"caption_key": ["prompt"]}, "caption_key"),
 ])
 def test_a_cache_of_other_settings_is_refused_and_rebuilt_when_asked(tmp_path, encoded, changes, words):
@@ -103,49 +103,50 @@ def test_a_cache_of_another_vae_is_refused(tmp_path):
     with torch.no_grad():
         other.quant_conv.bias[0] += 1e-4
     for vae in (other, make_vae(scaling_factor=0.5)):
-        with pytest.raises(ValueError, match="vae .* there, .* here"):
+        with pytest.raises(ValueError, match="vae .* in the cache, .* in this run"):
             run(settings(tmp_path, "s.tar"), tmp_path / "cache", vae)
-    assert fingerprint(make_vae(sample_size=99)) == fingerprint(VAE)                # a size to draw at, not of the weights
+    assert fingerprint(make_vae(sample_size=99)) == fingerprint(VAE)                # the sample size does not affect the latents
 
 
-def test_a_folder_of_other_things_is_not_written_into(tmp_path):
+def test_a_folder_of_other_files_is_not_written_into(tmp_path):
     shard(tmp_path / "s.tar", numbered(0, 3))
     with pytest.raises(ValueError, match="s.tar.*name another folder"):
         run(settings(tmp_path, "s.tar"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["s.tar"]
 
 
-def test_a_run_on_a_cache_takes_from_it_what_it_decides(tmp_path):
+def test_a_run_on_a_cache_takes_settings_from_it(tmp_path):
     for i in range(2):
         shard(tmp_path / f"s-{i}.tar", {str(k): {"png": picture(k), "json": b'{"a": "x", "b": "y"}'} for k in range(3)})
     made = settings(tmp_path, "s-0.tar:0.25", "s-1.tar:0.75", caption_key=["a:0.9", "b:0.1"], flip=True, min_side=3)
     cache = run(made, tmp_path / "cache")
-    plain = Config(resolution=8, vae_weights="the VAE")
+    plain = make_config(resolution=8, vae_weights="the VAE")
     config = prepare.adopt(plain, cache, VAE)
-    assert (config.data, config.caption_key, config.flip, config.min_side) == (made.data, made.caption_key, True, 3)
+    assert (config.data.sources, config.data.caption_key) == (made.data.sources, made.data.caption_key)
+    assert (config.data.flip, config.data.min_side) == (True, 3)
     other = prepare.adopt(settings(tmp_path, "s-0.tar:0.5", "s-1.tar:0.5", caption_key=["a:0.2", "b:0.8"]), cache, VAE)
-    assert other.caption_key == ["a:0.2", "b:0.8"] and other.data[0].endswith("s-0.tar:0.5")
+    assert other.data.caption_key == ["a:0.2", "b:0.8"] and other.data.sources[0].endswith("s-0.tar:0.5")
     with pytest.raises(ValueError, match="has a b"):
         prepare.adopt(settings(tmp_path, "s-0.tar", caption_key=["b"]), cache, VAE)
-    with pytest.raises(ValueError, match="resolution 8 there, 16 here"):
-        prepare.adopt(Config(resolution=16, vae_weights="the VAE"), cache, VAE)
+    with pytest.raises(ValueError, match="resolution 8 in the cache, 16 in this run"):
+        prepare.adopt(make_config(resolution=16, vae_weights="the VAE"), cache, VAE)
     other = make_vae(scaling_factor=0.5)
-    with pytest.raises(ValueError, match="vae .* there"):
+    with pytest.raises(ValueError, match="vae .* in the cache"):
         prepare.adopt(plain, cache, other)
 
 
-def test_a_run_on_a_cache_does_not_take_other_data_than_is_in_it(tmp_path):
+def test_a_run_on_a_cache_refuses_other_data(tmp_path):
     for i in range(2):
         shard(tmp_path / f"s-{i}.tar", numbered(3 * i, 3))
     cache = run(settings(tmp_path, "s-0.tar:0.7", "s-1.tar:0.3"), tmp_path / "cache")
     swapped = prepare.adopt(settings(tmp_path, "s-1.tar:0.99", "s-0.tar:0.01"), cache, VAE)
-    assert [word.rpartition("-")[2] for word in swapped.data] == ["0.tar:0.01", "1.tar:0.99"]      # in the cache's order
+    assert [word.rpartition("-")[2] for word in swapped.data.sources] == ["0.tar:0.01", "1.tar:0.99"]      # in the cache's order
     with pytest.raises(ValueError, match="was made from .*s-0.tar:0.7 .*leave it out"):
         prepare.adopt(settings(tmp_path, "s-0.tar:0.5", "s-2.tar:0.5"), cache, VAE)
 
 
-def test_shards_of_other_settings_are_not_taken_for_ones_own(tmp_path, encoded):
-    """As an older job leaves them that goes on while the cache is rebuilt."""
+def test_shards_of_other_settings_are_encoded_again(tmp_path, encoded):
+    """Such shards come from an older job that is still running while the cache is rebuilt."""
     shard(tmp_path / "s.tar", numbered(0, 12))
     run(settings(tmp_path, "s.tar"), tmp_path / "cache")
     run(settings(tmp_path, "s.tar", max_caption=9), tmp_path / "other")
@@ -154,7 +155,7 @@ def test_shards_of_other_settings_are_not_taken_for_ones_own(tmp_path, encoded):
     assert len(run(settings(tmp_path, "s.tar"), tmp_path / "cache")) == 12 and len(encoded) == 3
 
 
-def test_to_rebuild_what_is_rebuilt_already_encodes_nothing(tmp_path, encoded):
+def test_rebuilding_a_cache_that_is_already_rebuilt_encodes_nothing(tmp_path, encoded):
     shard(tmp_path / "s.tar", numbered(0, 3))
     run(settings(tmp_path, "s.tar"), tmp_path / "cache")
     for _ in range(2):
@@ -182,9 +183,9 @@ def test_shards_that_are_no_longer_named_are_mentioned_and_left_out(tmp_path, ca
 def test_pictures_in_buckets_fit_the_network_they_are_for(tmp_path):
     shard(tmp_path / "s.tar", numbered(0, 3))
     cache = run(settings(tmp_path, "s.tar", buckets=2.0, network="dit", dit={"patch": 1}), tmp_path / "cache")
-    assert prepare.adopt(Config(resolution=8, vae_weights="v", network="dit", dit={"patch": 1}), cache, VAE).buckets == 2.0
+    assert prepare.adopt(make_config(resolution=8, vae_weights="v", network="dit", dit={"patch": 1}), cache, VAE).data.buckets == 2.0
     with pytest.raises(ValueError, match="multiples of 2 pixels, this network takes multiples of 4"):
-        prepare.adopt(Config(resolution=8, vae_weights="v", network="dit", dit={"patch": 2}), cache, VAE)
+        prepare.adopt(make_config(resolution=8, vae_weights="v", network="dit", dit={"patch": 2}), cache, VAE)
 
 
 def test_several_captions_of_a_picture_are_all_kept_with_their_kinds(tmp_path):
@@ -196,7 +197,7 @@ def test_several_captions_of_a_picture_are_all_kept_with_their_kinds(tmp_path):
 
 
 def test_the_batch_that_encodes_never_reaches_beyond_a_shard(tmp_path):
-    """So that a shard's bytes do not depend on its neighbours."""
+    """Otherwise a shard's bytes would depend on its neighbours."""
     for i in range(2):
         shard(tmp_path / f"s-{i}.tar", numbered(5 * i, 5))
     run(settings(tmp_path, "s-*"), tmp_path / "both")
@@ -218,7 +219,7 @@ def test_the_posteriors_width_is_measured_and_judged(tmp_path):
     assert "the mean is enough" in str(report._replace(stats=Counter({**report.stats, "variance": 1e-4})))
 
 
-def test_some_pictures_come_from_all_shards_alike(tmp_path):
+def test_some_pictures_come_evenly_from_all_shards(tmp_path):
     for i in range(4):
         shard(tmp_path / f"s-{i}.tar", numbered(100 * i, 10 if i else 1))
     items, faults = prepare.some_pictures(settings(tmp_path, "s-*"), 13)
@@ -227,7 +228,7 @@ def test_some_pictures_come_from_all_shards_alike(tmp_path):
     assert len(items) == 31
 
 
-def test_a_few_pictures_of_many_shards_do_not_cost_the_reading_of_all(tmp_path, monkeypatch):
+def test_taking_a_few_pictures_does_not_read_all_shards(tmp_path, monkeypatch):
     for i in range(10):
         shard(tmp_path / f"s-{i}.tar", numbered(100 * i, 60))
     decoded, real = [], encoding.decode

@@ -5,20 +5,19 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-
 from helpers import ENVIRONMENT, ROOT
 from preparing import CPU, VAE, colour, contents, latent, numbered, picture, run, settings, shard
-from tinyldm.config import Config
+
+from tinyldm.config import Config, change, make_config
 from tinyldm.data import prepare
 from tinyldm.data.cache import Cache
 from tinyldm.data.encoding import Encoder
 from tinyldm.models.vae import AutoencoderKL, Posterior
-from tinyldm.pipeline import to_pixels
+from tinyldm.pictures.pixels import to_pixels
 
 
 def spoilt(tmp_path) -> Config:
@@ -47,14 +46,13 @@ def test_what_is_left_out_is_counted_and_named_with_its_reason(tmp_path):
     assert not any(f"picture {i}" in list(Cache(tmp_path / "cache").all_captions()) for i in (3, 7, 9, 10, 11))
 
 
-def test_too_many_unusable_samples_stop_the_job_and_leave_no_cache_that_looks_whole(tmp_path, encoded):
-    config = spoilt(tmp_path)
-    config.max_skip = 0.04
+def test_too_many_unusable_samples_stop_the_job_without_a_cache_that_looks_finished(tmp_path, encoded):
+    config = change(spoilt(tmp_path), max_skip=0.04)
     with pytest.raises(ValueError, match="2 of 40 samples .* --max-skip 0.04 .*1 unreadable"):
         prepare.prepare(config, tmp_path / "cache", VAE, CPU)
     assert not (tmp_path / "cache" / "index.json").exists()
-    config.max_skip = 0.05
-    assert prepare.prepare(config, tmp_path / "cache", VAE, CPU) and encoded == ["s.tar"]    # what was encoded stayed
+    config = change(config, max_skip=0.05)
+    assert prepare.prepare(config, tmp_path / "cache", VAE, CPU) and encoded == ["s.tar"]    # encoded shards were kept
 
 
 def test_the_first_thousand_samples_are_enough_to_stop(tmp_path, encoded, monkeypatch):
@@ -78,16 +76,16 @@ def test_a_gzipped_shard_with_a_wrong_checksum_is_dropped_whole(tmp_path):
     for i in range(2):
         shard(tmp_path / f"s-{i}.tar.gz", numbered(120 * i, 120))
     data = bytearray((tmp_path / "s-0.tar.gz").read_bytes())
-    data[-6] ^= 1                                                       # in the CRC: every byte of the samples is right
+    data[-6] ^= 1                                                       # in the CRC; all bytes of the samples are correct
     (tmp_path / "s-0.tar.gz").write_bytes(data)
     report = prepare.prepare(settings(tmp_path, "s-*", max_skip=0.5), tmp_path / "cache", VAE, CPU)
-    assert report.kept == 120 and report.skipped == Counter({"archive damaged": 119})   # the last was still being read
+    assert report.kept == 120 and report.skipped == Counter({"archive damaged": 119})   # the last was not yet yielded
     assert list(Cache(tmp_path / "cache").all_captions()) == [f"picture {i}" for i in range(120, 240)]
     damaged, = tmp_path.glob("cache/shards/s-0*")
     assert {file.name for file in damaged.iterdir()} == {"shard.json", "skipped.jsonl"}
 
 
-def test_archives_that_are_cut_count_as_shards_because_nobody_knows_what_they_held(tmp_path):
+def test_truncated_archives_count_as_shards_because_their_lost_samples_are_unknown(tmp_path):
     for i in range(4):
         shard(tmp_path / f"s-{i}.tar", numbered(40 * i, 40))
     data = (tmp_path / "s-3.tar").read_bytes()
@@ -98,7 +96,7 @@ def test_archives_that_are_cut_count_as_shards_because_nobody_knows_what_they_he
     assert report.broken == 1 and report.skipped == Counter({"archive cut short": 1}) and "1 of the shards are" in str(report)
 
 
-def test_what_is_no_archive_costs_its_own_shard_only(tmp_path, capsys):
+def test_a_file_that_is_no_archive_loses_only_its_own_shard(tmp_path, capsys):
     for i in range(2):
         shard(tmp_path / f"s-{i}.tar", numbered(10 * i, 10))
     (tmp_path / "s-0.tar").write_bytes(b"junk" * 500)
@@ -112,7 +110,7 @@ def test_what_is_no_archive_costs_its_own_shard_only(tmp_path, capsys):
 
 
 class Overflowing(AutoencoderKL):
-    """A VAE that answers with infinity for bright pictures in batches of its liking."""
+    """A VAE that returns infinity for the pictures for which fails(pixels), bool [b], is true."""
 
     def __init__(self, fails):
         super().__init__(VAE.config)
@@ -143,7 +141,7 @@ def test_processes_at_the_same_time_share_the_shards(tmp_path, encoded, monkeypa
         shard(tmp_path / f"s-{i}.tar", numbered(3 * i, 3))
     config, folder = settings(tmp_path, "s-*"), tmp_path / "cache"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(prepare.Claims, "take", lambda self, name: name[:2] != "s-" or name[2] in "02")       # the other has the odd ones
+    monkeypatch.setattr(prepare.Claims, "take", lambda self, name: name[:2] != "s-" or name[2] in "02")     # another has the odd ones
     assert prepare.prepare(config, folder, VAE, CPU) is None and not (folder / "index.json").exists()
     assert encoded == ["s-0.tar", "s-2.tar"]
     monkeypatch.setattr(prepare.Claims, "take", lambda self, name: True)
@@ -152,10 +150,10 @@ def test_processes_at_the_same_time_share_the_shards(tmp_path, encoded, monkeypa
     (folder / "shards").mkdir()
     encoded.clear()
     assert prepare.prepare(config, folder, VAE, CPU)
-    assert encoded == ["s-1.tar", "s-3.tar", "s-0.tar", "s-2.tar"]                          # one's own first, then the rest
+    assert encoded == ["s-1.tar", "s-3.tar", "s-0.tar", "s-2.tar"]                          # the rank's own shards come first
 
 
-def test_a_source_that_is_lost_half_way_costs_its_own_shard_only(tmp_path, monkeypatch):
+def test_a_shard_whose_connection_fails_is_the_only_one_lost(tmp_path, monkeypatch):
     for i in range(3):
         shard(tmp_path / f"s-{i}.tar", numbered(3 * i, 3))
     real, broken = prepare.encode_shard, [True]
@@ -194,7 +192,7 @@ def test_a_finished_cache_serves_while_its_remote_source_is_away(tmp_path, monke
     import fsspec
     files = fsspec.filesystem("memory")
     files.pipe("/bucket/s.tar", shard(tmp_path / "s.tar", numbered(0, 3)).read_bytes())
-    config = Config(data=["memory://bucket/s.tar"], resolution=8, dtype="fp32")
+    config = make_config(data=["memory://bucket/s.tar"], resolution=8, dtype="fp32")
     run(config, tmp_path / "cache")
 
     real = prepare.list_shards
@@ -206,16 +204,16 @@ def test_a_finished_cache_serves_while_its_remote_source_is_away(tmp_path, monke
 
     monkeypatch.setattr(prepare, "list_shards", away)
     assert len(run(config, tmp_path / "cache")) == 3 and "no network" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="flip false there, true here"):
-        run(replace(config, flip=True), tmp_path / "cache")
+    with pytest.raises(ValueError, match="flip false in the cache, true in this run"):
+        run(change(config, flip=True), tmp_path / "cache")
     with pytest.raises(OSError, match="no network"):
         prepare.prepare(config, tmp_path / "other", VAE, CPU)
-    both = replace(config, data=[*config.data, str(tmp_path / "s.tar")])
-    with pytest.raises(OSError, match="no network"):                    # what is new cannot be had
-        prepare.prepare(replace(config, data=["memory://bucket/other.tar"]), tmp_path / "cache", VAE, CPU)
+    both = change(config, data=[*config.data.sources, str(tmp_path / "s.tar")])
+    with pytest.raises(OSError, match="no network"):                    # a new source that cannot be reached
+        prepare.prepare(change(config, data=["memory://bucket/other.tar"]), tmp_path / "cache", VAE, CPU)
     monkeypatch.undo()
     run(both, tmp_path / "both")
-    shard(tmp_path / "s.tar", numbered(20, 4))                          # what is here is still looked at
+    shard(tmp_path / "s.tar", numbered(20, 4))                          # a local source is still checked for changes
     monkeypatch.setattr(prepare, "list_shards", away)
     assert list(run(both, tmp_path / "both").all_captions()) == [f"picture {i}" for i in (0, 1, 2, 20, 21, 22, 23)]
 
@@ -248,7 +246,7 @@ for kill in range(kills):
         os._exit(0)
     died += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     if (folder / "index.json").exists():
-        support.Cache(folder)                            # looks whole: then it is
+        support.Cache(folder)                            # a cache with an index must be complete
         break
 go()
 print(died)
@@ -281,7 +279,7 @@ def test_processes_that_begin_at_the_same_moment_make_one_cache(tmp_path):
         shard(tmp_path / f"s-{i}.tar", numbered(7 * i, 7))
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     run(settings(tmp_path, "s-*"), tmp_path / "one")
-    for turn, changes in enumerate([{}, {}, {"flip": True}, {}]):      # made new, found whole, made anew twice
+    for turn, changes in enumerate([{}, {}, {"flip": True}, {}]):      # new, unchanged, then rebuilt twice
         words = [sys.executable, "-c", TWO, str(tmp_path), str(tmp_path / "many"), repr(changes)]
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Shards read sample by sample: which files make one, what is skipped with which reason, and which captions it has."""
+"""Reading shards: the files of a sample, what is skipped for which reason, and the captions of a sample."""
 
 import gzip
 import json
@@ -9,7 +9,6 @@ from archives import DATA, FS, PAIR, TWO, header, keys, reseal, skips, tar
 
 from tinyldm.data import readers, tarshard
 from tinyldm.data.readers import Sample, Skip, caption_keys, captions, read_tar
-
 
 # ---- tar
 
@@ -37,8 +36,8 @@ def test_names_too_long_for_ustar_come_whole_from_gnu_and_pax(read):
 def test_a_pax_size_counts_more_than_the_header_s(read):
     member = header("a.png", size=0, pax_headers={"size": "9"})
     data = bytearray(tar(member, *PAIR[1:], format=tarfile.PAX_FORMAT))
-    place = data.index(b"a.png\0") + 512
-    data[place:place] = b"xyz".ljust(9).ljust(512, b"\0")
+    start = data.index(b"a.png\0") + 512
+    data[start:start] = b"xyz".ljust(9).ljust(512, b"\0")
     assert read(bytes(data)) == [Sample("a", b"xyz      ", {"txt": b"one"})]
 
 
@@ -131,7 +130,7 @@ def test_a_member_that_is_too_large_is_passed_over(read, monkeypatch):
 def test_real_shards_are_what_tarfile_reads():
     for name, count in (("photos256-000.tar", 400), ("tinyimagenet64-004.tar.gz", 4000)):
         if not (DATA / name).exists():
-            pytest.skip(f"{DATA / name} is not there")
+            pytest.skip(f"{DATA / name} does not exist")
         out = list(read_tar(FS, str(DATA / name), None))
         with tarfile.open(DATA / name) as archive:
             expected = {member.name: archive.extractfile(member).read() for member in archive}

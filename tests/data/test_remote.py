@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 
 from tinyldm.data import remote
 from tinyldm.data.readers import Sample
-from tinyldm.data.remote import SourceLost, Steady
+from tinyldm.data.remote import RetryingFile, SourceLost
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def listed(memory, monkeypatch, error, spec="memory://set"):
 def test_no_network_is_told_from_no_file_and_no_right(memory, monkeypatch, wrapped, errors, kind, expected):
     for error in errors:
         if wrapped and isinstance(error, ValueError):
-            continue                        # about the name
+            continue                        # a ValueError is about the name, not the network
         with pytest.raises(kind) as caught:
             listed(memory, monkeypatch, caused(FileNotFoundError("set"), error) if wrapped else error)
         assert str(caught.value).startswith("--data memory://set: ") and expected in str(caught.value)
@@ -101,7 +101,7 @@ def test_no_network_is_told_from_no_file_and_no_right(memory, monkeypatch, wrapp
 
 def test_mistakes_that_no_network_mends_are_no_losses(memory, monkeypatch):
     coded = FileNotFoundError("set")
-    coded.code = 2                          # of the system, not of HTTP
+    coded.code = 2                          # an error number of the system, not an HTTP status
     for error, expected in ((coded, "there is no such file"),
                             (caused(FileNotFoundError("set"), KeyError("set")), "there is no such file"),
                             (caused(FileNotFoundError("set"), ValueError("bad name")), "there is no such file"),
@@ -115,7 +115,7 @@ def test_mistakes_that_no_network_mends_are_no_losses(memory, monkeypatch):
 
 
 def test_a_server_that_refuses_to_connect_at_once_is_a_loss():
-    with socket.socket() as deaf:           # taken, and not listening
+    with socket.socket() as deaf:           # the port is bound, but nobody listens
         deaf.bind(("127.0.0.1", 0))
         url = f"ftp://127.0.0.1:{deaf.getsockname()[1]}/a.tar"
         with pytest.raises(SourceLost, match=f"--data {url}: cannot be listed .ConnectionRefusedError"):
@@ -133,7 +133,7 @@ def test_a_local_disk_that_fails_is_no_lost_network(tmp_path, monkeypatch):
 
 
 class Flaky(MemoryFileSystem):
-    """Breaks at the bytes in `faults`: by an error, or by an end before the end."""
+    """Fails at the positions in `faults`: with an exception, or by ending early (None)."""
 
     protocol = "flaky"
     store, pseudo_dirs, faults, opened, ranges = {}, [""], [], [], True
@@ -150,15 +150,15 @@ class Flaky(MemoryFileSystem):
 
         class Stream(io.BytesIO):
             def read(self, size=-1):
-                place = self.tell()
-                if fs.faults and place + max(size, 1) > fs.faults[0][0]:
+                position = self.tell()
+                if fs.faults and position + max(size, 1) > fs.faults[0][0]:
                     stop, fault = fs.faults[0]
-                    if place >= stop:
+                    if position >= stop:
                         fs.faults.pop(0)
                         if fault is not None:
                             raise fault
                         return b""
-                    size = stop - place
+                    size = stop - position
                 return super().read(size)
 
             def seek(self, *args):
@@ -192,7 +192,7 @@ def test_a_connection_that_breaks_is_taken_up_at_the_same_byte(flaky, fault, ran
     flaky.put("/x", DATA)
     Flaky.ranges = ranges
     flaky.faults += [(0, fault), (100, fault), (100, fault), (5000, fault)]
-    with Steady(flaky, "/x", len(DATA)) as stream:
+    with RetryingFile(flaky, "/x", len(DATA)) as stream:
         assert b"".join(iter(lambda: stream.read(777), b"")) == DATA
     assert flaky.waits == [1, 1, 2, 1] and len(flaky.opened) == 5
 
@@ -200,36 +200,36 @@ def test_a_connection_that_breaks_is_taken_up_at_the_same_byte(flaky, fault, ran
 def test_a_connection_that_stays_broken_is_an_error_that_says_where(flaky):
     flaky.put("/x", DATA)
     flaky.faults += [(5000, ConnectionResetError("reset by peer"))] * 6
-    with Steady(flaky, "/x", len(DATA)) as stream, pytest.raises(SourceLost) as error:
+    with RetryingFile(flaky, "/x", len(DATA)) as stream, pytest.raises(SourceLost) as error:
         while stream.read(5000):
             pass
     assert str(error.value) == ("flaky:///x: stopped at byte 5000 of 10240 after 6 tries (ConnectionResetError: reset by "
-                                "peer): check the network and run the same command again; finished shards stay")
+                                "peer): check the network and run the same command again; finished shards are kept")
     assert flaky.waits == [1, 2, 4, 8, 16] and isinstance(error.value, OSError)
 
 
 def test_an_end_before_the_end_is_a_break_only_where_the_size_is_known(flaky):
     flaky.put("/x", DATA)
     with pytest.raises(SourceLost, match="byte 10240 of 10241 after 2 tries .the connection ended early"):
-        with Steady(flaky, "/x", len(DATA) + 1, tries=2) as stream:
+        with RetryingFile(flaky, "/x", len(DATA) + 1, tries=2) as stream:
             while stream.read(99_999):
                 pass
-    assert Steady(flaky, "/x", None).readall() == DATA
+    assert RetryingFile(flaky, "/x", None).readall() == DATA
 
 
 def test_a_file_that_is_gone_is_not_waited_for(flaky):
     flaky.put("/x", DATA)
     flaky.faults += [(0, FileNotFoundError("gone"))]
     with pytest.raises(FileNotFoundError):
-        Steady(flaky, "/x", len(DATA)).read(1)
+        RetryingFile(flaky, "/x", len(DATA)).read(1)
     assert flaky.waits == []
 
 
 def test_a_server_that_is_away_is_waited_for_though_its_file_system_says_not_found(flaky):
     flaky.put("/x", DATA)
     causes = {0: TimeoutError(), 9: Answer(503)}
-    flaky.faults += [(place, caused(FileNotFoundError("/x"), cause)) for place, cause in causes.items()]
-    assert Steady(flaky, "/x", len(DATA)).readall() == DATA and flaky.waits == [1, 1]
+    flaky.faults += [(position, caused(FileNotFoundError("/x"), cause)) for position, cause in causes.items()]
+    assert RetryingFile(flaky, "/x", len(DATA)).readall() == DATA and flaky.waits == [1, 1]
 
 
 def test_a_file_that_vanished_behind_a_url_is_a_lost_shard_and_a_missing_picture(flaky):
@@ -243,13 +243,13 @@ def test_a_file_that_vanished_behind_a_url_is_a_lost_shard_and_a_missing_picture
 
 def test_a_steady_file_seeks_like_any_file(flaky):
     flaky.put("/x", DATA)
-    stream = io.BufferedReader(Steady(flaky, "/x", len(DATA)), 64)
-    for offset, whence, place in ((9000, 0, 9000), (-5, 1, 8998), (-3, 2, 10237), (0, 0, 0), (1, 2, 10241)):
-        assert stream.seek(offset, whence) == place and stream.read(3) == DATA[place:place + 3]
+    stream = io.BufferedReader(RetryingFile(flaky, "/x", len(DATA)), 64)
+    for offset, whence, position in ((9000, 0, 9000), (-5, 1, 8998), (-3, 2, 10237), (0, 0, 0), (1, 2, 10241)):
+        assert stream.seek(offset, whence) == position and stream.read(3) == DATA[position:position + 3]
     with pytest.raises((ValueError, OSError)):
         stream.seek(-1)
     with pytest.raises(OSError):
-        Steady(flaky, "/x", None).seek(0, 2)
+        RetryingFile(flaky, "/x", None).seek(0, 2)
 
 
 def test_a_shard_is_read_over_breaks_and_its_loss_is_an_error(flaky):

@@ -1,4 +1,4 @@
-"""Shards with wrong, missing and doubled bytes: whatever is left of them, no picture gets the caption of another."""
+"""Shards with wrong, missing and repeated bytes: no picture ever gets the caption of another."""
 
 import gzip
 import io
@@ -28,7 +28,7 @@ def drawn(count=12):
 def emoji(count=12):
     shard = DATA / "emoji128-000.tar"
     if not shard.exists():
-        pytest.skip(f"{shard} is not there")
+        pytest.skip(f"{shard} does not exist")
     files = []
     with tarfile.open(shard) as archive:
         for member in list(archive)[:3 * count]:
@@ -42,22 +42,22 @@ def emoji(count=12):
 
 
 def packed(files):
-    """The archive, and where each file lies in it, with its header (its last zeros may come from elsewhere unnoticed)."""
+    """The archive, and the range of bytes of each file with its header, but without the padding, in which damage is not noticed."""
     data = tar(*files)
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        places = {member.name: range(member.offset, member.offset_data + member.size) for member in archive}
-    return data, places
+        ranges = {member.name: range(member.offset, member.offset_data + member.size) for member in archive}
+    return data, ranges
 
 
 def hurt(data, rng, ways=("flip", "cut", "lose", "repeat")):
-    """The bytes after some misfortune, and the ranges of the old bytes that it touched."""
-    way, unit = rng.choice(ways), rng.choice([1, 512])          # 512: what disks and tar itself lose
+    """Damage the bytes in a random way; returns the result, and the ranges of the old bytes that were affected."""
+    way, unit = rng.choice(ways), rng.choice([1, 512])          # 512: the block size of disks and of tar
     if way == "flip":
-        places = [rng.randrange(len(data)) for _ in range(rng.randint(1, 4))]
+        positions = [rng.randrange(len(data)) for _ in range(rng.randint(1, 4))]
         out = bytearray(data)
-        for place in places:
-            out[place] ^= rng.randint(1, 255)
-        return bytes(out), [range(place, place + 1) for place in places]
+        for position in positions:
+            out[position] ^= rng.randint(1, 255)
+        return bytes(out), [range(position, position + 1) for position in positions]
     first, last = sorted(rng.randrange(len(data) // unit) * unit for _ in range(2))
     if way == "cut":
         return data[:first], [range(first, len(data))]
@@ -67,7 +67,7 @@ def hurt(data, rng, ways=("flip", "cut", "lose", "repeat")):
 
 
 def read_whole(file, data):
-    """Samples and skips; None where the reader says that the shard as a whole is lost."""
+    """Samples and skips; None where the reader raises an error about the whole shard."""
     file.write_bytes(data)
     try:
         return list(read_tar(FS, str(file), len(data)))
@@ -79,7 +79,7 @@ def read_whole(file, data):
 
 
 def check(out, files, touched):
-    """Every picture that is whole has its own captions, and every key its own, save those whose own bytes were hit."""
+    """Undamaged pictures and keys must have their own captions; samples whose own bytes were damaged are exempt."""
     original = {name: content for name, content in files}
     keys = {content: name[:name.rindex(".")] for name, content in files if name.endswith((".png", ".jpg"))}
     truth = {name[:-4]: content.decode() for name, content in files if name.endswith(".txt")}
@@ -98,12 +98,12 @@ def check(out, files, touched):
 
 
 def fuzz(tmp_path, files, rounds, seed):
-    data, places = packed(files)
+    data, ranges_of = packed(files)
     rng, samples, skips, lost = random.Random(seed), 0, 0, 0
     for _ in range(rounds):
         changed, ranges = hurt(data, rng)
-        touched = {name for name, place in places.items()
-                   if any(place.start <= hit.stop and hit.start <= place.stop for hit in ranges)}
+        touched = {name for name, own in ranges_of.items()
+                   if any(own.start <= hit.stop and hit.start <= own.stop for hit in ranges)}
         out = read_whole(tmp_path / "a.tar", changed)
         lost += out is None
         samples += check(out or [], files, touched)
@@ -133,12 +133,12 @@ def test_a_damaged_gzip_is_refused_whole_or_holds_only_what_was_written(tmp_path
 
 def test_headers_that_are_wrong_in_every_byte_are_reported(tmp_path):
     files = drawn(4)
-    data, places = packed(files)
-    start = places["001.txt"].start
+    data, ranges_of = packed(files)
+    start = ranges_of["001.txt"].start
     for byte in range(512):
         changed = bytearray(data)
         changed[start + byte] ^= 1 + byte % 255
-        if byte == 155:                                         # behind the checksum and its end
+        if byte == 155:                                         # an unused byte after the checksum
             continue
         out = read_whole(tmp_path / "a.tar", bytes(changed))
         flaws = [part.reason for part in out if isinstance(part, Skip)]

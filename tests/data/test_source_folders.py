@@ -1,4 +1,4 @@
-"""Folders of pictures as sources: captions beside the pictures or in a table, and stamps that change with the files alone."""
+"""Folders of pictures as sources: captions in files or in a table, and stamps that change only with the files."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def test_a_folder_s_chunks_keep_their_names_and_change_their_stamps_with_their_f
     assert changed() == [True, True, True] and len(shards(tmp_path, chunk=2)) == 4
 
 
-def test_names_are_unique_and_safe_on_every_system(tmp_path):
+def test_shard_names_are_unique_and_valid_on_every_system(tmp_path):
     fill(tmp_path, x__a_tar=pairs("a"), y__a_tar=pairs("b"), y__A_tar=pairs("c"), **{"y__ü <|>?_tar": pairs("d")})
     names = [shard.name for spec in ("x/*.tar", "y") for shard in shards(tmp_path / spec)]
     assert len({name.lower() for name in names}) == 4 and all(name.isascii() for name in names)

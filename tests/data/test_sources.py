@@ -1,4 +1,4 @@
-"""What is typed behind --data, and the shards it stands for."""
+"""Parsing --data, and listing the shards of a source."""
 
 import os
 from fractions import Fraction
@@ -10,9 +10,9 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry, known_implementations
 
 from tinyldm.data import toyworld
+from tinyldm.data.file_sources import braces
 from tinyldm.data.readers import captions
-from tinyldm.data.sources import Source, braces, parse_sources
-
+from tinyldm.data.sources import Source, parse_sources
 
 # ---- what was typed
 
@@ -60,7 +60,7 @@ def test_weights_that_make_no_sense_are_refused(words, expected):
     ("{a,b{1,2}}", ["a", "b1", "b2"]), ("s3://b/{a,}x", ["s3://b/ax", "s3://b/x"]), ("{a}", ["{a}"]), ("{}", ["{}"]),
     ("{1..2", ["{1..2"]),
     ("{a}{b,c}", ["{a}b", "{a}c"]), ("{x,{1..2}}.tar", ["x.tar", "1.tar", "2.tar"])])
-def test_braces_stand_for_what_they_do_in_a_shell(pattern, paths):
+def test_braces_expand_as_in_a_shell(pattern, paths):
     assert braces(pattern) == paths
 
 
@@ -135,7 +135,7 @@ def test_an_npz_is_one_shard(tmp_path):
     ("x/*.npz", "no shard or folder matches"), ("a.parquet", "parquet files are not read; what is read: toyworld"),
     ("p", "parquet files, which are not read; what is read"), ("n.md", "is not a file that is read; what is read"),
     ("e", "holds 0 files, but no picture"), ("m", "holds 1 files, but no picture")])
-def test_what_cannot_be_read_is_refused_with_what_can(tmp_path, spec, expected):
+def test_sources_that_cannot_be_read_are_refused_with_a_list_of_those_that_can(tmp_path, spec, expected):
     fill(tmp_path, x__000_tar=pairs("a"), x__002_tar=pairs("a"), a_parquet="", p__a_parquet="", n_md="", m__n_md="")
     (tmp_path / "e").mkdir()
     assert expected in refusal(tmp_path / spec)

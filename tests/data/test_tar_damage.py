@@ -1,4 +1,4 @@
-"""Tar shards that are cut, changed, hostile or none at all: what is kept, and what is an error."""
+"""Tar shards that are truncated, damaged or hostile, and files that are no archives: what is kept, and what is an error."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ def test_a_cut_archive_keeps_what_came_before(read, pack, cut):
     between = cut % 1024 == 0 and not extra
     assert [reason for _, reason in skips(out)] == ["archive has no end mark" if between else "archive cut short"]
     got = [part for part in out if isinstance(part, Sample)]
-    full = whole[:1] if cut >= (1024 * 3 if extra else 2048) else []             # of a gzip, the last one is in doubt
+    full = whole[:1] if cut >= (1024 * 3 if extra else 2048) else []             # in a gzip, the last sample is doubtful
     assert got[:len(full)] == full and all(sample.picture == other.picture for sample, other in zip(got, whole))
 
 
@@ -32,7 +32,7 @@ def test_a_sample_that_the_cut_runs_through_is_dropped(read):
     assert keys(out) == ["a"] and skips(out) == [("b.txt", "archive cut short")]
 
 
-def test_an_archive_without_its_end_mark_is_whole_but_said_to_have_none(read):
+def test_an_archive_without_its_end_mark_is_read_completely_and_reported(read):
     assert skips(read(tar(*TWO)[:4096])) == [("b", "archive has no end mark")]
     assert skips(read(tar(*PAIR) + tar(*TWO[2:])[:2048])) == [("b", "archive has no end mark")]
     assert skips(read(tar(*TWO)[:4096 + 512])) == [] and keys(read(tar(*TWO)[:4096])) == ["a", "b"]
@@ -42,11 +42,11 @@ def test_a_gzip_that_passed_its_checksum_without_an_end_mark_loses_nothing(read)
     out = read(gzip.compress(tar(*TWO)[:4096]))
     assert keys(out) == ["a", "b"] and skips(out) == [("b", "archive has no end mark")]
     data = bytearray(tar(*TWO)[:4096])
-    data[1024] ^= 1                                           # packed like this
+    data[1024] ^= 1                                           # before compression, so that the checksum matches
     assert keys(read(gzip.compress(data))) == ["a", "b"]
 
 
-def test_an_archive_that_ends_in_the_zeros_behind_a_member_is_cut_and_its_sample_whole(read):
+def test_an_archive_that_ends_in_the_padding_of_a_member_is_truncated_but_its_sample_is_kept(read):
     out = read(tar(*TWO)[:4000])
     assert keys(out) == ["a", "b"] and skips(out) == [("b", "archive cut short")]
 
@@ -108,7 +108,7 @@ def test_archives_in_a_row_are_read_as_one(read):
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\xff" * 5000, bytes(30000), gzip.compress(b""),
                                   gzip.compress(b"text" * 500)])
-def test_what_is_no_tar_archive_is_an_error_that_names_it(read, data):
+def test_a_file_that_is_no_tar_archive_is_an_error_that_names_it(read, data):
     with pytest.raises(ValueError, match=r"a\.tar is not a tar archive"):
         read(data)
 
@@ -118,26 +118,26 @@ def test_an_archive_without_members_is_empty_and_no_error(read):
 
 
 def test_a_wrong_checksum_or_a_wrong_stream_is_raised_after_the_samples(tmp_path):
-    for place, byte in ((-8, 1), (-4, 1), (40, 0xff)):
+    for position, byte in ((-8, 1), (-4, 1), (40, 0xff)):
         data = bytearray(gzip.compress(tar(*TWO), mtime=0))
-        data[place] ^= byte
+        data[position] ^= byte
         (tmp_path / "a.tgz").write_bytes(data)
         stream, count = read_tar(FS, str(tmp_path / "a.tgz"), None), 0
         with pytest.raises(Damaged, match=r"a\.tgz: the compressed data are damaged"):
             for _ in stream:
                 count += 1
-        assert count == (1 if place < 0 else 0)               # the last sample waits for what may follow
+        assert count == (1 if position < 0 else 0)            # the last sample is yielded only when the next begins
 
 
 def test_a_gzip_that_goes_wrong_before_it_ends_early_is_refused_whole(read):
     data = bytearray(tar(*TWO))
     data[1024] ^= 1
-    assert keys(read(gzip.compress(data))) == ["a", "b"]      # packed like this, says its checksum
+    assert keys(read(gzip.compress(data))) == ["a", "b"]      # the checksum matches, as it was computed after the damage
     with pytest.raises(Damaged, match="compressed data are damaged"):
         read(gzip.compress(data, 0)[:3000])
 
 
-def test_bytes_behind_a_gzip_that_passed_its_checksum_are_counted_only(read):
+def test_bytes_after_a_gzip_that_passed_its_checksum_are_only_reported(read):
     out = read(gzip.compress(tar(*TWO)) + b"trailing")
     assert keys(out) == ["a", "b"] and [reason for _, reason in skips(out)] == ["archive damaged"]
 
@@ -167,4 +167,4 @@ def test_memory_does_not_grow_with_the_archive(tmp_path):
     assert sum(1 for _ in read_tar(FS, str(tmp_path / "a.tar"), None)) == 100
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 3_000_000                                   # of 10 MB; the buffer alone takes one
+    assert peak < 3_000_000                                   # the archive has 10 MB, and the read buffer alone has 1 MB

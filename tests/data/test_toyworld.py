@@ -22,8 +22,8 @@ from tinyldm.data.toyworld import (
 MANY = [scene(i) for i in range(4000)]
 
 
-def share_near(image, colour: str, tolerance: int = 12) -> float:
-    """The share of pixels whose three values are all within `tolerance` of the palette's."""
+def fraction_near(image, colour: str, tolerance: int = 12) -> float:
+    """The fraction of pixels whose three values are all within `tolerance` of the palette's."""
     return (abs(np.asarray(image, int) - COLOURS[colour]).max(-1) <= tolerance).mean()
 
 
@@ -97,9 +97,9 @@ def test_captions_have_a_small_vocabulary_and_many_wordings():
 
 def test_plain_captions_and_backgrounds_are_as_frequent_as_intended():
     plain = np.mean([caption(it) in (f"a {it.colour} {it.subject}", f"an {it.colour} {it.subject}") for it in MANY])
-    told = np.mean([any(phrase in caption(it) for phrase in (it.background, *BACKGROUNDS[it.background].phrases))
-                    for it in MANY])
-    assert 0.10 < plain < 0.16 and 0.80 < told < 0.90
+    named = np.mean([any(phrase in caption(it) for phrase in (it.background, *BACKGROUNDS[it.background].phrases))
+                     for it in MANY])
+    assert 0.10 < plain < 0.16 and 0.80 < named < 0.90
 
 
 @pytest.mark.parametrize("size", [32, 64, 100, 256])
@@ -117,13 +117,13 @@ def test_the_colour_of_the_caption_fills_the_subject(subject):
         for k in range(2):
             background = list(BACKGROUNDS)[(i + 2 * k) % len(BACKGROUNDS)]
             image = draw(Scene(subject, colour, background, seed=i))
-            assert share_near(image, colour) > 0.03, (colour, background)
+            assert fraction_near(image, colour) > 0.03, (colour, background)
 
 
 def test_no_other_colour_of_the_palette_is_on_show():
     for i, it in enumerate(MANY[:300]):
-        others = [name for name in COLOURS if name not in (it.colour, "white")]     # white: clouds and flakes
-        assert max(share_near(draw(it), name) for name in others) < 0.02, it
+        others = [name for name in COLOURS if name not in (it.colour, "white")]     # clouds and snowflakes are white
+        assert max(fraction_near(draw(it), name) for name in others) < 0.02, it
 
 
 def test_size_and_position_are_visible():
@@ -132,9 +132,9 @@ def test_size_and_position_are_visible():
         y, x = np.nonzero(abs(image - COLOURS["red"]).max(-1) < 12)
         return len(x), x.mean() / 64
     areas = [spot(size, "middle")[0] for size in SIZES]
-    places = [spot("small", position)[1] for position in POSITIONS]
+    centres = [spot("small", position)[1] for position in POSITIONS]
     assert areas[0] * 1.4 < areas[1] and areas[1] * 1.3 < areas[2]
-    assert places[0] < 0.33 < 0.45 < places[1] < 0.55 < 0.67 < places[2]
+    assert centres[0] < 0.33 < 0.45 < centres[1] < 0.55 < 0.67 < centres[2]
 
 
 def test_drawing_needs_no_torch():

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from tinyldm.diffusion.grids import Levels
-from tinyldm.diffusion.prediction import to_target
+from tinyldm.diffusion.prediction import to_output
 from tinyldm.diffusion.process import Level, input_scale
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Images drawn from sum_k weight_k N(mean_k, std_k^2 I). At a level it stays a mixture, with means
+    """Images drawn from sum_k weight_k N(mean_k, std_k^2 I). At any noise level they are a mixture too, with means
     alpha mean_k and variances alpha^2 std_k^2 + sigma^2."""
 
     mean: Tensor  # [k, c, h, w] float64
@@ -38,31 +38,33 @@ class Mixture:
         return (log_p.softmax(1)[..., None, None, None] * guess).sum(1)
 
     def network(self, process, kind: str):
-        """The same as a network that predicts `kind`: all it is told about the level is t."""
+        """The denoiser as a network that predicts `kind`, and that knows of the level only its t."""
 
         def net(x: Tensor, t: Tensor, cond: None) -> Tensor:
             assert bool((t == t[0]).all())
             t0 = t[:1].double() / 1000 if not hasattr(process, "alpha") else (t[:1].double() + 0.5) / len(process)
             level = Level(*(value.item() for value in process(t0)))
-            x = x * input_scale(level)  # as it was before the denoiser scaled it
+            x = x * input_scale(level)  # undo the scaling of guidance.denoiser
             x0 = self(x, level)
-            return to_target(kind, x0, (x - level.alpha * x0) / level.sigma, level)
+            return to_output(kind, x, x0, level)
 
         return net
 
     def line(self) -> Tensor:
         """The direction [c, h, w] of the line through 0 on which the means lie."""
-        return torch.nn.functional.normalize(self.mean[0], dim=(0, 1, 2)) if self.mean[0].numel() > 1 else torch.ones_like(self.mean[0])
+        mean = self.mean[0]
+        return torch.nn.functional.normalize(mean, dim=(0, 1, 2)) if mean.numel() > 1 else torch.ones_like(mean)
 
     def cdf(self, x: Tensor, level: Level) -> Tensor:
-        """P(place along the line < x) at this level, for images of a single pixel P(pixel < x)."""
-        spread = ((level.alpha * self.std) ** 2 + level.sigma**2).sqrt()
-        away = (x.reshape(-1, 1) - level.alpha * (self.mean * self.line()).sum((1, 2, 3))) / spread
+        """P(coordinate along the line < x) at this level; for images of a single pixel, P(pixel < x)."""
+        std = ((level.alpha * self.std) ** 2 + level.sigma**2).sqrt()
+        away = (x.reshape(-1, 1) - level.alpha * (self.mean * self.line()).sum((1, 2, 3))) / std
         return (self.weight * torch.special.ndtr(away)).sum(1).view_as(x)
 
     def carry(self, x: Tensor, start: Level, end: Level) -> Tensor:
-        """The exact solution of the probability-flow ODE. In one dimension it keeps every quantile. In more it is known
-        where the means lie on a line and all stds are one: the ODE falls apart into that line, and what is Gaussian."""
+        """The exact solution of the probability-flow ODE. In one dimension it keeps every quantile. In more dimensions it is
+        known if the means lie on a line and all stds are equal: the ODE separates into the coordinate along that line and
+        the rest, which is Gaussian."""
         along = (x * self.line()).sum((1, 2, 3), keepdim=True)
         wanted = self.cdf(along, start)
         low, high = torch.full_like(along, -20.0), torch.full_like(along, 20.0)
@@ -96,7 +98,7 @@ def _on_a_line(direction: Tensor) -> Mixture:
 
 @pytest.fixture(scope="session")
 def solved_mixtures(pixel_mixture) -> dict[str, Mixture]:
-    """Those whose probability-flow ODE has a closed solution, by form."""
+    """The mixtures whose probability-flow ODE has a closed solution, by name."""
     image = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(3))
     return {"1-D": pixel_mixture, "2-D": _on_a_line(torch.tensor([[[0.6, -0.8]]])), "image": _on_a_line(image)}
 
@@ -118,7 +120,7 @@ CURVES = {
 
 @pytest.fixture(scope="session")
 def curve_levels():
-    """levels(curve, steps, top, bottom): a dense even grid on a smooth curve (tables would round the times)."""
+    """levels(curve, steps, top, bottom): an evenly spaced grid on a smooth curve (a table would round the times)."""
 
     def levels(curve: str, steps: int, top: float, bottom: float) -> Levels:
         def at(t: float) -> Level:
@@ -138,15 +140,15 @@ def curve_levels():
 
 @pytest.fixture(scope="session")
 def toy_network():
-    """A small nonlinear float32 network with well-scaled answers that depend on x and smoothly on t."""
+    """A small nonlinear float32 network whose output is well scaled and depends on x and, smoothly, on t."""
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(4, 4, 3, 3, generator=generator) / 6
     bias = torch.randn(2, 4, generator=generator)
 
     def net(x: Tensor, t: Tensor, cond=None) -> Tensor:
         angle = t.float().view(-1, 1) / 300
-        told = angle.cos() * bias[0] + angle.sin() * bias[1]  # [b, c]
+        shift = angle.cos() * bias[0] + angle.sin() * bias[1]  # [b, c]
         hidden = torch.nn.functional.conv2d(x, weight, padding=1)
-        return 0.7 * x + torch.tanh(hidden + told[:, :, None, None])
+        return 0.7 * x + torch.tanh(hidden + shift[:, :, None, None])
 
     return net

@@ -93,7 +93,7 @@ def test_karras_ends_and_exponent_can_be_chosen():
     assert ratios[2] == pytest.approx(((80 ** (1 / 3) + 0.1 ** (1 / 3)) / 2) ** 3)
 
 
-def test_karras_takes_the_ends_of_another_schedule_and_rounds_its_times_when_told():
+def test_karras_takes_the_ends_of_another_schedule_and_rounds_its_times_if_asked():
     spaced = grid(SD, 7, "leading", offset=1)
     levels = grid(SD, 7, "karras", ends="leading", offset=1)
     for level, end in ((levels[0], spaced[0]), (levels[-2], spaced[-2])):
@@ -185,13 +185,13 @@ def test_beta_puts_as_many_steps_below_as_above_the_middle_and_more_at_the_ends(
 @pytest.mark.parametrize("name", ["vp", "ve", "edm", "flow"])
 @pytest.mark.parametrize("schedule", BY_NOISE)
 def test_levels_by_noise_lie_on_a_continuous_curve(schedule, name):
-    """They are the process at the time that they name: alpha and sigma from there, not from a formula of tables."""
+    """alpha and sigma are those of the process at the level's t, not those of a formula for tables."""
     process = make_process(name, **({"shift": 3.0} if name == "flow" else {}))
     unshifted = make_process(name)
     levels = grid(process, 7, schedule)
     for level in levels[:-1]:
-        there = unshifted(torch.tensor([level.t / 1000], dtype=torch.float64))
-        assert level == pytest.approx([value.item() for value in there], rel=1e-9)
+        wanted = unshifted(torch.tensor([level.t / 1000], dtype=torch.float64))
+        assert level == pytest.approx([value.item() for value in wanted], rel=1e-9)
     noisiest = process(torch.tensor([0.999 if name == "flow" else 1.0], dtype=torch.float64))
     assert ratios(levels)[0] == pytest.approx((noisiest.sigma / noisiest.alpha).item(), rel=1e-6)
 
@@ -253,5 +253,6 @@ def test_scipy_is_loaded_for_beta_alone():
     import sys
 
     code = ("import sys; from tinyldm.diffusion.grids import grid; from tinyldm.diffusion.process import make_process as m; "
-            "grid(m('flow'), 3, 'karras'); assert 'scipy' not in sys.modules; grid(m('flow'), 3, 'beta'); assert 'scipy.stats' in sys.modules")
+            "grid(m('flow'), 3, 'karras'); assert 'scipy' not in sys.modules; "
+             "grid(m('flow'), 3, 'beta'); assert 'scipy.stats' in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,11 +7,20 @@ from diffusers import DDPMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from scipy.stats import kstest
 
-from tinyldm.diffusion.guidance import cfg, classifier_guidance, denoiser, dynamic_threshold, inpaint, interval
-from tinyldm.diffusion.prediction import PREDICTIONS, to_target, to_x0
+from tinyldm.diffusion.guidance import (
+    Denoised,
+    cfg,
+    classifier_guidance,
+    denoiser,
+    denoiser_with_variance,
+    dynamic_threshold,
+    inpaint,
+    interval,
+)
+from tinyldm.diffusion.noise import initial_noise, make_generators
+from tinyldm.diffusion.prediction import PREDICTIONS, to_output, to_x0
 from tinyldm.diffusion.process import CLEAN, Level
 from tinyldm.diffusion.samplers import ddim, ddpm, final
-from tinyldm.noise import initial_noise, make_generators
 
 LEVEL = Level(321.5, 0.6, 0.8)
 X = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -24,7 +33,7 @@ def net(x, t, cond):
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_a_denoiser_tells_the_network_t_and_reads_x0_from_its_answer(kind):
+def test_a_denoiser_passes_t_to_the_network_and_computes_x0_from_its_output(kind):
     out = net(X, torch.full((3,), 321.5), CONDITIONAL)
     assert torch.equal(denoiser(net, CONDITIONAL, kind)(X, LEVEL), to_x0(kind, X, out, LEVEL))
 
@@ -45,7 +54,7 @@ def test_cfg_at_scale_one_is_the_conditional_model_to_the_last_bit(kind):
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_cfg_mixes_the_answers_of_the_network_as_published(kind):
+def test_cfg_mixes_the_outputs_of_the_network_as_published(kind):
     conditional, unconditional = net(torch.cat([X, X]), torch.full((6,), 321.5), BOTH).chunk(2)
     mixed = unconditional + 7.5 * (conditional - unconditional)
     guided = cfg(denoiser(net, BOTH, kind), 7.5)(X, LEVEL)
@@ -68,7 +77,7 @@ def test_unknown_predictions_are_refused_before_the_network_runs():
         denoiser(net, CONDITIONAL, "epsilon")
 
 
-# ---- what the network is told and says
+# ---- the network's input and output
 
 
 def test_the_network_sees_noise_of_large_variance_at_unit_scale():
@@ -77,39 +86,40 @@ def test_the_network_sees_noise_of_large_variance_at_unit_scale():
     torch.testing.assert_close(seen[0], X / math.sqrt(10.0))
 
 
-def test_the_second_half_of_the_channels_is_kept_for_the_variance_and_the_first_is_the_answer():
+def test_of_twice_the_channels_the_first_half_is_the_prediction_and_the_second_the_variance():
     def wide(x, t, cond):
         return torch.cat([net(x, t, cond), net(-x, t, cond) + 7], 1).bfloat16()
 
-    spread = []
-    x0 = denoiser(wide, CONDITIONAL, "v", spread)(X, LEVEL)
     t = torch.full((3,), 321.5)
+    x0, variance = denoiser_with_variance(wide, CONDITIONAL, "v")(X, LEVEL)
     assert torch.equal(x0, to_x0("v", X, net(X, t, CONDITIONAL).bfloat16().float(), LEVEL))
-    assert torch.equal(spread[0], (net(-X, t, CONDITIONAL) + 7).bfloat16().float())
-    cfg(denoiser(wide, BOTH, "v", spread), 3.0)(X, LEVEL)
-    assert len(spread) == 1 and torch.equal(spread[0][:3], (net(-X, t, CONDITIONAL) + 7).bfloat16().float())
+    assert torch.equal(variance, (net(-X, t, CONDITIONAL) + 7).bfloat16().float())
+    assert torch.equal(denoiser(wide, CONDITIONAL, "v")(X, LEVEL), x0)
 
 
 def test_a_learned_variance_reaches_ddpm_through_cfg():
-    def said(share):
-        def wide(x, t, cond):
-            return torch.cat([net(x, t, cond), torch.full_like(x, share)], 1)
+    levels = [Level(500.0, 0.6, 0.8), Level(300.0, 0.8, 0.6)]
 
-        spread, levels = [], [Level(500.0, 0.6, 0.8), Level(300.0, 0.8, 0.6)]
-        guided = cfg(denoiser(wide, BOTH, "v", spread), 3.0)
-        x = ddpm(guided, X, levels, make_generators([1, 2, 3]), spread=lambda: spread[0][:3])
-        return final(x)
+    def drawn(variance):
+        wide = lambda x, t, cond: torch.cat([net(x, t, cond), torch.full_like(x, variance)], 1)
+        return final(ddpm(cfg(denoiser_with_variance(wide, BOTH, "v"), 3.0), X, levels, make_generators([1, 2, 3])))
 
-    plain = final(ddpm(cfg(denoiser(net, BOTH, "v"), 3.0), X, [Level(500.0, 0.6, 0.8), Level(300.0, 0.8, 0.6)],
-                       make_generators([1, 2, 3])))
-    assert torch.equal(said(-1.0), plain) and (said(1.0) - plain).abs().mean() > 0.01
+    plain = final(ddpm(cfg(denoiser(net, BOTH, "v"), 3.0), X, levels, make_generators([1, 2, 3])))
+    assert torch.equal(drawn(-1.0), plain) and (drawn(1.0) - plain).abs().mean() > 0.01
+
+
+def test_ddpm_takes_the_fixed_variance_of_a_network_that_has_learned_none():
+    levels = [Level(500.0, 0.6, 0.8), Level(300.0, 0.8, 0.6)]
+    ends = [final(ddpm(make(net, CONDITIONAL, "v"), X, levels, make_generators([1, 2, 3])))
+            for make in (denoiser, denoiser_with_variance)]
+    assert torch.equal(*ends)
 
 
 # ---- rescaled and limited
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_rescaling_is_the_published_formula_on_what_the_network_says(kind):
+def test_rescaling_is_the_published_formula_on_the_output_of_the_network(kind):
     conditional, unconditional = net(torch.cat([X, X]), torch.full((6,), 321.5), BOTH).double().chunk(2)
     mixed = unconditional + 7.5 * (conditional - unconditional)
     wanted = to_x0(kind, X.double(), rescale_noise_cfg(mixed, conditional, 0.7), LEVEL)
@@ -119,10 +129,10 @@ def test_rescaling_is_the_published_formula_on_what_the_network_says(kind):
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_full_rescaling_gives_the_answer_the_standard_deviation_of_the_conditional_one(kind):
-    said = lambda x0: to_target(kind, x0, (X - LEVEL.alpha * x0) / LEVEL.sigma, LEVEL)
+    output = lambda x0: to_output(kind, X, x0, LEVEL)
     both = denoiser(net, BOTH, kind)
-    full, none = (said(cfg(both, 7.5, rescale, kind)(X, LEVEL)).std((1, 2, 3)) for rescale in (1.0, 0.0))
-    wanted = said(denoiser(net, CONDITIONAL, kind)(X, LEVEL)).std((1, 2, 3))
+    full, none = (output(cfg(both, 7.5, rescale, kind)(X, LEVEL)).std((1, 2, 3)) for rescale in (1.0, 0.0))
+    wanted = output(denoiser(net, CONDITIONAL, kind)(X, LEVEL)).std((1, 2, 3))
     torch.testing.assert_close(full, wanted, rtol=1e-4, atol=0)
     assert ((none / wanted - 1).abs() > 0.05).all()
 
@@ -267,3 +277,18 @@ def test_guidance_keeps_its_arguments_and_answers_a_half_precision_network_in_fl
     assert first.dtype == torch.float32 and first.shape == X.shape and first.isfinite().all()
     full = GUIDED[name](denoiser(net, BOTH, "v"), denoiser(net, CONDITIONAL, "v"))(X, LEVEL)
     assert 0 < (first - full).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guidance_passes_a_learned_variance_on_and_calls_the_network_once(name):
+    calls = []
+
+    def wide(x, t, cond):
+        calls.append(len(x))
+        return torch.cat([net(x, t, cond), x.sin()], 1)
+
+    guided = GUIDED[name](denoiser_with_variance(wide, BOTH, "v"), denoiser_with_variance(wide, CONDITIONAL, "v"))
+    found = guided(X, LEVEL)
+    assert isinstance(found, Denoised) and len(calls) == 1
+    assert torch.equal(found.variance, X.sin())
+    assert torch.equal(found.x0, GUIDED[name](denoiser(net, BOTH, "v"), denoiser(net, CONDITIONAL, "v"))(X, LEVEL))

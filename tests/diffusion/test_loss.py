@@ -3,15 +3,24 @@ import math
 import pytest
 import torch
 
-from tinyldm.diffusion.loss import (LOSSES, T_SAMPLERS, WEIGHTS, diffusion_loss, make_noise, make_weight, sample_losses, sample_t,
-                                    uniform_weight)
+from tinyldm.diffusion.loss import (
+    LOSSES,
+    T_SAMPLERS,
+    WEIGHTS,
+    diffusion_loss,
+    make_noise,
+    make_weight,
+    sample_losses,
+    sample_t,
+    uniform_weight,
+)
 from tinyldm.diffusion.prediction import PREDICTIONS, to_target
 from tinyldm.diffusion.process import PROCESSES, Level, input_scale, log_snr, make_process
 
 B = 5
 GENERATOR = torch.Generator().manual_seed(0)
 X0, EPS = torch.randn(2, B, 3, 4, 4, generator=GENERATOR)
-T = torch.tensor([0.0005, 0.0505, 0.2505, 0.5005, 0.9995])  # middles of bins: no index hangs on rounding
+T = torch.tensor([0.0005, 0.0505, 0.2505, 0.5005, 0.9995])  # middles of bins, so that rounding changes no index
 COND = torch.linspace(-1, 1, B)
 
 
@@ -24,15 +33,15 @@ def by_hand(name, kind, weigh):
     losses, weights = [], []
     for x0, eps, t, cond in zip(X0.double(), EPS.double(), T.tolist(), COND.double()):
         if name == "flow":
-            alpha, sigma, told = 1 - t, t, 1000 * t
+            alpha, sigma, time = 1 - t, t, 1000 * t
         else:
-            told = math.floor(1000 * t)
+            time = math.floor(1000 * t)
             betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-            alpha_bar = math.prod((1 - betas[: told + 1]).tolist())
+            alpha_bar = math.prod((1 - betas[: time + 1]).tolist())
             alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         x_t = alpha * x0 + sigma * eps
         target = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}[kind]
-        losses.append(((0.3 * x_t + told / 1000 + cond - target) ** 2).mean().item())
+        losses.append(((0.3 * x_t + time / 1000 + cond - target) ** 2).mean().item())
         weights.append(weigh(alpha**2 / sigma**2))
     return torch.tensor(losses), torch.tensor(weights)
 
@@ -66,7 +75,7 @@ def test_min_snr_is_the_formula_and_every_weight_meets_its_own_sample(kind, form
 
 
 def test_min_snr_weighs_the_same_x0_error_alike_for_every_prediction():
-    """The same wrong guess about x0, said as eps, v or x0, costs the same."""
+    """The same wrong guess of x0 costs the same, whether the network predicts eps, v or x0."""
     process = make_process("linear")
     level = process(T)
     guess = X0 + 0.1 * torch.randn(X0.shape, generator=GENERATOR)
@@ -177,25 +186,27 @@ def test_unknown_names_name_the_nearest():
 
 # ---- weights: against the papers' formulas in float64, and diffusers' training code
 
-PAPERS = {  # SNR -> the weight, and of an error in what
+PAPERS = {  # the quantity whose squared error is weighed, and its weight as a function of SNR
     "min_snr": ("x0", lambda snr: min(snr, 5)),  # arXiv:2303.09556, Section 3.4
     "soft_min_snr": ("x0", lambda snr: 5 * snr / (snr + 5)),  # arXiv:2401.11605
     "p2": ("eps", lambda snr: 1 / (1 + snr)),  # arXiv:2204.00227, with k = gamma = 1
     "edm": ("x0", lambda snr: (1 / snr + 1) / (1 / snr)),  # arXiv:2206.00364, Table 1: (sigma^2 + 1) / sigma^2
 }
-X0_ERROR = {"x0": lambda snr: 1.0, "eps": lambda snr: snr, "v": lambda snr: snr + 1}  # one in x0 is worth so many squared
+# SNR -> the squared error in this quantity, relative to the squared error in x0.
+X0_ERROR = {"x0": lambda snr: 1.0, "eps": lambda snr: snr, "v": lambda snr: snr + 1}
 
 
 @pytest.mark.parametrize("kind", X0_ERROR)
 @pytest.mark.parametrize("name", PAPERS)
 def test_weights_are_the_formulas_of_the_papers_in_every_prediction(name, kind):
-    said_of, formula = PAPERS[name]
+    measured_in, formula = PAPERS[name]
     times = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.99 + 0.005
     for process in (make_process("scaled_linear"), make_process("cosine"), make_process("vp"), make_process("edm")):
         level = process(times)
         snr = ((level.alpha / level.sigma) ** 2).flatten()
-        wanted = [formula(s) * X0_ERROR[said_of](s) / X0_ERROR[kind](s) for s in snr.tolist()]
-        torch.testing.assert_close(make_weight(name, kind)(level).flatten(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=0)
+        wanted = [formula(s) * X0_ERROR[measured_in](s) / X0_ERROR[kind](s) for s in snr.tolist()]
+        found = make_weight(name, kind)(level).flatten()
+        torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -336,7 +347,8 @@ def test_perturbed_input_keeps_the_target_of_the_original_noise(kind):
     noise = make_noise(X0.shape, torch.Generator().manual_seed(4), perturbation=0.3)
     process = make_process("scaled_linear")
     now = process(T)
-    wanted = (net(now.alpha * X0 + now.sigma * noise.mixed, now.t, COND) - to_target(kind, X0, noise.eps, now)).square().mean((1, 2, 3))
+    error = net(now.alpha * X0 + now.sigma * noise.mixed, now.t, COND) - to_target(kind, X0, noise.eps, now)
+    wanted = error.square().mean((1, 2, 3))
     found = sample_losses(net, X0, noise.eps, T, COND, process, prediction=kind, mixed=noise.mixed)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
     assert not torch.allclose(found, sample_losses(net, X0, noise.eps, T, COND, process, prediction=kind), rtol=1e-2)
@@ -377,56 +389,58 @@ def test_the_hybrid_loss_is_simple_plus_a_thousandth_of_the_variational_bound(cu
     betas = 1 - alpha_bar / torch.cat([torch.ones(1).double(), alpha_bar[:-1]])
     index = torch.tensor([0, 1, 2, 300, 998 if curve == "zero" else 999])
     t = (index.double() + 0.5) / 1000
-    x0, eps, variance = X0.double(), EPS.double(), torch.randn(X0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x0, eps, generator = X0.double(), EPS.double(), torch.Generator().manual_seed(5)
+    variance = torch.randn(X0.shape, dtype=torch.float64, generator=generator)
     now = process(t)
     x_t = now.alpha * x0 + now.sigma * eps
     target = to_target(kind, x0, eps, now)
-    said = target + 0.01 * torch.sin(torch.arange(x0.numel())).view_as(x0)
-    found = sample_losses(lambda *_: torch.cat([said, variance], 1), x0, eps, t, None, process, prediction=kind)
-    guess = PREDICTIONS[kind].x0(x_t, said, now)
+    out = target + 0.01 * torch.sin(torch.arange(x0.numel())).view_as(x0)
+    found = sample_losses(lambda *_: torch.cat([out, variance], 1), x0, eps, t, None, process, prediction=kind)
+    guess = PREDICTIONS[kind].x0(x_t, out, now)
     bound = [bound_by_hand(betas, i, *rest) for i, *rest in zip(index.tolist(), x0, x_t, guess, (variance + 1) / 2)]
-    wanted = (said - target).square().mean((1, 2, 3)) + 0.001 * 1000 * torch.tensor(bound)
+    wanted = (out - target).square().mean((1, 2, 3)) + 0.001 * 1000 * torch.tensor(bound)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_the_learned_variance_is_diffusers_learned_range():
-    """The bound is least where the variance is right: with a wrong mean, at the place that DDPMScheduler reads as it."""
+    """The bound is smallest at the right variance. With a wrong mean that is a known variance, and DDPMScheduler, given the
+    raw output at which the bound is smallest, returns the same one."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
     process, index = make_process("linear"), 400
     now = process(torch.tensor([0.4005], dtype=torch.float64))
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    said = zero + 1.3  # of eps = 0: the mean is off by a known amount
+    out = zero + 1.3  # eps is 0, so the mean is wrong by a known amount
     raw = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([raw], max_iter=100, tolerance_grad=1e-14, tolerance_change=1e-14)
 
     def closure():
         optimizer.zero_grad()
-        loss = 1e6 * diffusion_loss(lambda *_: torch.cat([said, raw.view(1, 1, 1, 1)], 1), zero, zero, torch.tensor([0.4005]).double(), None,
-                                    process, prediction="eps", weight=uniform_weight)
-        loss.backward()  # LBFGS does not move where gradients are tiny, hence 1e6
+        net, t = lambda *_: torch.cat([out, raw.view(1, 1, 1, 1)], 1), torch.tensor([0.4005]).double()
+        loss = 1e6 * diffusion_loss(net, zero, zero, t, None, process, prediction="eps", weight=uniform_weight)
+        loss.backward()  # 1e6, because LBFGS does not move where gradients are tiny
         return loss
 
     optimizer.step(closure)
     alpha_bar, before = (process.alpha[index] ** 2).item(), (process.alpha[index - 1] ** 2).item()
     beta = 1 - alpha_bar / before
     small = (1 - before) / (1 - alpha_bar) * beta
-    off = math.sqrt(before) * beta / (1 - alpha_bar) * now.sigma.item() / now.alpha.item() * 1.3  # of the mean (Eq. 11)
+    off = math.sqrt(before) * beta / (1 - alpha_bar) * now.sigma.item() / now.alpha.item() * 1.3  # the error of the mean (Eq. 11)
     best = math.log(small + off**2)
     assert scheduler._get_variance(index, predicted_variance=raw.detach()).item() == pytest.approx(best, rel=1e-4)
 
 
-def test_the_bound_teaches_the_variance_and_never_the_mean():
-    said, variance = (torch.zeros_like(X0).requires_grad_() for _ in range(2))
-    process = make_process("cosine")
-    loss = diffusion_loss(lambda *_: torch.cat([said, variance], 1), X0, EPS, T, None, process, prediction="v", weight=uniform_weight)
-    with_bound = torch.autograd.grad(loss, (said, variance))
-    alone = torch.autograd.grad(diffusion_loss(lambda *_: said, X0, EPS, T, None, process, prediction="v", weight=uniform_weight), said)
+def test_the_bound_trains_the_variance_and_never_the_mean():
+    out, variance = (torch.zeros_like(X0).requires_grad_() for _ in range(2))
+    loss = lambda net: diffusion_loss(net, X0, EPS, T, None, make_process("cosine"), prediction="v", weight=uniform_weight)
+    with_bound = torch.autograd.grad(loss(lambda *_: torch.cat([out, variance], 1)), (out, variance))
+    alone = torch.autograd.grad(loss(lambda *_: out), out)
     torch.testing.assert_close(with_bound[0], alone[0], rtol=1e-6, atol=0)
     assert with_bound[1].abs().sum() > 0
 
 
-@pytest.mark.parametrize("curve, options", [("linear", {}), ("scaled_linear", {}), ("cosine", {}), ("betas", {}), ("cosine", {"zero_snr": True})])
+@pytest.mark.parametrize("curve, options", [
+    ("linear", {}), ("scaled_linear", {}), ("cosine", {}), ("betas", {}), ("cosine", {"zero_snr": True})])
 def test_the_bound_is_finite_in_float32_at_every_index(curve, options):
     process = make_process(curve, **options)
     x0, eps, variance = torch.randn(3, 1000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
@@ -523,7 +537,7 @@ def test_sd3s_times_are_those_of_diffusers():
 
 
 def test_times_drawn_so_far_stay_what_they_were():
-    """Committed results hang on these numbers."""
+    """Committed results depend on these numbers."""
     t = sample_t("logit_normal", 8, torch.Generator().manual_seed(3), 0.0, 1.0)
     assert torch.equal(t, torch.sigmoid(torch.randn(8, generator=torch.Generator().manual_seed(3))))
     t = sample_t("uniform", 8, torch.Generator().manual_seed(3))
@@ -531,6 +545,8 @@ def test_times_drawn_so_far_stay_what_they_were():
 
 
 def test_stratified_times_vary_less():
-    spread = {stratified: torch.stack([sample_t("logit_normal", 32, torch.Generator().manual_seed(i), stratified=stratified).mean()
-                                       for i in range(200)]).std().item() for stratified in (False, True)}
-    assert spread[True] < spread[False] / 8
+    def std_of_means(stratified):
+        batches = [sample_t("logit_normal", 32, torch.Generator().manual_seed(i), stratified=stratified) for i in range(200)]
+        return torch.stack([t.mean() for t in batches]).std().item()
+
+    assert std_of_means(True) < std_of_means(False) / 8

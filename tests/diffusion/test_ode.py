@@ -7,10 +7,10 @@ import torch
 
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.guidance import denoiser
+from tinyldm.diffusion.noise import initial_noise, make_generators
 from tinyldm.diffusion.ode import invert, log_likelihood
 from tinyldm.diffusion.process import CLEAN, make_process
 from tinyldm.diffusion.samplers import ddim, final
-from tinyldm.noise import initial_noise, make_generators
 
 PROCESSES = [make_process(name) for name in ("flow", "vp", "ve", "cosine")] + [make_process("scaled_linear", zero_snr=True)]
 

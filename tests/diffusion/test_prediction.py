@@ -24,7 +24,8 @@ def test_x0_comes_back_from_every_target_at_every_level(name, kind):
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
-@pytest.mark.parametrize("name, options", [(name, {}) for name in PROCESSES] + [("cosine", {"zero_snr": True}), ("flow", {"shift": 5.0})])
+@pytest.mark.parametrize("name, options", [(name, {}) for name in PROCESSES] + [
+    ("cosine", {"zero_snr": True}), ("flow", {"shift": 5.0})])
 def test_x0_comes_back_at_random_levels_and_at_both_ends_and_nothing_is_changed(name, options, kind):
     generator = torch.Generator().manual_seed(2)
     times = torch.cat([torch.tensor([0.0, 1.0]), torch.rand(500, generator=generator)]).double()
@@ -57,7 +58,7 @@ def test_v_on_ve_is_edms_preconditioning_at_unit_data_variance_to_the_last_digit
     torch.testing.assert_close(x / input_scale(level), c_in * x, rtol=1e-14, atol=0)
     theirs = c_skip * x + c_out * -v(c_in * x)
     torch.testing.assert_close(to_x0("v", x, v(x / input_scale(level)), level), theirs, rtol=1e-12, atol=1e-12)
-    effective = (x0 - c_skip * x) / c_out  # Eq. 8: what F should say
+    effective = (x0 - c_skip * x) / c_out  # Eq. 8: the target of F
     torch.testing.assert_close(to_target("v", x0, eps, level), -effective, rtol=1e-7, atol=1e-7)
 
 

@@ -132,8 +132,8 @@ def test_ve_is_the_published_one_and_edm_tells_log_sigma():
     level = make_process("edm")(TIMES)
     assert level.sigma.flatten()[[0, -1]].tolist() == pytest.approx([0.002, 80])
     c_noise = level.sigma.flatten().log() / 4  # arXiv:2206.00364, Table 1
-    told = (c_noise - c_noise[0]) / (c_noise[-1] - c_noise[0]) * 1000
-    torch.testing.assert_close(level.t, told, rtol=1e-10, atol=1e-9)
+    time = (c_noise - c_noise[0]) / (c_noise[-1] - c_noise[0]) * 1000
+    torch.testing.assert_close(level.t, time, rtol=1e-10, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -146,21 +146,24 @@ def test_the_network_sees_unit_scale_and_tables_and_flow_to_the_last_bit_unscale
         torch.testing.assert_close(scale, (1 + level.sigma**2).sqrt(), rtol=1e-6, atol=0)
     else:
         assert (scale == 1).all()
-    floats = [input_scale(Level(0.0, a, s)) for a, s in zip(level.alpha.flatten()[::997].tolist(), level.sigma.flatten()[::997].tolist())]
+    alphas, sigmas = (value.flatten()[::997].tolist() for value in (level.alpha, level.sigma))
+    floats = [input_scale(Level(0.0, a, s)) for a, s in zip(alphas, sigmas)]
     assert floats == pytest.approx(scale.flatten()[::997].tolist(), rel=1e-6)
-    assert input_scale(Level(0.0, 1.0, 7e-4)) == 1 == input_scale(Level(0.0, *torch.tensor([1.0, 7e-4]).double()))  # below 1e-6: rounding
+    # 7e-4 squared is below 1e-6, so it counts as rounding.
+    assert input_scale(Level(0.0, 1.0, 7e-4)) == 1 == input_scale(Level(0.0, *torch.tensor([1.0, 7e-4]).double()))
     assert input_scale(CLEAN) == 1 and all(isinstance(value, float) for value in floats)
 
 
-@pytest.mark.parametrize("name, options", [(name, {}) for name in PROCESSES] + [("flow", {"shift": 3.0}), ("linear", {"zero_snr": True})])
+@pytest.mark.parametrize("name, options", [(name, {}) for name in PROCESSES] + [
+    ("flow", {"shift": 3.0}), ("linear", {"zero_snr": True})])
 def test_find_t_inverts_every_process(name, options):
     process = make_process(name, **options)
     t = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.998 + 0.001
     level = process(t)
     ratio = (level.sigma / level.alpha).flatten()
     found = find_t(process, ratio * (1 - 1e-12))
-    there = process(found)
-    torch.testing.assert_close((there.sigma / there.alpha).flatten(), ratio, rtol=1e-6, atol=0)
+    level = process(found)
+    torch.testing.assert_close((level.sigma / level.alpha).flatten(), ratio, rtol=1e-6, atol=0)
     if not hasattr(process, "alpha"):
         torch.testing.assert_close(found, t, rtol=1e-7, atol=1e-9)
     ends = [process(end) for end in (find_t(process, torch.tensor([0.0, math.inf])), torch.tensor([0.0, 1.0]).double())]

@@ -6,12 +6,30 @@ import pytest
 import torch
 
 from tinyldm.diffusion.grids import Levels, curve, grid
-from tinyldm.diffusion.guidance import denoiser
+from tinyldm.diffusion.guidance import Denoised, denoiser
+from tinyldm.diffusion.noise import initial_noise, make_generators, randn_like
 from tinyldm.diffusion.prediction import PREDICTIONS
 from tinyldm.diffusion.process import PROCESSES, Discrete, Level, make_process
-from tinyldm.diffusion.samplers import adaptive, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, edm, euler, euler_a, final, find_sampler, heun, lms, pndm, sampler_name, SAMPLERS, unipc
+from tinyldm.diffusion.samplers import (
+    SAMPLERS,
+    adaptive,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_sde,
+    edm,
+    euler,
+    euler_a,
+    final,
+    find_sampler,
+    heun,
+    lms,
+    pndm,
+    sampler_name,
+    unipc,
+)
 from tinyldm.diffusion.step import signal
-from tinyldm.noise import initial_noise, make_generators, randn_like
 
 SD = make_process("scaled_linear")
 FLOW = make_process("flow")
@@ -29,13 +47,14 @@ ANY = SAMPLERS | STOCHASTIC
 
 
 def later(every, *places):
-    """The mark of a combination, by the places of its values on their axes: one diagonal in `every` is in the fast suite, the
-    others are `-m slow`. Where two axes are about that long, each value of each axis is on one: tested below."""
+    """The mark of a combination, from the indices of its values on their axes: one diagonal in `every` is in the fast suite,
+    the others are `-m slow`. Where two axes are about that long, each value of each axis is in the fast suite, as a test
+    below checks."""
     return pytest.mark.slow if sum(places) % every else ()
 
 
 def combinations(every, *axes):
-    """Of each value of each axis with all others, marked by later()."""
+    """All combinations of one value of each axis, marked by later()."""
     numbered = (zip(*pairs) for pairs in product(*map(enumerate, axes)))
     return [pytest.param(*values, marks=later(every, *places)) for places, values in numbered]
 
@@ -51,8 +70,8 @@ def noise(n, shape=(4, 6, 6)):
 SPANS = {"vp": (1.0, 0.02), "cosine": (0.98, 0.02), "flow": (0.98, 0.02), "ve": (1.0, 0.1)}
 FORMS = {"1-D": (1, 1, 1), "2-D": (1, 1, 2), "image": (3, 4, 4)}
 COARSE, FINE = (80, 160, 320), (640, 1280, 2560)
-# The order, the step counts where it shows, and the steps left off at the end. lms starts at first order, which in the
-# end is what remains of its error; unipc's last step is of first order, and short of it its corrector shows.
+# The order, the step counts at which it can be measured, and the number of steps left out at the end. lms starts at first
+# order, which dominates its error at last; unipc's last step is of first order, so its order shows without that step.
 ORDERS = {
     "ddim": (1, COARSE, 0),
     "euler": (1, COARSE, 0),
@@ -73,7 +92,7 @@ VARIANTS = {
 
 
 def measured_order(sampler, mixture, curve_levels, curve, span, counts=COARSE, short=0):
-    """The slope of log(error) in log(step): against the exact solution, not against a finer run."""
+    """The slope of log(error) against log(step). The error is that to the exact solution, not to a finer run."""
     errors = []
     for steps in counts:
         levels = curve_levels(curve, steps, *span)
@@ -103,7 +122,7 @@ def test_every_deterministic_sampler_has_its_order_measured():
 
 
 def watched(denoise, seen):
-    """The denoiser, which notes where it was called."""
+    """The denoiser, which also records the levels at which it is called."""
 
     def watching(x, level):
         seen.append(level.t)
@@ -115,8 +134,8 @@ def watched(denoise, seen):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("curve", SPANS)
 def test_the_error_of_adaptive_follows_its_tolerance(curve, form, solved_mixtures, curve_levels):
-    """Root mean square, as the tolerance is; the errors of all steps add up to a few of them. With a pair of orders 3 and 2
-    the calls grow with the cube root: a thousandth of the tolerance takes up to ten times as many."""
+    """The error is a root mean square, as the tolerance is, and the errors of all steps add up to a few tolerances. With a
+    pair of orders 3 and 2 the calls grow as the cube root: a thousandth of the tolerance takes up to ten times as many."""
     mixture, levels = solved_mixtures[form], curve_levels(curve, 20, *SPANS[curve])
     x = math.hypot(levels[0].alpha, levels[0].sigma) * noise(64, mixture.mean[0].shape).double()
     exact = mixture.carry(x, levels[0], levels[-1])
@@ -130,8 +149,8 @@ def test_the_error_of_adaptive_follows_its_tolerance(curve, form, solved_mixture
     assert calls == sorted(calls) and calls[-1] < 15 * calls[0]
 
 
-def test_adaptive_stops_where_it_is_told_and_needs_three_calls_a_step(image_mixture):
-    """However many levels it is given, from pure noise to clean data; the first look is its only extra one."""
+def test_adaptive_stops_at_the_last_level_and_needs_three_calls_a_step(image_mixture):
+    """From pure noise to clean data, whatever the number of levels. The first call is the only one beyond three a step."""
     x = noise(3, (1, 1, 2)).double()
     exact = final(adaptive(image_mixture, x, grid(FLOW, 20), rtol=1e-6, atol=1e-6))
     for steps in (1, 2, 20, 500):
@@ -157,7 +176,7 @@ def test_adaptive_says_when_no_step_will_do():
 
 
 @pytest.mark.parametrize("sampler", [adaptive, dpmpp_sde, edm])
-def test_samplers_that_look_between_the_levels_say_what_they_need(sampler, image_mixture):
+def test_samplers_that_need_levels_in_between_ask_for_the_curve(sampler, image_mixture):
     x, levels = noise(2, (1, 1, 2)).double(), grid(SD, 6)
     bare, generators = list(levels), make_generators([1, 2])
     with pytest.raises(ValueError, match=r"pass Levels\(levels, curve\(process\)\)"):
@@ -190,20 +209,20 @@ def test_heun_keeps_its_order_from_pure_noise(pixel_mixture, curve_levels):
 
 
 def statistics(mixture, x):
-    """Per mode: its share of the samples, its mean, its standard deviation."""
+    """Per mode: its fraction of the samples, its mean, its standard deviation."""
     away = (x[:, None] - mixture.mean).square().sum((2, 3, 4)) / mixture.std**2
     nearest = (away / 2 + mixture.mean[0].numel() * mixture.std.log() - mixture.weight.log()).argmin(1)
     groups = [x[nearest == k] for k in range(len(mixture.std))]
-    share = torch.tensor([len(group) / len(x) for group in groups])
+    fraction = torch.tensor([len(group) / len(x) for group in groups])
     mean = torch.stack([group.mean(0) for group in groups])
     std = torch.stack([(group - group.mean(0)).square().mean().sqrt() for group in groups])
-    return share, mean, std
+    return fraction, mean, std
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_any_process_and_prediction_make_the_same_denoiser(name, kind, image_mixture):
-    """Samplers see nothing but the denoiser, so what they do with one prediction they do with all."""
+    """Samplers only see the denoiser, so what they do with one prediction they do with all."""
     process = make_process(name)
     denoise = denoiser(image_mixture.network(process, kind), None, kind)
     x = noise(16, (1, 1, 2)).double()
@@ -338,17 +357,17 @@ def test_edm_is_algorithm_2_of_its_paper(process, image_mixture):
             churned += 1
         D = lambda y, t: image_mixture(at(t).alpha * y, at(t))
         d = (y - D(y, t_hat)) / t_hat
-        there = y + (t_next - t_hat) * d
+        y_next = y + (t_next - t_hat) * d
         if t_next > 0:
-            there = y + (t_next - t_hat) * (d / 2 + (there - D(there, t_next)) / t_next / 2)
-        y = there
+            y_next = y + (t_next - t_hat) * (d / 2 + (y_next - D(y_next, t_next)) / t_next / 2)
+        y = y_next
         torch.testing.assert_close(x, nxt.alpha * y, rtol=1e-6, atol=1e-6)
     assert 0 < churned < 12
 
 
-def test_the_look_of_dpmpp_sde_shares_its_noise_with_the_step(image_mixture):
-    """Its Brownian path in sigma / alpha: the noise up to the middle and the whole step's correlate as the square root of
-    the ratio of their lengths; the look is at the middle of lambda."""
+def test_the_half_step_of_dpmpp_sde_shares_its_noise_with_the_whole_step(image_mixture):
+    """They are on one Brownian path in sigma / alpha: the noise of the half step and that of the whole step correlate as the
+    square root of the ratio of their lengths. The half step ends at the middle in lambda."""
     now, nxt, seen = grid(SD, 5)[1], grid(SD, 5)[2], []
 
     def denoise(x, level):
@@ -380,23 +399,24 @@ def test_deterministic_members_of_a_family_are_the_plain_samplers(image_mixture)
 
 @pytest.mark.parametrize("raw", [-1.0, 0.0, 0.4, 1.0])
 @pytest.mark.parametrize("process", [SD, make_process("cosine")], ids=["sd", "cosine"])
-def test_a_learned_spread_interpolates_between_beta_tilde_and_beta(process, raw):
-    """arXiv:2102.09672, Eq. 15, with both from the table; per value, on a step of many table entries."""
+def test_a_learned_variance_interpolates_between_beta_tilde_and_beta(process, raw):
+    """arXiv:2102.09672, Eq. 15, with beta and beta_tilde from the table, on a step over many of its entries."""
     n, now, nxt = 40_000, *grid(process, 7, "trailing")[3:5]
     x0, x = torch.full((1, 1, 1, n), 0.7).double(), torch.full((1, 1, 1, n), -0.4).double()
     beta = 1 - (now.alpha / nxt.alpha) ** 2
     tilde = beta * nxt.sigma**2 / now.sigma**2
     v = (raw + 1) / 2
     wanted = math.exp(v * math.log(beta) + (1 - v) * math.log(tilde))
-    said = torch.full_like(x, raw)
-    found = final(ddpm(lambda x, level: x0, x, [now, nxt], make_generators([0]), spread=lambda: said))
+    learned = lambda x, level: Denoised(x0, torch.full_like(x, raw))
+    found = final(ddpm(learned, x, [now, nxt], make_generators([0])))
     plain = final(ddpm(lambda x, level: x0, x, [now, nxt], make_generators([0])))
-    assert found.var().item() == pytest.approx(wanted, rel=0.03) and found.mean().item() == pytest.approx(plain.mean().item(), abs=0.02)
+    assert found.var().item() == pytest.approx(wanted, rel=0.03)
+    assert found.mean().item() == pytest.approx(plain.mean().item(), abs=0.02)
     assert torch.allclose(found, plain) == (raw == -1.0)
 
 
-def test_the_last_step_of_a_learned_spread_adds_no_noise():
-    found = final(ddpm(lambda x, level: x / 2, noise(2), grid(SD, 3)[-2:], spread=lambda: torch.ones(2, 4, 6, 6)))
+def test_the_last_step_of_a_learned_variance_adds_no_noise():
+    found = final(ddpm(lambda x, level: Denoised(x / 2, torch.ones_like(x)), noise(2), grid(SD, 3)[-2:]))
     torch.testing.assert_close(found, noise(2) / 2)
 
 
@@ -431,7 +451,7 @@ def test_the_fast_suite_misses_no_sampler_process_or_prediction(cases):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_network_in_bfloat16_draws_nearly_the_same_in_float32(name, toy_network):
-    """What the network says is rounded to 8 bits; x stays float32. Coarse rounding, so a coarse bound."""
+    """The network's output is rounded to 8 bits, and x stays float32. The bound is coarse because this rounding is."""
     rounded = lambda x, t, cond: toy_network(x, t).bfloat16()
     ends = [
         final(SAMPLERS[name](denoiser(net, None, "v"), noise(2), grid(SD, 12), generators=make_generators([1, 2])))
@@ -446,7 +466,7 @@ def test_a_network_in_bfloat16_draws_nearly_the_same_in_float32(name, toy_networ
 def test_one_step_jumps_to_the_guess_about_pure_noise(name, process, image_mixture):
     x, levels = noise(3, (1, 1, 2)).double(), grid(process, 1)
     if name == "adaptive":
-        return  # takes as many as it needs
+        return  # it takes as many steps as it needs
     steps = list(SAMPLERS[name](image_mixture, x, levels, generators=make_generators(range(3))))
     assert len(steps) == 1
     for value in steps[0]:
@@ -456,7 +476,7 @@ def test_one_step_jumps_to_the_guess_about_pure_noise(name, process, image_mixtu
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_step_yields_x_and_the_guess_on_the_way_and_ends_on_the_guess(name, image_mixture):
     x, levels = noise(3, (1, 1, 2)).double(), grid(FLOW, 6)
-    options = {"s_churn": 0.0} if name == "edm" else {}  # its guess is that about the noisier x
+    options = {"s_churn": 0.0} if name == "edm" else {}  # with churn, its x0 is the guess for the noisier x
     steps = list(SAMPLERS[name](image_mixture, x, levels, generators=make_generators(range(3)), **options))
     if name == "adaptive":
         assert torch.equal(steps[0][1], image_mixture(x, levels[0]))
@@ -465,11 +485,11 @@ def test_every_step_yields_x_and_the_guess_on_the_way_and_ends_on_the_guess(name
     before = [x] + [step[0] for step in steps]
     for start, level, (_, x0) in zip(before, levels, steps):
         assert torch.equal(x0, image_mixture(start, level))
-    if name not in ("lms", "pndm"):  # these extrapolate in the last step too
+    if name not in ("lms", "pndm"):  # these two extrapolate in the last step as well
         torch.testing.assert_close(steps[-1][0], steps[-1][1], rtol=1e-12, atol=1e-12)
 
 
-def test_pndm_takes_its_first_step_twice_and_unipc_corrects_without_another_look(image_mixture):
+def test_pndm_takes_its_first_step_twice_and_unipc_corrects_without_another_call(image_mixture):
     seen = []
 
     def watching(x, level):
@@ -484,7 +504,7 @@ def test_pndm_takes_its_first_step_twice_and_unipc_corrects_without_another_look
     assert seen == [999, 749, 499, 249]
 
 
-def test_heun_looks_twice_at_every_step_but_the_last(image_mixture):
+def test_heun_calls_the_denoiser_twice_in_every_step_but_the_last(image_mixture):
     seen = []
 
     def watching(x, level):
@@ -500,7 +520,7 @@ def test_heun_looks_twice_at_every_step_but_the_last(image_mixture):
 
 @pytest.mark.parametrize("name", ["euler", *STOCHASTIC])
 def test_same_seed_gives_the_same_image_at_any_batch_size(name, toy_network):
-    """4 x 9 x 9 is no multiple of 16: there a draw for the whole batch differs from one draw per image."""
+    """4 x 9 x 9 is not a multiple of 16, so one draw for the whole batch would differ from one draw per image."""
     sampler, levels = ANY[name], grid(SD, 8)
 
     def images(seeds):
@@ -531,7 +551,7 @@ def test_noise_is_drawn_per_image_in_float32_and_equals_the_sequential_draws():
     assert torch.equal(x, again) and x.dtype == torch.float32
     generators = make_generators([3, 4])
     assert torch.equal(randn_like(x.double(), generators), again.double())
-    assert not torch.equal(randn_like(x, generators), again)  # the stream moves on
+    assert not torch.equal(randn_like(x, generators), again)  # the generators have advanced
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
@@ -565,7 +585,8 @@ def test_names_are_found_in_any_spelling_and_unknown_ones_name_the_nearest():
     for spelling in ("DPM++ 2M", "dpm++-2m", "dpmpp_2m", "DPMPP_2M", "dpmpp2m"):
         assert find_sampler(spelling) is dpmpp_2m
     assert find_sampler("Euler") is euler and find_sampler(" DDIM ") is ddim
-    names = {"DPM++ 2M SDE": "dpmpp_2m_sde", "DPM++ SDE": "dpmpp_sde", "EDM": "edm", "Euler a": "euler_a", "euler_ancestral": "euler_a", "PLMS": "pndm", "UniPC": "unipc"}
+    names = {"DPM++ 2M SDE": "dpmpp_2m_sde", "DPM++ SDE": "dpmpp_sde", "EDM": "edm", "Euler a": "euler_a",
+             "euler_ancestral": "euler_a", "PLMS": "pndm", "UniPC": "unipc"}
     assert {spelling: sampler_name(spelling) for spelling in names} == names
     with pytest.raises(ValueError, match="unknown sampler 'hein': did you mean 'heun'"):
         find_sampler("hein")

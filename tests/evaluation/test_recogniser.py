@@ -16,7 +16,7 @@ from tinyldm.data.toyworld import BACKGROUNDS, HELD_OUT, PAIRS, sample
 from tinyldm.diffusion.process import make_process
 from tinyldm.evaluation import recogniser
 from tinyldm.evaluation.recogniser import UNCLEAR, Reading, Settings, get_recogniser, mar, moved, score, train, wilson
-from tinyldm.pipeline import to_pixels
+from tinyldm.pictures.pixels import to_pixels
 from tinyldm.vendor_loaders.scheduler import to_config
 
 ROOT = Path(__file__).parents[2]

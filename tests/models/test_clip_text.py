@@ -1,4 +1,4 @@
-"""What CLIP's text tower promises by itself; tests/vendor_loaders/test_clip.py has it beside transformers'."""
+"""CLIP's text tower by itself; tests/vendor_loaders/test_clip.py compares it with that of transformers."""
 
 import pytest
 import torch

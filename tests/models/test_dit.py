@@ -10,7 +10,7 @@ TINY = dict(width=64, layers=3, heads=4, mlp_width=128, context_dim=24, time_dim
 
 
 def build(wake: bool = True, **changes) -> DiT:
-    """A tiny network; wake: random values where initialisation puts zeros."""
+    """A tiny network. wake: replace zero-initialised parameters by random ones."""
     torch.manual_seed(0)
     net = DiT(DiTConfig(**(TINY | changes)))
     if wake:
@@ -129,7 +129,7 @@ def test_masked_tokens_might_as_well_not_be_there():
 def test_rope_scores_depend_on_relative_rows_and_columns_only():
     torch.manual_seed(0)
     rows, cols = 5, 7
-    q, k = torch.randn(1, 1, 1, 32), torch.randn(1, 1, 1, 32)    # the same query and key at every place
+    q, k = torch.randn(1, 1, 1, 32), torch.randn(1, 1, 1, 32)    # the same query and key at every position
     cos, sin = axial_rope(rows, cols, 32, 100.0, q.device)
     n = rows * cols
     scores = rotate(q.expand(1, 1, n, 32), cos, sin)[0, 0] @ rotate(k.expand(1, 1, n, 32), cos, sin)[0, 0].T

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
+from helpers import randomise
 from torch.autograd.graph import saved_tensors_hooks
 
-from helpers import randomise
 from tinyldm.models import layers
-from tinyldm.models.dit import Block, DiT, DiTConfig
+from tinyldm.models.dit import DiT, DiTBlock, DiTConfig
 from tinyldm.models.layers import Cond, ResBlock
 from tinyldm.models.unet import SpatialTransformer, UNet, UNetConfig
 
@@ -18,12 +18,12 @@ NETWORKS = {
     "dit": lambda: DiT(DiTConfig(width=32, layers=3, heads=2, mlp_width=64, context_dim=12, time_dim=16)),
     "unet": lambda: UNet(UNetConfig(widths=(16, 32), depth=1, attention=(False, True), heads=(2, 2), context_dim=12, groups=8)),
 }
-BLOCKS = {"dit": (Block,), "unet": (ResBlock, SpatialTransformer)}
+BLOCKS = {"dit": (DiTBlock,), "unet": (ResBlock, SpatialTransformer)}
 
 
 @pytest.fixture(params=NETWORKS)
 def pair(request):
-    """The same network without and with it."""
+    """The same network without and with gradient checkpointing."""
     torch.manual_seed(0)
     plain = randomise(NETWORKS[request.param]()).train()
     checkpointed = copy.deepcopy(plain)
@@ -38,7 +38,7 @@ def inputs(masked=False):
 
 
 def gradients(net, masked=False, around=contextlib.nullcontext, call=None):
-    """(the output, every gradient, that of the text included)"""
+    """[the output, the gradient of the text features, the gradient of every parameter]"""
     net.zero_grad()
     x, t, cond = inputs(masked)
     with around():
@@ -49,7 +49,7 @@ def gradients(net, masked=False, around=contextlib.nullcontext, call=None):
 
 
 def kept(net):
-    """Bytes that autograd holds after a forward pass: what it saves, and what checkpointed blocks were given."""
+    """Bytes that autograd holds after a forward pass: its saved tensors, and the inputs of checkpointed blocks."""
     held = {}
 
     def pack(x):

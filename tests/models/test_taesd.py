@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import randomise
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers import randomise
+from tinyldm.folders.rename import load_renamed
 from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.tiling import decode_tiled
-from tinyldm.vendor_loaders.rename import load_renamed
 from tinyldm.vendor_loaders.taesd import ORIGINAL_RULES, infer
 
 DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"

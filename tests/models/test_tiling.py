@@ -1,9 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import randomise
 from torch import nn
 
-from helpers import randomise
 from tinyldm.models.tiling import decode_tiled, tiled
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 
@@ -21,13 +21,13 @@ def convolutions(*layers):
 
 
 def decoder():
-    """4 times larger; a pixel sees fewer than 2 latents on each side."""
+    """Output 4 times larger; a pixel depends on fewer than 2 latents on each side."""
     return convolutions(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1),
                         nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 3, padding=1))
 
 
 def encoder():
-    """4 times smaller; a latent sees 5 pixels on each side."""
+    """Output 4 times smaller; a latent depends on 5 pixels on each side."""
     return convolutions(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1),
                         nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2, padding=1))
 
@@ -62,11 +62,11 @@ def test_a_single_tile_is_the_plain_decode():
 
 def test_tiles_have_one_size_and_are_never_larger_than_asked():
     seen = set()
-    def look(part):
+    def record(part):
         seen.add(tuple(part.shape))
         return enlarge(part)
-    decode_tiled(look, field(2, 4, 100, 37), 8, tile=24, overlap=6)
-    decode_tiled(look, field(2, 4, 100, 11), 8, tile=24, overlap=6)
+    decode_tiled(record, field(2, 4, 100, 37), 8, tile=24, overlap=6)
+    decode_tiled(record, field(2, 4, 100, 11), 8, tile=24, overlap=6)
     assert seen == {(2, 4, 24, 24), (2, 4, 24, 11)}
 
 
@@ -94,7 +94,7 @@ def test_tiles_of_a_normed_and_attending_autoencoder_join_without_a_visible_line
     z = field(1, 4, 48, 48) + 2 * F.interpolate(field(1, 4, 3, 3, seed=1), (48, 48), mode="bicubic")  # tone varies
     plain = vae.decode(z)
     error = decode_tiled(vae.decode, z, 8, tile=28, overlap=8) - plain           # overlap: latents 20 .. 28
-    assert error.abs().mean() > 0.01 * plain.abs().mean()                        # there is something to hide
+    assert error.abs().mean() > 0.01 * plain.abs().mean()                        # the tiles do differ in tone
     for axis in (2, 3):
         jump = error.diff(dim=axis).abs().mean(dim=[0, 1, 5 - axis])
         assert jump[20 * 8 - 1:28 * 8].max() < 2 * jump.median()

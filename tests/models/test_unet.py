@@ -17,7 +17,7 @@ def net():
 
 @torch.no_grad()
 def perturb(net, seed=0):
-    """Off the zero initialisation, where half of the gradients vanish."""
+    """With random weights, because half of the gradients vanish at zero initialisation."""
     generator = torch.Generator().manual_seed(seed)
     for p in net.parameters():
         p += 0.1 * torch.randn(p.shape, generator=generator)

@@ -9,8 +9,8 @@ import sys
 import threading
 
 import pytest
-
 from helpers import ENVIRONMENT, ROOT
+
 from tinyldm.training import checkpoint
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from tinyldm.config import parse, stages
+from tinyldm.durations import moment, span
 from tinyldm.training import checkpoint, distributed
 from tinyldm.training import run as module
+from tinyldm.training.clock import Clock, Pace
 from tinyldm.training.log import Log
-from tinyldm.training.loop import RolledBack, make_schedule, mean_rate, out_of_memory, passed_over
-from tinyldm.training.run import Clock, Pace, span
-from tinyldm.training.schedule import moment
-
+from tinyldm.training.loop import mean_rate, out_of_memory
+from tinyldm.training.rollback import RolledBack, passed_over
+from tinyldm.training.schedule import make_schedule
 
 NOW = 1.6e9
 

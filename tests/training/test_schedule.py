@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from tinyldm.training.schedule import SHORTEST, Schedule, seconds
+from tinyldm.durations import seconds
+from tinyldm.training.schedule import SHORTEST, Schedule
 
 
 def through_json(schedule: Schedule) -> Schedule:

@@ -7,14 +7,15 @@ from itertools import product
 import pytest
 import torch
 import transformers
+from helpers import randomise
 from safetensors.torch import load_file, save_file
 
-from helpers import randomise
+from tinyldm.folders.build import load_weights
+from tinyldm.folders.load import load_text
+from tinyldm.folders.rename import recognise
+from tinyldm.folders.weights import Weights
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.vendor_loaders.clip import LAYOUTS, from_config, to_config
-from tinyldm.vendor_loaders.load import load_text, load_weights
-from tinyldm.vendor_loaders.rename import recognise
-from tinyldm.vendor_loaders.weights import Weights
 
 PLAIN = CLIPTextConfig(vocab_size=104, width=64, layers=3, heads=4, mlp_width=160, context_length=16,
                        bos_token_id=98, eos_token_id=99, pad_token_id=99, norm_eps=1e-3)     # 1e-5 hardly shows

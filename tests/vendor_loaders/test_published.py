@@ -18,14 +18,14 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-
 from helpers import randomise
+
+from tinyldm.folders.rename import apply, export_renamed, published_shapes, recognise
+from tinyldm.folders.weights import Weights
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.vendor_loaders import clip, unet, vae
-from tinyldm.vendor_loaders.rename import apply, export_renamed, published_shapes, recognise
-from tinyldm.vendor_loaders.weights import Weights
 
 PUBLISHED = Path(__file__).parent / "published"
 NETWORKS = {unet: UNet, vae: AutoencoderKL, clip: CLIPText}

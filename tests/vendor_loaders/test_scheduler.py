@@ -1,16 +1,19 @@
 """Scheduler configs as data. That they draw what diffusers draws is tested in tests/diffusion/test_diffusers_parity.py."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
 
 from tinyldm.diffusion.grids import grid
-from tinyldm.diffusion.process import Discrete
-from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.diffusion.prediction import PREDICTIONS
+from tinyldm.diffusion.process import PROCESSES, Discrete, Level
+from tinyldm.diffusion.samplers import SAMPLERS, ddim
 from tinyldm.diffusion.step import signal
 from tinyldm.vendor_loaders import scheduler
-from tinyldm.vendor_loaders.scheduler import PUBLISHED, Sampling, sampling, to_config, why_not_public
+from tinyldm.vendor_loaders.scheduler import PUBLISHED, PUBLISHED_PROCESSES, Sampling, sampling, to_config, why_not_public
+from tinyldm.vendor_loaders.scheduler_classes import OWN_PROCESSES, USES_ROW_OF
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -20,39 +23,39 @@ SD15 = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "sca
 SD3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 FLOW = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
         "flow_shift": 3.0}
-OWN = to_config("flow", {}, "v", "unet")
+OWN = to_config("flow", {}, "v")
 
 CONTINUOUS = ("vp", "ve", "edm")
 
-# ---- what was learned, there and back
+# ---- the process and the prediction, written and read again
 
-PAIRS = [(process, options, prediction, network)
+PAIRS = [(process, options, prediction, flow_match)
          for process, options in (("scaled_linear", {"beta_end": 0.011}), ("linear", {"steps": 500}), ("cosine", {}),
                                   ("betas", {"betas": [0.1, 0.2, 0.25, 0.3, 0.5, 0.9]}), ("vp", {"beta_max": 15.0}), ("ve", {}),
                                   ("edm", {}), ("betas", {"betas": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "zero_snr": True}),
                                   ("cosine", {"offset": 0.02}), ("linear", {"zero_snr": True}), ("flow", {}),
                                   ("flow", {"shift": 2.5}))
-         for prediction in ("eps", "x0", "v", "flow") for network in ("unet", "dit")]
+         for prediction in ("eps", "x0", "v", "flow") for flow_match in (False, True)]
 
 
-@pytest.mark.parametrize("process, options, prediction, network", PAIRS)
-def test_every_pair_of_process_and_prediction_survives_its_config(process, options, prediction, network):
-    config = json.loads(json.dumps(to_config(process, options, prediction, network)))
-    schedule = scheduler.read_schedule(config)
-    assert schedule.name == process and schedule.prediction == prediction and options.items() <= schedule.options.items()
-    assert to_config(*schedule, network) == config
-    learned = scheduler.from_config(config)
-    assert learned.prediction == prediction and isinstance(learned.process, Discrete) == (process not in ("flow", *CONTINUOUS))
+@pytest.mark.parametrize("process, options, prediction, flow_match", PAIRS)
+def test_every_pair_of_process_and_prediction_survives_its_config(process, options, prediction, flow_match):
+    config = json.loads(json.dumps(to_config(process, options, prediction, flow_match=flow_match)))
+    trained = scheduler.read_process(config)
+    assert trained.name == process and trained.prediction == prediction and options.items() <= trained.options.items()
+    assert to_config(*trained, flow_match=flow_match) == config
+    found = scheduler.from_config(config)
+    assert found.prediction == prediction and isinstance(found.process, Discrete) == (process not in ("flow", *CONTINUOUS))
     known = (process == "flow") == (prediction == "flow") and options != {"offset": 0.02} and process not in CONTINUOUS
     assert (config["_class_name"] != "TinyLDMScheduler") == known == (why_not_public(process, options, prediction) is None)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("process, options, prediction, network", PAIRS)
-def test_every_sampler_has_a_config_of_the_same_curve_that_can_be_sampled(process, options, prediction, network, name):
-    config = json.loads(json.dumps(to_config(process, options, prediction, network, name)))
-    usual = scheduler.read_schedule(to_config(process, options, prediction, network))
-    assert scheduler.read_schedule(config) == usual
+@pytest.mark.parametrize("process, options, prediction, flow_match", PAIRS)
+def test_every_sampler_has_a_config_of_the_same_curve_that_can_be_sampled(process, options, prediction, flow_match, name):
+    config = json.loads(json.dumps(to_config(process, options, prediction, name, flow_match=flow_match)))
+    usual = scheduler.read_process(to_config(process, options, prediction, flow_match=flow_match))
+    assert scheduler.read_process(config) == usual
     found = sampling(config)
     levels = grid(scheduler.from_config(config).process, 5, found.schedule, **found.grid)
     assert len(levels) == 6 and levels[-1] == (0.0, 1.0, 0.0) and found.sampler in SAMPLERS
@@ -65,7 +68,7 @@ def test_every_sampler_has_a_config_of_the_same_curve_that_can_be_sampled(proces
                                               ("betas", {"betas": [0.1, 0.2, 0.3, 0.4, 0.5, 0.9]}),
                                               ("betas", {"betas": [0.1, 0.2, 0.3, 0.4, 0.5, 0.9], "zero_snr": True})])
 def test_the_curve_of_the_exported_scheduler_is_the_curve_that_was_trained(process, options):
-    config = to_config(process, options, "v", "unet")
+    config = to_config(process, options, "v")
     theirs = getattr(diffusers, config["_class_name"]).from_config(config).alphas_cumprod
     ours = scheduler.from_config(config).process
     assert torch.allclose(ours.alpha.square().float(), theirs, rtol=1e-4, atol=1e-8) and len(ours) == len(theirs)
@@ -73,20 +76,20 @@ def test_the_curve_of_the_exported_scheduler_is_the_curve_that_was_trained(proce
 
 def test_published_scheduler_configs_are_read():
     usual = {"beta_start": 0.00085, "beta_end": 0.012, "steps": 1000}
-    assert scheduler.read_schedule(SD15) == ("scaled_linear", usual, "eps")
+    assert scheduler.read_process(SD15) == ("scaled_linear", usual, "eps")
     sd2 = SD15 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
-    assert scheduler.read_schedule(sd2) == ("scaled_linear", usual, "v")
+    assert scheduler.read_process(sd2) == ("scaled_linear", usual, "v")
     zero = sd2 | {"rescale_betas_zero_snr": True}
-    assert scheduler.read_schedule(zero) == ("scaled_linear", usual | {"zero_snr": True}, "v")
-    assert scheduler.read_schedule(SD3) == ("flow", {"shift": 3.0}, "flow")
+    assert scheduler.read_process(zero) == ("scaled_linear", usual | {"zero_snr": True}, "v")
+    assert scheduler.read_process(SD3) == ("flow", {"shift": 3.0}, "flow")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_silent_config_means_the_defaults_of_its_class(name):
     kind = getattr(diffusers, PUBLISHED[name].name)
     silent, whole = {"_class_name": kind.__name__}, json.loads(kind().to_json_string())
-    assert scheduler.read_schedule(silent) == scheduler.read_schedule(whole)
-    fields = PUBLISHED[name].fields | PUBLISHED[name].solver
+    assert scheduler.read_process(silent) == scheduler.read_process(whole)
+    fields = PUBLISHED[name].picture_fields | PUBLISHED[name].solver_fields
     assert set(fields) | {"timestep_spacing", "steps_offset"} | set(PUBLISHED[name].sigma_ends) <= set(whole)
     assert ("rescale_betas_zero_snr" in whole) == PUBLISHED[name].zero_snr
     assert ("use_karras_sigmas" in whole) == bool(PUBLISHED[name].karras)
@@ -98,7 +101,7 @@ def test_a_silent_config_means_the_defaults_of_its_class(name):
                                     {"prediction_type": "flow_prediction"}, {"use_flow_sigmas": True},
                                     {"use_dynamic_shifting": True}])
 def test_a_curve_that_cannot_be_expressed_is_refused_by_name(change):
-    config = to_config("linear", {}, "eps", "unet") | change
+    config = to_config("linear", {}, "eps") | change
     with pytest.raises(ValueError) as error:
         scheduler.from_config(config)
     assert any(str(word) in str(error.value) for item in change.items() for word in item)
@@ -107,16 +110,16 @@ def test_a_curve_that_cannot_be_expressed_is_refused_by_name(change):
 def test_a_published_list_of_betas_is_read_and_one_of_another_length_refused():
     betas = (torch.linspace(0.01, 0.1, 1000, dtype=torch.float64)).tolist()
     config = json.loads(diffusers.DDIMScheduler(trained_betas=betas, prediction_type="v_prediction").to_json_string())
-    name, options, prediction = scheduler.read_schedule(config)
+    name, options, prediction = scheduler.read_process(config)
     assert (name, prediction) == ("betas", "v") and options == {"betas": pytest.approx(betas)}
     assert len(scheduler.from_config(config).process) == 1000 and sampling(SD15 | {"trained_betas": betas}, "euler")
     with pytest.raises(ValueError, match="2 trained_betas for 1000 num_train_timesteps"):
-        scheduler.read_schedule(config | {"trained_betas": [0.1, 0.2]})
+        scheduler.read_process(config | {"trained_betas": [0.1, 0.2]})
 
 
 @pytest.mark.parametrize("process", CONTINUOUS)
 def test_continuous_processes_are_tinyldms_own_and_ve_starts_from_its_sigma(process):
-    config = json.loads(json.dumps(to_config(process, {}, "v", "unet", "euler")))
+    config = json.loads(json.dumps(to_config(process, {}, "v", "euler")))
     assert config["_class_name"] == "TinyLDMScheduler" and "continuous process" in why_not_public(process, {}, "v")
     found = sampling(config, "euler")
     assert found.start_at_sigma == (process != "vp") and found.schedule == {"edm": "karras"}.get(process, "normal")
@@ -125,10 +128,10 @@ def test_continuous_processes_are_tinyldms_own_and_ve_starts_from_its_sigma(proc
 
 
 def test_networks_that_learn_their_variance_are_tinyldms_own():
-    config = to_config("linear", {}, "v", "unet", "ddim", learned_variance=True)
+    config = to_config("linear", {}, "v", "ddim", learned_variance=True)
     assert config["_class_name"] == "TinyLDMScheduler"
     usual = {"beta_start": 1e-4, "beta_end": 0.02, "steps": 1000, "zero_snr": False}
-    assert scheduler.read_schedule(config) == ("linear", usual, "v")
+    assert scheduler.read_process(config) == ("linear", usual, "v")
 
 
 def test_why_a_pair_is_not_public_says_what_would_be():
@@ -217,13 +220,84 @@ def test_a_scheduler_without_a_counterpart_asks_for_a_sampler():
 def test_exported_configs_keep_what_stable_diffusion_pipeline_insists_on():
     for name in PUBLISHED:
         for process, prediction in (("scaled_linear", "v"), ("flow", "flow")):
-            config = to_config(process, {}, prediction, "unet", name)
+            config = to_config(process, {}, prediction, name)
             assert config["steps_offset"] == 1
             kind = getattr(diffusers, config["_class_name"])
             assert set(config) - {"_class_name"} <= set(kind().config), "a field that its class does not have"
-    assert to_config("flow", {}, "flow", "unet", "euler")["solver_order"] == 1
-    assert to_config("flow", {}, "flow", "unet", "heun")["solver_order"] == 2
-    assert to_config("flow", {}, "flow", "dit", "heun")["_class_name"] == "FlowMatchEulerDiscreteScheduler"
-    stand_ins = {"heun": "DPMSolverMultistepScheduler", "lms": "DPMSolverMultistepScheduler", "pndm": "DDIMScheduler"}
-    for name, kind in stand_ins.items():
-        assert to_config("linear", {"zero_snr": True}, "v", "unet", name)["_class_name"] == kind
+    assert to_config("flow", {}, "flow", "euler")["solver_order"] == 1
+    assert to_config("flow", {}, "flow", "heun")["solver_order"] == 2
+    assert to_config("flow", {}, "flow", "heun", flow_match=True)["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    fallbacks = {"heun": "DPMSolverMultistepScheduler", "lms": "DPMSolverMultistepScheduler", "pndm": "DDIMScheduler"}
+    for name, kind in fallbacks.items():
+        assert to_config("linear", {"zero_snr": True}, "v", name)["_class_name"] == kind
+
+
+# ---- the tables are complete, and what is registered from outside works
+
+
+def test_every_sampler_and_process_of_the_library_is_in_the_scheduler_tables():
+    """After adding a sampler or a process, say here how diffusers has it: the defaults below are for what others register."""
+    assert sorted(SAMPLERS) == sorted([*PUBLISHED, *USES_ROW_OF]), "add the sampler to PUBLISHED or to USES_ROW_OF"
+    assert sorted(PROCESSES) == sorted([*PUBLISHED_PROCESSES, *OWN_PROCESSES]), "add the process to one of these tables"
+    assert set(PREDICTIONS) == set(scheduler.PREDICTION_TYPES)
+    assert set(USES_ROW_OF.values()) | {row.fallback for row in PUBLISHED.values()} - {""} <= set(PUBLISHED)
+
+
+def check_export(process, prediction, sampler, flow_match, learned_variance):
+    """The config of this combination, through JSON, says how to sample on a grid that grid() accepts, or gives the reason."""
+    config = json.loads(json.dumps(to_config(process, {}, prediction, sampler, flow_match=flow_match,
+                                             learned_variance=learned_variance)))
+    reason = why_not_public(process, {}, prediction)
+    assert (config["_class_name"] == "TinyLDMScheduler") == (reason is not None or learned_variance)
+    assert scheduler.read_process(config)[::2] == (process, prediction) or process == "betas"
+    for chosen in (None, sampler):
+        found = sampling(config, chosen)
+        assert found.sampler == chosen or chosen is None and found.sampler in SAMPLERS
+        levels = grid(scheduler.from_config(config).process, 4, found.schedule, **found.grid)
+        assert len(levels) == 5 and levels[-1].sigma == 0
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_on_every_process_and_prediction_has_a_config(sampler):
+    for number, (process, prediction) in enumerate(product(PROCESSES, PREDICTIONS)):
+        check_export(process, prediction, sampler, flow_match=bool(number % 2), learned_variance=number % 7 == 3)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """A sampler, a process and a prediction, each of them added to its table and to nothing else."""
+    def quarter(t):
+        return Level(1000 * t, torch.cos(t * torch.pi / 2).view(-1, 1, 1, 1), torch.sin(t * torch.pi / 2).view(-1, 1, 1, 1))
+
+    monkeypatch.setitem(SAMPLERS, "newsampler", ddim)
+    monkeypatch.setitem(PROCESSES, "newprocess", lambda power=1.0, table=torch.ones(2), **others: quarter)
+    monkeypatch.setitem(PREDICTIONS, "newprediction", PREDICTIONS["v"])
+
+
+@pytest.mark.parametrize("process, prediction", [*product(PROCESSES, ("v", "flow", "newprediction")), ("newprocess", "v"),
+                                                 ("newprocess", "newprediction")])
+def test_a_sampler_a_process_and_a_prediction_registered_from_outside_are_written_and_read(registered, process, prediction):
+    for sampler, flow_match in product(("newsampler", "heun"), (False, True)):
+        check_export(process, prediction, sampler, flow_match, learned_variance=False)
+
+
+def test_a_process_registered_from_outside_is_recorded_by_name_and_its_reason_is_a_sentence(registered):
+    assert to_config("newprocess", {}, "v", "heun") == {"_class_name": "TinyLDMScheduler", "process": "newprocess",
+                                                        "options": {"power": 1.0}, "prediction": "v"}
+    assert why_not_public("newprocess", {}, "v").startswith("diffusers has no scheduler for the process 'newprocess': train with")
+    assert "'newprediction': train with eps" in why_not_public("linear", {}, "newprediction")
+    assert sampling(to_config("newprocess", {}, "v")).start_at_sigma       # right on any curve, variance-exploding or not
+    with pytest.raises(ValueError, match="did you mean 'power'"):
+        to_config("newprocess", {"powr": 2.0}, "v")
+
+
+def test_a_sampler_registered_from_outside_draws_on_the_grid_of_the_config(registered):
+    assert to_config("linear", {}, "v", "newsampler") == to_config("linear", {}, "v", "ddim")
+    assert to_config("flow", {}, "flow", "newsampler") == to_config("flow", {}, "flow", "dpmpp_2m")
+    assert sampling(SD15, "newsampler") == sampling(SD15)._replace(sampler="newsampler")
+    euler = SD15 | {"_class_name": "EulerDiscreteScheduler"}
+    assert sampling(euler, "newsampler", "karras") == sampling(euler, "euler", "karras")._replace(sampler="newsampler")
+    assert sampling(SD3, "newsampler") == Sampling("newsampler", {}, "flow_match", {}, False)
+    heun = SD15 | {"_class_name": "HeunDiscreteScheduler", "prediction_type": "v_prediction"}
+    assert sampling(heun, "newsampler").options == {} and sampling(heun, "newsampler").schedule == "linspace_unrounded"
+    assert sampling(SD15 | {"_class_name": "KDPM2DiscreteScheduler"}, "newsampler").schedule == "leading"

@@ -4,11 +4,11 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from helpers import randomise
 from torch import nn
 
-from helpers import randomise
+from tinyldm.folders.rename import export_renamed, load_renamed, published_names
 from tinyldm.models.taesd import TAESD, TAESDConfig
-from tinyldm.vendor_loaders.rename import export_renamed, load_renamed, published_names
 from tinyldm.vendor_loaders.taesd import CLASS, ORIGINAL_RULES, OWN_CLASS, RULES, from_config, infer, to_config
 
 SMALL = TAESDConfig(width=16)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from helpers import randomise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from helpers import randomise
+from tinyldm.folders.build import load_weights
+from tinyldm.folders.rename import export_renamed, published_names
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import TransformerBlock, UNet, UNetConfig
-from tinyldm.vendor_loaders.load import load_weights
-from tinyldm.vendor_loaders.rename import export_renamed, published_names
 from tinyldm.vendor_loaders.unet import UNET_RULES, from_config, to_config
 
 # The published U-Nets, narrow: levels, depth, where there is attention and how it is entered are theirs.

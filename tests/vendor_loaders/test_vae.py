@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from helpers import randomise
 from safetensors.torch import load_file, save_file
 
-from helpers import randomise
+from tinyldm.folders.load import load_vae
+from tinyldm.folders.rename import export_renamed, published_names
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.vendor_loaders.load import load_vae
-from tinyldm.vendor_loaders.rename import export_renamed, published_names
 from tinyldm.vendor_loaders.vae import VAE_RULES, from_config, to_config
 
 # The published autoencoders, narrow: levels, depth, channels, convolutions and scales are theirs.

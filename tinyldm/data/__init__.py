@@ -1,1 +1,1 @@
-"""What feeds training: the embedded data set, picture sources, cached latents."""
+"""The data of a training run: sources of captioned pictures, the embedded data set toyworld, and the cache of latents."""

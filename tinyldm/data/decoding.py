@@ -1,9 +1,10 @@
-"""The bytes of a picture file, from anywhere, as an upright sRGB array of the right size, or the reason why not.
+"""Decode the bytes of an untrusted picture file to an upright sRGB array of the right size, or raise the reason why not.
 
-What is notable: the header alone decides about bombs and about the user's limits, before a pixel is decoded. Large
-JPEGs are decoded at a half, a quarter or an eighth (the DCT's own shrinking), but never below twice the target, so that
-the filter still has something to antialias. Crop and resize are one pass over a box with fractional edges. Colours are
-brought to sRGB where an embedded profile says something else. Nothing here depends on the number of threads.
+Notable: decompression bombs and pictures outside the user's limits are rejected by their header alone, before any pixel is
+decoded. Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size (libjpeg scales in the DCT domain), but never below twice the
+target size, so that the resampling filter still removes aliases. Crop and resize are one pass over a box with fractional edges.
+Colours are converted to sRGB where an embedded profile specifies another colour space. The result does not depend on the number
+of threads.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401  the two that Pillow would look for among all its plugins
+from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401  without these two, Pillow would import all of its plugins
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
@@ -33,7 +34,7 @@ _PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 class Unusable(ValueError):
-    """A picture that cannot be used. reason: one of REASONS; filtered: dropped by the user's own limits, not broken."""
+    """A picture that cannot be used. reason: one of REASONS; filtered: outside the user's own limits, but not broken."""
 
     def __init__(self, reason: str, detail: str = "", filtered: bool = False):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -42,10 +43,12 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class Framing:
+    """The size that pictures are brought to, and the limits outside which they are dropped."""
+
     resolution: int                                   # side of the square in pixels
-    buckets: tuple[tuple[int, int], ...] = ()         # (height, width) in pixels to choose among; empty: the square
-    min_side: int = 0                                 # smaller pictures are dropped
-    max_aspect: float = 0.0                           # and longer ones (long side / short side); 0: any
+    buckets: tuple[tuple[int, int], ...] = ()         # target sizes (height, width) in pixels; empty: only the square
+    min_side: int = 0                                 # shortest side in pixels that is accepted
+    max_aspect: float = 0.0                           # largest long side / short side that is accepted; 0: any
 
     def __post_init__(self):
         if self.resolution < 1 or any(side < 1 for bucket in self.buckets for side in bucket):
@@ -55,18 +58,18 @@ class Framing:
                              f"{self.max_aspect} must be at least 1 (long side / short side), or 0 for any")
 
     def size(self, height: float, width: float) -> tuple[int, int]:
-        """(height, width) in pixels for an upright picture: the bucket nearest in log(height / width), or the square."""
+        """Target (height, width) in pixels of an upright picture: the bucket nearest in log(height / width), or the square."""
         aspect = math.log(height / width)
         return min(self.buckets or ((self.resolution, self.resolution),),
                    key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - aspect))
 
 
 def make_buckets(resolution: int, unit: int, max_aspect: float) -> tuple[tuple[int, int], ...]:
-    """Sizes (height, width) in pixels, multiples of `unit`, with nearly the square's count of units, sorted.
+    """Sizes (height, width) in pixels, multiples of `unit`, with about as many units as the square, sorted.
 
-    For every height up to the square's the widest that has no more units, and the same on its side; sizes below 90 %
-    of the count are left out. The longest is the one nearest to max_aspect (long side / short side) in log-aspect.
-    ValueError where resolution is no multiple of unit.
+    For every height up to the square's, this takes the largest width with no more units than the square, and the same size
+    turned by 90 degrees; sizes with less than 90 % of the square's units are left out. The longest size is the one nearest to
+    max_aspect (long side / short side) in log(aspect). ValueError where resolution is no multiple of unit.
     """
     if unit < 1 or resolution < unit or resolution % unit:
         raise ValueError(f"buckets for {resolution} pixels: not a multiple of {unit}; "
@@ -84,8 +87,8 @@ def make_buckets(resolution: int, unit: int, max_aspect: float) -> tuple[tuple[i
 def decode(data: bytes | np.ndarray, framing: Framing) -> np.ndarray:
     """The bytes of a PNG, JPEG, WebP, GIF, BMP or TIFF, or uint8 [h, w, 3] or [h, w] in sRGB -> uint8 [h, w, 3].
 
-    Upright, on white where transparent, in sRGB, the first of several frames, scaled to cover framing.size and cropped
-    around the centre. A picture that has the target's size already is not resampled. Unusable says why there is none.
+    The result is upright, in sRGB, on white where the picture is transparent, and of the first of several frames. It is scaled
+    to cover framing.size and cropped around the centre; a picture of exactly this size is not resampled. Raises Unusable.
     """
     if isinstance(data, np.ndarray):
         image, extent, turn, profile = _from_array(data, framing), data.shape[1::-1], 1, None
@@ -98,13 +101,13 @@ def decode(data: bytes | np.ndarray, framing: Framing) -> np.ndarray:
             raise
         except Image.DecompressionBombError as error:
             raise Unusable(TOO_MANY_PIXELS, str(error)) from None
-        except Exception as error:                          # a broken file finds a way to raise nearly anything
+        except Exception as error:                          # on broken files, Pillow's decoders raise nearly any exception
             text = " ".join(f"{type(error).__name__} {error}".split())
             raise Unusable(TRUNCATED if "truncated" in text.lower() else UNREADABLE, text[:200]) from None
-        if image.mode == "CMYK":                            # inks do not mix linearly: resize what is seen
+        if image.mode == "CMYK":                            # averages of inks are not averages of colours: convert, then resize
             image, profile = _to_srgb(image, profile), None
     image = _cover(image, extent, _target(extent, turn, framing))
-    image = _to_srgb(image, profile)                        # after the resize, because there are fewer pixels now
+    image = _to_srgb(image, profile)                        # after the resize, which leaves fewer pixels to convert
     if turn in _TURNS:
         image = image.transpose(_TURNS[turn])
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -118,8 +121,8 @@ def _from_array(data: np.ndarray, framing: Framing) -> Image.Image:
 
 
 def _load(data: bytes, framing: Framing) -> tuple[Image.Image, tuple[float, float], int]:
-    """The decoded picture as stored, (width, height) of what it shows in its pixels, and how to turn it (EXIF, 1..8)."""
-    if _PILLOWS_WARNINGS not in warnings.filters:           # catch_warnings would not be safe among threads
+    """The decoded picture as stored, the (width, height) that the picture covers in its pixels, and its orientation (EXIF, 1..8)."""
+    if _PILLOWS_WARNINGS not in warnings.filters:           # catch_warnings is not thread-safe
         warnings.filterwarnings("ignore", module=r"PIL\.")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check(image.size, framing)
@@ -128,12 +131,13 @@ def _load(data: bytes, framing: Framing) -> tuple[Image.Image, tuple[float, floa
         width, height = _target(image.size, _orientation(image), framing)
         drafted = image.draft("RGB", (2 * width, 2 * height))
     image.load()
-    # The last column and row of a shrunk JPEG may stand for less than a pixel; PNG may keep EXIF behind the pixels.
+    # A JPEG that is decoded smaller covers a fraction of its last column and row. The orientation is read again, after load(),
+    # because a PNG may store EXIF behind the pixels.
     return image, drafted[1][2:] if drafted else image.size, _orientation(image)
 
 
 def _check(size: tuple[int, int], framing: Framing) -> None:
-    """Unusable for (width, height) outside the limits, which are the same for a picture on its side."""
+    """Raise Unusable for a (width, height) outside the limits, which do not depend on the orientation."""
     short, long = sorted(size)
     if short < 1:
         raise Unusable(UNREADABLE, "no pixels")
@@ -146,16 +150,17 @@ def _check(size: tuple[int, int], framing: Framing) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    if _WITH_ORIENTATION.isdisjoint(image.info):            # also a TIFF, which Pillow turns while it loads it
+    """The EXIF orientation (1..8) that is still to be applied; 1 where there is none."""
+    if _WITH_ORIENTATION.isdisjoint(image.info):            # true of TIFFs as well, which Pillow turns upright in load()
         return 1
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:                                       # broken EXIF is no reason to lose a picture
+    except Exception:                                       # a picture with broken EXIF data is still usable
         return 1
 
 
 def _target(extent: tuple[float, float], turn: int, framing: Framing) -> tuple[int, int]:
-    """(width, height) to aim for in the frame of the stored picture, which may lie on its side."""
+    """Target (width, height) in the coordinates of the stored picture, which may be turned by 90 degrees."""
     if turn in (5, 6, 7, 8):
         return framing.size(extent[0], extent[1])
     height, width = framing.size(extent[1], extent[0])
@@ -163,7 +168,7 @@ def _target(extent: tuple[float, float], turn: int, framing: Framing) -> tuple[i
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Any mode -> L, RGB or CMYK, on white where it was transparent."""
+    """A picture of any mode -> L, RGB or CMYK, on white where it is transparent."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _eight_bits(image)
     if image.has_transparency_data:
@@ -178,7 +183,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or more bits, 0..65535, or of floats, which may also end at 1 -> L. Pillow's own conversion clips."""
+    """Grey of 16 or more bits in 0..65535, or floats in 0..65535 or 0..1 -> L. (Pillow's own conversion clips at 255.)"""
     values = np.clip(np.nan_to_num(np.asarray(image).astype(np.float32)), 0, 65535)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -188,22 +193,22 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _cover(image: Image.Image, extent: tuple[float, float], target: tuple[int, int]) -> Image.Image:
-    """Scale what lies within `extent` so that it covers the target, around the centre; all (width, height)."""
+    """Scale the top left `extent` of the image to cover the target and crop it around the centre. All sizes: (width, height)."""
     (width, height), (w, h) = extent, target
     if width * h > height * w:
         width = height * w / h
     else:
         height = width * h / w
     left, top = (extent[0] - width) / 2, (extent[1] - height) / 2
-    if (width, height) == (w, h):                           # nothing to scale: whole pixels, an odd one goes at the end
+    if (width, height) == (w, h):                           # no scaling: crop whole pixels, an odd one on the right or below
         left, top = int(left), int(top)
         return image if image.size == (w, h) else image.crop((left, top, left + w, top + h))
     return image.resize((w, h), FILTER, box=(left, top, left + width, top + height), reducing_gap=3.0)
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """L, RGB or CMYK with the ICC profile that it came with, if any -> L or RGB in sRGB."""
-    transform = _transform(profile, image.mode) if isinstance(profile, bytes) else None      # a broken TIFF may hold numbers
+    """L, RGB or CMYK, with its embedded ICC profile if it has one -> L or RGB in sRGB."""
+    transform = _transform(profile, image.mode) if isinstance(profile, bytes) else None      # in a broken TIFF it may be numbers
     if transform is not None:
         return transform.apply(image)
     return image.convert("RGB") if image.mode == "CMYK" else image
@@ -211,7 +216,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str):
-    """From a profile to sRGB, or None where that changes nothing (whatever the profile's name) or is impossible."""
+    """The transform from a profile to sRGB, or None where it changes no colour (measured on a grid of colours) or is impossible."""
     try:
         from PIL import ImageCms
 
@@ -221,5 +226,5 @@ def _transform(profile: bytes, mode: str):
         probe = Image.merge(mode, [Image.fromarray(channel.reshape(1, -1)) for channel in levels])
         change = np.asarray(transform.apply(probe)).astype(int) - np.asarray(probe.convert("RGB"))
         return transform if np.abs(change).max() > 2 else None
-    except Exception:                                       # a broken profile, one for other channels, no littlecms
+    except Exception:                                       # a broken profile, one for other channels, or Pillow without littlecms
         return None

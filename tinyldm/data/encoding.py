@@ -1,7 +1,11 @@
-"""From one shard of captioned pictures to one folder of encoded latents: recipe, threads, VAE, counts.
+"""Encode one shard of captioned pictures into one folder of latents: filters, decoding threads, VAE, counts.
 
-What a shard's folder holds depends on the shard, the settings and the VAE alone: pictures are encoded in their order of
-arrival, in batches that never reach beyond the shard.
+The contents of a shard's folder depend only on the shard, the settings and the VAE: pictures are encoded in the order in which
+they are read, and no batch contains pictures of two shards.
+
+The scaling factor of the latents: it is measured once, after the autoencoder has been trained (or comes with pretrained
+weights), and is frozen in the VAE's config before anything is encoded. `encode` applies it, and its value is part of
+`fingerprint`, so latents in a cache are standardised for good and a cache with another factor is never used by mistake.
 """
 
 from __future__ import annotations
@@ -23,40 +27,40 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tinyldm.config import Config, split_weights
+from tinyldm.config import DataConfig, split_weights
 from tinyldm.data.cache import ShardWriter
 from tinyldm.data.decoding import Framing, Unusable, decode, make_buckets
 from tinyldm.data.readers import Damaged, Sample, Skip, caption_keys, captions
-from tinyldm.data.sources import Shard
+from tinyldm.data.source_kind import Shard
 from tinyldm.device import autocast
 from tinyldm.models.vae import AutoencoderKL, Posterior
-from tinyldm.pipeline import to_pixels
+from tinyldm.pictures.pixels import to_pixels
 
-CHUNK = 16                      # pictures per piece of work of a decoding thread
+CHUNK = 16                      # pictures that a decoding thread takes at a time
 
 
 class Item(NamedTuple):
-    """A sample on its way: a picture with captions, or the reason why it is none."""
+    """A decoded sample: a picture with its captions, or the reason why it cannot be used."""
 
     key: str
     image: np.ndarray | None = None                     # uint8 [h, w, 3]
     captions: list[tuple[int, str]] = []
     reason: str = ""
     detail: str = ""
-    filtered: bool = False                              # dropped by the user's own limits, not for a fault
+    filtered: bool = False                              # outside the user's own limits, but not broken
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to every sample before the VAE sees it."""
+    """How a sample is decoded and filtered before it reaches the VAE."""
 
     framing: Framing
-    keys: tuple[str, ...]
-    min_caption: int
-    max_caption: int
+    keys: tuple[str, ...]                               # caption keys, see `captions`
+    min_caption: int                                    # characters
+    max_caption: int                                    # characters; 0: any
 
     def __call__(self, sample: Sample | Skip) -> Item:
-        """Whatever a picture from the internet can do wrong ends as a reason here, not as an exception."""
+        """Decode and filter one sample. Anything that is wrong with it becomes a reason, never an exception."""
         if isinstance(sample, Skip):
             return Item(sample.key, reason=sample.reason, detail=sample.detail)
         try:
@@ -71,27 +75,27 @@ class Recipe:
         try:
             return Item(sample.key, decode(sample.picture, self.framing), fitting)
         except Unusable as error:
-            detail = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))               # an address differs from run to run
+            detail = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))               # memory addresses differ from run to run
             return Item(sample.key, reason=error.reason, detail=detail, filtered=error.filtered)
 
 
-def make_recipe(config: Config, unit: int = 0) -> Recipe:
-    """unit: pixels that sides are a multiple of, for --buckets; 0: every picture is cropped square."""
-    buckets = make_buckets(config.resolution, unit, config.buckets) if unit and config.buckets else ()
-    return Recipe(Framing(config.resolution, buckets, config.min_side, config.max_aspect),
-                  tuple(split_weights(config.caption_key)), config.min_caption, config.max_caption)
+def make_recipe(data: DataConfig, unit: int = 0) -> Recipe:
+    """The recipe of a config. unit: the sides of buckets are multiples of it, in pixels; 0: crop every picture to a square."""
+    buckets = make_buckets(data.resolution, unit, data.buckets) if unit and data.buckets else ()
+    return Recipe(Framing(data.resolution, buckets, data.min_side, data.max_aspect),
+                  tuple(split_weights(data.caption_key)), data.min_caption, data.max_caption)
 
 
 def workers() -> int:
-    """Decoding threads: as many as this process may use cores."""
+    """The number of decoding threads: one for each core that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decoded(samples: Iterable[Sample | Skip], recipe: Recipe, pool: ThreadPoolExecutor) -> Iterator[Item]:
-    """Items in the order of the samples, made by several threads (Pillow lets go of the interpreter's lock)."""
+    """Apply the recipe in several threads and yield the items in the order of the samples. (Pillow releases the GIL.)"""
     samples, pending = iter(samples), deque()
     while chunk := list(islice(samples, CHUNK)):
-        pending.append(pool.submit(lambda some: [recipe(sample) for sample in some], chunk))
+        pending.append(pool.submit(lambda part: [recipe(sample) for sample in part], chunk))
         if len(pending) > 2 * workers():
             yield from pending.popleft().result()
     for future in pending:
@@ -103,7 +107,7 @@ def decoded(samples: Iterable[Sample | Skip], recipe: Recipe, pool: ThreadPoolEx
 
 @torch.no_grad()
 def posterior(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtype: str) -> Posterior:
-    """uint8 [b, h, w, 3] -> the VAE's posterior, float32 on the device; pixels become floats there."""
+    """uint8 [b, h, w, 3] -> the VAE's posterior, float32 on the device, where the pixels are converted to floats."""
     pixels = to_pixels(torch.from_numpy(images).to(device, non_blocking=True))
     with autocast(device, dtype):
         mean, logvar = vae.encode(pixels)
@@ -112,17 +116,17 @@ def posterior(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtyp
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtype: str, flip: bool) -> np.ndarray:
-    """uint8 [b, h, w, 3] -> float16 [b, views, 2, c, h, w]: mean and std of what diffusion runs on, of every view."""
-    made = []
+    """uint8 [b, h, w, 3] -> float16 [b, views, 2, c, h, w]: mean and standard deviation of the standardised latents."""
+    encoded = []
     for view in [images, np.ascontiguousarray(images[:, :, ::-1])] if flip else [images]:
         mean, logvar = posterior(vae, view, device, dtype)
         std = (0.5 * logvar).exp() * vae.config.scaling_factor
-        made.append(torch.stack([vae.to_latents(mean), std], dim=1))
-    return torch.stack(made, dim=1).half().cpu().numpy()
+        encoded.append(torch.stack([vae.to_latents(mean), std], dim=1))                 # [b, 2, c, h, w]
+    return torch.stack(encoded, dim=1).half().cpu().numpy()
 
 
 def fingerprint(vae: AutoencoderKL) -> str:
-    """Hash of the VAE's weights and of the numbers that standardise its latents."""
+    """A hash of the VAE's weights and config, which includes the scaling factor of its latents; not of the picture size."""
     facts = {name: value for name, value in asdict(vae.config).items() if name != "sample_size"}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
@@ -134,15 +138,15 @@ def fingerprint(vae: AutoencoderKL) -> str:
 
 
 class Encoder:
-    """Items in, a shard's folder out. Pictures of one size are encoded together, in order of arrival."""
+    """Encodes the items of one shard and writes its folder. A batch holds pictures of one size, in the order in which they came."""
 
-    def __init__(self, config: Config, vae: AutoencoderKL, device: torch.device, folder: Path):
-        self.config, self.vae, self.device, self.folder = config, vae, device, folder
+    def __init__(self, settings: DataConfig, dtype: str, vae: AutoencoderKL, device: torch.device, folder: Path):
+        self.settings, self.dtype, self.vae, self.device, self.folder = settings, dtype, vae, device, folder
         self.writer, self.waiting, self.buffers = ShardWriter(folder), {}, {}
-        self.counts = {True: Counter(), False: Counter()}                           # of reasons: filtered, skipped
+        self.counts = {True: Counter(), False: Counter()}                           # {filtered: samples by reason}
         self.log = open(folder / "skipped.jsonl", "w", encoding="utf-8")
         self.read = self.kept = 0
-        self.sums = dict.fromkeys(("numbers", "sum", "squares", "variance"), 0.0)   # over all latents; posterior variance
+        self.sums = dict.fromkeys(("numbers", "sum", "squares", "variance"), 0.0)   # over all latents; `variance`: of the posterior
 
     def add(self, item: Item) -> None:
         self.read += 1
@@ -150,25 +154,26 @@ class Encoder:
             return self.drop(item)
         batch = self.waiting.setdefault(item.image.shape, [])
         batch.append(item)
-        if len(batch) == self.config.encode_batch_size:
+        if len(batch) == self.settings.encode_batch_size:
             self.flush(self.waiting.pop(item.image.shape))
 
     def drop(self, item: Item) -> None:
+        """Count a sample that is left out, and log it with its reason."""
         self.counts[item.filtered][item.reason] += 1
         row = {"shard": self.folder.name.removeprefix(".writing-"), "key": item.key, "reason": item.reason}
         detail = {"detail": item.detail[:200]} if item.detail and item.detail != item.reason else {}
         self.log.write(json.dumps(row | detail) + "\n")
 
     def flush(self, batch: list[Item]) -> None:
-        """Encode pictures of one size and write them, but for those whose latents are not finite even in float32."""
-        shape = (self.config.encode_batch_size, *batch[0].image.shape)
-        if shape not in self.buffers:                          # kept: new memory is slow to touch
+        """Encode pictures of one size and write their latents. Drops those whose latents are not finite even in float32."""
+        shape = (self.settings.encode_batch_size, *batch[0].image.shape)
+        if shape not in self.buffers:                          # reused for every batch: the first use of new memory is slow
             self.buffers[shape] = np.empty(shape, np.uint8)
         images = np.stack([item.image for item in batch], out=self.buffers[shape][:len(batch)])
-        z = encode(self.vae, images, self.device, self.config.dtype, self.config.flip)
+        z = encode(self.vae, images, self.device, self.dtype, self.settings.flip)
         fine = np.isfinite(z).all(axis=(1, 2, 3, 4, 5))
-        if not fine.all():                                     # 16 bits can overflow in a VAE: once more, in 32
-            z[~fine] = encode(self.vae, images[~fine], self.device, "fp32", self.config.flip)
+        if not fine.all():                                     # a VAE can overflow in 16 bits: encode these again in 32
+            z[~fine] = encode(self.vae, images[~fine], self.device, "fp32", self.settings.flip)
             fine = np.isfinite(z).all(axis=(1, 2, 3, 4, 5))
             for item, good in zip(batch, fine.tolist()):
                 if not good:
@@ -181,10 +186,10 @@ class Encoder:
                             ("variance", (std * std).sum(dtype=float))):
             self.sums[name] += float(value)
         self.kept += len(batch)
-        self.writer.add(z if self.config.moments else z[:, :, :1], [item.captions for item in batch])
+        self.writer.add(z if self.settings.moments else z[:, :, :1], [item.captions for item in batch])
 
     def close(self) -> dict[str, Any]:
-        """Encode what waits, finish the files -> what shard.json says of them."""
+        """Encode the incomplete batches and finish the files. Returns the counts and sizes for shard.json."""
         for shape in sorted(self.waiting):
             self.flush(self.waiting[shape])
         arrays = self.writer.close()
@@ -195,12 +200,15 @@ class Encoder:
 
 def encode_shard(shard: Shard, items: Callable[[Iterable], Iterator[Item]], make_encoder: Callable[[Path], Encoder],
                  settings: str, folder: Path, tick: Callable[[], None]) -> None:
-    """Write a shard's folder. One that is no archive, or whose checksum shows at its end that nothing of it can be
-    trusted, is written empty, with that reason for all its samples. settings: their digest."""
+    """Encode a shard into a new folder. settings: their digest. tick: called after every item.
+
+    A shard that is not an archive, or that turns out to be damaged as a whole (`Damaged`), is written without samples, and all
+    samples that were read from it are logged with this reason.
+    """
     folder.mkdir()
     encoder, keys = make_encoder(folder), []
 
-    def noted() -> Iterator[Sample | Skip]:
+    def samples() -> Iterator[Sample | Skip]:                  # and remember their keys
         try:
             for sample in shard.read():
                 keys.append(sample.key)
@@ -209,11 +217,11 @@ def encode_shard(shard: Shard, items: Callable[[Iterable], Iterator[Item]], make
             raise Damaged(str(error)) from error
 
     try:
-        for item in items(noted()):
+        for item in items(samples()):
             encoder.add(item)
             tick()
     except Damaged as error:
-        tqdm.write(f"left out whole: {error}")
+        tqdm.write(f"the whole shard is left out: {error}")
         encoder.close()
         shutil.rmtree(folder)
         folder.mkdir()
@@ -225,8 +233,8 @@ def encode_shard(shard: Shard, items: Callable[[Iterable], Iterator[Item]], make
 
 
 def read_shard(folder: Path, shard: Shard, settings: str) -> dict[str, Any] | None:
-    """What a cache's shard.json says; None where the shard is not there, was made with other settings, or has changed at
-    its source since."""
+    """The contents of a cached shard's shard.json. None where the shard is not in the cache, was made with other settings
+    (given as a digest), or has changed at its source since."""
     file = folder / "shards" / shard.name / "shard.json"
     facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return facts if (facts.get("stamp"), facts.get("settings")) == (shard.stamp, settings) else None

@@ -1,8 +1,8 @@
-"""Batches of cached latents and token ids for training: any step at once, or a run of them made ahead.
+"""Batches of cached latents and token ids for training: the batch of any one step, or a range of steps prefetched by a thread.
 
-Everything about a batch is a function of (seed, step): which samples, which view and which caption of each, and the noise
-where the autoencoder's standard deviations are cached. It is drawn for the whole global batch, of which each
-process takes its part: the number of processes changes nothing. Reading is quick enough for one thread.
+Everything about a batch is a function of (seed, step): the samples, the view and the caption of each, and the noise where the
+cache holds the standard deviations of the autoencoder's posterior. All of it is drawn for the whole global batch, and every
+process takes its slice, so the number of processes changes nothing. One thread reads fast enough.
 """
 
 from __future__ import annotations
@@ -20,37 +20,42 @@ from torch import Tensor
 
 from tinyldm.data.cache import Cache
 from tinyldm.data.order import Order, Size
-
-DRAWS = 5                   # the stream of random numbers that is the loader's
+from tinyldm.random_streams import Stream
 
 
 class Batch(NamedTuple):
     samples: np.ndarray     # int64 [b]: flat numbers in the cache
     latents: Tensor         # float32 [b, c, h, w], standardised
-    tokens: Tensor          # int64 [b, L]
+    tokens: Tensor          # int64 [b, L1 + L2 + ...]: token ids of one caption from each tokenizer, side by side
 
 
 def keep_back(ranges: Sequence[dict[Size, range]], count: int) -> tuple[list[dict[Size, range]], np.ndarray]:
-    """Ranges of flat sample numbers -> the same without the last `count` of the largest (a tenth of it at most), and those."""
+    """Split off the last `count` samples of the largest range of flat numbers, but at most a tenth of that range.
+
+    Returns the ranges without these samples, and their flat numbers int64 [at most count].
+    """
     source, size = max(((i, size) for i, sizes in enumerate(ranges) for size in sizes), key=lambda at: len(ranges[at[0]][at[1]]))
-    whole = ranges[source][size]
-    count = min(count, len(whole) // 10)
-    left = [dict(sizes) for sizes in ranges]
-    left[source][size] = whole[:len(whole) - count]
-    return left, np.arange(whole.stop - count, whole.stop)
+    largest = ranges[source][size]
+    count = min(count, len(largest) // 10)
+    remaining = [dict(sizes) for sizes in ranges]
+    remaining[source][size] = largest[:len(largest) - count]
+    return remaining, np.arange(largest.stop - count, largest.stop)
 
 
 class Loader:
-    """This process's share of every global batch of a cache.
+    """This process's slice of every global batch of a cache.
 
+    fingerprints: of the tokenizers, one per text encoder, in the order in which their token ids stand in a batch.
     batch_size: of the global batch. weights: one per source, see `Order`. caption_weights: one per caption key, see
-    `Cache.tokens`. rank, world: this process and how many there are. pin: put batches in page-locked memory.
-    depth: how many batches `run` keeps ready. hold_out: how many samples are never drawn, for validation (`held_out`).
+    `Cache.tokens`. rank, world: the number of this process, and how many processes there are. pin: put batches into
+    page-locked memory. depth: how many batches `run` keeps ready. hold_out: how many samples are kept for validation
+    (`held_out`) and never drawn.
 
-    ValueError: the cache has no tokens of this tokenizer, too few caption weights, or nothing for a rank to do.
+    ValueError: the cache has no tokens of one of the tokenizers, there are too few caption weights, or the batch is too small
+    to give every process a sample.
     """
 
-    def __init__(self, cache: Cache, tokenizer_fingerprint: str, *, batch_size: int, seed: int,
+    def __init__(self, cache: Cache, fingerprints: Sequence[str], *, batch_size: int, seed: int,
                  weights: Sequence[Fraction] | None = None, caption_weights: Sequence[float] = (1.0,), rank: int = 0,
                  world: int = 1, pin: bool = False, depth: int = 4, hold_out: int = 0):
         if not 0 <= rank < world:
@@ -60,62 +65,66 @@ class Loader:
                              f"use --batch-size {world} or more")
         if depth < 1:
             raise ValueError(f"depth {depth}: keep at least 1 batch ready")
-        cache.check_tokens(tokenizer_fingerprint)
+        if isinstance(fingerprints, str) or not fingerprints:
+            raise TypeError(f"fingerprints {fingerprints!r}: pass a list with the fingerprint of each tokenizer")
+        for fingerprint in fingerprints:
+            cache.check_tokens(fingerprint)
         cache.check_weights(caption_weights)
         ranges, self.held_out = keep_back(cache.ranges, hold_out)
         self.order = Order(ranges, batch_size, seed, weights)
-        self.cache, self.fingerprint, self.seed, self.pin, self.depth = cache, tokenizer_fingerprint, seed, pin, depth
+        self.cache, self.fingerprints, self.seed, self.pin, self.depth = cache, tuple(fingerprints), seed, pin, depth
         self.caption_weights = tuple(caption_weights)
         part = np.array_split(np.arange(batch_size), world)[rank]
         self.part = slice(int(part[0]), int(part[-1]) + 1)
 
     def batch(self, step: int) -> Batch:
-        """This rank's share of global batch `step`: np.array_split of it over the ranks."""
+        """This rank's slice of global batch `step`, split over the ranks as np.array_split does."""
         samples = self.order.batch(step)
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(DRAWS, step))))
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(Stream.LOADER, step))))
         views = rng.integers(self.cache.shape[0], size=len(samples))
         choose = rng.random(len(samples))
-        mine = samples[self.part]
-        tokens = torch.from_numpy(self.cache.tokens(mine, self.fingerprint, choose[self.part], self.caption_weights))
-        latents = torch.from_numpy(self.cache.latents(mine, views[self.part])).float()      # [b, parts, c, h, w]
-        if latents.shape[1] == 2:
+        own = samples[self.part]
+        tokens = torch.from_numpy(np.concatenate([self.cache.tokens(own, fingerprint, choose[self.part], self.caption_weights)
+                                                  for fingerprint in self.fingerprints], axis=1))           # [b, L1 + L2 + ...]
+        latents = torch.from_numpy(self.cache.latents(own, views[self.part])).float()       # [b, parts, c, h, w]
+        if latents.shape[1] == 2:                                                           # mean and standard deviation
             noise = rng.standard_normal((len(samples), *latents.shape[2:]), np.float32)[self.part]
             latents = torch.addcmul(latents[:, 0], latents[:, 1], torch.from_numpy(noise))
         else:
             latents = latents[:, 0]
         if self.pin:
             latents, tokens = latents.pin_memory(), tokens.pin_memory()
-        return Batch(mine, latents, tokens)
+        return Batch(own, latents, tokens)
 
     def run(self, start: int, stop: int | None = None) -> Iterator[Batch]:
-        """The batches of steps start .. stop - 1 (None: without end), made ahead by one thread, which ends with the iterator.
+        """The batches of steps start .. stop - 1 (None: without end), prefetched by one thread, which ends with the iterator.
 
-        What goes wrong in the thread is raised here, after the batches before it.
+        An exception in the thread is raised here, after the batches that were made before it.
         """
         steps = count(start) if stop is None else range(start, stop)
         ready: Queue = Queue(self.depth)
-        left = Event()
+        abandoned = Event()
 
-        def make() -> None:
+        def prefetch() -> None:
             try:
                 for step in steps:
                     ready.put(self.batch(step))
-                    if left.is_set():
+                    if abandoned.is_set():
                         return
             except BaseException as error:
                 ready.put(error)
 
-        thread = Thread(target=make, name="loader", daemon=True)    # daemon: a forgotten iterator must not keep a program alive
-        thread.start()
+        thread = Thread(target=prefetch, name="loader", daemon=True)    # daemon: an iterator that is never closed must not
+        thread.start()                                                  # keep the program alive
         try:
             for _ in (count() if stop is None else range(start, stop)):
-                made = ready.get()
-                if isinstance(made, BaseException):
-                    raise made
-                yield made
+                batch = ready.get()
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch
         finally:
-            left.set()
-            while thread.is_alive():                # it may be waiting for room: make some
+            abandoned.set()
+            while thread.is_alive():                # the thread may be blocked on a full queue: empty it
                 try:
                     ready.get(timeout=0.01)
                 except Empty:

@@ -1,7 +1,7 @@
-"""Shards to captioned samples: WebDataset tar archives, lists of picture files, .npz arrays, drawn scenes.
+"""Read captioned samples from shards: WebDataset tar archives, lists of picture files, .npz arrays.
 
-Notable: whatever is wrong with a shard, what comes out is a sample, a Skip that says why there is none, or one of two
-errors for the shard as a whole. Nothing is paired by position: a caption belongs to a picture because of its name.
+Notable: a reader yields, even from a broken shard, only samples and Skips (which give the reason), or it raises one of two
+errors about the shard as a whole. Pictures and captions are matched by name, never by position.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from tinyldm.data import toyworld
 from tinyldm.data.remote import SourceLost, address, open_file, reading
 from tinyldm.data.tarshard import LIMIT, Flaw, Member, members
 
 KINDS = dict.fromkeys(("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"), "picture") | {"txt": "txt", "json": "json"}
-UNSAFE = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|\Z)", re.DOTALL)      # leads out of the folder it is in
+UNSAFE = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|\Z)", re.DOTALL)      # leads out of its folder
 HIDDEN = re.compile(r"(.*/)?\.[^/]", re.DOTALL)
 
 NO_PICTURE, MISSING, DUPLICATE, UNSAFE_NAME = "no picture", "picture file missing", "duplicate key", "unsafe name"
@@ -33,13 +32,15 @@ NOT_UTF8, NO_JSON = "caption is not UTF-8", "json is not readable"
 
 
 class Sample(NamedTuple):
-    key: str                        # unique in its shard; for messages
-    picture: bytes | np.ndarray     # an encoded file, or uint8 [h, w, 3]
-    fields: dict[str, object]       # "txt", "json": a file's bytes; columns of a metadata row: str or list[str]
+    """A picture and the fields among which its captions are."""
+
+    key: str                        # unique within its shard; used in messages
+    picture: bytes | np.ndarray     # the bytes of a picture file, or pixels uint8 [h, w, 3]
+    fields: dict[str, object]       # "txt" and "json": the bytes of a file; columns of a metadata row: str or list[str]
 
 
 class Skip(NamedTuple):
-    """Something that is no sample."""
+    """A sample that cannot be used, or something in a shard that is not a sample."""
 
     key: str
     reason: str                     # one of the constants above
@@ -47,7 +48,7 @@ class Skip(NamedTuple):
 
 
 class Damaged(Exception):
-    """Raised at the end of a shard whose samples before it cannot be trusted either: drop the whole shard."""
+    """Raised while reading a shard: the samples that it has yielded cannot be trusted either, so drop the whole shard."""
 
 
 class File(NamedTuple):
@@ -56,24 +57,24 @@ class File(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A sample before it is read: `picture` names a file, and so may values of `fields`."""
+    """A sample in a listing: `picture` is a file that has not been read yet, and so may be values of `fields`."""
 
     key: str
     picture: File | None
     fields: dict[str, object]
-    reason: str = ""                # why it is a Skip, where that is known already
-    stamp: str = ""                 # changes with the files
+    reason: str = ""                # the reason for a Skip, where the listing shows one
+    stamp: str = ""                 # changes when one of the files does
 
 
 # ---- captions
 
 
 def captions(sample: Sample, keys: Sequence[str] = ()) -> list[tuple[int, str]]:
-    """The captions under each of `keys`, as (index into keys, caption), stripped, without empty ones.
+    """The captions under each of `keys`, as (index into keys, caption), stripped of white space; empty ones are left out.
 
-    "txt" is the .txt file; any other key is looked up in the metadata row or in the .json; a value is a string or a
-    list of strings. No keys: the first of txt, prompt, caption, text that holds a caption, as index 0.
-    Raises ValueError whose message is the reason to count: "caption is not UTF-8" or "json is not readable".
+    The key "txt" is the .txt file; any other key is looked up in the metadata row or the .json file, where its value is a
+    string or a list of strings. Without keys, the captions of the first key among txt, prompt, caption and text that has any,
+    as index 0. ValueError, whose message is the reason for a Skip: "caption is not UTF-8" or "json is not readable".
     """
     if keys:
         row = table(sample) if set(keys) - {"txt"} else {}
@@ -87,7 +88,7 @@ def captions(sample: Sample, keys: Sequence[str] = ()) -> list[tuple[int, str]]:
 
 
 def table(sample: Sample) -> dict[str, object]:
-    """A sample's fields, with those of its .json file among them."""
+    """A sample's fields together with those inside its .json file. ValueError where the .json file is not a JSON object."""
     content = sample.fields.get("json")
     if not isinstance(content, bytes):
         return sample.fields
@@ -101,38 +102,38 @@ def table(sample: Sample) -> dict[str, object]:
 
 
 def texts(value: object) -> list[str]:
-    """The captions in a value."""
+    """The captions in a field's value, which may have any type. ValueError where one of them is not valid Unicode."""
     try:
         if isinstance(value, bytes):
             value = value.decode("utf-8-sig")
         words = [value] if isinstance(value, str) else value if isinstance(value, list) else []
         stripped = [word.strip() for word in words if isinstance(word, str)]
         for word in stripped:
-            word.encode()           # half a surrogate pair, which JSON can spell, is no text: tokenizers crash on it
+            word.encode()           # raises for a lone surrogate, which JSON can spell and on which tokenizers crash
     except UnicodeError:
         raise ValueError(NOT_UTF8) from None
     return [word for word in stripped if word]
 
 
 def caption_keys(sample: Sample) -> list[str]:
-    """The keys under which `captions` would look at something, sorted. Never raises: what cannot be read has none."""
+    """The keys under which `captions` would find strings, sorted. Never raises: a .json that cannot be read has no keys."""
     try:
         row = table(sample)
     except ValueError:
         row = sample.fields
     keys = {key for key, value in row.items() if key != "txt" and key and key.isprintable()
             and (isinstance(value, str) or isinstance(value, list) and any(isinstance(word, str) for word in value))}
-    return sorted(keys | {"txt"} & set(sample.fields))          # the .json's own "txt" is not what txt stands for
+    return sorted(keys | {"txt"} & set(sample.fields))          # the key txt means the .txt file, not a field of the .json
 
 
 # ---- tar
 
 
 def read_tar(fs: AbstractFileSystem, path: str, size: int | None) -> Iterator[Sample | Skip]:
-    """Samples of a WebDataset shard, .tar or .tar.gz: consecutive members with one key.
+    """Samples of a WebDataset shard (.tar or .tar.gz): consecutive members with the same key make up a sample.
 
-    Raises ValueError where it is no tar archive, SourceLost where it cannot be read, and Damaged at the end where its
-    compressed data are not what was written (until then that shows nowhere).
+    Raises ValueError where the file is not a tar archive, SourceLost where it cannot be read, and Damaged where its compressed
+    data turn out to be corrupted, which may show only in the checksum at the end.
     """
     with reading(fs, path, size) as file:
         stream = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
@@ -145,30 +146,30 @@ def read_tar(fs: AbstractFileSystem, path: str, size: int | None) -> Iterator[Sa
 
 
 def unpacked(stream: BinaryIO) -> Iterator[Member | Flaw]:
-    """The members, with what is wrong with compressed data told apart: cut short, followed by others, or wrong."""
-    wrong = False
+    """The members and flaws of an archive. For gzip, distinguishes truncated data, trailing bytes, and corruption (Damaged)."""
+    corrupt = False
     try:
         for part in members(stream):
             if isinstance(part, Flaw) and isinstance(stream, gzip.GzipFile):
-                wrong |= not part.cut
-                if wrong and part.inside:   # it did not come to its checksum, and what came does not look like a tar
+                corrupt |= not part.truncated
+                if corrupt and part.inside:     # the checksum was never reached, and the data are not a valid tar
                     raise Damaged(f"the compressed data are damaged, and {part.detail}")
-                part = part._replace(doubt=part.inside)     # or only the last bytes do not, which no header shows
+                part = part._replace(doubtful=part.inside)  # the last bytes may be corrupt without any header showing it
             yield part
     except (zlib.error, gzip.BadGzipFile) as error:
         if not str(error).startswith("Not a gzipped file"):
             raise Damaged(f"the compressed data are damaged ({error})") from None
-        yield Flaw(False, "bytes that are no gzip data follow")         # what came before them has passed its checksum
+        yield Flaw(False, "bytes that are no gzip data follow")         # all data before these bytes passed their checksum
 
 
 def pair(parts: Iterable[Member | Flaw]) -> Iterator[Sample | Skip]:
-    """Group consecutive members by key, their name without the last extension."""
+    """Group consecutive members by their key, which is their name without the last extension."""
     key, group, reason = "", {}, ""
     seen: set[str] = set()
     for part in itertools.chain(parts, [None]):
         if isinstance(part, Flaw):
-            yield Skip(part.name or key, CUT if part.inside else NO_END if part.cut else DAMAGED, part.detail)
-            if part.doubt or part.name and split(part.name)[0] == key:          # of this sample more was to come
+            yield Skip(part.name or key, CUT if part.inside else NO_END if part.truncated else DAMAGED, part.detail)
+            if part.doubtful or part.name and split(part.name)[0] == key:       # the sample in progress is incomplete
                 group = {}
             continue
         stem, kind = split(part.name) if part else (None, "picture")
@@ -188,13 +189,14 @@ def pair(parts: Iterable[Member | Flaw]) -> Iterator[Sample | Skip]:
 
 
 def finish(key: str, group: dict[str, bytes], reason: str) -> Sample | Skip:
+    """The sample of a group of members, {kind: data}. reason: why it cannot be used, if it cannot."""
     if reason or "picture" not in group:
         return Skip(key, reason or NO_PICTURE)
     return Sample(key, group.pop("picture"), group)
 
 
 def split(name: str) -> tuple[str, str | None]:
-    """A file's key, and what it is: "picture", "txt", "json", UNSAFE_NAME; None for what is passed over."""
+    """A file's key and its kind: "picture", "txt", "json" or UNSAFE_NAME; None for a file that is ignored."""
     if UNSAFE.match(name):
         return name, UNSAFE_NAME
     stem, _, extension = name.rpartition(".")
@@ -202,11 +204,11 @@ def split(name: str) -> tuple[str, str | None]:
     return stem, None if kind is None or HIDDEN.match(name) else kind
 
 
-# ---- files, arrays, scenes
+# ---- files, arrays
 
 
 def read_files(fs: AbstractFileSystem, entries: Sequence[Entry]) -> Iterator[Sample | Skip]:
-    """Samples whose pictures, and perhaps captions, are files."""
+    """Samples whose pictures, and captions in some cases, are single files."""
     for entry in entries:
         files = [entry.picture, *entry.fields.values()]
         reason = entry.reason or (
@@ -220,7 +222,7 @@ def read_files(fs: AbstractFileSystem, entries: Sequence[Entry]) -> Iterator[Sam
             raise
         except FileNotFoundError as error:
             yield Skip(entry.key, MISSING, str(error))
-        except (OSError, ValueError) as error:                          # ValueError: a name no file system takes
+        except (OSError, ValueError) as error:                          # ValueError: a name that is invalid in the file system
             yield Skip(entry.key, UNREADABLE, str(error))
         else:
             yield Sample(entry.key, picture, dict(zip(entry.fields, values)))
@@ -231,25 +233,19 @@ def read_file(fs: AbstractFileSystem, file: File) -> bytes:
         return stream.read()
 
 
-def read_toyworld(numbers: range, resolution: int, seed: int) -> Iterator[Sample]:
-    for number in numbers:
-        drawn = toyworld.sample(number, resolution, seed)
-        yield Sample(f"{number:06d}", drawn.image, {"text": drawn.caption})
-
-
 def read_npz(fs: AbstractFileSystem, path: str, size: int | None) -> Iterator[Sample]:
-    """Samples of `images` uint8 [n, h, w, 3] (or [n, h, w]) with `captions`, or `labels` and perhaps `class_names`.
+    """Samples of `images` uint8 [n, h, w, 3] (or [n, h, w]) with `captions`, or with `labels` and optionally `class_names`.
 
-    Raises ValueError with the fix where the arrays are others, and SourceLost where they cannot be read.
+    Raises ValueError, with the fix, where the arrays are not of this form, and SourceLost where the file cannot be read.
     """
     name = address(fs, path)
     with reading(fs, path, size) as file:
         try:
             with np.load(file, allow_pickle=False) as content:
                 arrays = {key: content[key] for key in ("images", "captions", "labels", "class_names") if key in content}
-        except Exception as error:          # zipfile, zlib and numpy each have their own
+        except Exception as error:          # zipfile, zlib and numpy each have their own exceptions
             if isinstance(error, OSError) and not isinstance(error, ValueError) and error.errno != errno.EINVAL:
-                raise                       # EINVAL: the file says that its parts lie before its start
+                raise                       # EINVAL comes from a damaged file whose offsets are negative, not from the disk
             hint = ("; save strings as np.array(captions, dtype=str), not as objects" if "allow_pickle" in str(error) else "")
             raise ValueError(f"{name} is not a readable .npz file ({error}){hint}") from None
     images = arrays.get("images")
@@ -268,7 +264,7 @@ def words(arrays: dict[str, np.ndarray], count: int) -> list[Any]:
     """The caption or captions of each picture in an .npz file."""
     key = "captions" if "captions" in arrays else "labels"
     if key not in arrays:
-        raise ValueError("there are neither captions (strings) nor labels (whole numbers) beside the images: save one of them")
+        raise ValueError("there are neither captions (strings) nor labels (integers) with the images: save one of them")
     arrays = {name: np.char.decode(array, "utf-8", "surrogateescape") if array.dtype.kind == "S" else array
               for name, array in arrays.items()}
     values = arrays[key]
@@ -279,7 +275,7 @@ def words(arrays: dict[str, np.ndarray], count: int) -> list[Any]:
             raise ValueError(f"captions are {values.dtype} {list(values.shape)}: save np.array(captions, dtype=str)")
         return values.tolist()
     if values.dtype.kind not in "iu" or values.ndim != 1:
-        raise ValueError(f"labels are {values.dtype} {list(values.shape)}: save whole numbers [n]")
+        raise ValueError(f"labels are {values.dtype} {list(values.shape)}: save integers [n]")
     if "class_names" not in arrays:
         return [f"class {label}" for label in values.tolist()]
     names = [str(name) for name in arrays["class_names"].tolist()]

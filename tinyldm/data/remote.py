@@ -1,7 +1,8 @@
-"""Files on any file system that fsspec knows, read through connections that break.
+"""Files on any file system that fsspec knows, read over unreliable connections.
 
-Notable: a reader sees one steady stream. What breaks (a reset, a timeout, a body that ends early, a server that is
-away for a while) is waited out and read on from the same byte; what stays broken is one error that says how far it came.
+Notable: a reader sees one continuous stream. After a failure (a reset, a timeout, a body that ends early, a server that is
+unreachable for a while) the file is opened again after a pause and read from the same byte. If it fails repeatedly, one error
+says how far reading came.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-BUFFER = 4 << 20            # bytes a request asks for: large enough that its latency does not count
+BUFFER = 4 << 20            # bytes per request: large enough that its latency is negligible
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs",
             "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko", "ssh": "paramiko"}
 
 
 class SourceLost(OSError):
-    """A source that is out of reach, after all tries where trying helps."""
+    """A source cannot be reached, even after retries where a retry could help."""
 
 
-def verdict(error: BaseException) -> type[OSError]:
-    """What an error of a file system comes to: FileNotFoundError, PermissionError, or SourceLost for all others.
+def classify(error: BaseException) -> type[OSError]:
+    """The meaning of an error of a file system: FileNotFoundError, PermissionError, or SourceLost for all others.
 
-    It is not enough to ask for its class: fsspec's http and the hub's cache say "not found" when there is no network.
+    Its class alone does not tell: fsspec's http and the hub's cache raise "not found" when there is no network.
     """
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError     # late: the package is slow to import
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # late: the package is slow to import
 
     status = status_of(error)
     if status is not None:
@@ -38,35 +39,35 @@ def verdict(error: BaseException) -> type[OSError]:
     if isinstance(error, LocalEntryNotFoundError):
         return SourceLost
     if isinstance(error, (FileNotFoundError, NotADirectoryError, EntryNotFoundError)):
-        cause = error.__cause__             # a failed look-up or a name that cannot be says nothing about the network
-        return verdict(cause) if cause and not isinstance(cause, (LookupError, ValueError)) else FileNotFoundError
+        cause = error.__cause__             # a failed look-up or an invalid name as its cause has nothing to do with the network
+        return classify(cause) if cause and not isinstance(cause, (LookupError, ValueError)) else FileNotFoundError
     return PermissionError if isinstance(error, PermissionError) else SourceLost
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error stands for, as aiohttp, the hub, Azure's, Google's or Amazon's libraries keep it."""
+    """The HTTP status in an error of aiohttp, the hub, or Azure's, Google's or Amazon's libraries; None if there is none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         response = response.get("ResponseMetadata")
         found = [response.get("HTTPStatusCode")] if isinstance(response, dict) else []
     else:
-        found = [getattr(place, name, None) for place in (error, response) for name in ("status", "status_code", "code")]
+        found = [getattr(holder, name, None) for holder in (error, response) for name in ("status", "status_code", "code")]
     return next((status for status in found if isinstance(status, int) and 400 <= status < 600), None)
 
 
-class Steady(io.RawIOBase):
-    """One file to be read: seekable, and steady over connections that break.
+class RetryingFile(io.RawIOBase):
+    """A seekable file for reading that reconnects when its connection breaks.
 
-    size: bytes, None where the file system does not say. An end before that counts as a break.
-    tries: how often in a row without a single byte; the waits between are 1, 2, 4, ... seconds.
-    sleep: takes seconds; for tests.
+    size: in bytes, None where the file system does not say. If the file ends earlier, that counts as a broken connection.
+    tries: attempts in a row that may fail to read a single byte; the pauses between them are 1, 2, 4, ... seconds.
+    sleep: called with seconds; for tests.
     """
 
     def __init__(self, fs: AbstractFileSystem, path: str, size: int | None = None, *, tries: int = 6,
                  sleep: Callable[[float], None] | None = None):
         super().__init__()
         self.fs, self.path, self.size, self.tries, self.sleep = fs, path, size, tries, sleep or time.sleep
-        self.at = 0                         # the next byte to hand out
+        self.at = 0                         # position of the next byte to return
         self.stream = None
 
     def readinto(self, buffer) -> int:
@@ -85,26 +86,26 @@ class Steady(io.RawIOBase):
                     self.at += len(data)
                     return len(data)
                 reason = "the connection ended early"
-            except Exception as error:      # file systems raise what their libraries raise; few of it is an OSError
-                if isinstance(error, FileNotFoundError) and verdict(error) is FileNotFoundError:
+            except Exception as error:      # file systems pass on their libraries' exceptions, of which few are OSErrors
+                if isinstance(error, FileNotFoundError) and classify(error) is FileNotFoundError:
                     raise
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self.drop()
         raise SourceLost(f"{address(self.fs, self.path)}: stopped at byte {self.at} of {self.size or 'an unknown number'} "
                          f"after {self.tries} tries ({reason}): check the network and run the same command again; "
-                         "finished shards stay")
+                         "finished shards are kept")
 
     def reopen(self) -> BinaryIO:
-        stream = self.fs.open(self.path, "rb", cache_type="none")       # read once and in large pieces: nothing to cache
+        stream = self.fs.open(self.path, "rb", cache_type="none")       # a cache has no use: every byte is read once, in large pieces
         try:
             if self.at:
                 stream.seek(self.at)
-        except ValueError:                  # a server without ranges: read up to the place
+        except ValueError:                  # the server does not support ranges: read and discard up to the position
             left = self.at
             while left:
                 data = stream.read(min(left, BUFFER))
                 if not data:
-                    raise EOFError(f"the file ends {left} bytes before the place") from None
+                    raise EOFError(f"the file ends {left} bytes before byte {self.at}") from None
                 left -= len(data)
         return stream
 
@@ -113,19 +114,19 @@ class Steady(io.RawIOBase):
         try:
             if stream is not None:
                 stream.close()
-        except Exception:                   # it is broken, which is why it is closed
+        except Exception:                   # the connection is broken already
             pass
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END and self.size is None:
             raise io.UnsupportedOperation(f"{address(self.fs, self.path)}: its size is not known")
-        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
-        if place < 0:
-            raise ValueError(f"cannot seek to byte {place}")
-        if place != self.at:
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        if position < 0:
+            raise ValueError(f"cannot seek to byte {position}")
+        if position != self.at:
             self.drop()
-            self.at = place
-        return place
+            self.at = position
+        return position
 
     def tell(self) -> int:
         return self.at
@@ -146,32 +147,32 @@ def is_local(fs: AbstractFileSystem) -> bool:
 
 
 def open_file(fs: AbstractFileSystem, path: str, size: int | None = None) -> BinaryIO:
-    """A buffered, seekable stream of a file, local or remote. size as the file system told it."""
+    """A buffered, seekable stream of a file, local or remote. size: what the file system's listing gives."""
     if is_local(fs):
         return open(path, "rb", buffering=1 << 20)
-    return io.BufferedReader(Steady(fs, path, size), BUFFER)
+    return io.BufferedReader(RetryingFile(fs, path, size), BUFFER)
 
 
 @contextmanager
 def reading(fs: AbstractFileSystem, path: str, size: int | None = None) -> Iterator[BinaryIO]:
-    """open_file() for a shard: whatever keeps it from being read is a SourceLost that names it."""
+    """open_file() for a shard: every error that keeps it from being read becomes a SourceLost that names the shard."""
     try:
         with open_file(fs, path, size) as file:
             yield file
     except SourceLost:
         raise
     except OSError as error:
-        raise SourceLost(f"{address(fs, path)}: cannot be read ({type(error).__name__}: {error.strerror or error}): see that "
-                         "it is there and may be read, and run the same command again; finished shards stay") from error
+        raise SourceLost(f"{address(fs, path)}: cannot be read ({type(error).__name__}: {error.strerror or error}): check "
+                         "that it exists and may be read, and run the same command again; finished shards are kept") from error
 
 
 def address(fs: AbstractFileSystem, path: str) -> str:
-    """What to call a file in messages: its path, or its URL."""
+    """The name of a file in messages: its path, or its URL."""
     return path if is_local(fs) else fs.unstrip_protocol(path)
 
 
 def find_fs(spec: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path in it. ValueError where its package is missing."""
+    """The file system of a path or URL, and the path within it. ValueError where its package is not installed."""
     protocol = spec.partition("://")[0].split("::")[-1]
     try:
         return url_to_fs(spec)

@@ -1,15 +1,16 @@
 """One shard of a cache: its files, their layout, and how they are written.
 
-    shard.json             counts of what was read, kept, skipped; the sizes present
-    latents-32x32.npy      float16 [n, views, parts, c, h, w], a file per size (latent rows x columns)
-    captions.npy           uint8: all captions in UTF-8, end to end
-    ends.npy               int64 [m]: where each caption ends
-    first.npy              int64 [n + 1]: the first caption of each sample, numbered size by size, row by row
-    kinds.npy              uint8 [m]: which caption key each is from
-    tokens-HASH.npy        uint16 or uint32 [m, L]: token ids; HASH: the tokenizer's fingerprint, cut to 12
+    shard.json             how many samples were read, kept and skipped; how many there are of each size
+    latents-32x32.npy      float16 [n, views, parts, c, h, w], one file per size (latent rows x columns)
+    captions.npy           uint8: all captions in UTF-8, concatenated
+    ends.npy               int64 [m]: the byte after the last of each caption
+    first.npy              int64 [n + 1]: the number of each sample's first caption; samples count size by size, row by row
+    kinds.npy              uint8 [m]: the index of the caption key that each caption comes from
+    tokens-HASH.npy        uint16 or uint32 [m, L]: token ids; HASH: the first 12 digits of the tokenizer's fingerprint
 
-views: 1, or 2 with the flipped picture. parts: 1 (mean) or 2 (mean, standard deviation). All headers are one page long:
-rows of whole pages lie on pages, and a cold read fetches no more of the disk than the row.
+n samples with m captions. views: 1, or 2 with the mirrored picture. parts: 1 (mean) or 2 (mean, standard deviation). Every
+file has a header of 4,096 bytes, one page, so a row whose size is a whole number of pages begins on a page, and reading it
+from the disk fetches nothing else.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ import numpy as np
 
 HEADER = 4096               # bytes
 Size = tuple[int, int]
-AGAIN = "run prepare.py again: it mends what is missing"
+AGAIN = "run prepare.py again: it repairs what is missing"
 FACTS = ("name", "stamp", "read", "kept", "skipped", "filtered", "groups", "captions", "shape", "stats")
 
 
 class ShardWriter:
-    """Writes one shard's arrays into a folder (which the caller puts in place).
+    """Writes one shard's arrays into a folder, which the caller then moves to its final name.
 
-    The latents go to disk as they come; only captions are held in memory. The same samples in the same order give the
-    same bytes, in whatever batches they come.
+    Latents are written as they arrive, and only captions are held in memory. The same samples in the same order give the
+    same bytes, however they are divided into batches.
     """
 
     def __init__(self, folder: Path):
@@ -55,13 +56,13 @@ class ShardWriter:
         self.shape, size = shape, (latents.shape[4], latents.shape[5])
         if size not in self._files:
             self._files[size] = open(self.folder / latents_name(size), "wb")
-            self._files[size].write(bytes(HEADER))              # the true one follows when the number of rows is known
+            self._files[size].write(bytes(HEADER))              # a placeholder: the number of rows is known only in close()
             self._captions[size] = []
         self._files[size].write(np.ascontiguousarray(latents, "<f2").data)
         self._captions[size] += [[(kind, text.encode("utf-8", "replace")) for kind, text in sample] for sample in captions]
 
     def close(self) -> dict:
-        """Finish the files; {"groups": ..., "captions": ..., "shape": ...} for shard.json (shape [] with no samples)."""
+        """Finish the files. Returns {"groups": ..., "captions": ..., "shape": ...} for shard.json (shape: [] without samples)."""
         groups = [{"size": list(size), "count": len(self._captions[size])} for size in sorted(self._captions)]
         for size, file in self._files.items():
             file.seek(0)
@@ -80,21 +81,21 @@ class ShardWriter:
 
 
 def check_shard(folder: Path) -> dict:
-    """A shard's facts, with what opening the cache needs besides, once its arrays are what shard.json says."""
+    """The entry of a shard for index.json. ValueError unless its arrays have the sizes that shard.json implies."""
     try:
         facts = json.loads((folder / "shard.json").read_text("utf-8"))
         shard = {key: facts.get(key) for key in FACTS} | {"name": folder.name, "text_bytes": 0, "kinds": 0}
         if shard["captions"]:
             shard["text_bytes"] = int(np.load(folder / "ends.npy", mmap_mode="r")[-1])
             shard["kinds"] = int(np.load(folder / "kinds.npy", mmap_mode="r").max()) + 1
-    except (OSError, ValueError) as error:              # json's errors are ValueErrors
-        raise ValueError(f"shard {folder} is not whole ({error}): {AGAIN}") from error
+    except (OSError, ValueError) as error:              # JSONDecodeError is a ValueError
+        raise ValueError(f"shard {folder} is incomplete ({error}): {AGAIN}") from error
     check_sizes(folder, file_sizes(shard))
     return shard
 
 
 def file_sizes(shard: dict) -> dict[str, int]:
-    """The files of a shard and their bytes."""
+    """The name of each array file of a shard, and its size in bytes."""
     if not shard["captions"]:
         return {}
     views, parts, channels = shard["shape"]
@@ -106,7 +107,7 @@ def file_sizes(shard: dict) -> dict[str, int]:
 
 
 def check_sizes(folder: Path | str, sizes: dict[str, int], fix: str | None = None) -> None:
-    """ValueError, with the fix, unless the folder's files are there with so many bytes each."""
+    """ValueError, with the fix, unless each file {name: bytes} exists in the folder with exactly this size."""
     for name, size in sizes.items():
         path = os.path.join(folder, name)
         try:
@@ -114,7 +115,7 @@ def check_sizes(folder: Path | str, sizes: dict[str, int], fix: str | None = Non
         except OSError:
             raise ValueError(f"{path} is missing: {fix or AGAIN}") from None
         if found != size:
-            raise ValueError(f"{path} has {found:,} bytes, and should have {size:,}: "
+            raise ValueError(f"{path} has {found:,} bytes and should have {size:,}: "
                              f"{fix or f'delete {folder} and run prepare.py again'}")
 
 
@@ -123,6 +124,7 @@ def count_samples(shard: dict) -> int:
 
 
 def read_captions(folder: Path) -> list[str]:
+    """All captions of a shard, in the order of their numbers."""
     text, ends = np.load(folder / "captions.npy").tobytes(), np.load(folder / "ends.npy").tolist()
     return [text[start:end].decode() for start, end in zip([0, *ends], ends)]
 
@@ -136,13 +138,13 @@ def tokens_name(fingerprint: str) -> str:
 
 
 def header(dtype: str, shape: Sequence[int]) -> bytes:
-    """NumPy's header, version 1.0, always HEADER bytes long."""
+    """The header of an .npy file (format version 1.0), padded to HEADER bytes."""
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER - 10) + text.encode().ljust(HEADER - 11) + b"\n"
 
 
 def read_header(file: str) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and dtype of an array that `header` begins."""
+    """The shape and dtype of an array file whose header `header` wrote."""
     with open(file, "rb") as opened:
         np.lib.format.read_magic(opened)
         shape, _, dtype = np.lib.format.read_array_header_1_0(opened)

@@ -1,10 +1,10 @@
 """toyworld: captioned scenes drawn by the library itself, for training without a download.
 
-A scene is one subject of one colour before one background, in one of three sizes and three
-places: 12 x 8 x 5 x 3 x 3 = 4,320 combinations, each with endless small variations. Scene i is
+A scene is one subject of one colour in front of one background, in one of three sizes and three
+positions: 12 x 8 x 5 x 3 x 3 = 4,320 combinations, each with endless small variations. Scene i is
 a pure function of (i, seed, split), so the set is infinite, needs no files, and any rank or
 restart sees the same pictures. A tenth of the (colour, subject) pairs is never trained on:
-`split="held_out"` shows whether a model composes what it knows.
+`split="held_out"` tests whether a model combines colours and subjects that it knows in new ways.
 
     python -m tinyldm.data.toyworld --out sheet.png        # a captioned contact sheet
 """
@@ -19,21 +19,21 @@ from PIL import Image, ImageChops, ImageDraw
 
 from tinyldm.data.toyworld_backdrops import BACKGROUNDS, sky
 from tinyldm.data.toyworld_shapes import INK, RGB, SUBJECTS, Pen, Point, mix
-from tinyldm.sheet import captioned, two_lines
+from tinyldm.pictures.sheet import captioned, two_lines
 
 COLOURS: dict[str, RGB] = {
     "red": (222, 48, 52), "orange": (245, 136, 32), "yellow": (252, 208, 44), "green": (36, 146, 78),
     "blue": (48, 104, 222), "purple": (136, 72, 190), "pink": (250, 142, 186), "white": (252, 252, 252)}
-SIZES: dict[str, float] = {"small": 0.38, "medium": 0.52, "large": 0.66}       # share of the picture's width
+SIZES: dict[str, float] = {"small": 0.38, "medium": 0.52, "large": 0.66}       # fraction of the picture's width
 SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium",), "large": ("large", "big")}
 POSITIONS: dict[str, float] = {"left": 0.27, "middle": 0.5, "right": 0.73}     # x of the centre
 
-# Each subject at most once and each colour at most twice, so that every word is well trained.
+# Each subject occurs at most once and each colour at most twice, so that every word is well trained.
 HELD_OUT: frozenset[tuple[str, str]] = frozenset({
     ("purple", "fox"), ("green", "cat"), ("yellow", "bird"), ("white", "fish"), ("blue", "tree"),
     ("green", "flower"), ("orange", "house"), ("purple", "car"), ("red", "boat"), ("blue", "star")})
 
-# What the sample grids of a training run ask for.
+# The prompts of the sample grids of a training run.
 PROMPTS = ("a red fox", "a small blue cat on the left, in the snow", "a large yellow star under the stars",
            "a green car on sand", "a purple flower on grass", "a white boat at sea", "a pink bird", "an orange tree")
 
@@ -51,7 +51,7 @@ class Scene:
     background: str
     size: str = "medium"
     position: str = "middle"
-    seed: int = 0               # the variation: exact place and size, clouds, and the caption's wording
+    seed: int = 0               # of the variations: exact position and size, clouds, and the wording of the caption
 
 
 class Sample(NamedTuple):
@@ -83,7 +83,7 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
 
     half = SIZES[scene.size] / 2 * rng.uniform(0.95, 1.05)
     x = POSITIONS[scene.position] + rng.uniform(-0.02, 0.02)
-    x = min(max(x, half + 0.02), 0.98 - half)                    # all of it inside the picture
+    x = min(max(x, half + 0.02), 0.98 - half)                    # keeps the whole subject inside the picture
     feet = 0.84 + 0.06 * (half - 0.25) + rng.uniform(-0.02, 0.02)
     page.oval(x, feet, half * 0.85, half * 0.16, backdrop.shadow)
     stamp(canvas, scene, (x * side, (feet - half) * side), (half * side, half * side), 0.009 * side)
@@ -99,7 +99,7 @@ def stamp(canvas: Image.Image, scene: Scene, centre: Point, scale: Point, outlin
     main = COLOURS[scene.colour]
     SUBJECTS[scene.subject](Pen(ImageDraw.Draw(layer), (margin, margin), scale, main))
     shape = wide = layer.getchannel("A")
-    # The outline is the silhouette moved a little to all sides: it keeps white apart from snow.
+    # The outline is the silhouette shifted a little in all directions. It separates a white subject from snow.
     for dx, dy in ((d, 0), (0, d)):
         moved = ImageChops.lighter(ImageChops.offset(wide, dx, dy), ImageChops.offset(wide, -dx, -dy))
         wide = ImageChops.lighter(wide, moved)
@@ -117,7 +117,7 @@ def caption(scene: Scene) -> str:
     kind = rng.choices(("plain", "tags", "sentence"), (0.11, 0.13, 0.76))[0]
     noun = f"{scene.colour} {scene.subject}"
     article = "an " if scene.colour == "orange" else "a "
-    if kind == "plain":                                          # "a red fox": what people type
+    if kind == "plain":                                          # "a red fox", the form of most users' prompts
         return article + noun
     if rng.random() < (0.1 if scene.size == "medium" else 0.7):
         noun, article = f"{rng.choice(SIZE_WORDS[scene.size])} {noun}", "a "
@@ -134,7 +134,7 @@ def caption(scene: Scene) -> str:
 
 
 def sample(index: int, size: int = 64, seed: int = 0, split: str = "train") -> Sample:
-    """Picture, caption and scene number `index`: a pure function of its arguments."""
+    """Scene number `index` with its picture and caption: a pure function of the arguments."""
     it = scene(index, seed, split)
     return Sample(np.array(draw(it, size)), caption(it), it)
 

@@ -1,8 +1,8 @@
-"""The backgrounds of toyworld: a sky, a ground, and one or two things that move about.
+"""The backgrounds of toyworld: a sky, a ground, and one or two details at random positions.
 
 Coordinates are [0, 1] x [0, 1] over the whole picture, y down, horizon near y = 0.6. `back` is
-drawn behind the subject and `front` before it (the sea hides the keel of a boat). Tones are
-pale or dark, never those of the eight colours, so that a subject's colour stands out.
+drawn behind the subject and `front` in front of it (the sea hides the keel of a boat). Colours are
+pale or dark, never one of the eight colours of subjects, so that a subject's colour stands out.
 """
 
 from functools import lru_cache
@@ -17,15 +17,15 @@ from tinyldm.data.toyworld_shapes import RGB, Pen, curve
 
 class Backdrop(NamedTuple):
     sky: tuple[RGB, RGB]                        # top, horizon
-    shadow: RGB                                 # what the subject casts on the ground
+    shadow: RGB                                 # of the subject on the ground
     back: Callable[[Pen, Random], None]
     front: Callable[[Pen, Random], None]
-    phrases: tuple[str, ...]                    # how captions say it
+    phrases: tuple[str, ...]                    # the background's names in captions
 
 
 @lru_cache(maxsize=64)
 def sky(name: str, side: int) -> Image.Image:
-    """The gradient from top to horizon, side x side pixels. Shared: copy before drawing."""
+    """The gradient from top to horizon, side x side pixels. The image is cached, so copy it before drawing on it."""
     top, low = (np.array(c, float) for c in BACKGROUNDS[name].sky)
     u = np.clip(np.arange(side) / (0.65 * side), 0, 1)[:, None]
     rows = np.rint(top + (low - top) * u).astype(np.uint8)               # [side, 3]
@@ -33,7 +33,7 @@ def sky(name: str, side: int) -> Image.Image:
 
 
 def hill(p: Pen, rng: Random, y: float, colour: RGB) -> None:
-    """Everything under one gentle slope near height y."""
+    """Fill the picture below a gentle slope near height y."""
     a, b, c = (y + rng.uniform(-0.03, 0.03) for _ in range(3))
     p.poly(curve(((-0.3, a), (0.2, b), (0.7, c), (1.3, a), (1.4, 1.5), (-0.4, 1.5))), colour)
 
@@ -102,7 +102,7 @@ def sea(p: Pen, rng: Random) -> None:
 
 
 def wave(p: Pen, rng: Random, y: float = 0.815, colour: RGB = (84, 184, 194)) -> None:
-    """A scalloped crest at height y, with foam, over everything below."""
+    """A scalloped crest at height y, with foam; fills the picture below it."""
     x = rng.uniform(-0.4, -0.2)
     for lift, tone in ((0.0, (222, 244, 242)), (0.018, colour)):
         crest = [(x + i * 0.1, y + lift + (0.03 if i % 2 else 0.0)) for i in range(17)]

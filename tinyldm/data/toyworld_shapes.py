@@ -1,8 +1,8 @@
-"""The sixteen subjects of toyworld, each a few lines in unit coordinates.
+"""The twelve subjects of toyworld, each drawn by a few lines in unit coordinates.
 
 A subject fills the box [-1, 1] x [-1, 1] (x right, y down) and stands on y = 1. The same drawing
-serves every image size: only `Pen` knows about pixels. Shapes are flat and few, because a small
-autoencoder has to reproduce them.
+serves every image size: only `Pen` converts to pixels. Shapes are few and of uniform colours,
+because a small autoencoder has to reproduce them.
 """
 
 from functools import lru_cache
@@ -28,24 +28,24 @@ def mix(a: RGB, b: RGB, amount: float) -> RGB:
 def curve(points: Points, steps: int = 6) -> np.ndarray:
     """Closed Catmull-Rom curve through the points: [n * steps, 2]."""
     p = np.array((points[-1], *points, *points[:2]))
-    a, b, c, d = (p[i:len(points) + i, None] for i in range(4))          # [n, 1, 2] each: b to c is drawn
+    a, b, c, d = (p[i:len(points) + i, None] for i in range(4))          # [n, 1, 2] each; the segment is from b to c
     u = (np.arange(steps) / steps)[:, None]
     return (b + 0.5 * u * (c - a + u * (2 * a - 5 * b + 4 * c - d + u * (3 * (b - c) + d - a)))).reshape(-1, 2)
 
 
-fixed_curve = lru_cache(maxsize=256)(curve)         # subjects never change shape
+fixed_curve = lru_cache(maxsize=256)(curve)         # for the outlines of subjects, which are the same in every scene
 
 
 class Pen:
-    """Draws in unit coordinates: pixel = origin + scale * unit. A negative x scale mirrors.
+    """Draws in unit coordinates: pixel = origin + scale * unit. A negative x scale mirrors the drawing.
 
-    main is the subject's colour; dark, light and pale are its shades (pale: bellies, tips).
+    main is the subject's colour; dark, light and pale are its shades (pale for bellies and tips).
     """
 
     def __init__(self, draw: ImageDraw.ImageDraw, origin: Point, scale: Point, main: RGB = CREAM):
         self.draw, self.origin, self.scale = draw, origin, scale
         self.main, self.dark, self.light = main, mix(main, (0, 0, 0), 0.15), mix(main, CREAM, 0.45)
-        # On white, a cream belly would vanish: use a cool shade instead.
+        # A cream belly would be invisible on a white subject, which gets a cool shade instead.
         self.pale = mix(main, CREAM, 0.88) if min(main) < 225 else (222, 226, 238)
 
     def _pixels(self, points) -> list[float]:
@@ -167,7 +167,7 @@ def flower(p: Pen) -> None:
     for i in range(6):
         a = i * 60
         p.leaf(0.44 * sin(a * pi / 180), -0.3 - 0.44 * cos(a * pi / 180), 0.25, 0.3, a, p.main if i % 2 else p.dark)
-    warm = p.main[1] > 120 and p.main[2] < 60                       # a yellow centre would vanish on yellow
+    warm = p.main[1] > 120 and p.main[2] < 60                       # a yellow centre would be invisible on yellow
     p.oval(0, -0.3, 0.25, 0.25, BROWN if warm else (255, 214, 80))
     p.eyes(0, -0.34, 0.1, 0.045)
 

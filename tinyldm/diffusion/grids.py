@@ -1,12 +1,13 @@
-"""Grids: at which noise levels a sampler stops. A scheduler's habits are a list of Levels, nothing else.
+"""Grids: the noise levels at which a sampler calls the network. Every quirk of a published scheduler is a list of Levels.
 
-`grid(process, steps)` gives steps + 1 levels of Python floats, from noise to data. Slice it or build it by hand: most
-samplers only look at neighbours. To start part-way, from an image, pass `strength`, then mix at the first level:
+`grid(process, steps)` gives steps + 1 levels of Python floats, from noise to data. You can slice it or build one by hand,
+since most samplers only use two neighbouring levels at a time. To start part-way, from an image, pass `strength` and add
+noise up to the first level:
 
     levels = grid(process, 30, strength=0.6)
     x = levels[0].alpha * x0 + levels[0].sigma * eps
 
-How published schedulers map onto it (T = 1000 training steps; vendor_loaders/scheduler.py reads it from a config):
+Schedules that reproduce the published schedulers (vendor_loaders/scheduler.py finds them from a scheduler's config):
   DDIM, DDPM, PNDM           leading (offset=1 for Stable Diffusion), trailing, linspace
   Euler, Euler a, Heun, LMS  leading, trailing, linspace_unrounded; karras, exponential, beta with ends= one of these
   DPM-Solver++, UniPC        trailing; leading, linspace with drop_last; karras with rounded, exponential, beta; flow_sigmas
@@ -29,54 +30,58 @@ from tinyldm.lookup import lookup
 
 
 class Levels(list):
-    """Levels, and the curve that they lie on, sigma / alpha -> Level: for samplers that look between them."""
+    """Levels, and the curve on which they lie, sigma / alpha -> Level, for samplers that need levels between them."""
 
     def __init__(self, levels: Iterable[Level], curve: Callable[[float], Level]) -> None:
         super().__init__(levels)
         self.curve = curve
 
     def __getitem__(self, key):
-        found = super().__getitem__(key)
-        return Levels(found, self.curve) if isinstance(key, slice) else found
+        item = super().__getitem__(key)
+        return Levels(item, self.curve) if isinstance(key, slice) else item
 
 
 def grid(
     process: Process, steps: int, schedule: str | Sequence[float] = "normal", *, strength: float = 1.0,
     drop_last: bool = False, set_alpha_to_one: bool = True, alpha_floor: float = 0.0, **options,
 ) -> Levels:
-    """The levels of `steps` sampling steps: steps + 1 of them, falling in noise, ending at clean data.
+    """The levels of `steps` sampling steps: steps + 1 of them, with decreasing noise, the last of them clean data.
 
-    schedule          a name in SCHEDULES, "normal" is trailing; or the times to stop at before the end, as numbers or as
-                      "999,800,500,200,50": entries of a table or 1000 t (before a flow's shift); `steps` is then unused
-    strength          in (0, 1]: keep only the last int(steps * strength) steps, for image to image
-    drop_last         spread steps + 1 levels and skip the least noisy, as DPM-Solver++ does in diffusers
+    schedule          a name in SCHEDULES ("normal" is trailing), or the times before clean data, as numbers or as the string
+                      "999,800,500,200,50": entries of a table, or 1000 t before a flow's shift; `steps` is then ignored
+    strength          in (0, 1]: keep only the last int(steps * strength) steps, for image-to-image
+    drop_last         make steps + 1 levels and leave out the least noisy one, as DPM-Solver++ does in diffusers
     set_alpha_to_one  False: end at the first entry of a discrete table instead of at clean data
-    alpha_floor       stands for alpha where it is 0: 2**-12 in diffusers' schedulers that divide by it
+    alpha_floor       replaces an alpha of 0; 2**-12 in those schedulers of diffusers that divide by alpha
     options           offset (leading); from_noise (flow_sigmas); those of _by_noise (karras, exponential, beta)
 
-    ValueError for names, counts and strengths that do not fit, with what would.
+    A table with zero terminal SNR must be sampled from its last entry (arXiv:2305.08891, Section 3.3): at any other the
+    network expects a trace of signal, above all the mean brightness, which the initial noise does not contain. "trailing"
+    and "linspace" start at the last entry, "leading" does not.
+
+    ValueError for unknown names and for counts and strengths out of range; it says which are valid.
     """
-    spread = find_schedule(schedule)
-    check_options(spread, options, f"{schedule} option")
-    most = len(process) - drop_last if isinstance(process, Discrete) else math.inf
-    if not 1 <= steps <= most:
-        raise ValueError(f"{steps} sampling steps: use {'1 or more' if most == math.inf else f'1 to {most}'}")
+    make_levels = find_schedule(schedule)
+    check_options(make_levels, options, f"{schedule} option")
+    max_steps = len(process) - drop_last if isinstance(process, Discrete) else math.inf
+    if not 1 <= steps <= max_steps:
+        raise ValueError(f"{steps} sampling steps: use {'1 or more' if max_steps == math.inf else f'1 to {max_steps}'}")
     last = _at(process, 0.0) if isinstance(process, Discrete) and not set_alpha_to_one else CLEAN
     if alpha_floor and isinstance(process, Discrete):
         process = Discrete.from_alpha(process.alpha.masked_fill(process.alpha == 0, alpha_floor))
-    levels = spread(process, steps + drop_last, **options)
+    levels = make_levels(process, steps + drop_last, **options)
     levels = levels[: len(levels) - drop_last] + [last]
     if alpha_floor and levels[0].alpha == 0:
-        levels[0] = Level(levels[0].t, alpha_floor, 1 - alpha_floor)  # only a flow is still at 0
+        levels[0] = Level(levels[0].t, alpha_floor, 1 - alpha_floor)  # a flow, since the table's own zero was replaced above
     steps = len(levels) - 1
-    keep = int(steps * strength + 1e-9)  # 50 * 0.58 is 28.999...: without the nudge it would lose a step
-    if not 1 <= keep <= steps:
-        raise ValueError(f"strength {strength} keeps {keep} of {steps} steps: use {1 / steps:.2g} to 1")
-    return Levels(levels[steps - keep :], curve(process))
+    kept = int(steps * strength + 1e-9)  # 50 * 0.58 is 28.999..., which int() alone would round to 28
+    if not 1 <= kept <= steps:
+        raise ValueError(f"strength {strength} keeps {kept} of {steps} steps: use {1 / steps:.2g} to 1")
+    return Levels(levels[steps - kept :], curve(process))
 
 
 def find_schedule(schedule: str | Sequence[float]) -> Callable[..., list[Level]]:
-    """A schedule by name, or one that stops at the given times. ValueError for unknown names and what is no number."""
+    """A schedule by name, or one with the given times. ValueError for unknown names, and for times that are no numbers."""
     if isinstance(schedule, str) and not schedule.strip()[:1].isdigit():
         return lookup(SCHEDULES, schedule, "schedule")
     try:
@@ -85,86 +90,89 @@ def find_schedule(schedule: str | Sequence[float]) -> Callable[..., list[Level]]
         raise ValueError(f"schedule '{schedule}' is not a list of times: write them as 999,800,500,200,50") from None
 
     def listed(process: Process, steps: int) -> list[Level]:
-        low, top = (0, len(process) - 1) if isinstance(process, Discrete) else (0.001, 1000)
-        if not times or not top >= times[0] >= times[-1] >= low or any(a <= b for a, b in pairwise(times)):
-            raise ValueError(f"schedule {schedule}: give falling times, {top} at most and {low} at least")
+        lowest, highest = (0, len(process) - 1) if isinstance(process, Discrete) else (0.001, 1000)
+        if not times or not highest >= times[0] >= times[-1] >= lowest or any(a <= b for a, b in pairwise(times)):
+            raise ValueError(f"schedule {schedule}: give falling times, {highest} at most and {lowest} at least")
         return [_at(process, t) if isinstance(process, Discrete) else _evaluate(process, t / 1000) for t in times]
 
     return listed
 
 
 def _trailing(process: Process, steps: int) -> list[Level]:
-    """Starts at the noisiest level: T, T - T/n, ..., T/n, each less one. On a continuous curve t = i / n."""
+    """Starts at the noisiest level. In a table of T entries the times are T - 1, T - T/n - 1, ..., T/n - 1, rounded; on a
+    continuous curve t = i / n."""
     if isinstance(process, Discrete):
         return [_at(process, round(len(process) * i / steps) - 1) for i in range(steps, 0, -1)]
     return [_evaluate(process, i / steps) for i in range(steps, 0, -1)]
 
 
 def _leading(process: Process, steps: int, offset: int = 0) -> list[Level]:
-    """Ends at the cleanest level and never sees the noisiest: DDIM's and, with `offset` added, Stable Diffusion 1's."""
+    """Ends at the cleanest level and leaves out the noisiest: DDIM's, and with `offset` added Stable Diffusion 1's."""
     stride, top = len(_only(process, Discrete, "leading")) // steps, len(process) - 1
     return [_at(process, min(stride * i + offset, top)) for i in range(steps - 1, -1, -1)]
 
 
-def _linspace(process: Process, steps: int, whole: Callable[[float], float] = round) -> list[Level]:
-    """Both ends, rounded to whole times (halves to even); unrounded, with sigma / alpha interpolated between entries, it is
-    k-diffusion's own grid. A single step starts from the noisiest level."""
+def _linspace(process: Process, steps: int, rounding: Callable[[float], float] = round) -> list[Level]:
+    """Evenly spaced times from the last entry to the first, rounded to integers (halves to even). Unrounded, with
+    sigma / alpha interpolated between entries, it is k-diffusion's own grid. A single step starts from the noisiest level."""
     top = len(_only(process, Discrete, "linspace")) - 1
     stride = top / max(steps - 1, 1)
-    return [_at(process, whole(t)) for t in [top] + [i * stride for i in range(steps - 2, -1, -1)]]
+    return [_at(process, rounding(t)) for t in [top] + [i * stride for i in range(steps - 2, -1, -1)]]
 
 
 def _by_noise(
     process: Process, steps: int, rho: float = 7.0, shape: float = 1.0, sigma_min: float | None = None,
     sigma_max: float | None = None, ends: str | None = None, offset: int = 0, rounded: bool = False,
 ) -> list[Level]:
-    """Even in (sigma / alpha)^(1 / rho). Karras: rho = 7, short steps near the data (arXiv:2206.00364, Eq. 5).
-    Exponential: rho = inf, even in log-SNR. Beta: rho = 1, spread like the quantiles of Beta(shape, shape), close at both
-    ends (diffusers' reading of arXiv:2407.12173, which spreads times so).
+    """Evenly spaced in (sigma / alpha)^(1 / rho). Karras: rho = 7, with short steps near the data (arXiv:2206.00364, Eq. 5).
+    Exponential: rho = inf, evenly spaced in log-SNR. Beta: rho = 1, spaced like the quantiles of Beta(shape, shape), which
+    lie close together at both ends (diffusers' reading of arXiv:2407.12173, where it is the times that are so spaced).
 
-    sigma_min and sigma_max are in sigma / alpha too; the curve's own ends by default (`cosine` ends at 2e4: give it 80), or
-    those of another schedule (`ends`, with its `offset`). The network's time is no whole number unless `rounded`.
+    sigma_min and sigma_max are in units of sigma / alpha. By default they are the ends of the curve (that of `cosine` is
+    2e4, so pass 80), or those of another schedule (`ends`, with its `offset`). The network's times are not integers unless
+    `rounded`.
     """
     if ends is not None:
         first, *_, last = 2 * lookup(SCHEDULES, ends, "schedule")(process, steps, **({"offset": offset} if offset else {}))
-    else:  # a thousandth short of pure noise and of clean data
-        first, last = (at if at.alpha * at.sigma > 0 else _evaluate(process, short)
-                       for at, short in ((_evaluate(process, 1.0), 0.999), (_evaluate(process, 0.0), 0.001)))
+    else:  # where the curve ends at pure noise or clean data, sigma / alpha is infinite or 0: stop 0.001 before
+        first, last = (end if end.alpha * end.sigma > 0 else _evaluate(process, t)
+                       for end, t in ((_evaluate(process, 1.0), 0.999), (_evaluate(process, 0.0), 0.001)))
     high = sigma_max if sigma_max is not None else first.sigma / first.alpha if first.alpha else math.inf
     low = last.sigma / last.alpha if sigma_min is None else sigma_min
     if not 0 < low <= high < math.inf:
         raise ValueError(f"sigma / alpha cannot fall from {high:g} to {low:g}: pass sigma_max, for example 80")
-    places = [1 - i / max(steps - 1, 1) for i in range(steps)]
+    fractions = [1 - i / max(steps - 1, 1) for i in range(steps)]
     if shape != 1:
         from scipy.stats import beta  # slow to import, and needed here only
 
-        places = beta.ppf(places, shape, shape).tolist()
-    into, back = (math.log, math.exp) if rho == math.inf else (lambda x: x ** (1 / rho), lambda x: x**rho)
+        fractions = beta.ppf(fractions, shape, shape).tolist()
+    warp, unwarp = (math.log, math.exp) if rho == math.inf else (lambda x: x ** (1 / rho), lambda x: x**rho)
     at = curve(process)
-    levels = [at(back(into(low) + place * (into(high) - into(low)))) for place in places]
+    levels = [at(unwarp(warp(low) + fraction * (warp(high) - warp(low)))) for fraction in fractions]
     return [level._replace(t=float(round(level.t))) for level in levels] if rounded else levels
 
 
 def _flow_match(process: Process, steps: int) -> list[Level]:
-    """diffusers' FlowMatchEuler: linspace from 1 to the time of 1 in 1000, which it shifts once more."""
+    """diffusers' FlowMatchEuler: linspace from 1 to the shifted time of 1/1000; the process then shifts each once more."""
     low = _evaluate(_only(process, Flow, "flow_match"), 1 / 1000).sigma
     return [_evaluate(process, 1 + i / max(steps - 1, 1) * (low - 1)) for i in range(steps)]
 
 
 def _flow_sigmas(process: Process, steps: int, from_noise: bool = False) -> list[Level]:
-    """diffusers' DPM-Solver++ and, from_noise, UniPC on a flow: 0.999 i / n, or the same from the other end, where the
-    first is 1. The network is told whole times, cut off, 999 at most: in numpy, as there, for the cut feels the last bit."""
-    even = np.linspace(1, 1 / 1000, steps + 1)
-    even = (even[:-1] if from_noise else (1 - even)[:0:-1]).tolist()
-    levels = [_evaluate(_only(process, Flow, "flow_sigmas"), t) for t in even]
+    """The grids of diffusers on a flow: 0.999 i / n for DPM-Solver++, and with from_noise that of UniPC, 1 - 0.999 i / n,
+    which starts at 1. The network's times are truncated to integers, 999 at most. They are computed in numpy, as diffusers
+    does, because truncation depends on the last bit."""
+    times = np.linspace(1, 1 / 1000, steps + 1)
+    times = (times[:-1] if from_noise else (1 - times)[:0:-1]).tolist()
+    levels = [_evaluate(_only(process, Flow, "flow_sigmas"), t) for t in times]
     return [level._replace(t=float(min(int(level.t), 999))) for level in levels]
 
 
 SCHEDULES = {
     "normal": _trailing, "trailing": _trailing, "leading": _leading,
-    "linspace": _linspace, "linspace_unrounded": partial(_linspace, whole=float),
+    "linspace": _linspace, "linspace_unrounded": partial(_linspace, rounding=float),
     "karras": _by_noise, "exponential": partial(_by_noise, rho=math.inf), "beta": partial(_by_noise, rho=1.0, shape=0.6),
-    "log_snr": partial(_by_noise, rho=math.inf),  # exponential by its other name: log(sigma / alpha) is half of it
+    "log_snr": partial(_by_noise, rho=math.inf),  # the same as exponential: log_snr is -2 log(sigma / alpha)
     "flow_match": _flow_match, "flow_sigmas": _flow_sigmas,
 }
 
@@ -177,11 +185,11 @@ def _only(process: Process, kind: type, schedule: str) -> Process:
 
 
 def curve(process: Process) -> Callable[[float], Level]:
-    """The process by sigma / alpha instead of by time. Beyond the ends of a table the network is told the last time."""
+    """The process as a function of sigma / alpha instead of time. Beyond the ends of a table, t is that of the nearest end."""
     if not isinstance(process, Discrete):
         return lambda ratio: _evaluate(process, find_t(process, torch.tensor([ratio], dtype=torch.float64)).item())
     logs = (process.sigma / process.alpha).log().tolist()
-    return lambda ratio: _from_ratio(_find(math.log(ratio), logs), ratio)
+    return lambda ratio: _from_ratio(_fractional_index(math.log(ratio), logs), ratio)
 
 
 def _evaluate(process: Process, t: float) -> Level:
@@ -190,7 +198,7 @@ def _evaluate(process: Process, t: float) -> Level:
 
 
 def _at(table: Discrete, t: float) -> Level:
-    """The level at time t of the table, sigma / alpha interpolated where t lies between two entries."""
+    """The level at time t of the table. Between two entries, sigma / alpha is interpolated."""
     low = int(t)
     if t == low:
         return Level(float(t), table.alpha[low].item(), table.sigma[low].item())
@@ -203,7 +211,7 @@ def _from_ratio(t: float, ratio: float) -> Level:
     return Level(t, alpha, alpha * ratio)
 
 
-def _find(x: float, table: list[float]) -> float:
-    """The fractional index where the rising table reaches x, clamped to its ends."""
+def _fractional_index(x: float, table: list[float]) -> float:
+    """The fractional index at which the increasing table reaches x, clamped to its ends."""
     low = min(max(bisect_right(table, x) - 1, 0), len(table) - 2)
     return low + min(max((x - table[low]) / (table[low + 1] - table[low]), 0.0), 1.0)

@@ -1,15 +1,17 @@
-"""Predictions: what a network says about (x0, eps), and how x0 is read out of it.
+"""Predictions: what a network predicts about (x0, eps), and how x0 is recovered from it.
 
-A target is a linear mixture of x0 and eps; together with x = alpha x0 + sigma eps that makes two equations for two
-unknowns. They are solved here for *any* (alpha, sigma), so that every prediction works on every process: v on the
-straight line of a flow, a flow velocity on Stable Diffusion's arc. s is input_scale: 1, and sqrt(1 + sigma^2) on VE,
-where v is thus the network's answer of EDM for data of unit variance, F = -v (arXiv:2206.00364, Eq. 7 and Table 1).
+A target is a linear mixture of x0 and eps. Together with x = alpha x0 + sigma eps it makes two equations in two unknowns,
+which are solved here for *any* (alpha, sigma). So every prediction works on every process: v on the straight line of a
+flow, a flow velocity on Stable Diffusion's arc. In the table, s is `input_scale`: 1, except on VE, where it is
+sqrt(1 + sigma^2) and v is, up to its sign, what EDM's network outputs (arXiv:2206.00364, Eq. 7 and Table 1): F = -v. That
+needs sigma_data = 1, the standard deviation that EDM assumes of the data. Here it holds without a parameter, because a
+VAE's scaling factor standardises the latents before diffusion sees them.
 
-    kind   target                     determinant (0 = the target does not tell x0)
-    eps    eps                        alpha             lost at pure noise; arXiv:2006.11239, Eq. 14
+    kind   target                     determinant (where it is 0, the target does not determine x0)
+    eps    eps                        alpha, 0 at pure noise; arXiv:2006.11239, Eq. 14
     x0     x0                         1
-    v      (alpha eps - sigma x0) / s alpha^2 + sigma^2 arXiv:2202.00512, Appendix D
-    flow   eps - x0                   alpha + sigma     arXiv:2209.03003, Eq. 1, with time reversed
+    v      (alpha eps - sigma x0) / s alpha^2 + sigma^2; arXiv:2202.00512, Appendix D
+    flow   eps - x0                   alpha + sigma; arXiv:2209.03003, Eq. 1, with time reversed
 """
 
 from collections.abc import Callable
@@ -25,7 +27,7 @@ Network = Callable[[Tensor, Tensor, Any], Tensor]  # net(x / input_scale, t, con
 
 
 class Prediction(NamedTuple):
-    target: Callable[[Tensor, Tensor, Level], Tensor]  # (x0, eps, level) -> what the network should say
+    target: Callable[[Tensor, Tensor, Level], Tensor]  # (x0, eps, level) -> the network's target
     x0: Callable[[Tensor, Tensor, Level], Tensor]  # (x, out, level) -> x0
 
 
@@ -41,14 +43,24 @@ PREDICTIONS = {
 
 
 def to_target(kind: str, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
-    """What a network of this kind should answer to alpha x0 + sigma eps. x0, eps: [b, c, h, w]."""
+    """What a network of this kind is trained to output for alpha x0 + sigma eps. x0, eps: [b, c, h, w]."""
     return lookup(PREDICTIONS, kind, "prediction").target(x0, eps, level)
 
 
 def to_x0(kind: str, x: Tensor, out: Tensor, level: Level) -> Tensor:
-    """The x0 that the answer `out` to `x` implies; of 2c channels the first c, the others are a learned variance's.
-    ValueError for eps at alpha = 0, where none is implied."""
+    """The x0 that the network's output for x implies. Of 2c channels only the first c count; the others hold a learned
+    variance. ValueError for eps-prediction at alpha = 0, where the output implies no x0."""
     if kind == "eps" and bool(torch.as_tensor(level.alpha == 0).any()):
-        raise ValueError("eps-prediction says nothing about x0 at alpha = 0 (pure noise): "
+        raise ValueError("eps-prediction does not determine x0 at alpha = 0 (pure noise): "
                          "train with prediction 'v', 'x0' or 'flow', or start from a level with alpha > 0")
     return lookup(PREDICTIONS, kind, "prediction").x0(x, out[:, : x.shape[1]], level)
+
+
+def to_eps(x: Tensor, x0: Tensor, level: Level) -> Tensor:
+    """The noise that x0 implies: x = alpha x0 + sigma eps, solved for eps. Needs sigma > 0."""
+    return (x - level.alpha * x0) / level.sigma
+
+
+def to_output(kind: str, x: Tensor, x0: Tensor, level: Level) -> Tensor:
+    """The output for x of a network of this kind whose guess is x0: the inverse of `to_x0`. Needs sigma > 0."""
+    return to_target(kind, x0, to_eps(x, x0, level), level)

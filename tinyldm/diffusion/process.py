@@ -5,8 +5,8 @@ Everything in this package rests on one equation,
     x_t = alpha(t) * x0 + sigma(t) * eps          t = 0 is data, t = 1 is noise,
 
 and a process is no more than its two coefficients: `process(t) -> Level`, t: [b] in [0, 1], Level of its dtype and device.
-What networks say about (x0, eps), how samplers walk and where they stop holds for every process. References: DDPM
-arXiv:2006.11239, cosine 2102.09672, zero terminal SNR 2305.08891, score SDE 2011.13456, EDM 2206.00364, flow 2209.03003.
+Predictions, samplers and grids work with every process. References: DDPM arXiv:2006.11239, cosine 2102.09672,
+zero terminal SNR 2305.08891, score SDE 2011.13456, EDM 2206.00364, flow 2209.03003.
 """
 
 import inspect
@@ -23,8 +23,9 @@ from tinyldm.lookup import lookup
 
 
 class Level(NamedTuple):
-    """One noise level: a point on the curve, and `t`, what the network is told: the index 0..999 for tables, else 1000 t.
-    Python floats while sampling, so that no step waits for the device; while training `[b]`, `[b, 1, 1, 1]` twice."""
+    """One noise level: a point on the curve, and `t`, the time that the network takes: the index 0..999 for tables, 1000 t
+    for all other processes. In sampling these are Python floats, so that no step waits for the device. In training t is
+    [b], alpha and sigma are [b, 1, 1, 1]."""
 
     t: float | Tensor
     alpha: float | Tensor
@@ -45,8 +46,9 @@ def log_snr(level: Level) -> float | Tensor:
 
 
 def input_scale(level: Level) -> float | Tensor:
-    """max(1, sqrt(alpha^2 + sigma^2)): the network sees x / input_scale, of unit scale where the data are (on VE c_in of
-    arXiv:2206.00364, Table 1). Exactly 1 on tables and flow: rounding above 1 is not taken for variance."""
+    """max(1, sqrt(alpha^2 + sigma^2)): the network's input is x / input_scale, which has unit variance where the data have
+    (on VE this is 1 / c_in of arXiv:2206.00364, Table 1, with sigma_data = 1). It is exactly 1 on tables and flow, where a
+    square slightly above 1 is rounding."""
     square = level.alpha**2 + level.sigma**2
     above = square > 1 + 1e-6
     return square.where(above, 1.0).sqrt() if isinstance(square, Tensor) else square**0.5 if above else 1.0
@@ -54,11 +56,11 @@ def input_scale(level: Level) -> float | Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Discrete:
-    """A curve known at `len(process)` points: DDPM and its descendants (alpha^2 + sigma^2 = 1).
-    A uniform t in [0, 1) picks every index equally often; (i + 0.5) / 1000 is the middle of index i."""
+    """A curve given by a table of `len(process)` points: DDPM and its descendants (alpha^2 + sigma^2 = 1).
+    A uniform t in [0, 1) picks every index equally often. (i + 0.5) / 1000 is the middle of the interval of index i."""
 
-    alpha: Tensor  # [1000] float64, falling
-    sigma: Tensor  # [1000] float64, rising
+    alpha: Tensor  # [1000] float64, decreasing
+    sigma: Tensor  # [1000] float64, increasing
 
     @classmethod
     def from_betas(cls, betas: Tensor, zero_snr: bool = False) -> "Discrete":
@@ -72,8 +74,10 @@ class Discrete:
         return cls(alpha, (1 - alpha**2).sqrt())
 
     def to_zero_snr(self) -> "Discrete":
-        """The table moved and stretched so that it ends at pure noise, alpha = 0, and starts where it started
-        (arXiv:2305.08891, Alg. 1). There a network must predict v or x0: eps says nothing about x0."""
+        """The table shifted and scaled so that it ends at pure noise, alpha = 0, and starts where it did before
+        (arXiv:2305.08891, Alg. 1). Zero terminal SNR demands two things of sampling. The network must predict v or x0,
+        because at alpha = 0 eps does not determine x0. And the grid must begin at the last entry ("trailing", never
+        "leading"): at any other the network expects a trace of signal, which the initial noise does not contain."""
         first, last = self.alpha[[0, -1]]
         return Discrete.from_alpha((self.alpha - last) * first / (first - last))
 
@@ -89,13 +93,13 @@ class Discrete:
 @dataclass(frozen=True)
 class Flow:
     """Rectified flow: the straight line x_t = (1 - t) x0 + t eps  (arXiv:2209.03003, Eq. 1, time reversed). `shift` above 1
-    moves time towards noise, as larger images need: t <- s t / (1 + (s - 1) t)  (arXiv:2403.03206, Eq. 23)."""
+    moves times towards noise, as larger images need: t <- s t / (1 + (s - 1) t)  (arXiv:2403.03206, Eq. 23)."""
 
     shift: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
-            raise ValueError(f"flow shift {self.shift} is not positive: 1 leaves time alone, 3 suits larger images")
+            raise ValueError(f"flow shift {self.shift} is not positive: use 1 for unshifted times, 3 for larger images")
 
     def __call__(self, t: Tensor) -> Level:
         t = self.shift * t / (1 + (self.shift - 1) * t)
@@ -117,15 +121,17 @@ class VP:
 
 @dataclass(frozen=True)
 class VE:
-    """Noise on top of the data: alpha = 1, t is even in log(sigma) (arXiv:2011.13456, Eq. 30). EDM tells its network
-    log(sigma) too (arXiv:2206.00364, Table 1: c_noise): with another range of sigma this is EDM's process."""
+    """Noise is added to data of constant scale: alpha = 1, and t is linear in log(sigma) (arXiv:2011.13456, Eq. 30). EDM's
+    network takes log(sigma) as well (c_noise in arXiv:2206.00364, Table 1), so with another range of sigma this is EDM's
+    process. There is no sigma_data: it is 1, because latents are standardised (see prediction.py)."""
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max} must be positive and rising")
+            raise ValueError(f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max} must be positive and rising: "
+                             "use 0 < sigma_min < sigma_max")
 
     def __call__(self, t: Tensor) -> Level:
         sigma = (self.sigma_min * (self.sigma_max / self.sigma_min) ** t).view(-1, 1, 1, 1)
@@ -133,8 +139,8 @@ class VE:
 
 
 def find_t(process: Process, ratio: Tensor) -> Tensor:
-    """The t in [0, 1], float64, at which sigma / alpha reaches `ratio` [n] >= 0, or the nearer end where it never does:
-    by bisection, so that no process needs an inverse. On a table the first t of that index."""
+    """The t in [0, 1], float64, at which sigma / alpha reaches `ratio` [n] >= 0, or the nearer end where it never does. It
+    is found by bisection, so that no process needs an inverse. On a table it is the first t of that index."""
     low, high = torch.zeros_like(ratio, dtype=torch.float64), torch.ones_like(ratio, dtype=torch.float64)
     for _ in range(52):
         now = process(middle := (low + high) / 2)
@@ -144,7 +150,7 @@ def find_t(process: Process, ratio: Tensor) -> Tensor:
 
 
 def from_list(betas: Sequence[float] | None = None, zero_snr: bool = False) -> Discrete:
-    """Any table: its betas, in (0, 1] and in order, as published `trained_betas` are. None: DDPM's."""
+    """Any table, from its betas in (0, 1], cleanest level first, like the published `trained_betas`. None: DDPM's."""
     if betas is None:
         return make_process("linear", zero_snr=zero_snr)
     if len(betas) < 2 or not all(0 < beta <= 1 for beta in betas):
@@ -153,13 +159,14 @@ def from_list(betas: Sequence[float] | None = None, zero_snr: bool = False) -> D
 
 
 def _even(power: float, beta_start: float, beta_end: float, steps: int = 1000, zero_snr: bool = False) -> Discrete:
-    """DDPM: linear in beta (arXiv:2006.11239, Section 4); Stable Diffusion: in its square root (from its code)."""
+    """Betas with evenly spaced powers. DDPM's are linear (arXiv:2006.11239, Section 4), those of Stable Diffusion are
+    linear in their square root (from its code)."""
     roots = torch.linspace(beta_start**power, beta_end**power, steps, dtype=torch.float64)
     return Discrete.from_betas(roots ** (1 / power), zero_snr)
 
 
 def cosine(offset: float = 0.008, max_beta: float = 0.999, steps: int = 1000, zero_snr: bool = False) -> Discrete:
-    """Improved DDPM: alpha_bar falls as a squared cosine (arXiv:2102.09672, Eq. 17), clipped to end near alpha = 5e-5."""
+    """Improved DDPM: alpha_bar is a squared cosine (arXiv:2102.09672, Eq. 17). The clipped betas end near alpha = 5e-5."""
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
     return Discrete.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta), zero_snr)

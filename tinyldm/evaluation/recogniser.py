@@ -32,7 +32,7 @@ from tqdm import trange
 
 from tinyldm.data.toyworld import BACKGROUNDS, COLOURS, SUBJECTS, sample
 from tinyldm.device import autocast
-from tinyldm.pipeline import to_pixels
+from tinyldm.pictures.pixels import to_pixels
 
 SIZE = 64
 SURE, UNCLEAR = 0.7, "unclear"      # trained with smoothed labels, it gives a perfect scene about 0.96

@@ -31,7 +31,7 @@ class CLIPTextConfig:
     context_length: int = 77            # longest caption, BOS and EOS included
     activation: str = "quick_gelu"      # or "gelu"
     bos_token_id: int = 49406
-    eos_token_id: int = 49407           # where to pool; 2 means "at the largest id", as old published configs say
+    eos_token_id: int = 49407           # the token to pool at; 2 means the largest id, as in old published configs
     pad_token_id: int = 49407           # Stable Diffusion 1 pads with EOS, Stable Diffusion 2 with 0
     projection_dim: int | None = None   # width of the projected pooled feature; None: no projection
     norm_eps: float = 1e-5
@@ -59,14 +59,14 @@ class CLIPText(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """OpenAI's scales: branches that write to the residual stream shrink with depth, biases start at zero."""
-        width, shrink = self.config.width, (2 * self.config.layers) ** -0.5
+        """OpenAI's scales: layers that write to the residual stream start smaller in deeper towers, biases start at 0."""
+        width, residual_scale = self.config.width, (2 * self.config.layers) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
         for layer in self.layers:
             for linear, std in ((layer.q, width**-0.5), (layer.k, width**-0.5), (layer.v, width**-0.5),
-                                (layer.out, width**-0.5 * shrink),
-                                (layer.fc1, (2 * width) ** -0.5), (layer.fc2, width**-0.5 * shrink)):
+                                (layer.out, width**-0.5 * residual_scale),
+                                (layer.fc1, (2 * width) ** -0.5), (layer.fc2, width**-0.5 * residual_scale)):
                 nn.init.normal_(linear.weight, std=std)
                 nn.init.zeros_(linear.bias)
         if self.projection is not None:
@@ -75,9 +75,9 @@ class CLIPText(nn.Module):
     def forward(self, ids: Tensor, skip_last: int = 0, norm: bool = True) -> TextFeatures:
         """ids [b, n] -> features.
 
-        skip_last: take `hidden` that many layers before the end. norm: pass it through the final norm.
-        Stable Diffusion 1 uses (0, True), Stable Diffusion 2 (1, True), SDXL (1, False). `pooled` always
-        comes from the last layer and the final norm; every row of ids must hold an EOS.
+        skip_last: how many layers before the last one `hidden` is taken. norm: whether `hidden` passes through the final
+        norm. Stable Diffusion 1 uses (0, True), Stable Diffusion 2 (1, True), SDXL (1, False). `pooled` always comes from
+        the last layer and the final norm. Every row of ids must contain an EOS.
         """
         n = ids.shape[1]
         if n > self.config.context_length:
@@ -98,18 +98,18 @@ class CLIPText(nn.Module):
         return TextFeatures(hidden, self.pool(ids, last))
 
     def pool(self, ids: Tensor, last: Tensor) -> Tensor:
-        """The vector of last [b, n, width] at each caption's first EOS, projected where the config says so."""
+        """The vector of last [b, n, width] at each caption's first EOS, projected if the config has a projection_dim."""
         pooled = last[torch.arange(len(ids), device=ids.device), self.ends(ids)]
         return pooled if self.projection is None else self.projection(pooled)
 
     def ends(self, ids: Tensor) -> Tensor:
-        """Where the first EOS of every caption is: ids [b, n] -> [b]. (A config that says 2 means the largest id.)"""
+        """The index of each caption's first EOS: ids [b, n] -> [b]. (An eos_token_id of 2 means the largest id.)"""
         eos = self.config.eos_token_id
         return (ids if eos == 2 else (ids == eos).int()).argmax(dim=1)        # argmax returns the first maximum
 
 
 class Layer(nn.Module):
-    """Causal self-attention, then an MLP, each behind a LayerNorm and beside a residual: [b, n, width] to the same."""
+    """Causal self-attention, then an MLP, each a pre-norm residual branch: x [b, n, width] -> [b, n, width]."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()

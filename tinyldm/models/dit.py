@@ -1,11 +1,11 @@
 """A diffusion transformer with text cross-attention: latent patches are tokens, the time modulates every block.
 
 Blocks and adaLN-single follow PixArt-alpha (arXiv:2310.00426, Sec. 2.3): one projection of the time serves
-all blocks, and each block adds a small table of its own. On top of it: RMSNorm without a mean
+all blocks, and each block adds a small table of its own. Beyond PixArt-alpha: RMSNorm instead of LayerNorm
 (arXiv:1910.07467), normalised queries and keys (arXiv:2302.05442, Sec. 2), and rotary positions
 (arXiv:2104.09864) over rows and columns, so that no table of positions ties the network to one size.
-Output gates and the last layer start at zero (arXiv:2212.09748, Sec. 3.2: adaLN-Zero): at first the blocks
-do nothing and the output is zero. The default config has 278M parameters.
+Gates and the last layer start at zero (arXiv:2212.09748, Sec. 3.2: adaLN-Zero): at initialisation every
+block is the identity and the output is zero. The default config has 278M parameters.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class DiTConfig:
     heads: int = 16
     mlp_width: int = 4096
     context_dim: int = 768            # width of the text features
-    pooled_dim: int | None = None     # width of the pooled text feature, None: only the time modulates
-    time_dim: int = 256               # sinusoids that describe the time
-    rope_theta: float = 100.0         # the slowest pair turns one radian in about so many tokens; 10,000 suits long texts
+    pooled_dim: int | None = None     # width of the pooled text feature; None: the time alone modulates
+    time_dim: int = 256               # number of sinusoids in the time embedding
+    rope_theta: float = 100.0         # the slowest pair turns one radian in roughly this many tokens; 10,000 suits long texts
 
 
 class DiT(nn.Module):
@@ -40,17 +40,17 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.grad_checkpointing = False                                # for training: less memory, a third more work
+        self.grad_checkpointing = False                                # in training: saves memory for a third more compute
         width, area = config.width, config.patch**2
         if width % (4 * config.heads):
-            raise ValueError(f"width {width} over {config.heads} heads must give a head size that is a multiple of 4 "
-                             f"(rows and columns rotate pairs): use a width that is a multiple of {4 * config.heads}")
+            raise ValueError(f"width {width} with {config.heads} heads: the head size must be a multiple of 4, because rotary "
+                             f"positions take pairs for rows and for columns: use a width that is a multiple of {4 * config.heads}")
         self.patch_in = nn.Linear(config.in_channels * area, width)
         self.time_in = TimeEmbedding(config.time_dim, width)
         self.context_in = two_layers(config.context_dim, width, width)
         self.pooled_in = two_layers(config.pooled_dim, width, width) if config.pooled_dim else None
         self.modulation = nn.Linear(width, 6 * width)                  # the single adaLN of all blocks
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.layers))
         self.final_norm = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
         self.final_table = nn.Parameter(torch.empty(2, 1, width))
         self.patch_out = nn.Linear(width, config.out_channels * area)
@@ -65,8 +65,9 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
         for linear in (self.time_in.linear_1, self.time_in.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
-        # Zero: every branch is closed and the output is 0, whatever the input. Gates open from the first step
-        # after the last layer has moved; the tables need no noise, their gradients differ from the start.
+        # Zero-initialised, so that every residual branch and the output start at 0 for any input. The gates get gradients
+        # as soon as the last layer is no longer 0, after the first step. The tables need no random initial values to break
+        # symmetry, because the gradients of their entries differ from the start.
         for linear in (self.modulation, self.patch_out, *(block.cross.to_out for block in self.blocks)):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -93,7 +94,7 @@ class DiT(nn.Module):
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, cols)), patch)
 
     def check(self, x: Tensor, cond: Cond) -> None:
-        """Refuse what would fail inside with a riddle."""
+        """Refuse inputs of the wrong size here, where the message can name the cause."""
         patch, (h, w) = self.config.patch, x.shape[2:]
         if h % patch or w % patch:
             near = "x".join(str(max(1, round(side / patch)) * patch) for side in (h, w))
@@ -106,18 +107,19 @@ class DiT(nn.Module):
                              "or build it with pooled_dim=None")
 
 
-class Block(nn.Module):
-    """Self-attention, cross-attention to text, MLP, each a residual branch: x [b, n, width] to the same.
+class DiTBlock(nn.Module):
+    """Self-attention, cross-attention to text, MLP, each a residual branch: x [b, n, width] -> [b, n, width].
 
-    The first and the last are shifted, scaled and gated by modulation [b, 6, 1, width] + table. Text needs no
-    gate (as in PixArt-alpha): its output projection starts at zero instead.
+    Self-attention and MLP are shifted, scaled and gated by modulation [b, 6, 1, width] + table. Cross-attention has
+    no gate, as in PixArt-alpha: the purpose of a gate is that its branch starts at zero, and the zero-initialised
+    output projection already does that.
     """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         width = config.width
         self.table = nn.Parameter(torch.empty(6, 1, width))
-        self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)     # the modulation scales
+        self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)     # no weight: the modulation scales
         self.attn = Attention(width, config.heads, qk_norm=True)
         self.norm2 = nn.RMSNorm(width, eps=1e-6)
         self.cross = Attention(width, config.heads, qk_norm=True)
@@ -137,15 +139,15 @@ def two_layers(dim: int, hidden: int, out: int) -> nn.Sequential:
 
 
 def axial_rope(rows: int, cols: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [rows * cols, head_dim] for layers.rotate, tokens row by row.
+    """(cos, sin) [rows * cols, head_dim] for layers.rotate, for tokens in row-major order.
 
-    Half of the pairs turn with the row, half with the column, at head_dim/4 speeds theta^0 ... theta^-1
-    (exclusive), as in arXiv:2403.13298, Sec. 3.2. Cheap enough to compute in each forward: nothing to cache.
+    Half of the pairs rotate with the row, half with the column, at head_dim/4 frequencies from theta^0 to theta^-1
+    (exclusive), as in arXiv:2403.13298, Sec. 3.2. They are cheap enough to be computed in each forward pass.
     """
     quarter = head_dim // 4
-    speed = theta ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
+    frequency = theta ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
     row = torch.arange(rows, device=device).repeat_interleave(cols)    # [n]
     col = torch.arange(cols, device=device).repeat(rows)
-    angle = torch.cat([row[:, None] * speed, col[:, None] * speed], dim=1)    # [n, head_dim/2]
-    angle = torch.cat([angle, angle], dim=1)                           # both members of a pair turn alike
+    angle = torch.cat([row[:, None] * frequency, col[:, None] * frequency], dim=1)    # [n, head_dim/2]
+    angle = torch.cat([angle, angle], dim=1)                           # both members of a pair have one angle
     return angle.cos(), angle.sin()

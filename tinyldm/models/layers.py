@@ -8,8 +8,8 @@ DDPM (arXiv:2006.11239, App. B); attention is softmax(q k^T / sqrt(d)) v (arXiv:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -23,24 +23,30 @@ class Cond:
     """What a network is conditioned on.
 
     context: text features [b, n, d].
-    mask: [b, n], True where a token may be attended to; None means all (as Stable Diffusion does).
+    mask: [b, n], True where a token may be attended to; None means all (as in Stable Diffusion).
     pooled: one feature vector per caption [b, d], for networks that modulate by it.
+    extra: further conditions by name, each [b, ...], such as SDXL's picture sizes or FLUX's guidance scale.
     """
 
     context: Tensor
     mask: Tensor | None = None
     pooled: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def cat(self, other: Cond) -> Cond:
         """Both conditions along the batch, self first: [b] and [b'] become [b + b']."""
+        if self.extra.keys() != other.extra.keys():
+            raise ValueError(f"conditions with extra {sorted(self.extra)} and {sorted(other.extra)} cannot be joined: "
+                             "give both the same names")
         join = lambda a, b: None if a is None else torch.cat([a, b])
-        return Cond(join(self.context, other.context), join(self.mask, other.mask), join(self.pooled, other.pooled))
+        return Cond(join(self.context, other.context), join(self.mask, other.mask), join(self.pooled, other.pooled),
+                    {name: join(value, other.extra[name]) for name, value in self.extra.items()})
 
 
 def runner(net: nn.Module) -> Callable[..., Tensor]:
-    """How a network runs its blocks: run(block, *inputs). Where it trains with net.grad_checkpointing, only the inputs
-    are kept, and the backward pass runs the block once more to have the rest (arXiv:1604.06174, Sec. 4.1).
-    (Blocks draw no random numbers, so no generator's state has to be kept with the inputs.)"""
+    """The function with which a network calls its blocks: run(block, *inputs). In training with net.grad_checkpointing,
+    autograd keeps a block's inputs only, and the backward pass runs the block again to recompute the rest
+    (arXiv:1604.06174, Sec. 4.1). Blocks draw no random numbers, so the state of the generators need not be kept."""
     if net.grad_checkpointing and net.training and torch.is_grad_enabled():
         return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     return lambda block, *inputs: block(*inputs)
@@ -74,10 +80,10 @@ class TimeEmbedding(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of x [b, n, d] over context [b, m, c] (over x itself when context is None).
 
-    bias: whether q, k, v have one (the VAE's do, the transformers' do not).
+    bias: whether q, k and v have a bias (in the VAE they do, in the transformers they do not).
     qk_norm: RMS-normalise q and k per head, which keeps attention logits bounded (arXiv:2302.05442, Sec. 2).
-    upcast: multiply q, k and v in float32 where they are float16, which ends at 65504; Stable Diffusion 2.1 asks for
-    it. (PyTorch's kernels for CUDA and CPU add up in float32 anyway, unless they are told not to.)
+    upcast: multiply q, k and v in float32 where they are float16, whose largest value is 65504. Stable Diffusion 2.1
+    requires it. (PyTorch's kernels for CUDA and CPU accumulate in float32 by default.)
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False, qk_norm: bool = False,
@@ -100,7 +106,8 @@ class Attention(nn.Module):
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # [b, heads, n, d/heads]
         q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
         if isinstance(self.q_norm, nn.RMSNorm):
-            q, k = (norm(y.to(norm.weight.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))  # from bf16
+            # Under autocast q and k are bfloat16 and the weights float32, which PyTorch's fused kernel does not take.
+            q, k = (norm(y.to(norm.weight.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if mask is not None:
@@ -120,7 +127,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """x [b, in, h, w] -> [b, out, h, w], shifted by the time embedding [b, e] where emb_dim is given."""
+    """x [b, in, h, w] -> [b, out, h, w]. If emb_dim is given, a projection of the time embedding [b, e] is added inside."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, emb_dim: int | None = None):
         super().__init__()

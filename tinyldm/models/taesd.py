@@ -1,14 +1,15 @@
 """TAESD, the tiny autoencoders of Ollin Boer Bohan (github.com/madebyollin/taesd, MIT; there is no paper).
 
-Each is distilled from the autoencoder of a large model and shares its *standardised* latents, so it shows or
-draws what that model's diffusion made, at a fraction of the cost. 1.2 million parameters a side: plain 3x3
-convolutions with ReLU, no attention and, taef2 aside, no normalisation.
+Each is distilled from the autoencoder of a large model and has the same *standardised* latents, so it decodes
+that model's latents at a fraction of the cost, for previews or for the final picture. Encoder and decoder have
+1.2 million parameters each: plain 3x3 convolutions with ReLU, no attention and, taef2 aside, no normalisation.
 
     taesd, taesdxl   4 latent channels    Stable Diffusion 1 and 2, SDXL
     taesd3, taef1    16                   Stable Diffusion 3, FLUX.1
-    taef2            32                   FLUX.2 (before its 2x2 patches); the coarsest blocks have a normed branch
+    taef2            32                   FLUX.2 (before its 2x2 patches); the coarsest blocks have a normalised branch
 
-The two networks are flat nn.Sequentials numbered as the published files number them: the code is the table of layers.
+Both networks are flat nn.Sequentials whose indices are those of the published files, so the code reads as a table of
+layers.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from torch import Tensor, nn
 
 from tinyldm.models.vae import AutoencoderKL, Posterior, check_size
 
-LOGVAR = -30.0                  # the lowest that AutoencoderKL's posterior can have: a standard deviation of 3e-7
+LOGVAR = -30.0                  # the lower bound of AutoencoderKL's posterior: a standard deviation of 3e-7
 
 
 @dataclass(frozen=True)
 class TAESDConfig:
     latent_channels: int = 4
     width: int = 64
-    blocks: tuple[int, ...] = (1, 3, 3, 3)      # per level, finest first; the decoder has as many
+    blocks: tuple[int, ...] = (1, 3, 3, 3)      # per level, finest first, in encoder and decoder alike
     normed_middle: bool = False                 # taef2: a GroupNorm branch in the blocks of the coarsest level
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
-    sample_size: int = 512                      # picture size to draw where nothing else says; any works
+    sample_size: int = 512                      # default picture size to draw; any other works too
 
     @property
     def downscale(self) -> int:
@@ -44,7 +45,7 @@ def conv3x3(channels: int, out: int, stride: int = 1, bias: bool = True) -> nn.C
 
 
 class SoftClamp(nn.Module):
-    """Latents -> (-3, 3), nearly unchanged within (-1, 1): what training never saw cannot blow the decoder up."""
+    """Latents -> (-3, 3), nearly unchanged within (-1, 1), so that latents outside the training range do no harm."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 3 * torch.tanh(z / 3)
@@ -53,8 +54,8 @@ class SoftClamp(nn.Module):
 class Block(nn.Module):
     """Three convolutions around a shortcut: [b, width, h, w] -> the same shape, >= 0.
 
-    normed: before them, a 1x1 branch whose GroupNorm takes its statistics over the whole picture. It is called
-    `pool` in the published files; it lets a block know of the picture's overall tone, as FLUX.2's latents require.
+    normed: a 1x1 branch precedes them whose GroupNorm takes its statistics over the whole picture. Through it a block
+    depends on the picture's overall tone, as FLUX.2's latents require. It is called `pool` in the published files.
     """
 
     def __init__(self, width: int, normed: bool):
@@ -93,9 +94,10 @@ def decoder(config: TAESDConfig) -> nn.Sequential:
 
 
 class TAESD(nn.Module):
-    """In AutoencoderKL's place: encode: pixels [b, 3, H, W] in [-1, 1] -> Posterior [b, c, H/f, W/f]; decode: the way back.
+    """A replacement for AutoencoderKL. encode: pixels [b, 3, H, W] in [-1, 1] -> Posterior [b, c, H/f, W/f]; decode: the
+    inverse. f = config.downscale.
 
-    The published networks speak [0, 1]; the rest of the library [-1, 1]. The two lines that convert are in here.
+    The published networks use pixels in [0, 1], the rest of the library uses [-1, 1]. encode and decode_fine convert.
     """
 
     def __init__(self, config: TAESDConfig):
@@ -105,7 +107,7 @@ class TAESD(nn.Module):
         self.split = 3 + config.blocks[-1]                  # decoder layers that work at the latents' size
 
     def encode(self, pixels: Tensor) -> Posterior:
-        """A posterior of (practically) no width: sample() adds noise of 3e-7, below float32's rounding of most latents."""
+        """A posterior of almost no variance: sample() adds noise of 3e-7, below float32's rounding of most latents."""
         check_size(pixels, self.config.downscale)
         mean = self.encoder((pixels + 1) / 2)
         return Posterior(mean, torch.full_like(mean, LOGVAR))
@@ -115,15 +117,15 @@ class TAESD(nn.Module):
         return self.decode_fine(self.decode_coarse(z))
 
     def decode_coarse(self, z: Tensor) -> Tensor:
-        """Latents -> features [b, width, h, w]: the decoder at the latents' own size. All that looks at the whole picture
-        is in here, and it is cheap: large pictures need tiles only in decode_fine, and come out (almost) exact."""
+        """Latents -> features [b, width, h, w], the layers at the latents' own size. All layers that depend on the whole
+        picture are among them, and they are cheap, so only decode_fine needs tiles, and its result is (almost) exact."""
         return self.decoder[:self.split](z)
 
     def decode_fine(self, features: Tensor) -> Tensor:
         """Features -> pixels, downscale times larger."""
         return 2 * self.decoder[self.split:](features) - 1
 
-    # Both the identity with the published configs (scaling_factor 1, shift_factor 0): TAESD was trained on latents that
-    # the large autoencoder's own factors had already standardised. The fields are there for models trained on
-    # latents standardised once more (taef2's have a standard deviation of about 0.85).
+    # Both are the identity for the published configs (scaling_factor 1, shift_factor 0), because TAESD was trained on
+    # latents already standardised by the large autoencoder's factors. The two fields serve models that were trained on
+    # latents standardised once more (those of taef2 have a standard deviation of about 0.85).
     to_latents, from_latents = AutoencoderKL.to_latents, AutoencoderKL.from_latents

@@ -1,8 +1,8 @@
-"""The U-Net of Stable Diffusion: ResBlocks, and transformers that read the caption (arXiv:2112.10752, App. E).
+"""The U-Net of Stable Diffusion: ResBlocks, and transformers with cross-attention to the caption (arXiv:2112.10752, App. E).
 
-Notable: one class for every level on both sides; the skip connections' channel counts are found by
-pushing and popping a list in the constructor exactly as forward() pushes and pops the tensors.
-Any widths and any number of levels; the published SD 1.x and 2.x shapes are configs.
+One class serves every level on both sides. The constructor finds the channel counts of the skip connections by
+pushing and popping a list, in the order in which forward() pushes and pops the tensors. Any widths and any number
+of levels work; the published SD 1.x and 2.x shapes are configs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class UNetConfig:
     out_channels: int = 4
     widths: tuple[int, ...] = (320, 640, 1280, 1280)        # channels per level, finest first
     depth: int = 2                                          # ResBlocks per level (one more on the way up)
-    attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers; the middle always has
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers; the middle always has one
     heads: tuple[int, ...] = (8, 8, 8, 8)                   # attention heads per level (SD 1: 8; SD 2: 5, 10, 20, 20)
     context_dim: int = 768                                  # width of the text features
-    linear_projection: bool = False                         # SD 2 enters and leaves its transformers by Linear, SD 1 by 1x1 conv
-    upcast_attention: bool = False                          # SD 2.1's overflows in float16: multiply in float32
+    linear_projection: bool = False                         # around the transformers: Linear in SD 2, 1x1 convolution in SD 1
+    upcast_attention: bool = False                          # multiply in float32: SD 2.1's overflows in float16
     groups: int = 32                                        # GroupNorm groups
-    sample_size: int = 64                                   # latent height and width it is trained at
+    sample_size: int = 64                                   # latent height and width in training
 
     def __post_init__(self):
         if not len(self.widths) == len(self.attention) == len(self.heads):
@@ -89,8 +89,8 @@ class SpatialTransformer(nn.Module):
         return x + (image(self.proj_out(h)) if self.linear else self.proj_out(image(h)))
 
 
-class Level(nn.Module):
-    """One resolution of the U-Net: ResBlocks, each followed by a transformer where heads > 0, then a resampling."""
+class UNetLevel(nn.Module):
+    """One resolution of the U-Net: ResBlocks, each followed by a transformer if heads > 0, then resampling."""
 
     def __init__(self, in_channels: list[int], width: int, emb_dim: int, config: UNetConfig,
                  heads: int = 0, resample: nn.Module | None = None):
@@ -123,7 +123,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        self.grad_checkpointing = False                                    # for training: less memory, a third more work
+        self.grad_checkpointing = False                                    # in training: saves memory for a third more compute
         widths, last = config.widths, len(config.widths) - 1
         emb_dim = 4 * widths[0]
         heads = [h if attended else 0 for h, attended in zip(config.heads, config.attention)]
@@ -135,22 +135,22 @@ class UNet(nn.Module):
         for i, width in enumerate(widths):
             resample = Downsample(width) if i < last else None
             inputs = [channels] + [width] * (config.depth - 1)
-            self.down.append(Level(inputs, width, emb_dim, config, heads[i], resample))
+            self.down.append(UNetLevel(inputs, width, emb_dim, config, heads[i], resample))
             skips += [width] * (config.depth + (resample is not None))
             channels = width
         self.middle = Middle(channels, emb_dim, config, config.heads[-1])
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
             inputs = [(channels if j == 0 else width) + skips.pop() for j in range(config.depth + 1)]
-            self.up.append(Level(inputs, width, emb_dim, config, heads[i], Upsample(width) if i else None))
+            self.up.append(UNetLevel(inputs, width, emb_dim, config, heads[i], Upsample(width) if i else None))
             channels = width
         self.norm_out = nn.GroupNorm(config.groups, channels, eps=1e-5)
         self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """PyTorch's defaults, and zeros where a residual branch ends: every block starts as the identity (or
-        its shortcut), the network's output as zero (DDPM's rule, in its code rather than its text)."""
+        """PyTorch's defaults, and zero in the last layer of every residual branch and of the network: every block starts
+        as the identity (or its shortcut), and the output is zero. DDPM does so in its code, though its text is silent."""
         for module in self.modules():
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.conv2.weight), nn.init.zeros_(module.conv2.bias)

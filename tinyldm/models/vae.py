@@ -29,7 +29,7 @@ class VAEConfig:
     quant_convs: bool = True                                # SD 3 and FLUX.1 have none
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
-    sample_size: int = 256                                  # picture size it was trained at
+    sample_size: int = 256                                  # picture size in training
 
     @property
     def downscale(self) -> int:
@@ -66,6 +66,8 @@ class MiddleAttention(nn.Module):
 
 
 class Middle(nn.Module):
+    """ResBlock, optional attention, ResBlock at the coarsest resolution."""
+
     def __init__(self, channels: int, groups: int, attention: bool):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(channels, channels, groups, EPS) for _ in range(2))
@@ -78,8 +80,8 @@ class Middle(nn.Module):
         return self.resnets[1](x)
 
 
-class Level(nn.Module):
-    """ResBlocks at one resolution, then a resampling where one is given."""
+class VAELevel(nn.Module):
+    """ResBlocks at one resolution, followed by resampling, if given."""
 
     def __init__(self, channels: int, width: int, depth: int, groups: int, resample: nn.Module | None):
         super().__init__()
@@ -100,8 +102,8 @@ class Encoder(nn.Module):
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.depth, config.groups,
-                  Downsample(width, pad_all=False) if i < last else None)
+            VAELevel(widths[max(i - 1, 0)], width, config.depth, config.groups,
+                     Downsample(width, pad_all=False) if i < last else None)
             for i, width in enumerate(widths))
         self.middle = Middle(widths[-1], config.groups, config.middle_attention)
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=EPS)
@@ -123,23 +125,23 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = Middle(widths[0], config.groups, config.middle_attention)
         self.up = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.depth + 1, config.groups,
-                  Upsample(width) if i < len(widths) - 1 else None)
+            VAELevel(widths[max(i - 1, 0)], width, config.depth + 1, config.groups,
+                     Upsample(width) if i < len(widths) - 1 else None)
             for i, width in enumerate(widths))
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.upwards(self.middle(self.conv_in(z)))
+        return self.upsample(self.middle(self.conv_in(z)))
 
-    def upwards(self, x: Tensor) -> Tensor:
+    def upsample(self, x: Tensor) -> Tensor:
         for level in self.up:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
 def check_size(pixels: Tensor, downscale: int) -> None:
-    """ValueError unless the height and width of pixels [b, 3, H, W] can be halved as often as an encoder does."""
+    """ValueError unless height and width of pixels [b, 3, H, W] are multiples of the autoencoder's downscale."""
     for size in pixels.shape[2:]:
         if size % downscale:
             below, above = size // downscale * downscale, (size // downscale + 1) * downscale
@@ -147,7 +149,7 @@ def check_size(pixels: Tensor, downscale: int) -> None:
 
 
 class AutoencoderKL(nn.Module):
-    """encode: pixels [b, 3, H, W] in [-1, 1] -> Posterior [b, c, H/f, W/f]; decode: the way back. f = config.downscale."""
+    """encode: pixels [b, 3, H, W] in [-1, 1] -> Posterior [b, c, H/f, W/f]; decode: the inverse. f = config.downscale."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -167,26 +169,29 @@ class AutoencoderKL(nn.Module):
         return self.decode_fine(self.decode_coarse(z))
 
     def decode_coarse(self, z: Tensor) -> Tensor:
-        """The part of decode that sees the whole picture at once, at the latents' size."""
+        """Latents -> features [b, c, h, w] at the latents' size: the layers that need the whole picture at once."""
         return self.decoder.middle(self.decoder.conv_in(self.post_quant_conv(z)))
 
     def decode_fine(self, x: Tensor) -> Tensor:
-        """The rest, which needs nearly all of the memory and, GroupNorm's statistics aside, looks only around each pixel."""
-        return self.decoder.upwards(x)
+        """Features -> pixels: the layers that need nearly all of the memory and, GroupNorm's statistics aside, only the
+        neighbourhood of each pixel. So tiling.py can run them in tiles."""
+        return self.decoder.upsample(x)
 
     def to_latents(self, z: Tensor) -> Tensor:
-        """The encoder's z -> what diffusion runs on: about zero mean and unit variance."""
+        """The encoder's z -> the latents that diffusion runs on, of about zero mean and unit variance."""
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def from_latents(self, x: Tensor) -> Tensor:
+        """The inverse of to_latents."""
         return x / self.config.scaling_factor + self.config.shift_factor
 
     @torch.no_grad()
     def centre(self, mean: Tensor) -> None:
-        """Fold the latents' per-channel mean [c] into the two 1x1 quant convolutions: encode() then gives z - mean,
-        decode() adds it back first. With one scalar factor on top, latents are standardised without a shift, which
-        Stable Diffusion's own pipelines ignore. (One factor for all channels, on purpose: a channel that the encoder
-        hardly uses would be blown up to unit variance, and diffusion would spend itself on its noise.)"""
+        """Fold the latents' per-channel mean [c] into the two 1x1 quant convolutions: encode() then returns z - mean, and
+        decode() adds the mean back first. Together with the scaling factor this standardises latents without a
+        shift_factor, which Stable Diffusion's own pipelines ignore. (There is one scaling factor for all channels on
+        purpose: a channel that the encoder hardly uses would be scaled up to unit variance, and the network would have to
+        learn its noise.)"""
         c = self.config.latent_channels
         self.quant_conv.bias[:c] -= mean
         self.post_quant_conv.bias += self.post_quant_conv.weight.view(c, c) @ mean

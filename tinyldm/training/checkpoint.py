@@ -6,7 +6,7 @@ RUN/checkpoints/step-001000/   model/, optimizer.safetensors, state.json       s
 `model/` is the model folder of the whole library: averaged weights, the raw ones as its non_ema variant. state.json
 holds the size and SHA-256 of every other file and a checksum of itself, so that whatever a disk does later is noticed
 and the checkpoint before is taken. A name that ends in ~ is a whole checkpoint that another of the same step was about
-to replace when the process died. Names with a dot in front are torsos, removed by the next write.
+to replace when the process died. Names with a dot in front are partials, removed by the next write.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tinyldm.config import RunConfig
 from tinyldm.files import Claims, replace_folder, sha256
+from tinyldm.folders.weights import write_weights
 from tinyldm.training import distributed
 
 STAGES = ("vae", "step")                                   # in the order a run goes through them
@@ -44,9 +45,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return {key: value for key, value in _read(checkpoint).items() if key not in ("files", "checksum")}
 
 
-def whole(checkpoint: Path, contents: bool = True) -> str:
-    """"" where every file is there as it was written, or else what is wrong. contents: read all of them; without, only
-    names and sizes are compared. Checkpoints from before there were checksums pass if their state.json can be read."""
+def find_damage(checkpoint: Path, contents: bool = True) -> str:
+    """What is wrong with a checkpoint, "" where every file is as it was written. contents: compare checksums, which reads all
+    files; without, only names and sizes. Checkpoints from before there were checksums pass if their state.json can be read."""
     try:
         files = _read(checkpoint).get("files", {})
     except FileNotFoundError:
@@ -66,15 +67,15 @@ def whole(checkpoint: Path, contents: bool = True) -> str:
     return ""
 
 
-def newest_whole(run: Path, until: int | None = None) -> Path | None:
-    """The newest checkpoint that is whole (and of stage 2's step `until` at most). Each damaged one after it is named in a
-    line. Reads all of what it judges."""
+def newest_undamaged(run: Path, until: int | None = None) -> Path | None:
+    """The newest checkpoint that is undamaged (and of the second stage's step `until` at most). Each damaged one after it is
+    named in a line. Reads all of what it judges."""
     faults: list[tuple[str, str]] = []
     found = None
     for folder in reversed(_folders(run)):
         if until is not None and _number(folder) > (STAGES.index("step"), until):
             continue
-        if not (fault := whole(folder)):
+        if not (fault := find_damage(folder)):
             found = folder
             break
         faults.append((folder.name, fault))
@@ -96,27 +97,27 @@ def write(run: Path, stage: str, step: int, fill: Callable[[Path], None], state:
     """
     folder = run / "checkpoints" / f"{stage}-{step:06d}"
     for pattern in (".writing-*", ".dropped-*"):               # of a process that was killed
-        for torso in folder.parent.glob(pattern):
-            shutil.rmtree(torso, ignore_errors=True)
+        for partial in folder.parent.glob(pattern):
+            shutil.rmtree(partial, ignore_errors=True)
 
-    def fill_all(torso: Path) -> None:
-        torso.mkdir()
-        fill(torso)
-        _write_state(torso, {"stage": stage, "step": step, **state})
-        if folder.exists() and not whole(folder):              # not in the way, yet there until this one is
+    def fill_all(partial: Path) -> None:
+        partial.mkdir()
+        fill(partial)
+        _write_state(partial, {"stage": stage, "step": step, **state})
+        if folder.exists() and not find_damage(folder):              # not in the way, yet there until this one is
             aside = folder.with_name(folder.name + "~")
             _discard(aside)
             os.replace(folder, aside)
 
     replace_folder(folder, fill_all)
-    if fault := whole(folder, contents=False):                 # the contents were read for their checksums just now
+    if fault := find_damage(folder, contents=False):                 # the contents were read for their checksums just now
         raise OSError(f"{folder} is damaged as soon as it is written ({fault}): check this disk")
     _drop(run, folder, keep, keep_every)
     return folder
 
 
-def forget(run: Path, step: int) -> None:
-    """Remove the checkpoints of stage 2 after `step`."""
+def remove_after(run: Path, step: int) -> None:
+    """Remove the checkpoints of the second stage after `step`."""
     for folder in _folders(run):
         if _number(folder) > (STAGES.index("step"), step):
             _discard(folder)
@@ -145,8 +146,8 @@ class Writer:
         if pending:
             pending.result()
 
-    def look(self) -> None:
-        """Raise what has gone wrong by now, if anything: the sooner it is known, the less is lost."""
+    def raise_failure(self) -> None:
+        """Raise what has gone wrong in the background by now, if anything: the sooner it is known, the less is lost."""
         if self.pending and self.pending.done():
             self.wait()
 
@@ -204,10 +205,7 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer], parameters: dict[
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """One safetensors file. OSError where the disk is full."""
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {file}: {error} (is the disk full?)") from None
+    write_weights(file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def save_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> None:
@@ -276,9 +274,9 @@ def _checksum(state: dict[str, Any]) -> str:
 def _drop(run: Path, newest: Path, keep: int, keep_every: int) -> None:
     """Remove what `newest`, in place and whole, makes superfluous. What is visibly damaged is not counted as kept."""
     reached = [folder for folder in names(run) if _number(folder) <= _number(newest)]
-    sound = {_number(folder): folder for folder in reached if not whole(folder, contents=False)}    # an heir instead of its ~
-    kept = [*sound.values()][-max(keep, 1):]
-    kept += [folder for (_, step), folder in sound.items() if keep_every and step % keep_every == 0]
+    undamaged = {_number(folder): folder for folder in reached if not find_damage(folder, contents=False)}    # of one step, the new folder wins over its ~ backup
+    kept = [*undamaged.values()][-max(keep, 1):]
+    kept += [folder for (_, step), folder in undamaged.items() if keep_every and step % keep_every == 0]
     for folder in reached:
         if folder not in kept:
             _discard(folder)
@@ -293,3 +291,13 @@ def _discard(folder: Path) -> None:
     except OSError:
         return
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def to_resume(config: RunConfig, run: Path) -> Path | None:
+    """The newest checkpoint that is undamaged; None for a run that begins. ValueError where all are damaged."""
+    if config.resume != "auto":
+        return None
+    last = newest_undamaged(run)
+    if last is None and names(run):
+        raise ValueError(f"every checkpoint in {run} is damaged: start another run with --out (its latents can be used again with --cache)")
+    return last

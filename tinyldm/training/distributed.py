@@ -28,13 +28,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from tinyldm.models.dit import Block
-from tinyldm.models.layers import ResBlock
-from tinyldm.models.unet import SpatialTransformer
+from tinyldm.model import repeated_blocks
 
 TIMEOUT = timedelta(hours=1)                               # rank 0 may draw and write for minutes while the others wait
 BUCKET = 64 * 2**20                                        # bytes that are summed as one
-REPEATED = (Block, ResBlock, SpatialTransformer)           # gathered whole while they compute, one after the other
 LOST = re.compile(r"gloo[/\\]|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
@@ -50,7 +47,7 @@ class World:
         return self.rank == 0
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
+    def peer_errors(self) -> Iterator[None]:
         """What torch raises inside where another process is gone becomes a ValueError. Every method here has it; networks
         that are sharded wait for each other elsewhere too, and want it around the whole loop."""
         try:
@@ -61,12 +58,12 @@ class World:
             raise ValueError(f"another of the {self.size} processes has ended (its own message says why): start them again "
                              "with --resume auto") from error
 
-    def agree(self, *values: float) -> list[float]:
+    def all_reduce_max(self, *values: float) -> list[float]:
         """The element-wise maximum over all processes, in float64."""
         if self.size == 1:
             return [float(value) for value in values]
         largest = torch.tensor(values, dtype=torch.float64)                    # in host memory: gloo's
-        with self.watch():
+        with self.peer_errors():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
@@ -78,7 +75,7 @@ class World:
         Needs memory for one copy of them: all are packed into buckets, which travel at the same time."""
         if self.size == 1:
             return
-        with self.watch():
+        with self.peer_errors():
             under_way = []
             for bucket in buckets([tensor for tensor in tensors if not sharded(tensor)]):
                 flat = bucket[0].new_empty(sum(tensor.numel() for tensor in bucket))
@@ -89,21 +86,21 @@ class World:
                 work.wait()
                 torch._foreach_copy_(bucket, parts)
 
-    def told(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """Rank 0's value, as it comes back from JSON. What the others give does not matter."""
         if self.size == 1:
             return value
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if self.main else torch.empty(0)
         length = torch.tensor(len(text))
-        with self.watch():
+        with self.peer_errors():
             dist.broadcast(length, 0)
             text = text if self.main else torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(text, 0)
         return json.loads(text.numpy().tobytes())
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes have come here."""
-        self.agree(0)
+        self.all_reduce_max(0)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -193,13 +190,12 @@ def shard(net: nn.Module, world: World) -> None:
     The parameters are DTensors then: whole(), local(), fill() and clip() work on both kinds."""
     if world.size == 1:
         return
-    from torch.distributed.device_mesh import init_device_mesh                  # half a second that one process can save
+    from torch.distributed.device_mesh import init_device_mesh  # half a second that one process can save
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = init_device_mesh(next(net.parameters()).device.type, (world.size,))
-    repeated = [module for module in net.modules() if isinstance(module, REPEATED)]
-    for module in (*repeated, net):                            # True: what net itself holds must not stay gathered, or
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)              # it outlives a change of the parts
+    for module in (*repeated_blocks(net), net):                # a block is gathered whole while it computes, one after the other;
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)              # net's own weights too, or they would outlive an update
     for module in net.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -116,6 +116,17 @@ class PowerEMA:
                 for sigma_rel, average in zip(self.sigma_rels, self.averages)}
 
 
+def parse_widths(words: Sequence[str | float]) -> list[float]:
+    """--ema-widths as numbers. ValueError for what is none, and for widths that no power function has."""
+    try:
+        widths = [float(word) for word in words]
+    except ValueError:
+        raise ValueError(f"--ema-widths {' '.join(map(str, words))}: numbers between 0 and 0.288, as in 0.05 0.1") from None
+    for width in widths:
+        to_gamma(width)
+    return widths
+
+
 def to_sigma_rel(gamma: float) -> float:
     """The standard deviation of the density (gamma + 1) x^gamma on [0, 1] (Eq. 3)."""
     return (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)

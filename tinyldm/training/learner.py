@@ -1,115 +1,186 @@
-"""What training changes, and a checkpoint of stage 2 holds: weights, their averages, optimizer state, what is measured."""
+"""What training changes, and a checkpoint holds: weights, their averages, optimizer state, and what is measured of them."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinyldm.config import Config
+from tinyldm.config import OptimisationConfig
+from tinyldm.model import muon_matrices
+from tinyldm.objectives import Objective, Turn
 from tinyldm.training import checkpoint
-from tinyldm.training.distributed import World, load_whole, shard, whole
-from tinyldm.training.ema import EMA, PowerEMA
-from tinyldm.training.loop import update
+from tinyldm.training.distributed import World, load_whole, whole
+from tinyldm.training.ema import EMA, PowerEMA, parse_widths
+from tinyldm.training.loss_monitor import LossMonitor
 from tinyldm.training.meter import Meter
 from tinyldm.training.optim import make_optimizers, set_lr
-from tinyldm.training.setup import widths
-from tinyldm.training.spikes import Course
-from tinyldm.vendor_loaders.folder import save_model
-from tinyldm.vendor_loaders.load import Model, load_model
+from tinyldm.training.trained import Stored, Trained
+
+
+class Update(NamedTuple):
+    """What one optimizer update did."""
+
+    loss: float | None          # None: loss or gradient was not finite, and the update was left out
+    ratio: float | None = None  # length of the weights' change over their own, where it was measured
 
 
 class Learner:
-    """The network, a text encoder if that is trained along, and all that follows their steps."""
+    """The trained networks of a stage, those of its objective, and all that follows their steps.
 
-    def __init__(self, config: Config, net: nn.Module, text: nn.Module, world: World, device: torch.device):
-        self.plain = net
-        if config.fsdp:                                        # its own state_dict would gather and part it again, while it trains
-            self.plain = copy.deepcopy(net).to("meta")
-            shard(net, world)
-        self.trained = {"net": net} if config.text_weights else {"net": net, "text": text}
-        self.parameters = {f"{part}.{name}": p for part, module in self.trained.items() for name, p in module.named_parameters()}
-        self.optimizers = make_optimizers(self.parameters, kind=config.optimizer, lr=config.lr, muon_lr=config.muon_lr,
-                                          weight_decay=config.weight_decay)
-        self.ema = PowerEMA(self.trained, widths(config)) if config.ema_widths else EMA(self.trained, config.ema_decay)
-        self.meter, self.course = Meter(device), Course()
-        self.clip, self.world, self.device = config.grad_clip, world, device
+    average: whether the weights are averaged (the first stage does without)."""
 
-    def forget(self) -> None:
-        """Drop the gradients of a step that could not be finished, and what was measured of it."""
+    def __init__(self, trained: Trained, objective: Objective, settings: OptimisationConfig, world: World, device: torch.device,
+                 average: bool = True):
+        self.trained, self.objective, self.world, self.device = trained, objective, world, device
+        own = {part: module for part, module in objective.networks.items() if any(part in turn.trains for turn in objective.turns)}
+        modules = trained.modules | own
+        self.parameters = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+        matrices = muon_matrices(modules)
+        self.optimizers = {turn.name: make_optimizers(self.named(turn), matrices, turn.optimisation or settings)
+                           for turn in objective.turns}
+        self.ema: EMA | PowerEMA | None = None
+        if average:
+            widths = parse_widths(settings.ema_widths)
+            self.ema = PowerEMA(trained.modules, widths) if widths else EMA(trained.modules, settings.ema_decay)
+        self.meters = {turn.name: Meter(device) for turn in objective.turns}
+        self.monitor = LossMonitor()
+
+    @property
+    def main_turn(self) -> str:
+        """The turn whose loss is *the* loss: in the log, on the progress bar, watched for divergence."""
+        return self.objective.turns[0].name
+
+    @property
+    def meter(self) -> Meter:
+        return self.meters[self.main_turn]
+
+    def named(self, turn: Turn) -> dict[str, nn.Parameter]:
+        """The parameters that a turn trains, by "part.name"."""
+        return {name: p for name, p in self.parameters.items() if name.partition(".")[0] in turn.trains}
+
+    def weights(self, turn: Turn) -> list[nn.Parameter]:
+        return list(self.named(turn).values())
+
+    def to_sum(self, turn: Turn) -> list[Tensor]:
+        """What the processes add up after the backward pass: gradients and measured losses."""
+        return [*(p.grad for p in self.weights(turn) if p.grad is not None), self.meters[turn.name].pending]
+
+    def drop_gradients(self) -> None:
+        """Forget a step that could not be finished, and what was measured of it."""
         for p in self.parameters.values():
             p.grad = None
-        self.meter.waiting.zero_()
+        for meter in self.meters.values():
+            meter.pending.zero_()
 
-    def step(self, n: int, factor: float, measure: bool) -> tuple[float | None, float | None]:
-        """Update n (from 1), on the gradients of all processes added up -> the loss, None where the step was left out;
-        where it is to be measured, how far it moved the weights, relative to their own length."""
-        self.world.sum([*(p.grad for p in self.parameters.values() if p.grad is not None), self.meter.waiting])
-        weights = [p.detach() for p in self.parameters.values()]
+    def update(self, turn: Turn, norm: float, lr_factor: float, measure: bool = False) -> Update:
+        """One step of a turn's optimizers on summed and clipped gradients of this norm. Reading the loss waits for the device:
+        once per update, not once per micro-batch."""
+        optimizers, meter, weights = self.optimizers[turn.name], self.meters[turn.name], [p.detach() for p in self.weights(turn)]
         before = [p.clone() for p in weights] if measure else []
-        set_lr(self.optimizers, factor)
-        loss = update(list(self.parameters.values()), self.optimizers, self.clip, self.meter)
-        self.ema.update(n)                                     # weights that stayed put count, too
-        if loss is None or not measure:
-            return loss, None
-        return loss, norm(torch._foreach_sub(weights, before)) / max(norm(before), 1e-12)
+        set_lr(optimizers, lr_factor)
+        loss = float(meter.pending[0])
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
+            for optimizer in optimizers:
+                optimizer.step()
+            meter.keep(norm)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if not finite:
+            return Update(None)
+        return Update(loss, length(torch._foreach_sub(weights, before)) / max(length(before), 1e-12) if measure else None)
 
-    def save(self, writer: checkpoint.Writer, model: Model, step: int, state: dict[str, Any]) -> None:
+    def average(self, step: int) -> None:
+        """After update `step` (from 1): the averages follow the weights, those of an update that was left out too."""
+        if self.ema is not None:
+            self.ema.update(step)
+
+    def log_row(self) -> dict[str, Any]:
+        """What the meters have summed since the last row; the figures of further turns carry their names."""
+        row = self.meter.row()
+        for name in list(self.meters)[1:]:
+            row |= {f"{key}_{name}": value for key, value in self.meters[name].row().items()}
+        return row
+
+    def save(self, writer: checkpoint.Writer, stage: str, step: int, state: dict[str, Any]) -> None:
         """Copy what changes to the host; the rest happens in the background, in the main process."""
         writer.wait()                                                           # at most one copy at a time
-        ema = self.ema
-        to_host = partial(checkpoint.host_copy, keep=self.world.main)
-        shapes = self.trained | {"net": self.plain}
-        averaged = {part: (shapes[part], to_host(ema.state_dict(part))) for part in self.trained}
-        raw = {part: to_host(module.state_dict()) for part, module in self.trained.items()}
-        moments = to_host(checkpoint.optimizer_tensors(self.optimizers, self.parameters))
-        others = to_host({f"{width}/{part}.{name}": tensor for i, width in enumerate(other_widths(ema), 1)
-                                       for part in self.trained for name, tensor in ema.state_dict(part, i).items()})
-
-        def fill(folder: Path) -> None:
-            save_model(folder / "model", net=averaged["net"], vae=writer.run / "vae", text=averaged.get("text", model.text), non_ema=raw,
-                       tokenizer=model.tokenizer, scheduler=model.scheduler, defaults=model.defaults | {"step": step})
-            checkpoint.save_tensors(folder / "optimizer.safetensors", moments)
-            if others:
-                checkpoint.save_tensors(folder / "averages.safetensors", others)
-
+        to_host, modules = partial(checkpoint.host_copy, keep=self.world.main), self.trained.modules
+        averages = {} if self.ema is None else {part: to_host(self.ema.state_dict(part)) for part in modules}
+        stored = Stored({part: to_host(module.state_dict()) for part, module in modules.items()}, averages)
+        moments = to_host(checkpoint.optimizer_tensors(self.all_optimizers, self.parameters))
+        files = {"optimizer": moments, "averages": to_host(self.further_averages()), "objective": to_host(self.objective_tensors())}
         if not self.world.main:
             return
-        parts = [moments, others, *raw.values(), *(tensors for _, tensors in averaged.values())]
-        frozen = {} if "text" in averaged else model.text.state_dict()
-        checkpoint.check_room(writer.run, sum(tensor.nbytes for tensors in [*parts, frozen] for tensor in tensors.values()))
-        writer.save("step", step, fill, state | {"meter": self.meter.state(), "course": self.course.state()})
+
+        def fill(folder: Path) -> None:
+            self.trained.write(folder, stored, step)
+            for name, tensors in files.items():
+                if tensors:
+                    checkpoint.save_tensors(folder / f"{name}.safetensors", tensors)
+
+        parts = [*files.values(), *stored.raw.values(), *stored.averaged.values()]
+        needed = sum(tensor.nbytes for tensors in parts for tensor in tensors.values()) + self.trained.frozen_bytes()
+        checkpoint.check_room(writer.run, needed)
+        measured = {"meter": self.meter.state(), "course": self.monitor.state(),
+                    "meters": {name: meter.state() for name, meter in list(self.meters.items())[1:]}}
+        writer.save(stage, step, fill, state | measured)
 
     def load(self, last: Path) -> dict[str, Any]:
         """Go back to a checkpoint -> its state."""
-        raw, averaged = (load_model(last / "model", ema=wanted) for wanted in (False, True))
-        for part, module in self.trained.items():
-            load_whole(module, getattr(raw, part).state_dict())
-            self.ema.load_state_dict(part, getattr(averaged, part).state_dict())
-        if wanted := other_widths(self.ema):
-            others = load_file(last / "averages.safetensors")
-            for i, width in enumerate(wanted, 1):
-                for part in self.trained:
-                    start = f"{width}/{part}."
-                    self.ema.load_state_dict(part, {name.removeprefix(start): x for name, x in others.items() if name.startswith(start)}, i)
-        checkpoint.load_optimizers(last / "optimizer.safetensors", self.optimizers, self.parameters)
+        stored = self.trained.read(last)
+        for part, module in self.trained.modules.items():
+            load_whole(module, stored.raw[part])
+            if self.ema is not None:
+                self.ema.load_state_dict(part, stored.averaged[part])
+        if self.further_averages():
+            self.load_further_averages(load_file(last / "averages.safetensors"))
+        if saved := self.objective_tensors():
+            found = load_file(last / "objective.safetensors")
+            for name, tensor in saved.items():
+                tensor.copy_(found[name])
+        checkpoint.load_optimizers(last / "optimizer.safetensors", self.all_optimizers, self.parameters)
         state = checkpoint.read_state(last)
-        self.meter.load(state["meter"])
-        self.course.load(state["course"])
+        for name, meter in self.meters.items():
+            meter.load(state["meter"] if name == self.main_turn else state["meters"][name])
+        if "course" in state:                                                   # older checkpoints of the first stage have none
+            self.monitor.load(state["course"])
         return state
 
+    @property
+    def all_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [optimizer for optimizers in self.optimizers.values() for optimizer in optimizers]
 
-def other_widths(ema: EMA | PowerEMA) -> Sequence[float]:
-    """Those of the averages that are not the model's."""
+    def objective_tensors(self) -> dict[str, Tensor]:
+        """Those of the objective's own networks that a checkpoint holds: the tensors themselves."""
+        return {f"{part}.{name}": tensor for part in self.objective.saved
+                for name, tensor in self.objective.networks[part].state_dict().items()}
+
+    def further_averages(self) -> dict[str, Tensor]:
+        """Averages of other widths than the model's, by "width/part.name"."""
+        return {f"{width}/{part}.{name}": tensor for i, width in enumerate(further_widths(self.ema), 1)
+                for part in self.trained.modules for name, tensor in self.ema.state_dict(part, i).items()}
+
+    def load_further_averages(self, found: Mapping[str, Tensor]) -> None:
+        for i, width in enumerate(further_widths(self.ema), 1):
+            for part in self.trained.modules:
+                start = f"{width}/{part}."
+                own = {name.removeprefix(start): tensor for name, tensor in found.items() if name.startswith(start)}
+                self.ema.load_state_dict(part, own, i)
+
+
+def further_widths(ema: EMA | PowerEMA | None) -> Sequence[float]:
+    """The widths of those averages that are not the model's."""
     return ema.sigma_rels[1:] if isinstance(ema, PowerEMA) else ()
 
 
-def norm(tensors: list[Tensor]) -> float:
-    """Of all tensors as one vector."""
+def length(tensors: list[Tensor]) -> float:
+    """The norm of all tensors as one vector."""
     return float(whole(torch.nn.utils.get_total_norm(tensors)))

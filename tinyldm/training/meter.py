@@ -18,28 +18,28 @@ class Meter:
     """
 
     def __init__(self, device: torch.device):
-        self.sums, self.waiting = torch.zeros(2, 3 + 2 * BINS, device=device)       # loss, gradient norm, steps, bins, their counts
+        self.sums, self.pending = torch.zeros(2, 3 + 2 * BINS, device=device)       # loss, gradient norm, steps, bins, their counts
         self.skipped = self.in_a_row = 0
 
     def add(self, losses: Tensor, share: float, t: Tensor | None = None) -> None:
         """Losses [b] of a micro-batch at times t [b], each of which is `share` of the step's loss."""
         losses = losses.detach()
-        self.waiting[0] += losses.sum() * share
+        self.pending[0] += losses.sum() * share
         if t is not None:
             bins = (t * BINS).long().clamp(max=BINS - 1)
-            self.waiting[3:3 + BINS].index_add_(0, bins, losses)
-            self.waiting[3 + BINS:].index_add_(0, bins, torch.ones_like(losses))
+            self.pending[3:3 + BINS].index_add_(0, bins, losses)
+            self.pending[3 + BINS:].index_add_(0, bins, torch.ones_like(losses))
 
     def keep(self, norm: float) -> None:
         """The step was taken."""
-        self.waiting[1:3] = torch.tensor([norm, 1.0])
-        self.sums += self.waiting
-        self.waiting.zero_()
+        self.pending[1:3] = torch.tensor([norm, 1.0])
+        self.sums += self.pending
+        self.pending.zero_()
         self.in_a_row = 0
 
     def skip(self, step: int, seed: int) -> str:
         """The step was left out -> what to say of it. ValueError after too many in a row."""
-        self.waiting.zero_()
+        self.pending.zero_()
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= TOO_MANY:
             raise ValueError(f"loss or gradient was not finite in {TOO_MANY} steps in a row, up to step {step} (seed {seed}): the run is "

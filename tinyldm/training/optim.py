@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from tinyldm.config import OptimisationConfig
 from tinyldm.training.distributed import local, part_of, sharded, whole
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -87,26 +89,23 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(buffer, momentum).flatten(1)
 
 
-BLOCKS = ("down.", "middle.", "up.", "blocks.", "layers.")       # where the networks keep their repeated parts
+def make_optimizers(parameters: Mapping[str, nn.Parameter], matrices: Collection[str],
+                    settings: OptimisationConfig) -> list[torch.optim.Optimizer]:
+    """[AdamW] or, for --optimizer muon, [AdamW, Muon], together covering parameters (name -> parameter) once each.
 
-
-def muon_matrices(parameters: dict[str, nn.Parameter], kind: str) -> dict[str, nn.Parameter]:
-    """Those of the parameters that Muon optimizes; none for kind "adamw"."""
-    return {name: p for name, p in parameters.items()
-            if kind == "muon" and p.ndim in (2, 4) and any(block in name for block in BLOCKS)}
-
-
-def make_optimizers(parameters: dict[str, nn.Parameter], *, kind: str, lr: float, muon_lr: float,
-                    weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
-    """[AdamW] or, for kind "muon", [AdamW, Muon], together covering parameters (name -> parameter) once each."""
-    inner = muon_matrices(parameters, kind)
-    outer = [p for name, p in parameters.items() if name not in inner]
-    kinds = [[p for p in outer if sharded(p) == kind] for kind in (False, True)]              # not to be mixed in one kernel
+    matrices: the names of those that Muon may take (model.muon_matrices). Muon's update of a matrix has the root mean square that
+    AdamW's would have at 0.2 of the learning rate, whatever its shape, so the two learning rates are of one order; they are
+    separate settings because the best one for embeddings, norms and biases need not be the best for matrices.
+    """
+    inner = [p for name, p in parameters.items() if settings.optimizer == "muon" and name in matrices]
+    chosen = set(map(id, inner))
+    outer = [p for p in parameters.values() if id(p) not in chosen]
+    kinds = [[p for p in outer if sharded(p) == kind] for kind in (False, True)]     # one kernel does not take both kinds
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([{"params": params} for params in kinds if params], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay,
-                          fused=True)]
+        torch.optim.AdamW([{"params": params} for params in kinds if params], lr=settings.lr, betas=(0.9, 0.95),
+                          weight_decay=settings.weight_decay, fused=True)]
     if inner:
-        optimizers.append(Muon(list(inner.values()), lr=muon_lr, weight_decay=weight_decay))
+        optimizers.append(Muon(inner, lr=settings.muon_lr, weight_decay=settings.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -7,7 +7,6 @@ run folder leaves a gap on the page, never an error: a report must not end a tra
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import html
 import importlib.metadata
@@ -24,17 +23,18 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import torch
 
-from tinyldm.config import PRESETS, Config
-from tinyldm.files import write_file
+from tinyldm.config import PRESETS, AutoencoderConfig, flatten, make_config
+from tinyldm.config.fields import SETTINGS
+from tinyldm.durations import parse_date, parse_duration
+from tinyldm.files import read_json, write_file
 from tinyldm.training import log
-from tinyldm.training.schedule import moment, seconds
 
 POINTS = 2000          # per series
 BINS = 16              # per vector of t-bins
 EVENTS = 400           # the newest, and as many plans
 TEXT = 400             # characters of an event (ten times as many of a setting)
-VAE_DECAY = 0.6        # of stage 1's learning rate
 SCALARS = "loss lr_factor grad_norm update_ratio val_raw val_ema images_per_second mfu memory_gb skipped".split()
 VECTORS = ("t_bins", "val_bins")
 
@@ -45,7 +45,7 @@ def write_report(run: Path, environment: dict | None = None) -> Path:
     environment: names and values to show after, or in place of, the versions of Python, torch and the platform. OSError
     where the page cannot be written.
     """
-    config = read_json(run / "config.json")
+    config = read_json_or_nothing(run / "config.json")
     rows = read_rows(run / "log.jsonl")
     kept = keep_newest(events := [row for row in rows if "event" in row])
     saved = checkpoints(run)
@@ -72,13 +72,12 @@ def write_report(run: Path, environment: dict | None = None) -> Path:
 # ---------------------------------------------------------------- reading the folder
 
 
-def read_json(path: Path) -> dict:
+def read_json_or_nothing(path: Path) -> dict:
     """A JSON object, or {} where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, "")
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -97,7 +96,7 @@ def checkpoints(run: Path) -> list[dict]:
     """What is on disk, oldest first: {name, stage, step, finished}."""
     found = []
     for path in run.glob("checkpoints/*/state.json"):
-        state, place = read_json(path), re.fullmatch(r"(\w+)-(\d{1,15})", path.parent.name)
+        state, place = read_json_or_nothing(path), re.fullmatch(r"(\w+)-(\d{1,15})", path.parent.name)
         if state and place:
             found.append({"name": path.parent.name, "stage": place[1], "step": int(place[2]),
                           "finished": state.get("finished") is True})
@@ -203,7 +202,7 @@ def plan(name: str, rows: list[dict], config: dict) -> dict:
     told = shown(events[-1]) if events else {}
     settings = {key: value for key, value in config.items() if 0 < number(value) < math.inf}
     total = told.get("total_steps") or settings.get("vae_steps" if name == "vae" else "max_steps")
-    share = VAE_DECAY if name == "vae" else settings.get("decay")
+    share = settings.get("vae_decay", AutoencoderConfig.decay) if name == "vae" else settings.get("decay")
     guess = round(total * (1 - share)) if total and share is not None else None
     return {"total": total, "decay_from": told.get("decay_from", guess), "finish": told.get("finish"),
             "warmup": settings.get("warmup_steps", 0)}
@@ -212,7 +211,7 @@ def plan(name: str, rows: list[dict], config: dict) -> dict:
 def time_to_go(config: dict) -> dict:
     """Of a run that ends by time {hours: its budget, ends: its deadline in seconds since 1970}, each where it was given."""
     found = {}
-    for key, name, convert in (("hours", "budget", lambda said: seconds(said) / 3600), ("ends", "deadline", moment)):
+    for key, name, convert in (("hours", "budget", lambda text: parse_duration(text) / 3600), ("ends", "deadline", parse_date)):
         with suppress(ValueError, OverflowError, OSError):     # the last: years that Windows does not know
             if isinstance(config.get(name), str):
                 found[key] = convert(config[name])
@@ -249,9 +248,10 @@ def prompts(config: dict) -> list[str]:
 
 def compare(config: dict) -> list[dict]:
     """Every setting: {name, value, usual: the preset's value, differs, help}. Settings of other versions: usual None."""
-    preset, helps = str(config.get("preset", "")), {field.name: field.metadata["help"] for field in dataclasses.fields(Config)}
-    usual = json.loads(json.dumps(dataclasses.asdict(Config(**PRESETS.get(preset, {}) | {"preset": preset}))))
+    preset = str(config.get("preset", ""))
+    usual = json.loads(json.dumps(flatten(make_config(**PRESETS.get(preset, {}) | {"preset": preset}))))
     usual["data"] = " ".join(usual["data"]) if isinstance(config.get("data"), str) else usual["data"]
+    helps = {name: setting.help for name, setting in SETTINGS.items()}
     return [{"name": name, "value": text(value, 10 * TEXT), "usual": text(usual[name], 10 * TEXT) if name in usual else None,
              "differs": name in usual and value != usual[name], "help": helps.get(name, "")} for name, value in config.items()]
 
@@ -262,3 +262,17 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def attempt(what: str, work: Callable[[], Any]) -> None:
+    """Do what a run can do without: a failure is told, and training goes on."""
+    try:
+        work()
+    except Exception as error:
+        print(f"{what} failed, training goes on: {' '.join(str(error).split())[:200]}", flush=True)
+
+
+def refresh_report(run: Path) -> None:
+    """RUN/report.html, with where it was made."""
+    attempt("report.html", lambda: write_report(run, {"Python": platform.python_version(), "torch": torch.__version__,
+                                                      "machine": platform.platform()}))

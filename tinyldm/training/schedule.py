@@ -16,31 +16,14 @@ all of them added up; `now` is time.time(), which only a deadline needs.
 from __future__ import annotations
 
 import math
-import re
-from datetime import datetime
 from typing import Any, NamedTuple
 
-UNITS = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
-SPAN = re.compile("".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in UNITS))
+from tinyldm.config import OptimisationConfig
+from tinyldm.durations import parse_date, parse_duration, show_duration
+
 SHORTEST = 0.01             # of the running time: a decay is not cut shorter than this, though that is overtime
+OLD_NAMES = {"fraction": "share"}       # attributes under the names that checkpoints have for them
 OVERTIME = "out of time: {:.0f} s more, to bring the learning rate down"
-
-
-def seconds(text: str) -> float:
-    """"7d", "1d12h", "1.5h", "20m", "90s" -> seconds."""
-    found = SPAN.fullmatch(text.strip().lower())
-    result = sum(float(number or 0) * size for number, size in zip(found.groups(), UNITS.values())) if found else 0.0
-    if not 0 < result < math.inf:
-        raise ValueError(f"'{text}' is not a span of time: use days, hours, minutes, seconds, as in 7d, 1d12h, 1.5h, 20m, 90s")
-    return result
-
-
-def moment(text: str) -> float:
-    """"2030-01-31T18:00", local time unless it names a zone -> seconds since 1970."""
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        raise ValueError(f"'{text}' is not a date and time: write it as in 2030-01-31T18:00") from None
 
 
 class Revision(NamedTuple):
@@ -51,7 +34,7 @@ class Revision(NamedTuple):
     why: str
 
 
-class Schedule:
+class LearningRateSchedule:
     """What the learning rate is multiplied by, and when the run ends.
 
     warmup: steps. decay: share of the steps (of the running time, with a budget) over which the factor falls to 0.
@@ -77,7 +60,7 @@ class Schedule:
         self.running = 0.0                      # at the last checkpoint, as are the next three
         self.rate = 0.0                         # seconds per step; 0: not measured
         self.reserve = 0.0                      # seconds to keep for what is not training
-        self.share = 1.0                        # what the decay had left of the learning rate
+        self.fraction = 1.0                        # what the decay had left of the learning rate
         self.overtime = 0.0                     # seconds added to the end, see SHORTEST
         self.anchor: list[float] | None = None  # [share, seconds left then]: the decay goes on from there to 0
         self.begun = 0.0                        # running time before the first step
@@ -133,7 +116,7 @@ class Schedule:
         if reserve != self.reserve:
             self.reserve = reserve
             late = self._go_on_from(share, running, now)
-        self.share = share
+        self.fraction = share
         before, self.rate = self.rate, rate if 0 < rate < math.inf else self.rate
         if self.total and share < 1:
             return None
@@ -152,19 +135,20 @@ class Schedule:
         lost, self.running = running - self.running, max(self.running, running)
         if self.max_steps or lost <= 0 and not self.deadline:                  # a deadline comes nearer meanwhile
             return None
-        late = self._go_on_from(self.share, running, now)
+        late = self._go_on_from(self.fraction, running, now)
         why = OVERTIME.format(late) if late else "time lost since the checkpoint"
         return self._plan(step, running, now, why) if self.total else None
 
     def state(self) -> dict[str, Any]:
         """All of it, for JSON. With max_steps only `running` depends on the clock."""
-        return dict(vars(self))
+        return {OLD_NAMES.get(name, name): value for name, value in vars(self).items()}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Schedule:
+    def from_state(cls, state: dict[str, Any]) -> LearningRateSchedule:
         """The schedule of a checkpoint: its plan, not that of today's flags."""
         schedule = cls(**{name: state[name] for name in ("warmup", "decay", "max_steps", "budget", "deadline")})
-        vars(schedule).update(state)
+        names = {old: name for name, old in OLD_NAMES.items()}
+        vars(schedule).update({names.get(name, name): value for name, value in state.items()})
         return schedule
 
     def _falling(self, running: float, now: float) -> float:
@@ -192,6 +176,29 @@ class Schedule:
             return None
         old, left = self.total, max(self.left(running, now), 0.0)
         self.total = step + round(left / self.rate)
-        if self.share == 1 or not old:
+        if self.fraction == 1 or not old:
             self.planned_decay = step + max(round((left - self._span(running, left)) / self.rate), 0)
         return Revision(old, self.total, why) if self.total != old else None
+
+
+def make_schedule(settings: OptimisationConfig, saved: dict[str, Any] | None, running: float, now: float) -> LearningRateSchedule:
+    """The schedule of a run that begins, or the rest of one. saved: the plan in the checkpoint to go on from, which is kept
+    unless another end has been asked for since; None for a run that begins, or that counts steps. ValueError where no time is
+    left."""
+    asked = LearningRateSchedule(
+        warmup=settings.warmup_steps, decay=settings.decay, max_steps=settings.max_steps,
+        budget=parse_duration(settings.budget) if settings.budget else 0.0,
+        deadline=parse_date(settings.deadline) if settings.deadline else 0.0)
+    if asked.max_steps:
+        return asked
+    plan = LearningRateSchedule.from_state(saved) if saved else None
+    if plan and (asked.budget, asked.deadline) == (plan.budget, plan.deadline):
+        return plan
+    asked.begun, asked.running = (plan.begun, plan.running) if plan else (running, running)
+    left = asked.left(running, now)
+    if plan and left < asked.decay * (running + left):         # the decay has begun: it goes on from where it is
+        asked.fraction = plan.fraction
+    if left <= 0:
+        raise ValueError(f"no time is left for training, the run has been running for {show_duration(running)}: nothing is lost, "
+                         "continue with --resume auto and a larger --budget or a later --deadline, or with --max-steps")
+    return asked

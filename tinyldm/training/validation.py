@@ -3,54 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinyldm.data.cache import Cache
-from tinyldm.diffusion.loss import make_noise
+from tinyldm.data.loader import Loader
+from tinyldm.objectives import Objective
 from tinyldm.training.ema import EMA, PowerEMA
 from tinyldm.training.meter import Meter
-from tinyldm.training.run import generator
 
 
 class Validation:
-    """losses: (x0, eps, t, mixed, tokens) of a micro-batch -> its weighted losses [b], as in training.
+    """losses: a micro-batch -> its weighted losses [b], as in training. batch: all held-out samples, on the CPU.
+    to_device: as the objective's."""
 
-    Times lie evenly in [0, 1), so `t_bins` compares levels that training draws seldom, too; captions are never dropped.
-    """
+    def __init__(self, batch: NamedTuple, micro_batch: int, device: torch.device, losses: Callable[[NamedTuple], Tensor],
+                 to_device: Callable[[NamedTuple, torch.device], NamedTuple]):
+        self.batch, self.micro_batch, self.device, self.losses, self.to_device = batch, micro_batch, device, losses, to_device
 
-    def __init__(self, data: Cache, held_out: np.ndarray, fingerprint: str, seed: int, micro_batch: int, device: torch.device,
-                 losses: Callable[..., Tensor]):
-        n = len(held_out)
-        self.losses, self.micro_batch, self.device = losses, micro_batch, device
-        if not n:
-            self.whole = None
-            return
-        x0 = torch.from_numpy(data.latents(held_out)[:, 0]).float()
-        eps = make_noise(x0.shape, generator(seed, 4)).eps
-        t = (torch.randperm(n, generator=generator(seed, 5)) + 0.5) / n
-        tokens = data.tokens(held_out, fingerprint, np.zeros(n), [1.0] * data.kinds)
-        self.whole = (x0, eps, t, eps, torch.from_numpy(tokens))
-
-    def both(self, ema: EMA | PowerEMA) -> dict[str, Any]:
-        """For a row of the log: the loss of the weights as they are, val_raw, of the averaged ones, val_ema, and its val_bins."""
+    def measure(self, ema: EMA | PowerEMA) -> dict[str, Any]:
+        """For a row of the log: val_raw, the loss of the weights as they are, val_ema, of their averages, and its val_bins."""
         raw = self()
         with ema.applied():
             averaged = self()
-        return {"val_raw": raw["loss"], "val_ema": averaged["loss"], "val_bins": averaged["t_bins"]}
+        return {"val_raw": raw["loss"], "val_ema": averaged["loss"], "val_bins": averaged.get("t_bins")}
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any]:
-        """{"loss", "t_bins"}; nothing where no sample is held out."""
-        if self.whole is None:
-            return {}
-        meter = Meter(self.device)
-        for *micro, tokens in zip(*(part.split(self.micro_batch) for part in self.whole)):
-            micro = [part.to(self.device) for part in micro]
-            meter.add(self.losses(*micro, tokens), 1 / len(self.whole[0]), micro[2])
+        """{"loss", "t_bins"}"""
+        meter, n = Meter(self.device), len(self.batch[0])
+        for micro in zip(*(tensor.split(self.micro_batch) for tensor in self.batch)):
+            micro = self.to_device(type(self.batch)(*micro), self.device)
+            meter.add(self.losses(micro), 1 / n, getattr(micro, "t", None))
         meter.keep(0.0)
         row = meter.row()
-        return {name: row[name] for name in ("loss", "t_bins")}
+        return {name: row[name] for name in ("loss", "t_bins") if name in row}
+
+
+def held_out_batch(loader: Loader, objective: Objective, seed: int) -> NamedTuple | None:
+    """The held-out samples of a loader as the objective wants them; None where none are held out, or it has no validation."""
+    chosen, cache = loader.held_out, loader.cache
+    if not len(chosen):
+        return None
+    latents = torch.from_numpy(cache.latents(chosen)[:, 0]).float()
+    tokens = [cache.tokens(chosen, fingerprint, np.zeros(len(chosen)), [1.0] * cache.kinds) for fingerprint in loader.fingerprints]
+    return objective.validation_batch(latents, torch.from_numpy(np.concatenate(tokens, axis=1)), seed)

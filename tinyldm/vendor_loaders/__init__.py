@@ -1,1 +1,1 @@
-"""Public weights in, public weights out: published layouts as rename tables."""
+"""Published layouts: names of tensors, config.json and scheduler_config.json, translated to ours and back (layout.py)."""

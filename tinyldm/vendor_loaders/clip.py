@@ -1,12 +1,12 @@
 """CLIP's text tower in its two published layouts: transformers' (`text_encoder/` of a model folder) and open_clip's.
 
-transformers files carry the `text_model.` prefix; transformers 5 leaves it out for a CLIPTextModel made there,
-and keeps it for one loaded from a file that had it. A whole CLIPModel file also holds `vision_model.*`,
-`visual_projection.*` and `logit_scale`, and old files hold `position_ids`. open_clip files hold both towers too,
-with q, k and v in one tensor. LAION's repositories hold both layouts under several file names.
+In transformers files, names carry the prefix `text_model.`. transformers 5 omits it for a CLIPTextModel that was created
+there, and keeps it for one that was loaded from a file with the prefix. The file of a whole CLIPModel also holds
+`vision_model.*`, `visual_projection.*` and `logit_scale`, and old files hold `position_ids`. open_clip files hold both
+towers too, with q, k and v fused into one tensor. LAION's repositories hold both layouts under several file names.
 
-Two things are not in the weights, and both go wrong in silence: the activation (OpenAI's weights want quick_gelu,
-LAION's gelu) and the padding. SOURCES says both for the sources that are known.
+Two settings are not in the weights, and a wrong value of either loads without an error and degrades the pictures: the
+activation (quick_gelu for OpenAI's weights, gelu for LAION's) and the padding token. SOURCES lists both for known sources.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tinyldm.models.clip_text import ACTIVATIONS, CLIPTextConfig
-from tinyldm.tokenizer import EOS
-from tinyldm.vendor_loaders.rename import Layout, Rules
-from tinyldm.vendor_loaders.weights import Shape
+from tinyldm.text.tokenizer import EOS
+from tinyldm.vendor_loaders.layout import Layout, Rules, Shape
 
 CLIP_RULES = [
     (r"^(token|position)_embedding\.", r"text_model.embeddings.\1_embedding."),
@@ -45,37 +44,39 @@ OPEN_CLIP_RULES = [
 
 
 def _unprojected(config: CLIPTextConfig) -> Rules:
-    """A projection that the config does not ask for is left out."""
+    """A rule that leaves out the projection of a file whose config has none."""
     return [] if config.projection_dim else [(r"^text_projection(\.weight)?$", "")]
 
 
-def tidy(config: CLIPTextConfig) -> Rules:
-    """transformers' names of all ages, without the image tower."""
+def transformers_tidy(config: CLIPTextConfig) -> Rules:
+    """Names of every version of transformers -> those of CLIP_RULES; the image tower is left out."""
     return [(r"^(vision_model|visual_projection)\..*|^logit_scale$|.*position_ids$", ""), *_unprojected(config),
             (r"^(?=embeddings|encoder|final_layer_norm)", "text_model.")]
 
 
 def open_clip_tidy(config: CLIPTextConfig) -> Rules:
+    """Leaves out the image tower and what open_clip stores beside the networks."""
     return [(r"^visual\..*|^logit_(scale|bias)$|^attn_mask$", ""), *_unprojected(config)]
 
 
-def infer(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
-    """The config behind open_clip weights; gelu and zero padding are its rule."""
-    config = _tower(shapes, r"transformer\.resblocks\.(\d+)\.", "token_embedding.weight", "positional_embedding",
-                    "transformer.resblocks.0.mlp.c_fc.weight")
+def infer_open_clip(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
+    """The config of open_clip weights. open_clip uses gelu and pads with 0 unless told otherwise."""
+    config = _config_from_shapes(shapes, r"transformer\.resblocks\.(\d+)\.", "token_embedding.weight", "positional_embedding",
+                                 "transformer.resblocks.0.mlp.c_fc.weight")
     return replace(config, activation="gelu", pad_token_id=0)
 
 
 def infer_openai(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
-    """The config behind transformers' names in a Stable Diffusion 1 checkpoint: OpenAI's tower."""
-    before = "text_model." if any(name.startswith("text_model.") for name in shapes) else ""
-    config = _tower(shapes, rf"{before}encoder\.layers\.(\d+)\.", f"{before}embeddings.token_embedding.weight",
-                    f"{before}embeddings.position_embedding.weight", f"{before}encoder.layers.0.mlp.fc1.weight")
+    """The config of weights under transformers' names in a Stable Diffusion 1 checkpoint: OpenAI's text tower."""
+    prefix = "text_model." if any(name.startswith("text_model.") for name in shapes) else ""
+    config = _config_from_shapes(shapes, rf"{prefix}encoder\.layers\.(\d+)\.", f"{prefix}embeddings.token_embedding.weight",
+                                 f"{prefix}embeddings.position_embedding.weight", f"{prefix}encoder.layers.0.mlp.fc1.weight")
     return replace(config, activation="quick_gelu", pad_token_id=config.eos_token_id)
 
 
-def _tower(shapes: Mapping[str, Shape], layer: str, tokens: str, positions: str, mlp: str) -> CLIPTextConfig:
-    """What shapes tell, under these names. CLIP's heads are 64 wide; BOS and EOS are its last two tokens."""
+def _config_from_shapes(shapes: Mapping[str, Shape], layer: str, tokens: str, positions: str, mlp: str) -> CLIPTextConfig:
+    """The fields that follow from the shapes: `layer` is the regex of a layer's names, the others are names of tensors.
+    CLIP's heads are 64 wide, and BOS and EOS are the last two tokens of its vocabulary."""
     vocab_size, width = shapes[tokens]
     return CLIPTextConfig(
         vocab_size=vocab_size,
@@ -90,15 +91,15 @@ def _tower(shapes: Mapping[str, Shape], layer: str, tokens: str, positions: str,
 
 
 LAYOUTS = {
-    "transformers": Layout(r"(.*?)(?:text_model\.)?embeddings\.token_embedding\.weight", lambda config: CLIP_RULES, tidy,
-                           infer_openai),
+    "transformers": Layout(r"(.*?)(?:text_model\.)?embeddings\.token_embedding\.weight", lambda config: CLIP_RULES,
+                           transformers_tidy, infer_openai),
     "open_clip": Layout(r"((?!visual\.).*?)transformer\.resblocks\.0\.attn\.in_proj_weight", lambda config: OPEN_CLIP_RULES,
-                        open_clip_tidy, infer),
+                        open_clip_tidy, infer_open_clip),
 }
 
 
 class Source(NamedTuple):
-    """What a publisher's text towers were trained with."""
+    """The settings with which a publisher trained its text towers, and which its weights do not tell."""
 
     activation: str
     pad_token: str
@@ -111,12 +112,12 @@ SOURCES = {
 
 
 def known_source(*names: str | None) -> Source | None:
-    """The publisher behind a hub id or a config's `_name_or_path`, if it is one in SOURCES."""
+    """The entry of SOURCES for the first of these hub ids (or `_name_or_path` of a config) that has one, else None."""
     return next((source for pattern, source in SOURCES.items() for name in names
                  if name and re.fullmatch(pattern, name, re.IGNORECASE)), None)
 
 
-# ours -> published, and the value that transformers assumes where config.json is silent
+# our field -> the published field, and the value that transformers assumes for a config.json without it
 FIELDS = {
     "vocab_size": ("vocab_size", 49408),
     "width": ("hidden_size", 512),
@@ -133,12 +134,12 @@ FIELDS = {
 
 
 def to_config(config: CLIPTextConfig) -> dict:
-    """The config.json with which transformers opens the model: CLIPTextModel, or ...WithProjection."""
+    """The config.json with which transformers opens the tower as CLIPTextModel, or as CLIPTextModelWithProjection."""
     return {
         "architectures": ["CLIPTextModelWithProjection" if config.projection_dim else "CLIPTextModel"],
         "model_type": "clip_text_model",
         **{published: getattr(config, ours) for ours, (published, _) in FIELDS.items()},
-        "projection_dim": config.projection_dim or config.width,    # unused without projection; must be a number
+        "projection_dim": config.projection_dim or config.width,    # transformers demands a number even without a projection
         "attention_dropout": 0.0,
         "initializer_factor": 1.0,
         "initializer_range": 0.02,
@@ -146,10 +147,11 @@ def to_config(config: CLIPTextConfig) -> dict:
 
 
 def from_config(config: dict, origin: str | None = None) -> CLIPTextConfig:
-    """A published config.json -> ours. Reads CLIPTextModel's, CLIPTextModelWithProjection's, CLIPModel's and open_clip's.
+    """A published config.json, of CLIPTextModel, CLIPTextModelWithProjection, CLIPModel or open_clip -> our config.
 
-    origin: the hub id that it came from. ValueError for a config that states another activation than its source has.
-    The pad id is the tokenizer's business: published configs often state one that nobody pads with.
+    origin: the hub id of the repository that holds the config. ValueError for a config whose activation is not the one with
+    which this source was trained. Pad with the tokenizer's pad token, not with pad_token_id: published configs often state
+    an id that was never used for padding.
     """
     if "model_cfg" in config:
         return _from_open_clip(config["model_cfg"])
@@ -162,7 +164,8 @@ def from_config(config: dict, origin: str | None = None) -> CLIPTextConfig:
     source = known_source(origin, config.get("_name_or_path"), text.get("_name_or_path"))
     if source and source.activation != values["activation"]:
         raise ValueError(f"the config says hidden_act={values['activation']!r}, but {origin or config.get('_name_or_path')} was "
-                         f"trained with {source.activation!r}; the wrong one loads and degrades in silence. Correct config.json")
+                         f"trained with {source.activation!r}; the wrong one loads without an error and degrades the pictures. "
+                         f"Correct config.json")
     projected = architecture in ("CLIPTextModelWithProjection", "CLIPModel")
     return CLIPTextConfig(**values, projection_dim=config.get("projection_dim", 512) if projected else None)
 

@@ -1,9 +1,9 @@
 """TAESD's published layouts: diffusers' AutoencoderTiny (config.json and one file) and the original (two files, no config).
 
-The original files name layers by their index in an nn.Sequential, and so do we: ORIGINAL_RULES is empty once the
-tensors of the encoder's file are prefixed "encoder." and those of the decoder's "decoder.". diffusers numbers
-the decoder's layers from 0 without the clamp that comes first. The hub's taef2.safetensors has diffusers' names
-without a config.json: `infer` reads both layouts.
+The original files name layers by their index in an nn.Sequential, and so do we: once the loader has put the prefixes
+"encoder." and "decoder." before the names in the two files, no rule is left, and ORIGINAL_RULES is empty. diffusers does
+not count the clamp with which the decoder begins: its decoder.layers.0 is our decoder.1. taef2.safetensors on the hub has
+the names of diffusers and comes without a config.json, so `infer` reads both layouts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import replace
 import torch
 
 from tinyldm.models.taesd import TAESD, TAESDConfig
-from tinyldm.vendor_loaders.rename import Layout, Rules, published_names
+from tinyldm.vendor_loaders.layout import Layout, Rules, apply
 from tinyldm.vendor_loaders.unet import check, scalar
 
 CLASS = "AutoencoderTiny"
-OWN_CLASS = "TinyLDMAutoencoderTiny"        # what diffusers' class cannot be (taef2) must not open there, silently wrong
+OWN_CLASS = "TinyLDMAutoencoderTiny"        # for networks like taef2, which AutoencoderTiny would open and compute wrongly
 CLASSES = (CLASS, OWN_CLASS)
 
 RULES: Rules = [
@@ -30,8 +30,9 @@ ORIGINAL_RULES: Rules = []
 
 FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
 
-# force_upcast is about float16 arithmetic, latent_magnitude and latent_shift about storing latents as 8-bit pictures,
-# block_out_channels repeats the decoder's. sample_size and normed_middle are ours.
+# Fields that from_config accepts. Some say nothing about the network: force_upcast is about float16 arithmetic,
+# latent_magnitude and latent_shift are for storing latents as 8-bit pictures, block_out_channels repeats
+# decoder_block_out_channels. sample_size and normed_middle are not fields of diffusers but of tinyldm.
 KNOWN = {"block_out_channels", "decoder_block_out_channels", "encoder_block_out_channels", "force_upcast",
          "latent_channels", "latent_magnitude", "latent_shift", "normed_middle", "num_decoder_blocks",
          "num_encoder_blocks", "sample_size", "scaling_factor", "shift_factor"}
@@ -40,7 +41,8 @@ DEFAULT = TAESDConfig()
 
 
 def to_config(config: TAESDConfig) -> dict:
-    """The config.json with which diffusers' AutoencoderTiny opens the network; of OWN_CLASS where it cannot."""
+    """The config.json with which diffusers' AutoencoderTiny opens the network. Where that class cannot compute it, the
+    config names OWN_CLASS."""
     blocks, widths = list(config.blocks), [config.width] * len(config.blocks)
     published = FIXED | {
         "_class_name": CLASS,
@@ -57,18 +59,18 @@ def to_config(config: TAESDConfig) -> dict:
     }
     if config.normed_middle:
         published |= {"_class_name": OWN_CLASS, "normed_middle": True}
-    if config.sample_size != DEFAULT.sample_size:       # diffusers warns of fields it does not know
+    if config.sample_size != DEFAULT.sample_size:       # only where needed: diffusers warns about a field that it does not know
         published["sample_size"] = config.sample_size
     return published
 
 
 def from_config(config: dict) -> TAESDConfig:
-    """A config.json, published or ours -> TAESDConfig. ValueError for what TAESDConfig cannot express."""
+    """A config.json, published or written by to_config -> TAESDConfig. ValueError for what TAESDConfig cannot express."""
     normed = config.get("normed_middle", False)
     check(config, OWN_CLASS if normed or config.get("_class_name") == OWN_CLASS else CLASS, FIXED, KNOWN)
     blocks = tuple(config.get("num_encoder_blocks", (1, 3, 3, 3)))
     if (other := tuple(config.get("num_decoder_blocks", (3, 3, 3, 1)))) != blocks[::-1]:
-        raise ValueError(f"{CLASS} config has num_decoder_blocks={list(other)}: only the encoder's in reverse, "
+        raise ValueError(f"{CLASS} config has num_decoder_blocks={list(other)}: only the reverse of num_encoder_blocks, "
                          f"{list(blocks[::-1])}, can be expressed here")
     width = scalar(config.get("encoder_block_out_channels", [64] * 4))
     for name in ("encoder_block_out_channels", "decoder_block_out_channels"):
@@ -88,34 +90,35 @@ def from_config(config: dict) -> TAESDConfig:
 
 
 def infer(shapes: Mapping[str, tuple]) -> TAESDConfig:
-    """Names and shapes of a whole autoencoder (the original's with their prefixes, or diffusers') -> its config.
+    """The config of a whole autoencoder, from the shapes of its tensors under diffusers' names or the prefixed original ones.
 
-    ValueError where they are not a TAESD's: for instance taesana's, which downscales 32 times with other blocks.
+    ValueError for the shapes of another network, for instance of taesana, which downscales 32 times with other blocks.
     """
-    fields: dict[int, set[str]] = {}            # of each of the encoder's layers
+    tensors: dict[int, set[str]] = {}           # index of a layer of the encoder -> the names of its tensors
     for name in shapes:
         if match := re.match(r"encoder\.(?:layers\.)?(\d+)\.(.+)", name):
-            fields.setdefault(int(match[1]), set()).add(match[2])
-    if not fields:
-        raise ValueError("no name starts with 'encoder.': join the encoder's and the decoder's file under these prefixes")
+            tensors.setdefault(int(match[1]), set()).add(match[2])
+    if not tensors:
+        raise ValueError("no tensor name starts with 'encoder.': join the encoder's and the decoder's file, with the prefixes "
+                         "'encoder.' and 'decoder.' before the names")
     blocks, normed = [0], False
-    for index in sorted(fields):
-        if "conv.0.weight" in fields[index]:
+    for index in sorted(tensors):
+        if "conv.0.weight" in tensors[index]:
             blocks[-1] += 1
-            normed = "pool.0.weight" in fields[index]
-        elif index > 0 and "bias" not in fields[index]:         # a strided convolution: the next level begins
+            normed = "pool.0.weight" in tensors[index]
+        elif index > 0 and "bias" not in tensors[index]:        # only the strided convolution before each level has no bias
             blocks.append(0)
     weight = lambda index: shapes.get(f"encoder.layers.{index}.weight", shapes.get(f"encoder.{index}.weight", (0, 0)))
-    config = replace(DEFAULT, latent_channels=weight(max(fields))[0], width=weight(0)[0], blocks=tuple(blocks),
+    config = replace(DEFAULT, latent_channels=weight(max(tensors))[0], width=weight(0)[0], blocks=tuple(blocks),
                      normed_middle=normed)
     with torch.device("meta"):
         own = TAESD(config).state_dict()
-    names = published_names(own, RULES if "encoder.layers.0.weight" in shapes else ORIGINAL_RULES)
-    expected = {names[key]: tuple(tensor.shape) for key, tensor in own.items()}
+    rules = RULES if "encoder.layers.0.weight" in shapes else ORIGINAL_RULES
+    expected = {apply(rules, key): tuple(tensor.shape) for key, tensor in own.items()}
     if wrong := sorted(name for name in expected.keys() | shapes.keys()
                        if expected.get(name) != tuple(shapes.get(name, ()))):
-        raise ValueError(f"not an autoencoder of the TAESD family that can be expressed here: {len(wrong)} tensors are "
-                         f"missing, unexpected or of another shape, {wrong[0]} the first")
+        raise ValueError(f"the tensors are not those of an autoencoder of the TAESD family that can be expressed here: "
+                         f"{len(wrong)} are missing, unexpected or of another shape, first {wrong[0]}")
     return config
 
 

@@ -1,9 +1,10 @@
 """Stable Diffusion's U-Net in its two published layouts: diffusers' (`unet/` of a model folder) and CompVis'.
 
-Where the published config misleads: `attention_head_dim` holds the *number* of heads (8 in SD 1; 5, 10, 20,
-20 in SD 2).
+One field of the published config misleads: `attention_head_dim` holds the *number* of heads (8 in SD 1; 5, 10, 20, 20 in
+SD 2).
 
-CompVis numbers the blocks of each side in one row, resamplings among them, so its names depend on the depth.
+CompVis counts blocks and resamplings through all levels of one side (input_blocks.0, .1, ...), so that the number in a name
+depends on the number of blocks in a level.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tinyldm.models.unet import UNetConfig
-from tinyldm.vendor_loaders.rename import Layout, Rules
-from tinyldm.vendor_loaders.weights import Shape
+from tinyldm.vendor_loaders.layout import Layout, Rules, Shape
 
 CLASS = "UNet2DConditionModel"
 
-# The inside of a transformer is named alike in both layouts.
+# Both layouts use the same names inside a transformer.
 TRANSFORMER = [
     (r"\.block\.", ".transformer_blocks.0."),
     (r"\.self_attention\.", ".attn1."),
@@ -36,9 +36,11 @@ UNET_RULES = [
 
 
 def compvis_rules(config: UNetConfig) -> Rules:
-    """Names below `model.diffusion_model.` of a single-file checkpoint."""
-    row_in = lambda match: 1 + int(match[1]) * (config.depth + 1)            # a level of `down` has depth blocks and
-    row_out = lambda match: int(match[1]) * (config.depth + 1)               # a resampling, one of `up` a block more
+    """Rules to the names that follow `model.diffusion_model.` in a single-file checkpoint."""
+    # The number of the first block of a level. A level of `down` has `depth` blocks and a downsampling, and conv_in is
+    # number 0; a level of `up` has depth + 1 blocks, and its upsampling shares the number of the last of them.
+    first_in = lambda match: 1 + int(match[1]) * (config.depth + 1)
+    first_out = lambda match: int(match[1]) * (config.depth + 1)
     attended = config.attention[::-1]
     return [
         (r"^time_embedding\.linear_1\.", "time_embed.0."),
@@ -52,27 +54,27 @@ def compvis_rules(config: UNetConfig) -> Rules:
         (r"(?<!block)\.norm2\.", ".out_layers.0."),
         (r"\.conv2\.", ".out_layers.3."),
         (r"\.conv_shortcut\.", ".skip_connection."),
-        (r"^down\.(\d+)\.resnets\.(\d+)\.", lambda m: f"input_blocks.{row_in(m) + int(m[2])}.0."),
-        (r"^down\.(\d+)\.attentions\.(\d+)\.", lambda m: f"input_blocks.{row_in(m) + int(m[2])}.1."),
-        (r"^down\.(\d+)\.resample\.conv\.", lambda m: f"input_blocks.{row_in(m) + config.depth}.0.op."),
+        (r"^down\.(\d+)\.resnets\.(\d+)\.", lambda m: f"input_blocks.{first_in(m) + int(m[2])}.0."),
+        (r"^down\.(\d+)\.attentions\.(\d+)\.", lambda m: f"input_blocks.{first_in(m) + int(m[2])}.1."),
+        (r"^down\.(\d+)\.resample\.conv\.", lambda m: f"input_blocks.{first_in(m) + config.depth}.0.op."),
         (r"^middle\.resnets\.0\.", "middle_block.0."),
         (r"^middle\.attentions\.0\.", "middle_block.1."),
         (r"^middle\.resnets\.1\.", "middle_block.2."),
-        (r"^up\.(\d+)\.resnets\.(\d+)\.", lambda m: f"output_blocks.{row_out(m) + int(m[2])}.0."),
-        (r"^up\.(\d+)\.attentions\.(\d+)\.", lambda m: f"output_blocks.{row_out(m) + int(m[2])}.1."),
+        (r"^up\.(\d+)\.resnets\.(\d+)\.", lambda m: f"output_blocks.{first_out(m) + int(m[2])}.0."),
+        (r"^up\.(\d+)\.attentions\.(\d+)\.", lambda m: f"output_blocks.{first_out(m) + int(m[2])}.1."),
         (r"^up\.(\d+)\.resample\.",
-         lambda m: f"output_blocks.{row_out(m) + config.depth}.{1 + attended[int(m[1])]}."),
+         lambda m: f"output_blocks.{first_out(m) + config.depth}.{1 + attended[int(m[1])]}."),
         *TRANSFORMER,
     ]
 
 
 def infer(shapes: Mapping[str, Shape]) -> UNetConfig:
-    """The config behind CompVis weights. The number of heads is not in them: Stable Diffusion 1 has 8 everywhere,
-    Stable Diffusion 2, which enters its transformers by Linear, one for every 64 channels."""
-    rows = {int(name.split(".")[1]) for name in shapes if name.startswith("input_blocks.")}
-    halvings = [i for i in sorted(rows) if f"input_blocks.{i}.0.op.weight" in shapes]
-    depth = (halvings[0] if halvings else len(rows)) - 1
-    first = [1 + i * (depth + 1) for i in range(len(halvings) + 1)]           # the first block of each level
+    """The config of CompVis weights. They do not tell the number of heads, but Stable Diffusion 1 has 8 at every level, and
+    Stable Diffusion 2, recognised by Linear instead of 1x1 convolutions around its transformers, one per 64 channels."""
+    blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("input_blocks.")}
+    downsamplings = [i for i in sorted(blocks) if f"input_blocks.{i}.0.op.weight" in shapes]
+    depth = (downsamplings[0] if downsamplings else len(blocks)) - 1
+    first = [1 + i * (depth + 1) for i in range(len(downsamplings) + 1)]      # the number of the first block of each level
     widths = tuple(shapes[f"input_blocks.{i}.0.out_layers.0.weight"][0] for i in first)
     linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
     return UNetConfig(
@@ -84,7 +86,7 @@ def infer(shapes: Mapping[str, Shape]) -> UNetConfig:
         heads=tuple(width // 64 if linear else 8 for width in widths),
         context_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
         linear_projection=linear,
-        upcast_attention=linear,                                             # 2.1 needs it, 2.0 is none the worse for it
+        upcast_attention=linear,              # SD 2.1 needs it in float16; it does not harm 2.0
     )
 
 
@@ -93,7 +95,7 @@ LAYOUTS = {
     "CompVis": Layout(r"(.*?)time_embed\.0\.weight", compvis_rules, infer=infer),
 }
 
-# What this network always is. The values are diffusers' defaults too, so a config may leave any of them out.
+# Published fields for which our U-Net has one value only. It is diffusers' default too: a config may omit any of them.
 FIXED = {
     "act_fn": "silu",
     "addition_embed_type": None,
@@ -128,7 +130,7 @@ FIXED = {
     "transformer_layers_per_block": 1,
 }
 
-# Read below, or without meaning while the fields above keep their values.
+# Published fields that from_config reads, or that have no effect while the fields in FIXED keep their values.
 KNOWN = {"addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim", "block_out_channels",
          "class_embeddings_concat", "cross_attention_dim", "down_block_types", "in_channels", "layers_per_block",
          "norm_num_groups", "out_channels", "projection_class_embeddings_input_dim",
@@ -157,15 +159,15 @@ def to_config(config: UNetConfig) -> dict:
 
 
 def from_config(config: dict) -> UNetConfig:
-    """A published config.json -> ours. ValueError for what UNetConfig cannot express."""
+    """A published config.json -> our config. ValueError for what UNetConfig cannot express."""
     check(config, CLASS, FIXED, KNOWN)
     widths = tuple(config.get("block_out_channels", UNetConfig.widths))
     default_down, default_up = _block_types(UNetConfig.attention)
     down, up = list(config.get("down_block_types", default_down)), list(config.get("up_block_types", default_up))
     attention = tuple(kind == "CrossAttnDownBlock2D" for kind in down)
     if (down, up) != _block_types(attention):
-        raise ValueError(f"U-Net blocks {down} and {up} cannot be expressed: down takes DownBlock2D and "
-                         f"CrossAttnDownBlock2D, up their mirror image")
+        raise ValueError(f"U-Net config has down_block_types={down} and up_block_types={up}: only DownBlock2D and "
+                         f"CrossAttnDownBlock2D, mirrored on the way up, can be expressed here")
     heads = config.get("attention_head_dim", 8)
     context_dim = scalar(config.get("cross_attention_dim", 1280))
     depth, size = scalar(config.get("layers_per_block", 2)), scalar(config.get("sample_size"))
@@ -188,8 +190,8 @@ def from_config(config: dict) -> UNetConfig:
 
 
 def check(config: dict, class_name: str, fixed: dict, known: set[str]) -> None:
-    """ValueError unless config is of this class, agrees with the fixed fields and has no unknown ones switched on.
-    A leading "Flax" names the same network: mirrors of hub repositories carry such configs with the same fields."""
+    """ValueError for a config of another class, with another value of a fixed field, or with an unknown field that is set.
+    A class name with "Flax" before it is the same network: the Flax branches of hub repositories have the same fields."""
     if (found := config.get("_class_name", class_name)).removeprefix("Flax") != class_name:
         raise ValueError(f"config.json describes a {found}, not a {class_name}: is it the folder of another model?")
     for name, value in config.items():
@@ -202,13 +204,14 @@ def check(config: dict, class_name: str, fixed: dict, known: set[str]) -> None:
 
 
 def scalar(value):
-    """[8, 8, 8] -> 8: published configs give one number, or a list with one per level."""
+    """[8, 8, 8] -> 8, and [5, 10] as it is: in published configs a field holds one number, or a list with one per level."""
     if not isinstance(value, (list, tuple)):
         return value
     return value[0] if value and all(item == value[0] for item in value) else list(value)
 
 
 def _block_types(attention: tuple[bool, ...]) -> tuple[list[str], list[str]]:
+    """down_block_types and up_block_types of a U-Net whose levels have cross-attention where `attention` says so."""
     down = ["CrossAttnDownBlock2D" if attended else "DownBlock2D" for attended in attention]
     up = ["CrossAttnUpBlock2D" if attended else "UpBlock2D" for attended in reversed(attention)]
     return down, up

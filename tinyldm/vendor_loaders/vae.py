@@ -1,8 +1,8 @@
 """Stable Diffusion's autoencoder in its two published layouts: diffusers' (`vae/` of a model folder) and CompVis'.
 
-diffusers files from before 2023 (SD 1 among them) name the middle attention's layers query, key, value and
-proj_attn, and their config.json lacks scaling_factor (0.18215). CompVis counts the decoder's levels from the
-finest and stores the matrices of the attention as 1x1 convolutions.
+In diffusers files from before 2023 (SD 1 among them) the layers of the middle attention are called query, key, value and
+proj_attn, and config.json lacks scaling_factor, which was 0.18215. CompVis counts the levels of the decoder from the finest
+to the coarsest, and stores the matrices of the attention as 1x1 convolutions.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tinyldm.models.vae import VAEConfig
-from tinyldm.vendor_loaders.rename import Layout, Rules
+from tinyldm.vendor_loaders.layout import Layout, Rules, Shape
 from tinyldm.vendor_loaders.unet import check, scalar
-from tinyldm.vendor_loaders.weights import Shape
 
 CLASS = "AutoencoderKL"
 
@@ -29,11 +28,13 @@ VAE_RULES = [
 OLD_NAMES = [(rf"\.attentions\.0\.{old}\.", f".attentions.0.{new}.")
              for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))]
 
-SCALING = {4: (0.18215, 0.0)}           # latent channels -> scaling and shift, where the weights alone can tell
+# Number of latent channels -> the scaling and shift factor to assume for weights without a config.json: 4 channels are taken
+# for Stable Diffusion 1 and 2. (SDXL has 4 too, and 0.13025: load it from its diffusers folder.)
+SCALING = {4: (0.18215, 0.0)}
 
 
 def compvis_rules(config: VAEConfig) -> Rules:
-    """Names below `first_stage_model.` of a single-file checkpoint, or of a file with the VAE alone."""
+    """Rules to the names that follow `first_stage_model.` in a single-file checkpoint; a file with the VAE alone has no prefix."""
     finest = len(config.widths) - 1
     return [
         (r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{finest - int(match[1])}."),
@@ -49,12 +50,12 @@ def compvis_rules(config: VAEConfig) -> Rules:
 
 
 def infer(shapes: Mapping[str, Shape]) -> VAEConfig:
-    """The config behind CompVis weights. ValueError where they fit several autoencoders of different scale."""
+    """The config of CompVis weights. ValueError where autoencoders with different scaling factors have the same tensors."""
     count = lambda text: sum(text.format(i) in shapes for i in range(16))
     levels, channels = count("encoder.down.{}.block.0.norm1.weight"), shapes["decoder.conv_in.weight"][1]
     if channels not in SCALING:
-        raise ValueError(f"an autoencoder of {channels} latent channels, without a config.json: its scale cannot be told "
-                         f"from the weights (SD 3's and FLUX.1's differ in nothing else); use its diffusers folder")
+        raise ValueError(f"an autoencoder of {channels} latent channels without a config.json: its scaling factor cannot be told "
+                         f"from the weights (those of SD 3 and FLUX.1 differ in nothing else); use its diffusers folder")
     scale, shift = SCALING[channels]
     return VAEConfig(
         latent_channels=channels,
@@ -67,16 +68,19 @@ def infer(shapes: Mapping[str, Shape]) -> VAEConfig:
     )
 
 
-TRAINING = [(r"^(loss|model_ema)\..*", "")]                    # what the autoencoder's own checkpoints hold beside it
+# Leaves out the discriminator, LPIPS and the moving average, which checkpoints of the autoencoder's training hold beside it.
+TRAINING = [(r"^(loss|model_ema)\..*", "")]
+
 LAYOUTS = {
     "diffusers": Layout(r"(.*?)encoder\.down_blocks\.0\.resnets\.0\.norm1\.weight", lambda config: VAE_RULES,
                         lambda config: OLD_NAMES),
     "CompVis": Layout(r"(.*?)encoder\.down\.0\.block\.0\.norm1\.weight", compvis_rules, lambda config: TRAINING, infer),
 }
 
+# Published fields for which our autoencoder has one value only.
 FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "latents_mean": None, "latents_std": None}
 
-# force_upcast is about float16 arithmetic, not about the network.
+# Published fields that from_config accepts; it ignores force_upcast, which is about float16 arithmetic, not about the network.
 KNOWN = {"block_out_channels", "down_block_types", "force_upcast", "latent_channels", "layers_per_block",
          "mid_block_add_attention", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor",
          "up_block_types", "use_post_quant_conv", "use_quant_conv"}
@@ -104,7 +108,7 @@ def to_config(config: VAEConfig) -> dict:
 
 
 def from_config(config: dict) -> VAEConfig:
-    """A published config.json -> ours. ValueError for what VAEConfig cannot express."""
+    """A published config.json -> our config. ValueError for what VAEConfig cannot express."""
     check(config, CLASS, FIXED, KNOWN)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if scalar(config.get(name, kind)) != kind:

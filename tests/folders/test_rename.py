@@ -1,0 +1,100 @@
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from tinyldm.folders.rename import export_renamed, load_renamed, published_names
+
+RULES = [(r"^first\.", "stem."), (r"^second\.(\w)", r"head.0.\1")]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Conv2d(4, 2, 3)
+
+
+def published():
+    torch.manual_seed(0)
+    return export_renamed(Net().state_dict(), RULES)
+
+
+def message(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_rules_apply_in_order_and_give_published_names():
+    assert published_names(["first.bias", "second.weight"], RULES) == {
+        "first.bias": "stem.bias", "second.weight": "head.0.weight"}
+
+
+def test_two_keys_with_one_published_name_are_an_error():
+    with pytest.raises(ValueError, match="second.bias and first.bias the same name x.bias"):
+        published_names(["first.bias", "second.bias"], [(r"first|second", "x")])
+
+
+def test_what_was_exported_loads_back_bit_for_bit():
+    torch.manual_seed(1)
+    net, tensors = Net(), published()
+    load_renamed(net, tensors, RULES)
+    again = export_renamed(net.state_dict(), RULES)
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_exported_tensors_are_contiguous_even_where_the_weights_are_channels_last():
+    net = Net().to(memory_format=torch.channels_last)
+    assert not net.second.weight.is_contiguous()
+    tensors = export_renamed(net.state_dict(), RULES)
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in tensors.values())
+    assert torch.equal(tensors["head.0.weight"], net.second.weight)
+
+
+def test_loading_into_the_meta_device_copies_the_tensors_and_keeps_the_module_s_dtype():
+    with torch.device("meta"):
+        net = Net()
+    tensors = {name: tensor.half() for name, tensor in published().items()}
+    load_renamed(net, tensors, RULES)
+    assert net.first.weight.dtype == torch.float32 and not net.first.weight.is_meta
+    assert torch.equal(net.first.weight, tensors["stem.weight"].float())
+    with torch.device("meta"):
+        net = Net()
+    tensors = published()
+    load_renamed(net, tensors, RULES)
+    assert net.first.weight.data_ptr() != tensors["stem.weight"].data_ptr()
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in net.parameters())
+
+
+def test_missing_and_unexpected_names_are_counted_and_named():
+    tensors = published()
+    tensors["stem.wieght"] = tensors.pop("stem.weight")
+    net = Net()
+    before = net.second.weight.clone()
+    with pytest.raises(ValueError) as error:
+        load_renamed(net, tensors, RULES)
+    assert re.search(r"missing 1 \(stem\.weight\), unexpected 1 \(stem\.wieght\)", message(error))
+    assert torch.equal(net.second.weight, before)
+
+
+def test_the_error_names_the_likely_cause():
+    short = published()
+    del short["head.0.bias"]
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in published().items()}
+    foreign = {f"x.{i}": torch.zeros(1) for i in range(9)}
+    for tensors, cause in ((short, "cut short"), (compiled, "compiled"), (foreign, "another layout")):
+        with pytest.raises(ValueError) as error:
+            load_renamed(Net(), tensors, RULES)
+        assert cause in message(error)
+    assert "unexpected 9 (x.0, x.1, x.2, ...)" in message(error)
+
+
+def test_a_wrong_shape_names_the_tensor_and_both_shapes_and_changes_nothing():
+    tensors = published()
+    tensors["stem.weight"] = torch.zeros(4, 5)
+    net = Net()
+    before = net.second.weight.clone()
+    with pytest.raises(ValueError) as error:
+        load_renamed(net, tensors, RULES)
+    assert "stem.weight is [4, 5], expected [4, 3]" in message(error)
+    assert torch.equal(net.second.weight, before)

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from tinyldm.models.layers import Cond
+
+
+def cond(b: int, **extra) -> Cond:
+    return Cond(torch.randn(b, 7, 12), torch.ones(b, 7, dtype=torch.bool), torch.randn(b, 5), extra)
+
+
+def test_conditions_are_joined_along_the_batch_with_all_their_parts():
+    a, b = cond(2, sizes=torch.randn(2, 6), scale=torch.randn(2)), cond(3, scale=torch.randn(3), sizes=torch.randn(3, 6))
+    joined = a.cat(b)
+    for name in ("context", "mask", "pooled"):
+        assert torch.equal(getattr(joined, name), torch.cat([getattr(a, name), getattr(b, name)]))
+    assert {name: value.shape for name, value in joined.extra.items()} == {"sizes": (5, 6), "scale": (5,)}
+    assert torch.equal(joined.extra["scale"], torch.cat([a.extra["scale"], b.extra["scale"]]))
+
+
+def test_a_condition_of_text_alone_stays_one():
+    joined = Cond(torch.zeros(1, 7, 12)).cat(Cond(torch.ones(1, 7, 12)))
+    assert joined.context.shape == (2, 7, 12)
+    assert joined.mask is None and joined.pooled is None and joined.extra == {}
+
+
+def test_conditions_with_different_extras_cannot_be_joined():
+    with pytest.raises(ValueError, match=r"extra \['scale'\] and \['sizes'\] cannot be joined: give both the same names"):
+        cond(1, scale=torch.ones(1)).cat(cond(1, sizes=torch.ones(1, 6)))

@@ -1,0 +1,49 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tinyldm.config import PRESETS, Config
+from tinyldm.planning.flops import Networks, count_flops, forwards, meta_networks, peak_flops, useful_flops
+from tinyldm.planning.memory import empty
+from tinyldm.planning.plan import make_plan
+
+
+def config(preset="5090_week", **changes):
+    return Config(**(PRESETS[preset] | {"preset": preset} | changes))
+
+
+def test_attention_is_counted(monkeypatch):
+    call = forwards(meta_networks(config(dit=dict(layers=3))), 256)["net"]
+    whole = count_flops(call)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *args, **kwargs: q)
+    assert whole - count_flops(call) == 3 * 4 * 1024 * 256 * (256 + 77)    # q k^T and p v, over image and text
+
+
+def test_a_linear_layer_has_two_flops_per_weight_and_row():
+    layer = nn.Linear(30, 50, device="meta")
+    assert count_flops(lambda: layer(empty(7, 30))) == 2 * 7 * 30 * 50
+
+
+@pytest.mark.parametrize("preset", ["tiny", "5090_week"])
+def test_useful_flops_are_those_of_the_plan(preset):
+    plan = make_plan(config(preset, stages={}))
+    stage = plan.stages[-1]
+    assert useful_flops(stage.config) == stage.useful == useful_flops(stage.config, plan.networks)
+
+
+def test_useful_flops_follow_the_networks_they_are_given():
+    settings, real = config("tiny"), Networks(*(module.to_empty(device="cpu") for module in meta_networks(config("tiny"))))
+    deeper = meta_networks(config("tiny", text={**PRESETS["tiny"]["text"], "layers": 4}))
+    assert useful_flops(settings, real) == useful_flops(settings)
+    assert useful_flops(settings, deeper) > useful_flops(settings)
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA GeForce RTX 5090", 209.5), ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA L4", 121),
+    ("NVIDIA L40S", 362), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", 50), ("NVIDIA A10", 50), ("NVIDIA L40", 50), ("NVIDIA GeForce RTX 3090 Ti", 50)])
+def test_a_gpu_s_peak_is_that_of_its_name_and_of_others_the_flag_s(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(config(gpu_tflops=50.0), torch.device("cuda", 0)) == peak * 1e12
+    assert peak_flops(config(), torch.device("cpu")) is None

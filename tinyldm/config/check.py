@@ -1,0 +1,105 @@
+"""Values that cannot work, refused before anything is loaded or written. (Names of networks, samplers and the like are
+looked up in their tables later, which need torch: training/preflight.py.)"""
+
+from __future__ import annotations
+
+import math
+
+from tinyldm.config.fields import Config, flatten
+from tinyldm.durations import parse_date, parse_duration
+from tinyldm.lookup import lookup
+
+AT_LEAST = {name: 1 for name in (
+    "batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every", "scenes", "sample_steps", "vae_batch_size",
+    "vae_pictures", "encode_batch_size")} | {name: 0 for name in (
+    "seed", "vae_crop", "vae_kl", "warmup_steps", "sample_every", "weight_decay", "min_snr_gamma", "noise_offset",
+    "input_perturbation", "min_side", "max_aspect", "min_caption", "max_caption", "buckets", "val_every", "val_samples",
+    "keep_every", "max_steps")}
+POSITIVE = ("lr", "muon_lr", "vae_lr", "vae_muon_lr", "grad_clip", "shift", "huber_c", "p2_gamma")
+FRACTIONS = ("caption_dropout", "decay", "vae_decay", "ema_decay", "max_skip")
+WORDS = {"optimizer": ("muon", "adamw"), "dtype": ("auto", "bf16", "fp32"), "device": ("auto", "cpu", "cuda", "mps")}
+
+
+def flag(name: str) -> str:
+    """A setting's name as it is typed: grad_accum -> --grad-accum."""
+    return "--" + name.replace("_", "-")
+
+
+def check(config: Config) -> None:
+    """ValueError, in one line with the fix, for the first value that cannot work."""
+    values = flatten(config)
+    at_least = AT_LEAST | {"vae_steps": 0 if config.autoencoder.weights else 1}
+    for name, smallest in at_least.items():
+        if not smallest <= values[name] < math.inf:
+            raise ValueError(f"{flag(name)} {values[name]} must be at least {smallest}")
+    for name in POSITIVE:
+        if not 0 < values[name] < math.inf:
+            raise ValueError(f"{flag(name)} {values[name]} must be a positive number")
+    for name in FRACTIONS:
+        if not 0 <= values[name] <= 1:
+            raise ValueError(f"{flag(name)} {values[name]} must lie between 0 and 1")
+    for name, known in WORDS.items():
+        lookup(dict.fromkeys(known), values[name].partition(":")[0], name)
+    check_objective(config)
+    check_data(config)
+    check_length(config)
+
+
+def check_objective(config: Config) -> None:
+    objective = config.objective
+    low, high = (-1, 1.75) if objective.times == "mode" else (1e-9, 1e9)        # beyond 1.75, mode is no distribution
+    if objective.times_scale is not None and not low <= objective.times_scale <= high:
+        raise ValueError(f"--times-scale {objective.times_scale} must lie between -1 and 1.75 for mode, be a positive number else")
+    if objective.min_snr_gamma and objective.loss_weight in ("p2", "edm"):
+        raise ValueError("--min-snr-gamma is for min_snr and soft_min_snr, not for --loss-weight "
+                         f"{objective.loss_weight}: leave one out")
+
+
+def check_data(config: Config) -> None:
+    data = config.data
+    split_weights(data.caption_key)
+    if 0 < data.buckets < 1 or 0 < data.max_aspect < 1:
+        raise ValueError("--buckets and --max-aspect are ratios of the longer side to the shorter: 1 or more (0: off)")
+    sizes = data.phases or {str(data.resolution): 1.0}
+    for side, fraction in sizes.items():
+        if not (side.isdigit() and int(side) and isinstance(fraction, (int, float)) and 0 < fraction < math.inf):
+            raise ValueError(f"--stages {side}={fraction} is not a picture size and its fraction of the training: for example "
+                             "--stages 256=0.8 512=0.2")
+    if data.cache and len(data.cache) != len(sizes):
+        raise ValueError(f"--cache names {len(data.cache)} of the caches of {len(sizes)} picture sizes ({', '.join(sizes)} px): name "
+                         "one for each")
+    if data.cache and not config.autoencoder.weights:
+        raise ValueError("--cache goes with the VAE that made it: name that with --vae-weights (the cache's settings.json says which)")
+
+
+def check_length(config: Config) -> None:
+    """How long to train, and on how many pictures per step."""
+    length = config.optimisation
+    if bool(length.max_steps) == bool(length.budget or length.deadline):
+        raise ValueError("a run ends by --max-steps or by time (--budget, --deadline): give one of the two")
+    for name, value, read in (("budget", length.budget, parse_duration), ("deadline", length.deadline, parse_date)):
+        if value:
+            try:
+                read(value)
+            except ValueError as error:
+                raise ValueError(f"--{name}: {error}") from None
+    if length.batch_size < length.grad_accum:
+        raise ValueError(f"--batch-size {length.batch_size} cannot be divided into --grad-accum {length.grad_accum} micro-batches")
+
+
+def split_weights(words: list[str]) -> dict[str, float]:
+    """["dense:0.75", "short:0.25"] -> {"dense": 0.75, "short": 0.25}; without weights each is 1."""
+    result = {}
+    for word in words:
+        name, colon, weight = word.partition(":")
+        try:
+            result[name] = float(weight) if colon else 1.0
+        except ValueError:
+            raise ValueError(f"--caption-key takes KEY or KEY:WEIGHT, got '{word}': for example --caption-key dense:0.75 short:0.25") from None
+        if not 0 < result[name] < math.inf:
+            raise ValueError(f"--caption-key {word}: the weight must be a positive number")
+    if len(result) < len(words) or len({":" in word for word in words}) > 1:
+        raise ValueError(f"--caption-key {' '.join(words)}: name every key once, and give each a weight or none")
+    return result
+
+

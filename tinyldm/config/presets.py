@@ -1,0 +1,35 @@
+"""Presets: rows of settings by their names on the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinyldm.config.fields import Config, make_config
+from tinyldm.lookup import lookup
+
+TINY = dict(
+    vae=dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False), vae_steps=950,
+    text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
+    unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=850,
+)
+WEEK = dict(
+    data=["hf://datasets/jackyhate/text-to-image-2M/data_512_2M/data_{000000..000045}.tar"],
+    vae_weights="stabilityai/sd-vae-ft-mse", text_weights="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
+    resolution=256, stages={"256": 0.79, "512": 0.21}, batch_size=512, grad_accum=4, warmup_steps=1500, ema_decay=0.9999,
+    caption_dropout=0.1, lr=2e-4, muon_lr=5e-4, weight_decay=0.01, decay=0.2, max_steps=0, budget="7d",
+    save_every=1000, sample_every=2000, val_every=1000, val_samples=1024, log_every=100, cfg=5.0, pictures=4_600_000,
+)
+PRESETS: dict[str, dict] = {
+    "tiny": TINY,
+    "tiny_dit": TINY | dict(
+        network="dit", dit=dict(patch=1, width=192, layers=6, heads=4, mlp_width=768, time_dim=128),
+        lr=2e-3, muon_lr=2e-3, max_steps=1000),
+    "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16), grad_accum=8),
+    "5090_week_unet": WEEK | dict(
+        network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), utilisation=0.4),
+}
+
+
+def preset_config(preset: str, **changes: Any) -> Config:
+    """A preset's configuration, with changes by their flat names. ValueError for a preset that is not there."""
+    return make_config(**lookup(PRESETS, preset, "preset") | {"preset": preset} | changes)

@@ -1,0 +1,1 @@
+"""A model on disk: folders read and written, single files, the hub."""

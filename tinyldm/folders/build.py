@@ -1,0 +1,43 @@
+"""Networks made with the weights of a file, and weights read into networks that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from tinyldm.folders.rename import apply, load_renamed, recognise
+from tinyldm.folders.weights import Weights, named, open_weights
+from tinyldm.model import architecture
+
+
+class WithoutInitialWeights(TorchFunctionMode):
+    """Inside, torch.nn.init draws nothing: on the meta device it has no effect, and yet it imports torch's compiler (1 s)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        drawing = getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_")
+        return (args or (kwargs["tensor"],))[0] if drawing else func(*args, **(kwargs or {}))
+
+
+def build_network(network: type[nn.Module], config: Any, weights: Weights, device: str | torch.device,
+                  dtype: torch.dtype) -> Any:
+    """A network with these weights, made on its device in its dtype; eval mode, without gradients."""
+    with torch.device("meta"), WithoutInitialWeights():       # no memory and no time for weights that are replaced at once
+        module = network(config)
+    _fill(module, weights, device, dtype)
+    return module.eval().requires_grad_(False)
+
+
+def _fill(module: nn.Module, weights: Weights, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
+    layout, weights = recognise(weights, architecture(module).layouts)
+    tidy = layout.tidy(module.config)
+    load_renamed(module, weights.renamed(lambda name: apply(tidy, name)), layout.rules(module.config), device, dtype)
+
+
+def load_weights(module: nn.Module, file: str | Path) -> None:
+    """Read one weights file, in any published layout, into module; strict. On the meta device it comes to the CPU."""
+    with named(Path(file)):
+        _fill(module, open_weights(file))

@@ -1,0 +1,203 @@
+"""Loading: a whole model, a VAE, a text encoder or a tokenizer, from wherever it is published.
+
+A source is a model folder in diffusers' layout (save.py says what lies where), the folder of one part, a hub id
+(hub.py), or one file: a Stable Diffusion checkpoint in CompVis' layout (single_file.py) or a VAE alone. Layouts
+are told apart by the names of the tensors. Weights go straight from the mapped file to their device and dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyldm.files import read_json
+from tinyldm.folders import hub, needed
+from tinyldm.folders.build import build_network
+from tinyldm.folders.rename import recognise
+from tinyldm.folders.save import weights_name
+from tinyldm.folders.single_file import load_checkpoint
+from tinyldm.folders.weights import INCOMPLETE, PICKLES, Weights, find_weights, named, open_weights
+from tinyldm.model import AUTOENCODERS, NETWORKS, NON_EMA, TEXT_ENCODERS, Architecture, Model
+from tinyldm.models.taesd import TAESD
+from tinyldm.text.encoders import TextEncoder, TextEncoders
+from tinyldm.text.tokenizer import Tokenizer
+from tinyldm.vendor_loaders import clip, pipelines, taesd
+from tinyldm.vendor_loaders import scheduler as schedulers
+from tinyldm.vendor_loaders.layout import Layout
+
+FILES = (".safetensors", *PICKLES)
+SDXL_SCALING = 0.13025                  # its VAE has Stable Diffusion 1's shape; only the checkpoint around it tells
+
+
+def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+               ema: bool = True, variant: str | None = None, tokenizer: str | None = None,
+               prediction: str | None = None) -> Model:
+    """A whole model: one of ours, or a published Stable Diffusion 1 or 2.
+
+    ema         False: the raw weights, where a folder has both
+    variant     such as "fp16": which weights files of a published folder (default: full precision where there is one)
+    tokenizer   for a single-file checkpoint, which holds none: a tokenizer's folder or hub id
+    prediction  instead of what the source says or, for a single Stable Diffusion 2 file, instead of the guess
+
+    The VAE stays in float32 where dtype is float16, in which it can overflow. ValueError, with what to do, for a
+    source that is missing, incomplete, damaged or of another architecture.
+    """
+    path = hub.locate(source, needed.of_index)              # of a hub repository first only what says what it is
+    if path.is_file():
+        if variant or not ema:
+            raise ValueError(f"{path} is one file, with one set of weights: leave out {'--variant' if variant else '--no-ema'}")
+        return load_checkpoint(path, device, dtype, tokenizer, prediction)
+    index = read_json(path / "model_index.json", "not a model folder: pass one that holds model_index.json")
+    pipeline = pipelines.PIPELINES.get(index.get("_class_name"))
+    if pipeline is None:
+        raise ValueError(f"{source} holds a {index.get('_class_name')}: only {' and '.join(pipelines.PIPELINES)} can be read")
+    path = hub.locate(source, lambda names: needed.of_model(names, variant))
+    rows = [row for row in NETWORKS.values() if row.folder in index]
+    if not rows:
+        raise ValueError(f"{path / 'model_index.json'} names no network that can be read ({', '.join(NETWORKS)})")
+    if variant and not any(find_weights(path / name, row.stem, variant) for name, row in part_folders(path, rows[0])):
+        raise ValueError(f"{source} has no weights of variant '{variant}': leave it out for full precision")
+    wanted = variant if ema else NON_EMA
+    vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+    net = load_part(path / rows[0].folder, rows, device, dtype, wanted, must=not ema)
+    vae = load_part(path / "vae", AUTOENCODERS.values(), device, vae_dtype, variant)
+    defaults = path / "tinyldm.json"
+    defaults = read_json(defaults, INCOMPLETE) if defaults.exists() else {}
+    text = load_text_encoders(path, defaults.get("text_join", pipeline.join), tokenizer,
+                              lambda part: load_part(part, TEXT_ENCODERS.values(), device, dtype, wanted))
+    config = read_json(path / "scheduler" / "scheduler_config.json", INCOMPLETE)
+    if prediction:
+        config |= {"prediction_type": schedulers.PREDICTION_TYPES[prediction]}
+    with named(path / "scheduler"):
+        process, predicted = schedulers.from_config(config)
+    return Model(net, vae, text, process, predicted, config, defaults)
+
+
+def part_folders(path: Path, network: Architecture) -> list[tuple[str, Architecture]]:
+    """The folders of networks in a model folder, and the row of a table for each."""
+    clip_row = TEXT_ENCODERS["clip"]
+    return [(network.folder, network), ("vae", AUTOENCODERS["kl"]),
+            *((folder.name, clip_row) for folder in sorted(path.glob("text_encoder*")))]
+
+
+def load_text_encoders(path: Path, join: str, tokenizer: str | None, load: Callable[[Path], nn.Module]) -> TextEncoders:
+    """All text encoders of a model folder: text_encoder/ with tokenizer/, text_encoder_2/ with tokenizer_2/ and so on."""
+    encoders = []
+    for folder in sorted(path.glob("text_encoder*")) or [path / "text_encoder"]:
+        module, words = load(folder), path / folder.name.replace("text_encoder", "tokenizer")
+        if tokenizer is not None:
+            encoders.append(TextEncoder(module, load_tokenizer(tokenizer)))
+            continue
+        if not words.is_dir():
+            raise ValueError(f"{path} has no {words.name}/: {INCOMPLETE}")
+        with named(words):
+            encoders.append(TextEncoder(module, Tokenizer.load(words)))
+    return TextEncoders(encoders, join)
+
+
+def load_vae(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A VAE from its part folder, the model folder around it, a hub id of either, or a file (with config.json beside it
+    where there is one); TAESD also from the folder of its two files. Eval mode, without gradients."""
+    path = locate_part(source, AUTOENCODERS.values())
+    if path.is_file():
+        return _load_vae_file(path, device, dtype)
+    path = path / "vae" if (path / "vae").is_dir() else path
+    if not (path / "config.json").exists() and (weights := _taesd_halves(path)):
+        with named(path):
+            return build_network(TAESD, taesd.LAYOUTS["original"].config_of(weights.shapes), weights, device, dtype)
+    return load_part(path, AUTOENCODERS.values(), device, dtype)
+
+
+def load_text(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A text encoder from its part folder, the model folder around it, or a hub id of either."""
+    path = locate_part(source, TEXT_ENCODERS.values())
+    if path.is_file():
+        raise ValueError(f"{path} is a file: a text encoder is read from its folder, a model folder, or a hub id of either")
+    path = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    return load_part(path, TEXT_ENCODERS.values(), device, dtype, origin=hub.hub_id(source))
+
+
+def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tokenizer:
+    """A CLIP tokenizer from its folder, the model folder around it, a vocabulary file or a hub id. Padding is its
+    publisher's where that is known (clip.SOURCES), else what its folder says."""
+    path = hub.locate(source, needed.of_tokenizer)
+    path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    origin = hub.hub_id(source) or (_origin(path.parent) if path.is_file() else _origin(path))
+    known = clip.known_source(origin)
+    with named(path):
+        return Tokenizer.load(path, context_length, known.pad_token if known else None)
+
+
+def locate_part(source: str | Path, rows: Iterable[Architecture]) -> Path:
+    """The local path of a part's source; from the hub its config and weights are downloaded, if they are not yet."""
+    return hub.locate(source, lambda names: needed.of_part(names, rows))
+
+
+def load_part(path: Path, rows: Iterable[Architecture], device: str | torch.device, dtype: torch.dtype, variant: str | None = None,
+              must: bool = False, origin: str | None = None) -> Any:
+    """A network from its folder, of the class that config.json names, or else of the first of the rows.
+
+    must: a missing variant is an error rather than a reason to take the usual file. origin: the hub id it came from."""
+    rows = list(rows)
+    file = next((path / name for name in needed.CONFIGS if (path / name).exists()), path / needed.CONFIGS[0])
+    config = read_json(file, INCOMPLETE)
+    names = [config.get("_class_name"), *(config.get("architectures") or [])]
+    row = next((row for row in rows if any(name in row.classes for name in names)), rows[0])
+    with named(path):
+        config = row.from_config(config | ({"_name_or_path": origin} if origin else {}))
+    weights = find_weights(path, row.stem, variant)
+    if variant and weights is None:
+        if must:
+            raise ValueError(f"{path} has no raw weights ({weights_name(row, variant)}): leave out --no-ema (ema=True) for the averaged ones")
+        weights = find_weights(path, row.stem)
+    weights = weights or path / weights_name(row, None)          # the error names what is expected
+    with named(weights):
+        return build_network(row.module, config, open_weights(weights), device, dtype)
+
+
+def _taesd_halves(folder: Path) -> Weights | None:
+    """TAESD as it was first published: the encoder in one file, the decoder in another."""
+    files = {half: sorted(folder.glob(f"*{half}.*")) for half in ("encoder", "decoder")}
+    if not all(files.values()):
+        return None
+    for found in files.values():
+        if len({file.stem for file in found}) > 1:
+            raise ValueError(f"{folder} holds several autoencoders ({', '.join(file.name for file in found)}): copy the two "
+                             f"files of one to a folder of their own")
+    encoder, decoder = (open_weights(found[-1]).renamed(lambda name, half=half: f"{half}.{name}")      # safetensors last
+                        for half, found in files.items())
+    return encoder.joined(decoder)
+
+
+def _load_vae_file(file: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    weights, beside = open_weights(file), file.parent / "config.json"
+    with named(file):
+        row, layout, own = _recognise_vae(weights)
+        if layout.infer is None or beside.exists():
+            config = row.from_config(read_json(beside, "a VAE in this layout needs its config.json beside it"))
+        else:
+            config = layout.config_of(own.shapes)
+            if any(name.startswith("conditioner.embedders.") for name in weights.shapes):
+                config = replace(config, scaling_factor=SDXL_SCALING)
+        return build_network(row.module, config, weights, device, dtype)
+
+
+def _recognise_vae(weights: Weights) -> tuple[Architecture, Layout, Weights]:
+    for row in AUTOENCODERS.values():
+        for layout in row.layouts.values():
+            if any(re.fullmatch(layout.mark, name) for name in weights.shapes):
+                return row, *recognise(weights, {"": layout})
+    recognise(weights, AUTOENCODERS["kl"].layouts)              # the error says what is there instead
+    raise AssertionError("unreachable")
+
+
+def _origin(folder: Path) -> str | None:
+    """The hub id that a config of the folder says it came from."""
+    file = folder / "config.json"
+    return read_json(file, INCOMPLETE).get("_name_or_path") if file.exists() else None

@@ -1,0 +1,64 @@
+"""Which files of a hub repository are needed: all file names -> those to download, [] where it is of another kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from tinyldm.folders.weights import choose
+from tinyldm.model import AUTOENCODERS, NETWORKS, TEXT_ENCODERS, Architecture
+
+CONFIGS = ("config.json", "open_clip_config.json")
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+INDEX = r"(?P<stem>[a-z_]+)(\.(?P<before>\w+))?\.(?P<kind>safetensors|bin)\.index(\.(?P<after>\w+))?\.json"
+
+
+def of_index(names: set[str]) -> list[str]:
+    """Of a model, the one file that says what the others are."""
+    return sorted(names & {"model_index.json"})
+
+
+def of_model(names: set[str], variant: str | None = None) -> list[str]:
+    """Of a whole model: every part, and what describes them."""
+    if "model_index.json" not in names:
+        return []
+    kinds = {row.folder: row for row in (*NETWORKS.values(), *AUTOENCODERS.values(), *TEXT_ENCODERS.values())}
+    numbered = {f"{folder}_{i}": row for folder, row in kinds.items() for i in (2, 3)}         # text_encoder_2 and so on
+    parts = [of_folder(names, folder, row, variant) for folder, row in (kinds | numbered).items() if f"{folder}/config.json" in names]
+    tokenizers = sorted({name for name in names if re.fullmatch(r"tokenizer(_\d)?/.*", name) and name.split("/", 1)[1] in TOKENIZER})
+    return ["model_index.json", *(names & {"tinyldm.json", "scheduler/scheduler_config.json"}), *tokenizers,
+            *(name for part in parts for name in part)]
+
+
+def of_part(names: set[str], rows: Iterable[Architecture], variant: str | None = None) -> list[str]:
+    """A part's config and weights, from its folder in a model's repository or from a repository of its own.
+
+    rows: what the part may be; all of them have the same folder and name of weights file."""
+    row = next(iter(rows))
+    return of_folder(names, row.folder if f"{row.folder}/config.json" in names else "", row, variant)
+
+
+def of_folder(names: set[str], folder: str, row: Architecture, variant: str | None = None) -> list[str]:
+    """Config and weights in one folder of a repository; "" is its root. [] where there are no weights."""
+    start = f"{folder}/" if folder else ""
+    inside = {name.removeprefix(start) for name in names if name.startswith(start)}
+    weights = choose(inside, row.stem, variant) or choose(inside, row.stem)
+    if weights is None:
+        return []
+    return [start + name for name in (*(set(CONFIGS) & inside), weights, *_shards(weights, inside))]
+
+
+def of_tokenizer(names: set[str]) -> list[str]:
+    folder = "tokenizer/" if "tokenizer/tokenizer_config.json" in names else ""
+    return sorted(names & {folder + name for name in TOKENIZER})
+
+
+def _shards(weights: str, names: set[str]) -> list[str]:
+    """The shards of an index: of its stem, kind and variant; none for a whole file."""
+    if (index := re.fullmatch(INDEX, weights)) is None:
+        return []
+    variant = index["before"] or index["after"]
+    dotted = rf"\.{variant}" if variant else ""
+    number = r"-\d+-of-\d+"
+    pattern = rf"{index['stem']}({dotted}{number}|{number}{dotted})\.{index['kind']}"
+    return sorted(name for name in names if re.fullmatch(pattern, name))

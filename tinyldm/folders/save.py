@@ -1,0 +1,153 @@
+"""The model folder: what training exports, what sampling reads and what the hub publishes, one layout for all.
+
+    model_index.json           which part is which class
+    tinyldm.json               how to sample by default (sampler, steps, ...); other libraries ignore it
+    unet/ or transformer/      config.json, diffusion_pytorch_model.safetensors
+    vae/                       config.json, diffusion_pytorch_model.safetensors
+    text_encoder/              config.json, model.safetensors
+    tokenizer/                 vocab.json, merges.txt, ...
+    scheduler/                 scheduler_config.json: what the network learned (scheduler.py)
+
+The weights of the network and the text encoder are the averaged ones (EMA); where raw ones are saved too they
+lie beside them as the variant `non_ema`, as Stable Diffusion 1.5's do. The folder is diffusers': model_index.json
+names StableDiffusionPipeline where that pipeline computes the same pictures, and TinyLDMPipeline, which only
+tinyldm opens, where it would not (a DiT; a scheduler of our own; a VAE with shift_factor, which it ignores; a
+text encoder with projection, whose outputs it takes in another order). Parts are published classes even then,
+the DiT excepted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from tinyldm.files import INCOMPLETE, flush_folder, read_json
+from tinyldm.folders.rename import export_renamed
+from tinyldm.folders.weights import write_weights
+from tinyldm.model import NON_EMA, Architecture, StateDict, architecture
+from tinyldm.text.encoders import part_name
+from tinyldm.text.tokenizer import Tokenizer
+from tinyldm.vendor_loaders import pipelines
+from tinyldm.vendor_loaders.layout import Rules
+
+Part = nn.Module | tuple[nn.Module, StateDict] | str | Path     # a module, one with other weights, a written folder
+
+
+def save_model(path: str | Path, *, net: nn.Module | tuple[nn.Module, StateDict], vae: Part, texts: Sequence[Part],
+               tokenizers: Sequence[Tokenizer | str | Path], scheduler: dict, defaults: dict,
+               non_ema: Mapping[str, StateDict] | None = None) -> None:
+    """Write a whole model folder to path, which must not exist yet, and flush it to the disk.
+
+    net, vae, texts   a module, or (module, state_dict) to write other weights such as an EMA's; all but net also as the path of
+                      a part folder written earlier, which is hard-linked: what is frozen is stored once
+    texts, tokenizers one for each text encoder
+    scheduler         from scheduler.to_config
+    defaults          anything JSON can hold
+    non_ema           {"net": state_dict, "text": state_dict, ...}, raw weights to store beside the averaged ones
+
+    FileExistsError, OSError (a full disk among them); ValueError where a state dict is not its module's.
+    A crash leaves half a folder: write to a temporary name and rename it.
+    """
+    path, raw = Path(path), dict(non_ema or {})
+    path.mkdir(parents=True)
+    row = architecture(net[0] if isinstance(net, tuple) else net)
+    _save_part(path / row.folder, net, raw.pop("net", None))
+    for i, (text, tokenizer) in enumerate(zip(texts, tokenizers, strict=True)):
+        number = f"_{i + 1}" if i else ""
+        _save_part(path / f"text_encoder{number}", text, raw.pop(part_name(i), None))
+        if isinstance(tokenizer, Tokenizer):
+            tokenizer.save(path / f"tokenizer{number}")
+        else:
+            _link(Path(tokenizer), path / f"tokenizer{number}")
+    _save_part(path / "vae", vae, None)
+    if raw:
+        raise ValueError(f"non_ema takes the network and the text encoders, not {', '.join(raw)}")
+    _write_json(path / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(path / "tinyldm.json", defaults)
+    _write_json(path / "model_index.json", _model_index(path, row, scheduler))
+    flush_folder(path)
+
+
+def save_vae(path: str | Path, vae: nn.Module, state_dict: StateDict | None = None) -> None:
+    """Write a VAE's part folder (config.json and weights) to path, which is created, and flush it to the disk."""
+    write_part(path, vae, state_dict)
+    flush_folder(Path(path))
+
+
+def write_part(path: str | Path, module: nn.Module, state_dict: StateDict | None = None) -> None:
+    """config.json and weights of any network in the tables of model.py, under published names. state_dict: other weights, same keys."""
+    path, row = Path(path), architecture(module)
+    path.mkdir(parents=True, exist_ok=True)
+    _write_json(path / "config.json", row.to_config(module.config))
+    save_weights(path / weights_name(row, None), module, state_dict)
+
+
+def save_weights(file: str | Path, module: nn.Module, state_dict: StateDict | None = None) -> None:
+    """One safetensors file of module's weights, or of state_dict in their place. OSError where it cannot be written."""
+    own = module.state_dict()
+    tensors = own if state_dict is None else state_dict
+    if tensors.keys() != own.keys():
+        odd = sorted(tensors.keys() ^ own.keys())
+        raise ValueError(f"the state dict is not of this {type(module).__name__}: {len(odd)} names differ ({odd[0]}, "
+                         f"for example). Pass the raw module's, not a compiled or wrapped one's")
+    file = Path(file)
+    file.unlink(missing_ok=True)        # other folders may be linked to the old contents
+    write_weights(file, export_renamed(tensors, written_rules(module)))
+
+
+def written_rules(module: nn.Module) -> Rules:
+    """Our names of a network's tensors -> those that its file has."""
+    return next(iter(architecture(module).layouts.values())).rules(module.config)
+
+
+def weights_name(row: Architecture, variant: str | None) -> str:
+    return f"{row.stem}.{variant}.safetensors" if variant else f"{row.stem}.safetensors"
+
+
+def _save_part(path: Path, part: Part, raw: StateDict | None) -> None:
+    if isinstance(part, (str, Path)):
+        if raw is not None:
+            raise ValueError(f"non_ema weights for {part}, which is only linked: pass the module instead")
+        _link(Path(part), path)
+        return
+    module, weights = part if isinstance(part, tuple) else (part, None)
+    write_part(path, module, weights)
+    if raw is not None:
+        save_weights(path / weights_name(architecture(module), NON_EMA), module, raw)
+
+
+def _model_index(path: Path, row: Architecture, scheduler: dict) -> dict:
+    """model_index.json, in the form that diffusers writes."""
+    config = lambda part: read_json(path / part / "config.json", INCOMPLETE)
+    texts = {folder.name: config(folder.name) for folder in sorted(path.glob("text_encoder*"))}
+    vae = config("vae")
+    name = row.pipeline if pipelines.PIPELINES[row.pipeline].runs(scheduler, vae, list(texts.values())) else pipelines.OWN
+    listed = lambda library, kind: ["tinyldm" if kind.startswith("TinyLDM") else library, kind]
+    index = {"_class_name": name, **pipelines.PIPELINES[name].index, "scheduler": listed("diffusers", scheduler["_class_name"])}
+    for folder, text in texts.items():
+        index[folder] = listed("transformers", text["architectures"][0])
+        index[folder.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+    return index | {row.folder: listed("diffusers", row.classes[0]), "vae": listed("diffusers", vae["_class_name"])}
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)        # as in save_weights
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for every file of a folder; copies where the file system has no hard links."""
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a folder: pass a part folder written earlier")
+    target.mkdir()
+    for file in sorted(file for file in source.iterdir() if file.is_file()):
+        try:
+            os.link(file, target / file.name)
+        except OSError:
+            shutil.copy2(file, target / file.name)

@@ -1,0 +1,214 @@
+"""Weight files: what is in them, without reading it, and then one tensor after the other.
+
+A `Weights` is names and shapes, and a way to stream the tensors. Files stay on the disk, memory-mapped, until
+the moment a tensor is copied to where it belongs, so loading a model takes the memory of that model and hardly
+more. Safetensors is preferred to pickle; pickles (.ckpt, .bin, .pt, .pth) are opened with weights_only=True,
+which runs no code from the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tinyldm.files import INCOMPLETE
+from tinyldm.vendor_loaders.layout import Shape
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+ALSO_CALLED = {"model": ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")}
+WINDOW = 16 * 2**20                     # bytes of a mapped file that may stay resident
+
+Stream = Iterator[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors, not in memory yet."""
+
+    shapes: Mapping[str, Shape]
+    stream: Callable[[], Stream]        # (name, tensor), each name of `shapes` once; tensors may be views of a file
+    facts: Mapping[str, object]         # numbers that a pickle holds beside tensors, such as global_step
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
+        """Tensors that are in memory already."""
+        return cls({name: tuple(t.shape) for name, t in tensors.items()}, lambda: iter(tensors.items()), {})
+
+    def renamed(self, rename: Callable[[str], str]) -> Weights:
+        """Under other names; '' leaves a tensor out. ValueError where two get the same name."""
+        names = {name: new for name in self.shapes if (new := rename(name))}
+        if len(set(names.values())) < len(names):
+            taken: dict[str, str] = {}
+            for name, new in names.items():
+                if taken.setdefault(new, name) != name:
+                    raise ValueError(f"{taken[new]} and {name} are the same tensor {new} twice: {INCOMPLETE}")
+        return Weights({new: self.shapes[name] for name, new in names.items()},
+                       lambda: ((names[name], tensor) for name, tensor in self.stream() if name in names), self.facts)
+
+    def joined(self, other: Weights) -> Weights:
+        """Both together, as shards are; they share no name."""
+        def stream() -> Stream:
+            yield from self.stream()
+            yield from other.stream()
+
+        return Weights({**self.shapes, **other.shapes}, stream, {**self.facts, **other.facts})
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Errors inside say which file or folder they are about; a config's value of a wrong type or size is one of them."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{path}: its config holds a value that makes no network ({_first_line(error)}): {INCOMPLETE}") from error
+
+
+def write_weights(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, readable as other new files are. OSError where it cannot be written."""
+    try:    # the note: published files carry it, and transformers 4 refused files that do not
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error} (is the disk full?)") from error
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)                   # safetensors lets nobody but the owner read it
+
+
+def open_weights(file: str | Path) -> Weights:
+    """A .safetensors file, an index of shards (.safetensors.index.json, .bin.index.json) or a pickle of tensors.
+
+    ValueError for what is missing, damaged, or not a file of tensors.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: {INCOMPLETE}")
+    if file.name.endswith(".json"):
+        return _open_shards(file)
+    with open(file, "rb") as handle:
+        if handle.read(24).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a git-lfs pointer, not the weights: run 'git lfs pull' in its folder")
+    return _open_pickle(file) if file.suffix in PICKLES else _open_safetensors(file)
+
+
+def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path | None:
+    """The weights file of a part folder, None where there is none."""
+    found = choose({file.name for file in folder.iterdir()} if folder.is_dir() else set(), stem, variant)
+    return folder / found if found else None
+
+
+def choose(names: set[str], stem: str, variant: str | None = None) -> str | None:
+    """The file among `names` that holds a network's weights: safetensors before pickle, whole before sharded, and
+    full precision before fp16 unless a variant is asked for."""
+    stems = ALSO_CALLED.get(stem, (stem,))
+    variants = (variant,) if variant else (None, "fp16")
+    for kind in ("safetensors", "bin"):
+        for which in variants:
+            for name in stems:
+                dotted = f".{which}" if which else ""
+                for candidate in (f"{name}{dotted}.{kind}", f"{name}.{kind}.index{dotted}.json",
+                                  f"{name}{dotted}.{kind}.index.json"):
+                    if candidate in names:
+                        return candidate
+    return None
+
+
+def _open_safetensors(file: Path) -> Weights:
+    def opened():
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged ({error}): {INCOMPLETE}") from error
+
+    with opened() as handle:
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in _in_order(handle)}
+
+    def stream() -> Stream:
+        # Every page that was read stays resident until the mapping goes: map anew after each window.
+        handle, seen = opened(), 0
+        for name in shapes:
+            tensor = handle.get_tensor(name)
+            if seen + tensor.nbytes > WINDOW:
+                del handle, tensor
+                handle, seen = opened(), 0
+                tensor = handle.get_tensor(name)
+            yield name, tensor
+            seen += tensor.nbytes
+
+    return Weights(shapes, stream, {})
+
+
+def _in_order(handle: safe_open) -> list[str]:
+    """The names as their tensors lie in the file, which older versions of safetensors do not tell."""
+    return getattr(handle, "offset_keys", handle.keys)()
+
+
+def _open_pickle(file: Path) -> Weights:
+    try:
+        content = _unpickle(file)
+    except Exception as error:          # of a damaged pickle: any type
+        raise ValueError(_unreadable(file, error)) from error
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = {**{name: value for name, value in content.items() if isinstance(value, int)}, **content["state_dict"]}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not named tensors: is it a file of weights?")
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    facts = {str(name): value for name, value in content.items() if isinstance(value, (int, float))}
+    return Weights({name: tuple(t.shape) for name, t in tensors.items()}, lambda: iter(tensors.items()), facts)
+
+
+def _unpickle(file: Path) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(file, map_location="cpu", weights_only=True)      # written before torch 1.6
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    """Why torch refuses, without its advice to open the file all the same."""
+    instead = "Use a .safetensors file of the same weights"
+    if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (f"{file} is refused: it is a pickle that holds more than tensors ({foreign[1]}), and opening it could run "
+                f"code. {instead}")
+    if "TorchScript" in str(error):
+        return f"{file} is refused: it is a TorchScript program. {instead}"
+    reason = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+    return f"{file} is damaged or no file of weights ({_first_line(reason or error)}): {INCOMPLETE}"
+
+
+def _open_shards(index: Path) -> Weights:
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(map(str, listed.values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({_first_line(error)}): {INCOMPLETE}") from error
+    if odd := [name for name in names if Path(name).name != name or not name.endswith((".safetensors", *PICKLES))]:
+        raise ValueError(f"{index} names {odd[0]}, which is not a weights file beside it: the folder is refused")
+    whole = Weights({}, lambda: iter(()), {})
+    for name in names:
+        shard = open_weights(index.parent / name)
+        if twice := whole.shapes.keys() & shard.shapes.keys():
+            raise ValueError(f"{index.parent / name} holds {len(twice)} tensors of an earlier shard ({min(twice)}): {INCOMPLETE}")
+        whole = whole.joined(shard)
+    if lost := listed.keys() - whole.shapes.keys():
+        raise ValueError(f"{index} lists {len(lost)} tensors that no shard holds ({min(lost)}): {INCOMPLETE}")
+    return whole
+
+
+def _first_line(error: object) -> str:
+    return " ".join(str(error).split())[:150] or type(error).__name__

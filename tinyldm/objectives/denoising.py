@@ -1,0 +1,90 @@
+"""The diffusion loss: a network learns to tell x0 and eps apart, at noise levels drawn at random.
+
+The mathematics is in diffusion/loss.py; here are its settings, its random numbers, and the captions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinyldm.config import Config, ObjectiveConfig
+from tinyldm.diffusion.loss import make_noise, make_weight, sample_losses, sample_t
+from tinyldm.diffusion.process import PROCESSES, Process
+from tinyldm.lookup import lookup
+from tinyldm.model import Model
+from tinyldm.objectives.base import Networks, Objective, Turn
+from tinyldm.random_streams import Stream, generator
+
+
+class DenoisingBatch(NamedTuple):
+    x0: Tensor          # [b, c, h, w], standardised latents
+    eps: Tensor         # [b, c, h, w], the noise that the target is made of
+    t: Tensor           # [b] in [0, 1)
+    mixed: Tensor       # [b, c, h, w], the noise in x_t: eps, or eps and a perturbation
+    tokens: Tensor      # [b, n] token ids of all text encoders, on the CPU
+
+
+class Denoising(Objective):
+    """Eq. 14 of arXiv:2006.11239 and its relatives. The text encoders learn along where they are not frozen."""
+
+    def __init__(self, config: Config, model: Model, trained: tuple[str, ...]):
+        """trained: the model's parts that learn, such as ("net", "text")."""
+        self.turns = (Turn("denoising", trained),)
+        # Without guidance a model is asked for the picture of no caption in particular. That is the *encoded* empty string, not
+        # zeros, because sampling encodes the empty negative prompt too: what is trained is what is asked for.
+        self.empty = model.text.tokenize([""])[0]                       # [n]
+        self.begin_phase(config, model)
+
+    def begin_phase(self, config: Config, model: Model) -> None:
+        self.settings, self.model = config.objective, model
+        self.loss_settings = loss_settings(config.objective, model.process)
+
+    def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice, device: torch.device) -> DenoisingBatch:
+        """Noise, times and dropped captions, in this order, from one stream for the whole global batch."""
+        settings, x0 = self.settings, samples.latents
+        noise = make_noise((batch_size, *x0.shape[1:]), generator, settings.noise_offset, settings.input_perturbation)
+        t = sample_t(settings.times, batch_size, generator, settings.times_mean, settings.times_scale, self.model.process,
+                     settings.stratified_times)
+        dropped = torch.rand(batch_size, generator=generator) < settings.caption_dropout
+        tokens = torch.where(dropped[part, None], self.empty, samples.tokens)               # [b, n]
+        return self.to_device(DenoisingBatch(x0, noise.eps[part], t[part], noise.mixed[part], tokens), device)
+
+    def to_device(self, batch: DenoisingBatch, device: torch.device) -> DenoisingBatch:
+        """All but the token ids: equal captions are looked for on the CPU."""
+        return super().to_device(batch, device)._replace(tokens=batch.tokens)
+
+    def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
+        cond = self.model.text.encode_ids(batch.tokens, batch.x0.device, self.settings.mask_padding, trim=True)
+        return sample_losses(networks["net"], batch.x0, batch.eps, batch.t, cond, self.model.process, mixed=batch.mixed,
+                             **self.loss_settings)
+
+    def validation_batch(self, latents: Tensor, tokens: Tensor, seed: int) -> DenoisingBatch:
+        """Times lie evenly in [0, 1), so that levels which training draws seldom can be compared too; no caption is dropped."""
+        n = len(latents)
+        eps = make_noise(latents.shape, generator(Stream.VALIDATION_NOISE, seed)).eps
+        t = (torch.randperm(n, generator=generator(Stream.VALIDATION_TIMES, seed)) + 0.5) / n
+        return DenoisingBatch(latents, eps, t, eps, tokens)
+
+
+def loss_settings(settings: ObjectiveConfig, process: Process) -> dict[str, Any]:
+    """What sample_losses takes: prediction, weight, loss. ValueError for weights that do not fit the process."""
+    name = "min_snr" if settings.min_snr_gamma and settings.loss_weight == "none" else settings.loss_weight
+    gamma = settings.p2_gamma if name == "p2" else settings.min_snr_gamma or None
+    return dict(prediction=settings.prediction, weight=make_weight(name, settings.prediction, gamma, process), loss=settings.loss,
+                huber_c=settings.huber_c)
+
+
+def process_options(settings: ObjectiveConfig) -> dict[str, Any]:
+    """What make_process takes: --shift and --zero-terminal-snr where the process has them, and --process-options."""
+    takes: Mapping[str, Any] = inspect.signature(lookup(PROCESSES, settings.process, "process")).parameters
+    if settings.zero_terminal_snr and "zero_snr" not in takes:
+        raise ValueError(f"--zero-terminal-snr is for tables, not for {settings.process}: leave it out (flow ends in pure noise by itself)")
+    if settings.process == "betas" and not settings.process_options.get("betas"):
+        raise ValueError("--process betas needs them: --process-options betas=0.0001,0.0002,... from the cleanest level to the noisiest")
+    named = {"shift": settings.shift, "zero_snr": settings.zero_terminal_snr}
+    return {name: value for name, value in named.items() if name in takes} | settings.process_options

@@ -1,0 +1,1 @@
+"""Pictures as arrays and files, and many of them in one."""

@@ -1,0 +1,39 @@
+"""Pictures as bytes, as numbers for networks, and as files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tinyldm.files import flush
+
+
+def to_bytes(pixels: Tensor) -> np.ndarray:
+    """[b, 3, h, w] in [-1, 1] -> uint8 [b, h, w, 3]."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pixels(images: np.ndarray | Tensor) -> Tensor:
+    """uint8 [b, h, w, 3] -> float32 [b, 3, h, w] in [-1, 1]."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).to(torch.float32, copy=True).div_(127.5).sub_(1)
+
+
+def write_picture(file: Path, image: np.ndarray) -> None:
+    """uint8 [h, w, 3] -> a PNG, written whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".tmp")
+    Image.fromarray(image).save(partial, format="PNG")
+    flush(partial)
+    os.replace(partial, file)
+    flush(file.parent)
+
+
+def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each picture in dB, 100 at most: uint8 [b, h, w, 3] twice -> float64 [b]."""
+    error = (((images.astype(float) - originals) / 255) ** 2).mean((1, 2, 3))
+    return -10 * np.log10(error.clip(1e-10))

@@ -1,0 +1,98 @@
+"""How much training computes: FLOPs of the networks, and how many a GPU makes in a second.
+
+The networks are built on the meta device, shapes without values: any machine counts a network of any size in seconds.
+FLOPs are those of matrix products and convolutions, two per multiply-add; training counts as three forward passes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tinyldm.config import Config, PlanConfig, phases
+from tinyldm.lookup import build_dataclass, lookup
+from tinyldm.model import TEXT_ENCODERS, Model, NetworkShapes, architecture, build_network
+from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
+from tinyldm.models.layers import Cond
+from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.planning.memory import empty
+from tinyldm.text.encoders import JOINS
+
+# Dense bf16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets and white papers; the first that is found counts.
+PEAKS = {
+    r"\bRTX 5090$": 209.5e12, r"\bRTX 5080$": 112.6e12, r"\bRTX 4090$": 165.2e12, r"\bRTX 4080$": 97.5e12, r"\bRTX 3090$": 71e12,
+    r"\bRTX 6000 Ada\b": 364.2e12, r"\bRTX A6000$": 154.8e12, r"\bL4$": 121e12, r"\bL40S$": 362e12, r"\bA100\b": 312e12,
+    r"\bH100 PCIe": 756e12, r"\bH100 NVL": 835e12, r"\bH100\b": 989e12, r"\bG?H200\b": 989e12, r"\bB200\b": 2250e12}
+
+
+class Networks(NamedTuple):
+    """The networks of a model on the meta device, in its parts' order."""
+
+    net: nn.Module
+    text: nn.Module
+    vae: nn.Module
+
+
+def meta_networks(config: Config) -> Networks:
+    """What train.py would build or load. Published weights are taken to have the shapes of Stable Diffusion 1's."""
+    vae = VAEConfig() if config.autoencoder.weights else build_dataclass(VAEConfig, config.autoencoder.fields, "--vae")
+    row = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
+    text = (CLIPTextConfig(activation="gelu") if config.text.weights else
+            build_dataclass(row.config, config.text.fields | {"vocab_size": config.text.vocab_size}, "--text"))
+    shapes = NetworkShapes(vae.latent_channels, vae.latent_channels * (1 + config.objective.learned_variance),
+                           lookup(JOINS, config.text.join, "rule to join text encoders").widths([row.widths(text)]),
+                           phases(config)[-1].data.resolution // vae.downscale)
+    with torch.device("meta"):
+        net = build_network(config.network.name, config.network.settings, shapes)
+        return Networks(net, (CLIPText if config.text.weights else row.module)(text), AutoencoderKL(vae))
+
+
+def forwards(networks: Networks, resolution: int, batch: int = 1) -> dict[str, Callable[[], object]]:
+    """A forward pass of each part, on pictures of this size."""
+    (net, text, vae), f = networks, networks.vae.config.downscale
+    if resolution % f:
+        raise ValueError(f"resolution {resolution} is not a multiple of the VAE's {f}: use {-(-resolution // f) * f}")
+    x = empty(batch, vae.config.latent_channels, resolution // f, resolution // f)
+    ids = empty(batch, text.config.context_length, dtype=torch.long)
+    widths = architecture(text).widths(text.config)
+    cond = Cond(empty(*ids.shape, widths.context), pooled=empty(batch, widths.pooled))
+    return {"net": lambda: net(x, empty(batch), cond), "text": lambda: text(ids),
+            "encode": lambda: vae.encode(empty(batch, 3, resolution, resolution)), "decode": lambda: vae.decode(x)}
+
+
+def size(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@torch.no_grad()
+def count_flops(forward: Callable[[], object]) -> int:
+    """FLOPs of a forward pass on the meta device, where attention runs as two matrix products and is counted.
+    (On the CPU it would be one fused operation that the counter does not know, and count as nothing.)"""
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
+
+
+def useful_flops(config: Config, model: Model | None = None) -> int:
+    """FLOPs of training on one picture in a phase: three forward passes of what is trained, one of a frozen text encoder.
+    What gradient checkpointing computes twice counts once.
+
+    model: the run's own, on any device (default: the networks that the config describes)"""
+    if model:
+        with torch.device("meta"):
+            networks = Networks(*(type(module)(module.config) for module in (model.net, model.text.modules["text"], model.vae)))
+    calls = forwards(networks if model else meta_networks(config), config.data.resolution)
+    return sum(count_flops(calls[part]) * (1 if part == "text" and config.text.weights else 3) for part in ("net", "text"))
+
+
+def peak_flops(plan: PlanConfig, device: torch.device) -> float | None:
+    """FLOP/s of a GPU in bf16; of one that is not known, --gpu-tflops; None for what is no CUDA device."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), plan.gpu_tflops * 1e12)

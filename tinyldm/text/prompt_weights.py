@@ -1,0 +1,58 @@
+"""Prompt weights: `a (red:1.4) fox` -> the plain caption, and one weight per token.
+
+The syntax is AUTOMATIC1111's: (x) weighs 1.1, [x] 1 / 1.1, (x:1.3) 1.3; nested weights multiply, a parenthesis that is
+never closed reaches to the end, one that was never opened is text, and so is one behind a backslash. Its other
+inventions (prompt editing, AND, BREAK) are text here.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tinyldm.text.tokenizer import Tokenizer
+
+STEP = 1.1
+SYMBOLS = re.compile(r"\\(?P<escaped>[\\()\[\]])|(?P<open>[(\[])|:\s*(?P<weight>[+-]?\d*\.?\d+)\s*\)|(?P<close>[)\]])|[^\\()\[\]:]+|.",
+                     re.DOTALL)
+
+
+def parse_weights(text: str) -> list[tuple[str, float]]:
+    """The pieces of the plain caption in order, neighbours of the same weight joined; "" is one piece."""
+    pieces: list[tuple[str, float]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}       # the piece with which each began
+
+    def weigh(bracket: str, factor: float) -> None:
+        start = opened[bracket].pop()
+        pieces[start:] = [(piece, weight * factor) for piece, weight in pieces[start:]]
+
+    for symbol in SYMBOLS.finditer(text):
+        bracket = {")": "(", "]": "["}.get(symbol[0][-1], "")
+        if symbol["open"]:
+            opened[symbol["open"]].append(len(pieces))
+        elif symbol["weight"] and opened["("]:
+            weigh("(", float(symbol["weight"]))
+        elif symbol["close"] and opened[bracket]:
+            weigh(bracket, STEP if bracket == "(" else 1 / STEP)
+        else:
+            pieces.append((symbol["escaped"] or symbol[0], 1.0))
+    for bracket, factor in (("(", STEP), ("[", 1 / STEP)):
+        while opened[bracket]:
+            weigh(bracket, factor)
+
+    joined: list[tuple[str, float]] = []
+    for piece, weight in pieces or [("", 1.0)]:
+        same = bool(joined) and joined[-1][1] == weight
+        joined[-1:] = [(joined[-1][0] + piece, weight)] if same else [*joined[-1:], (piece, weight)]
+    return joined
+
+
+def plain(text: str) -> str:
+    """The caption without its weights."""
+    return "".join(piece for piece, _ in parse_weights(text))
+
+
+def token_weights(tokenizer: Tokenizer, text: str) -> list[float]:
+    """One weight per position of `tokenizer.encode([plain(text)])`: that of the token's first letter, 1 for BOS, EOS
+    and padding. The caption is tokenised as a whole, so that weights of 1 change nothing."""
+    letters = [weight for piece, weight in parse_weights(text) for _ in piece]
+    return [letters[start] if end > start else 1.0 for start, end in tokenizer.spans(plain(text))]

@@ -1,0 +1,205 @@
+"""The second stage of a run: a network learns on the latents of the frozen autoencoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyldm.config import Config, phases, split_weights
+from tinyldm.data import toyworld
+from tinyldm.data.cache import Cache, write_tokens
+from tinyldm.data.loader import Loader
+from tinyldm.data.sources import parse_sources
+from tinyldm.device import autocast
+from tinyldm.diffusion.process import make_process
+from tinyldm.folders.load import load_text, load_tokenizer
+from tinyldm.lookup import build_dataclass, lookup
+from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, build_network
+from tinyldm.objectives import OBJECTIVES
+from tinyldm.objectives.denoising import process_options
+from tinyldm.pictures.pixels import write_picture
+from tinyldm.pictures.sheet import tile
+from tinyldm.pipeline import draw, draw_settings
+from tinyldm.planning.flops import peak_flops, useful_flops
+from tinyldm.random_streams import Stream
+from tinyldm.text.encoders import TextEncoder, TextEncoders
+from tinyldm.text.tokenizer import Tokenizer
+from tinyldm.training.context import RunContext
+from tinyldm.training.distributed import World, shard
+from tinyldm.training.ema import EMA, PowerEMA
+from tinyldm.training.stage import Phase, Stage
+from tinyldm.training.trained import TrainedModel
+from tinyldm.training.validation import Validation, held_out_batch
+from tinyldm.vendor_loaders import pipelines, scheduler
+
+
+class LatentStage(Stage):
+    """A network, and the text encoders unless they are frozen, on cached latents."""
+
+    name, stream, planned = "step", Stream.NOISE, True
+
+    def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None,
+                 on_picture: Callable[[Path, int], None] = lambda file, step: None):
+        """last: the checkpoint to go on from. on_picture: called with every sample grid that is written."""
+        torch.manual_seed(config.run.seed + 1)
+        self.config, self.context, self.caches, self.on_picture = config, context, caches, on_picture
+        self.data = [cache.digest for cache in caches]
+        self.settings, self.phases, self.world, self.title = config.optimisation, phases(config), context.world, config.network.name
+        text = build_text_encoders(config, caches[0].all_captions(), last)
+        self.model = at_phase(build_model(config, vae, text), self.phases[0])
+        for part in self.model.modules.values():
+            part.to(context.device)
+        peak = peak_flops(config.plan, context.device)
+        self.peak = peak and peak * self.world.size
+        if peak or len(self.phases) > 1:                # counting takes a second, and a single phase needs no comparison
+            self.costs = [useful_flops(phase, self.model) for phase in self.phases]
+        net, plain = self.model.net, None
+        if config.run.fsdp:                             # a sharded state_dict would be gathered while training goes on
+            plain = copy.deepcopy(net).to("meta")
+            shard(net, self.world)
+        parts = trained_parts(config, self.model)
+        self.trained = TrainedModel(lambda: self.model, parts, context.folder / "vae", plain)
+        self.objective = lookup(OBJECTIVES, config.objective.name, "objective")(config, self.model, parts)
+        for network in self.objective.networks.values():
+            network.to(context.device)
+
+    def begin_phase(self, index: int) -> Phase:
+        config, device, objective = self.phases[index], self.context.device, self.objective
+        self.model = at_phase(self.model, config)
+        objective.begin_phase(config, self.model)
+        loader = make_loader(config, self.caches[index], self.model.text.tokenizers, device, self.world)
+        most = self.settings.batch_size // self.world.size
+        count = min(-(-config.optimisation.grad_accum // self.world.size), most)
+        networks: dict[str, Any] = self.model.modules | dict(objective.networks)
+        if config.run.compile if config.run.compile is not None else device.type == "cuda" and not config.run.fsdp:
+            torch.compiler.reset()              # otherwise torch.compile switches to dynamic shapes at the second picture size
+            networks["net"] = torch.compile(self.model.net)
+
+        def losses(micro: Any) -> torch.Tensor:
+            with autocast(device, config.run.dtype):
+                return objective.losses(objective.turns[0], networks, micro, 0.0)
+
+        held_out = held_out_batch(loader, objective, config.run.seed)
+        validation = None if held_out is None else Validation(held_out, -(-most // count), device, losses,
+                                                                    objective.to_device)
+        return Phase(config, loader.run, loader.part, networks, count, validation)
+
+    def state(self) -> dict[str, Any]:
+        return {"data": self.data}
+
+    def check_resume(self, state: dict[str, Any]) -> None:
+        if state["data"] != self.data:
+            raise ValueError(f"{', '.join(str(cache.folder) for cache in self.caches)} has changed since the checkpoint of step "
+                             f"{state['step']}: put back the latents the run began with, or start another run with --out")
+
+    def draw_samples(self, ema: EMA | PowerEMA | None, step: int) -> None:
+        """Pictures of fixed prompts from fixed seeds: comparable between steps and between runs."""
+        model, prompts = self.model, fixed_prompts(self.config, self.caches[0])
+        repeated = [prompt for prompt in prompts for _ in range(2)]
+        model.net.eval(), model.text.train(False)
+        try:
+            with ema.applied(), autocast(self.context.device, self.config.run.dtype):
+                images = draw(model, repeated, range(len(repeated)), draw_settings(model))
+        finally:
+            model.net.train(), model.text.train()
+        if self.world.main:
+            file = self.context.folder / "samples" / f"step-{step:06d}.png"
+            write_picture(file, tile(images, columns=8))
+            self.on_picture(file, step)
+
+
+# ---------------------------------------------------------------- the model
+
+
+def build_text_encoders(config: Config, captions: Iterable[str], last: Path | None) -> TextEncoders:
+    """Pretrained and frozen, or new and trained along. last: the checkpoint whose vocabulary to keep."""
+    settings = config.text
+    if settings.weights:
+        module = load_text(settings.weights)
+        return TextEncoders([TextEncoder(module, load_tokenizer(settings.weights, module.config.context_length))], settings.join)
+    length = settings.fields.get("context_length", 77)
+    tokenizer = Tokenizer.load(last / "model" / "tokenizer") if last else Tokenizer.train(captions, settings.vocab_size, length)
+    row = lookup(TEXT_ENCODERS, settings.encoder, "text encoder")
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    module = row.module(build_dataclass(row.config, settings.fields | ids | {"vocab_size": len(tokenizer)}, "--text"))
+    return TextEncoders([TextEncoder(module, tokenizer)], settings.join)
+
+
+def build_model(config: Config, vae: nn.Module, text: TextEncoders) -> Model:
+    """A model with a new network, in training mode."""
+    channels, size = vae.config.latent_channels, phases(config)[-1].data.resolution // vae.config.downscale
+    widths = text.widths([architecture(module).widths(module.config) for module in text.modules.values()])
+    shapes = NetworkShapes(channels, channels * (1 + config.objective.learned_variance), widths, size)
+    net = build_network(config.network.name, config.network.settings, shapes)
+    net.grad_checkpointing = config.network.grad_checkpointing
+    process = make_process(config.objective.process, **process_options(config.objective))
+    return Model(net, vae, text, process, config.objective.prediction, {}, {})
+
+
+def trained_parts(config: Config, model: Model) -> tuple[str, ...]:
+    """The parts of a model that learn: its network, and text encoders that are not pretrained."""
+    return ("net",) if config.text.weights else ("net", *model.text.modules)
+
+
+def at_phase(model: Model, config: Config) -> Model:
+    """The model as it is in one phase, whose process and picture size are its own."""
+    objective, drawing = config.objective, config.drawing
+    defaults = dict(preset=config.run.preset, resolution=config.data.resolution, sampler=drawing.sampler, steps=drawing.steps,
+                    cfg=drawing.cfg, data=" ".join(config.data.sources), mask_padding=objective.mask_padding)
+    if model.text.join != "single":
+        defaults["text_join"] = model.text.join
+    return replace(model, process=make_process(objective.process, **process_options(objective)), scheduler=scheduler_config(config),
+                   defaults=defaults)
+
+
+def scheduler_config(config: Config) -> dict[str, Any]:
+    """The scheduler_config.json of a model trained so."""
+    objective = config.objective
+    pipeline = pipelines.PIPELINES[lookup(NETWORKS, config.network.name, "network").pipeline]
+    return scheduler.to_config(objective.process, process_options(objective), objective.prediction, config.drawing.sampler,
+                               flow_match=pipeline.flow_match, learned_variance=objective.learned_variance)
+
+
+# ---------------------------------------------------------------- the data
+
+
+def make_loader(config: Config, data: Cache, tokenizers: list[Tokenizer], device: torch.device, world: World) -> Loader:
+    """This process's part of the batches of the cache, mixed as --data and --caption-key say."""
+    place = Path(config.run.out) / f"tokens-{config.data.resolution}" if config.data.cache else None
+    missing = [tokenizer for tokenizer in tokenizers if not has_tokens(data, tokenizer)]
+    for tokenizer in missing if world.main else []:
+        write_tokens(data.folder, tokenizer, place)
+    world.barrier()
+    if not all(has_tokens(data, tokenizer) for tokenizer in tokenizers):
+        data = Cache(data.folder, place)                # of a cache that other runs use too, the run keeps the tokens
+    weights = [source.weight for source in parse_sources(config.data.sources)]
+    loader = Loader(data, [tokenizer.fingerprint for tokenizer in tokenizers], batch_size=config.optimisation.batch_size,
+                    seed=config.run.seed, rank=world.rank, world=world.size,
+                    weights=weights if len(weights) > 1 and weights[0] else None, pin=device.type == "cuda",
+                    hold_out=config.run.val_samples, caption_weights=tuple(split_weights(config.data.caption_key).values()) or (1.0,))
+    for size, count in loader.order.never_drawn:
+        print(f"{count:,} pictures of latent size {size} are never drawn: fewer than one batch of {config.optimisation.batch_size}")
+    return loader
+
+
+def has_tokens(data: Cache, tokenizer: Tokenizer) -> bool:
+    try:
+        data.check_tokens(tokenizer.fingerprint)
+    except ValueError:
+        return False
+    return True
+
+
+def fixed_prompts(config: Config, data: Cache) -> list[str]:
+    """What the sample grids show: --sample-prompts, the toy world's own, else some captions from all over the data."""
+    if config.run.sample_prompts:
+        return config.run.sample_prompts.split("|")
+    if config.data.sources == ["toyworld"]:
+        return toyworld.PROMPTS
+    return list(dict.fromkeys(data.captions(i)[0][1] for i in range(0, len(data), -(-len(data) // 8))))

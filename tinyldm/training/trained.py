@@ -1,0 +1,88 @@
+"""What a stage trains, apart from what it minimises: this decides which parameters move and what a checkpoint holds.
+
+    modules     part name -> network whose parameters are trained and averaged
+    write       a checkpoint's folder, from tensors on the CPU: weights as they are, and their averages
+    read        the way back
+
+Here whole networks are trained; adapters and embeddings are other classes with the same three.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from tinyldm.folders.build import load_weights
+from tinyldm.folders.load import load_model
+from tinyldm.folders.save import save_model, save_vae
+from tinyldm.model import Model
+
+StateDict = Mapping[str, Tensor]
+
+
+class Stored(NamedTuple):
+    """Of every trained part: its weights as the optimizers left them, and averaged."""
+
+    raw: dict[str, StateDict]
+    averaged: dict[str, StateDict]      # {}: there are no averages
+
+
+class Trained(Protocol):
+    modules: dict[str, nn.Module]
+
+    def write(self, folder: Path, stored: Stored, step: int) -> None: ...
+
+    def read(self, folder: Path) -> Stored: ...
+
+    def frozen_bytes(self) -> int:
+        """Bytes that `write` adds to those of the trained parts."""
+
+
+class TrainedModel:
+    """The network of a model, and its text encoders unless they are frozen: FOLDER/model/ is a whole model folder, with
+    averaged weights, and the raw ones beside them as its non_ema variant."""
+
+    def __init__(self, model: Callable[[], Model], parts: tuple[str, ...], vae: Path, plain: nn.Module | None = None):
+        """model: gives the model as it is at present. vae: its written folder, which checkpoints link to.
+        plain: a copy of the network without values, where its own state_dict is sharded."""
+        self.model, self.vae, self.plain = model, vae, plain
+        modules = model().modules
+        self.modules = {part: modules[part] for part in parts}
+
+    def write(self, folder: Path, stored: Stored, step: int) -> None:
+        model = self.model()
+        shapes = model.modules | ({"net": self.plain} if self.plain is not None else {})
+        texts = [(shapes[part], stored.averaged[part]) if part in self.modules else module for part, module in model.text.modules.items()]
+        save_model(folder / "model", net=(shapes["net"], stored.averaged["net"]), vae=self.vae, texts=texts,
+                   tokenizers=model.text.tokenizers, non_ema=stored.raw, scheduler=model.scheduler,
+                   defaults=model.defaults | {"step": step})
+
+    def read(self, folder: Path) -> Stored:
+        raw, averaged = (load_model(folder / "model", ema=wanted).modules for wanted in (False, True))
+        return Stored(*({part: found[part].state_dict() for part in self.modules} for found in (raw, averaged)))
+
+    def frozen_bytes(self) -> int:
+        frozen = [module for part, module in self.model().text.modules.items() if part not in self.modules]
+        return sum(tensor.nbytes for module in frozen for tensor in module.state_dict().values())
+
+
+class TrainedAutoencoder:
+    """An autoencoder: FOLDER/vae/ is its part folder."""
+
+    def __init__(self, vae: nn.Module):
+        self.modules = {"vae": vae}
+
+    def write(self, folder: Path, stored: Stored, step: int) -> None:
+        save_vae(folder / "vae", self.modules["vae"], stored.raw["vae"])
+
+    def read(self, folder: Path) -> Stored:
+        found = copy.deepcopy(self.modules["vae"])
+        load_weights(found, folder / "vae" / "diffusion_pytorch_model.safetensors")
+        return Stored({"vae": found.state_dict()}, {})
+
+    def frozen_bytes(self) -> int:
+        return 0
