@@ -22,7 +22,7 @@ from tinyldm.config import Config, parse
 
 NAMES = ("preset", "seed", "device", "dtype", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments",
          "stages", "min_side", "max_aspect", "min_caption", "max_caption", "max_skip", "encode_batch_size", "vae_weights",
-         "text_weights", "network", "unet", "dit")
+         "text_weights", "network", "unet", "dit", "net")
 
 
 def count(text: str) -> int:
@@ -48,11 +48,11 @@ import torch
 
 from tinyldm.data.cache import write_tokens
 from tinyldm.data.encoding import posterior
-from tinyldm.data.prepare import prepare, some_pictures, stage_folders
+from tinyldm.data.prepare import phase_folders, prepare, some_pictures
 from tinyldm.device import pick_device
 from tinyldm.folders.load import load_tokenizer, load_vae
 from tinyldm.models.vae import AutoencoderKL
-from tinyldm.pictures.pixels import to_bytes, write_picture
+from tinyldm.pictures.pixels import psnr, to_bytes, write_picture
 from tinyldm.pictures.sheet import captioned, tile, two_lines
 from tinyldm.training.signals import Interrupted, Signals
 
@@ -74,13 +74,13 @@ def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count
             signals.check()
             decoded.append(to_bytes(vae.decode(posterior(vae, batch, device, config.run.dtype).mean)))
     decoded = np.concatenate(decoded)
-    psnr = -10 * np.log10((((decoded.astype(float) - images) / 255) ** 2).mean((1, 2, 3)).clip(1e-10))
+    decibels = psnr(decoded, images)
     rows = [part for start in range(0, len(images), 8) for part in (images[start : start + 8], decoded[start : start + 8])]
     width = min(8, len(images))
     blank = np.full((-len(images) % width, *images.shape[1:]), 255, np.uint8)
     rows[-2:] = [np.concatenate([row, blank]) for row in rows[-2:]]
     write_picture(file, tile(np.concatenate(rows), columns=width))
-    print(f"PSNR of {len(images)} pictures through the VAE: {psnr.mean():.2f} dB ({psnr.min():.2f} to {psnr.max():.2f}): {file}")
+    print(f"PSNR of {len(images)} pictures through the VAE: {decibels.mean():.2f} dB ({decibels.min():.2f} to {decibels.max():.2f}): {file}")
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def main() -> None:
                 write_preview(config, Path(ARGS.preview), signals)
             if ARGS.decode_check:
                 decode_check(config, vae, device, ARGS.decode_check, out.with_name(out.name + ".decoded.png"), signals)
-        done = [(prepare(stage, folder, vae, device, ARGS.rebuild, signals.check), folder) for stage, folder in stage_folders(config, out)]
+        done = [(prepare(phase, folder, vae, device, ARGS.rebuild, signals.check), folder) for phase, folder in phase_folders(config, out)]
     except Interrupted:
         print(f"stopped; finished shards stay in {out}: the same command goes on")
         sys.exit(128 + signals.received)

@@ -22,7 +22,7 @@ import re
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, fail, guard
+from tinyldm.cli import Parser, add_drawing_flags, fail, guard
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,15 +37,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", metavar="FOLDER|ID", help="for a single-file checkpoint, which holds none (default: CLIP's, from the hub)")
     add("--prediction", metavar="NAME", help="for a single-file Stable Diffusion 2: eps (the base models) or v (default: v)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
-    add("--cfg", "--guidance-scale", "--scale", type=float, metavar="W", help="guidance scale, 1 is none (default: the model's)")
+    add_drawing_flags(parser)
     add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: share of the standard deviation that guidance "
         "added and that is taken back (default: 0; 0.7 is usual)")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance only where LOW < sigma/alpha "
         "<= HIGH (noise over signal, from inf or so at first to 0 at last); twice as fast elsewhere")
     add("--prompt-weights", action="store_true", help="(x) [x] (x:1.3) weigh what they enclose, also in --negative-prompt")
-    add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
-    add("--sampler", metavar="NAME", help="ddim, ddpm, euler, euler_a, heun, edm, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc, adaptive (default: the model's)")
-    add("--schedule", metavar="NAME", help="karras, trailing, leading, linspace, ... (default: the model's)")
     add("--eta", type=float, metavar="E", help="ddim: share of fresh noise, 0 to 1")
     add("--seed", type=int, default=0, metavar="S", help="first seed; -1 picks one (printed and stored)")
     add("-n", "--num-images", type=int, default=1, metavar="N", help="pictures per caption")
@@ -151,7 +148,7 @@ from tinyldm.model import Model
 from tinyldm.pictures.animation import even, write_animation
 from tinyldm.pictures.pixels import to_bytes, to_pixels, write_picture
 from tinyldm.pictures.sheet import tile
-from tinyldm.pipeline import Canvas, Morph, Settings, check_size, decode, draw, picture_size, settings, unit
+from tinyldm.pipeline import Canvas, DrawSettings, Morph, check_size, decode, draw, draw_settings, picture_size
 from tinyldm.text.prompt_weights import plain
 from tinyldm.training.run_folder import find_model
 
@@ -170,21 +167,22 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str]:
         lookup(PREDICTIONS, args.prediction, "--prediction")
     model = load_model(source, device, pick_dtype(args.dtype, device), not args.no_ema, args.variant, args.tokenizer, args.prediction)
     for prompt in [*args.prompt, args.negative_prompt]:
-        if cut := model.tokenizer.cut(plain(prompt) if args.prompt_weights else prompt):
-            print(f"warning: the model reads {model.tokenizer.context_length} tokens; left out: \"{cut}\"", file=sys.stderr)
+        if cut := model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
+            length = max(tokenizer.context_length for tokenizer in model.text.tokenizers)
+            print(f"warning: the model reads {length} tokens; left out: \"{cut}\"", file=sys.stderr)
     return model, str(model.defaults.get("preset", source))
 
 
-def resolve(args: argparse.Namespace, model: Model) -> Settings:
+def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     """How to draw: as typed, else by the model's own defaults."""
-    how = settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg)
-    if args.eta is not None and how.sampler != "ddim":
-        raise ValueError(f"--eta belongs to --sampler ddim, not to {how.sampler}")
-    if how.cfg == 1 and (args.guidance_rescale or args.guidance_interval):
+    found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg)
+    if args.eta is not None and found.sampler != "ddim":
+        raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
+    if found.cfg == 1 and (args.guidance_rescale or args.guidance_interval):
         raise ValueError(f"--guidance-{'rescale' if args.guidance_rescale else 'interval'} has no guidance to change: "
                          "use it with --cfg above 1")
-    return how._replace(rescale=args.guidance_rescale, interval=args.guidance_interval and tuple(args.guidance_interval),
-                        weighted=args.prompt_weights)
+    return found._replace(rescale=args.guidance_rescale, interval=args.guidance_interval and tuple(args.guidance_interval),
+                          weighted=args.prompt_weights)
 
 
 def open_picture(file: str) -> Image.Image:
@@ -198,7 +196,7 @@ def open_picture(file: str) -> Image.Image:
 
 def open_canvas(args: argparse.Namespace, model: Model) -> Canvas:
     """--init-image and --mask, fitted to the size to draw: as typed, else the picture's shape at the model's own scale."""
-    picture, multiple = open_picture(args.init_image), unit(model)
+    picture, multiple = open_picture(args.init_image), model.divisor
     own = min(picture_size(model))
     scale = own / min(picture.size)
     width, height = (typed or max(multiple, round(side * scale / multiple) * multiple)
@@ -232,15 +230,15 @@ def open_preview(args: argparse.Namespace, model: Model, file: Path) -> Callable
     return show
 
 
-def parameters(args: argparse.Namespace, how: Settings, image: np.ndarray, prompt: str, seed: int, name: str) -> str:
+def parameters(args: argparse.Namespace, settings: DrawSettings, image: np.ndarray, prompt: str, seed: int, name: str) -> str:
     """The settings as AUTOMATIC1111's `parameters` text, which other tools read back."""
     quote = lambda text: json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
-    facts = {"Steps": how.steps, "Sampler": how.sampler, "Schedule type": how.schedule, "CFG scale": how.cfg, "Seed": seed,
+    facts = {"Steps": settings.steps, "Sampler": settings.sampler, "Schedule type": settings.schedule, "CFG scale": settings.cfg, "Seed": seed,
              "Size": f"{image.shape[1]}x{image.shape[0]}", "Model": name, "RNG": "CPU",
              **({"Eta": args.eta} if args.eta is not None else {}),
-             **({"CFG Rescale": how.rescale} if how.rescale else {}),
-             **({"Guidance interval": "{:g} to {:g}".format(*how.interval)} if how.interval else {}),
-             **({"Emphasis": "No norm"} if how.weighted else {}),
+             **({"CFG Rescale": settings.rescale} if settings.rescale else {}),
+             **({"Guidance interval": "{:g} to {:g}".format(*settings.interval)} if settings.interval else {}),
+             **({"Emphasis": "No norm"} if settings.weighted else {}),
              **({"Denoising strength": args.strength, "Init image": Path(args.init_image).name} if args.init_image else {}),
              **({"Inverted as": quote(args.invert or prompt)} if args.invert is not None else {}),
              **({"Mask": Path(args.mask).name} if args.mask else {}),
@@ -264,7 +262,7 @@ def free_name(folder: Path, prompt: str, seed: int) -> Path:
     return folder / f"{max(taken, default=0) + 1:04d}-{seed}-{slug}.png"
 
 
-def draw_all(args: argparse.Namespace, model: Model, how: Settings, jobs: list[tuple[str, int]],
+def draw_all(args: argparse.Namespace, model: Model, settings: DrawSettings, jobs: list[tuple[str, int]],
              preview_file: Path, morph: Morph | None = None) -> list[np.ndarray]:
     """One picture per (prompt, seed), on its way to what `morph` says, a batch at a time."""
     if args.compile:
@@ -274,7 +272,7 @@ def draw_all(args: argparse.Namespace, model: Model, how: Settings, jobs: list[t
         check_size(model, *picture_size(model, args.width, args.height))
     show = open_preview(args, model, preview_file) if args.preview is not None else None
     images = []
-    with tqdm(total=len(jobs) * how.steps * (1 if args.invert is None else 2), unit="step", disable=None) as bar:
+    with tqdm(total=len(jobs) * settings.steps * (1 if args.invert is None else 2), unit="step", disable=None) as bar:
         def on_step(x0: Tensor) -> None:
             bar.update(len(x0))
             if show:
@@ -283,37 +281,37 @@ def draw_all(args: argparse.Namespace, model: Model, how: Settings, jobs: list[t
         for start in range(0, len(jobs), args.batch_size):
             part = slice(start, start + args.batch_size)
             prompts, seeds = zip(*jobs[part])
-            images.extend(draw(model, prompts, seeds, how, negative=args.negative_prompt, width=args.width,
+            images.extend(draw(model, prompts, seeds, settings, negative=args.negative_prompt, width=args.width,
                                height=args.height, eta=args.eta, canvas=canvas, on_step=on_step,
-                               morph=morph and morph._replace(shares=morph.shares[part])))
+                               morph=morph and morph._replace(fractions=morph.fractions[part])))
     return images
 
 
-def draw_pictures(args: argparse.Namespace, model: Model, how: Settings, name: str, out: Path, folder: Path) -> list[Path]:
+def draw_pictures(args: argparse.Namespace, model: Model, settings: DrawSettings, name: str, out: Path, folder: Path) -> list[Path]:
     """A file per caption and seed and, where there are several, one with all."""
     single = out != folder
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_images)]
-    images = draw_all(args, model, how, jobs, folder / "preview.png")
+    images = draw_all(args, model, settings, jobs, folder / "preview.png")
     files = []
     for (prompt, seed), image in zip(jobs, images):
         if not single or len(jobs) == 1:
             file = out if single else free_name(out, prompt, seed)
-            files.append(write_png(file, image, parameters(args, how, image, prompt, seed, name)))
+            files.append(write_png(file, image, parameters(args, settings, image, prompt, seed, name)))
     if len(jobs) > 1:
         file = out if single else free_name(out, "grid", args.seed)
         sheet = tile(np.stack(images), columns=args.num_images if args.num_images > 1 else 0)
-        files.append(write_png(file, sheet, parameters(args, how, images[0], " | ".join(args.prompt), args.seed, name)))
+        files.append(write_png(file, sheet, parameters(args, settings, images[0], " | ".join(args.prompt), args.seed, name)))
     return files
 
 
-def draw_animation(args: argparse.Namespace, model: Model, how: Settings, name: str, out: Path, folder: Path) -> list[Path]:
+def draw_animation(args: argparse.Namespace, model: Model, settings: DrawSettings, name: str, out: Path, folder: Path) -> list[Path]:
     """The way from one picture to another: an animation, and its frames side by side in a .png of the same name."""
     jobs = [(args.prompt[0], args.seed)] * args.frames
     morph = Morph(args.prompt[-1], int(args.interpolate or args.seed), even(args.frames))
-    images = draw_all(args, model, how, jobs, folder / "preview.png", morph)
+    images = draw_all(args, model, settings, jobs, folder / "preview.png", morph)
     strip = out.with_suffix(".png") if out != folder else free_name(out, "-to-".join(args.prompt), args.seed)
     moving = strip.with_suffix(".gif" if out.suffix.lower() == ".gif" else ".webp")
-    text = parameters(args, how, images[0], " | ".join(args.prompt), args.seed, name)
+    text = parameters(args, settings, images[0], " | ".join(args.prompt), args.seed, name)
     write_animation(moving, images, text)
     return [moving, write_png(strip, tile(np.stack(images), columns=min(len(images), 12)), text)]
 
@@ -322,11 +320,11 @@ def draw_animation(args: argparse.Namespace, model: Model, how: Settings, name: 
 def main() -> None:
     args = ARGS
     model, name = open_model(args)
-    how = resolve(args, model)
+    settings = resolve(args, model)
     out = Path(args.out)
     folder = out.parent if out.suffix else out
     folder.mkdir(parents=True, exist_ok=True)
-    files = (draw_pictures if args.interpolate is None else draw_animation)(args, model, how, name, out, folder)
+    files = (draw_pictures if args.interpolate is None else draw_animation)(args, model, settings, name, out, folder)
     print("\n".join(map(str, files)))
 
 

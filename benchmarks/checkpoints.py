@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from tinyldm.training.setup import at_stage
 
 from tinyldm.config import parse
 from tinyldm.device import autocast, pick_device
@@ -27,7 +28,6 @@ from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.training import checkpoint
 from tinyldm.training.distributed import World
 from tinyldm.training.learner import Learner
-from tinyldm.training.setup import at_stage
 
 
 def main() -> None:

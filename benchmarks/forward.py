@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from tinyldm.device import pick_device, prefer_plain_attention
 from tinyldm.folders.rename import export_renamed
-from tinyldm.model import KINDS, first_layout
+from tinyldm.folders.save import written_rules
+from tinyldm.model import architecture
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
@@ -38,7 +39,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 def unet(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> tuple[Forward, Forward]:
     from diffusers import UNet2DConditionModel
     with torch.device("meta"):
-        one, two = UNet(config), UNet2DConditionModel.from_config(KINDS[UNet].to_config(config))
+        one, two = UNet(config), UNet2DConditionModel.from_config(architecture(UNet).to_config(config))
     same(fresh(one, device, dtype), two)
     x, t = torch.randn(2, config.in_channels, 32, 32), torch.tensor([600.0, 600.0])
     x, t, context = (a.to(device, dtype) for a in (x, t, torch.randn(2, 77, config.context_dim)))
@@ -48,7 +49,7 @@ def unet(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> tuple[
 def vae(config: VAEConfig, device: torch.device, dtype: torch.dtype) -> tuple[Forward, Forward]:
     from diffusers import AutoencoderKL as Theirs
     with torch.device("meta"):
-        one, two = AutoencoderKL(config), Theirs.from_config(KINDS[AutoencoderKL].to_config(config))
+        one, two = AutoencoderKL(config), Theirs.from_config(architecture(AutoencoderKL).to_config(config))
     same(fresh(one, device, dtype), two)
     z = torch.randn(1, config.latent_channels, 256 // config.downscale, 256 // config.downscale).to(device, dtype)
     return lambda: one.decode(z), lambda: two.decode(z).sample
@@ -57,7 +58,7 @@ def vae(config: VAEConfig, device: torch.device, dtype: torch.dtype) -> tuple[Fo
 def text(config: CLIPTextConfig, device: torch.device, dtype: torch.dtype) -> tuple[Forward, Forward]:
     from transformers import CLIPTextConfig as TheirConfig
     from transformers import CLIPTextModel
-    one, two = CLIPText(config), CLIPTextModel(TheirConfig(**KINDS[CLIPText].to_config(config)))
+    one, two = CLIPText(config), CLIPTextModel(TheirConfig(**architecture(CLIPText).to_config(config)))
     same(fresh(one, device, dtype), two, drop="text_model.")
     ids = torch.randint(1, 40_000, (8, config.context_length), device=device)
     ids[:, -1] = config.eos_token_id
@@ -80,7 +81,7 @@ def fresh(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
 
 def same(ours: nn.Module, theirs: nn.Module, drop: str = "") -> None:
     """Give the peer our weights, on a CPU the very same memory. drop: a prefix that its class leaves out."""
-    weights = export_renamed(ours.state_dict(), first_layout(ours).rules(ours.config))
+    weights = export_renamed(ours.state_dict(), written_rules(ours))
     if drop and not any(name.startswith(drop) for name in theirs.state_dict()):
         weights = {name.removeprefix(drop): w for name, w in weights.items()}
     theirs.load_state_dict(weights, assign=True)

@@ -12,7 +12,7 @@ from tinyldm.data.toyworld import HELD_OUT
 from tinyldm.device import pick_device
 from tinyldm.folders.load import load_model
 from tinyldm.pictures.sheet import captioned, two_lines
-from tinyldm.pipeline import draw, settings
+from tinyldm.pipeline import draw, draw_settings
 from tinyldm.training.run_folder import find_model
 
 TRAINED = ["a red fox", "a small white cat in the snow", "a large orange boat at sea", "a yellow star under the stars",
@@ -26,7 +26,7 @@ def main() -> None:
     model = load_model(find_model(run), pick_device())
     unseen = [f"{'an' if colour == 'orange' else 'a'} {colour} {subject}" for colour, subject in sorted(HELD_OUT)[:6]]
     prompts = TRAINED + unseen
-    images = draw(model, prompts, range(len(prompts)), settings(model))
+    images = draw(model, prompts, range(len(prompts)), draw_settings(model))
     sheet = captioned(images, [two_lines(prompt, 5) for prompt in prompts], side=128)
     file = Path(__file__).parent / "tiny.png"
     sheet.save(file)

@@ -19,6 +19,7 @@ from tinyldm.cli import guard
 from tinyldm.config import parse
 from tinyldm.data import toyworld
 from tinyldm.models.clip_text import CLIPTextConfig
+from tinyldm.objectives.autoencoder import AutoencoderObjective
 from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.training.log import read
 
@@ -81,7 +82,7 @@ def pictures(folder: Path, count: int, size=(16, 16)) -> Path:
 
 def train_here(train, words: list[str], monkeypatch, stop_after: int | None = None) -> None:
     """train.py's main job in this process: faster than another one, and open to monkeypatching. stop_after: as if interrupted
-    while that step went on."""
+    in the second stage while that step was in progress."""
     train.CONFIG, train.ARGS = parse(words, "", train.FLAGS)
     signals = SimpleNamespace(received=0, check=lambda: None)
     monkeypatch.setattr(train, "prefer_plain_attention", lambda: None)          # a switch for the whole process
@@ -92,14 +93,15 @@ def train_here(train, words: list[str], monkeypatch, stop_after: int | None = No
     monkeypatch.setattr(train.checkpoint, "lock", locked.append)
     if stop_after is None:
         return train.main()
-    real = train.Trainer.noised
+    real = train.turns_at
 
-    def noised(self, *args):
-        signals.received = signal.SIGTERM if self.step + 1 == stop_after else 0
-        return real(self, *args)
+    def turns_at(objective, step):                              # called where step `step` begins
+        if not isinstance(objective, AutoencoderObjective):     # steps of the second stage are counted
+            signals.received = signal.SIGTERM if step + 1 == stop_after else 0
+        return real(objective, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "noised", noised)
+        patch.setattr(train, "turns_at", turns_at)
         with pytest.raises(SystemExit) as end:
             train.main()
     assert end.value.code == 128 + signal.SIGTERM

@@ -9,7 +9,7 @@ import torch
 from helpers import randomise
 from PIL import Image
 
-from tinyldm.config import Config
+from tinyldm.config import Config, make_config
 from tinyldm.data import prepare
 from tinyldm.data.cache import Cache
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
@@ -52,7 +52,7 @@ def numbered(start: int, count: int, **more) -> dict[str, dict[str, bytes]]:
 
 def settings(tmp_path, *data, **changes) -> Config:
     words = [str(tmp_path / name) for name in data]
-    return Config(**dict(data=words, resolution=8, vae_weights="the VAE", encode_batch_size=4, dtype="fp32") | changes)
+    return make_config(**dict(data=words, resolution=8, vae_weights="the VAE", encode_batch_size=4, dtype="fp32") | changes)
 
 
 def run(config: Config, folder: Path, vae=VAE, **options) -> Cache:

@@ -19,7 +19,8 @@ from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pictures.pixels import to_bytes, to_pixels
-from tinyldm.pipeline import Canvas, decode, draw, encode, settings
+from tinyldm.pipeline import Canvas, decode, draw, draw_settings, encode
+from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, from_config, to_config
 
 SEED = 3
@@ -36,13 +37,14 @@ def parts():
         vae.decoder.conv_out.weight *= 0.35                    # random pictures with little that is clipped
         vae.quant_conv.weight[c:], vae.quant_conv.bias[c:] = 0, -30      # a posterior of no width: diffusers samples from it
         vae.config = replace(vae.config, scaling_factor=1.0)
-    return dict(net=randomise(UNet(unet), 1), vae=vae, text=randomise(CLIPText(text), 4), tokenizer=tokenizer)
+    return dict(net=randomise(UNet(unet), 1), vae=vae, texts=[randomise(CLIPText(text), 4)], tokenizers=[tokenizer])
 
 
 @pytest.fixture
 def model(parts):
-    config = to_config("scaled_linear", {}, "v", "unet", "ddim")
-    return Model(**parts, **from_config(config)._asdict(), scheduler=config, defaults={"steps": 4, "cfg": 3.0, "sampler": "ddim"})
+    config = to_config("scaled_linear", {}, "v", "ddim")
+    text = TextEncoders(map(TextEncoder, parts["texts"], parts["tokenizers"]))
+    return Model(parts["net"], parts["vae"], text, *from_config(config), config, {"steps": 4, "cfg": 3.0, "sampler": "ddim"})
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def canvas(image, strength=0.5, mask=None):
 
 
 def drawn(model, how=None, seeds=(SEED,), **options):
-    pictures = draw(model, [PROMPT] * len(seeds), seeds, how or settings(model), **options).astype(int)
+    pictures = draw(model, [PROMPT] * len(seeds), seeds, how or draw_settings(model), **options).astype(int)
     return pictures[0] if len(seeds) == 1 else pictures
 
 
@@ -85,7 +87,7 @@ def save_picture(tmp_path):
 @pytest.mark.parametrize("sampler, strength", [("ddim", 0.5), ("dpmpp_2m", 0.8), ("euler", 0.5), ("euler", 1.0), ("dpmpp_2m", 0.2),
                                                ("ddim", 0.07), ("unipc", 0.5)])
 def test_from_a_picture_diffusers_draws_the_same(model, parts, tmp_path, sampler, strength):
-    config = to_config("scaled_linear", {}, "v", "unet", sampler)
+    config = to_config("scaled_linear", {}, "v", sampler)
     save_model(tmp_path / "model", **parts, scheduler=config, defaults={"steps": 20, "cfg": 3.0, "sampler": sampler})
     loaded = load_model(tmp_path / "model")
     ours = drawn(loaded, canvas=canvas(scene(40, 32), strength))
@@ -99,7 +101,7 @@ def test_from_a_picture_diffusers_draws_the_same(model, parts, tmp_path, sampler
 
 
 def test_the_least_strength_gives_back_nearly_what_the_autoencoder_makes_of_the_picture(model):
-    how = settings(model, steps=500, cfg=1.0)
+    how = draw_settings(model, steps=500, cfg=1.0)
     pixels = to_pixels(scene()[None])
     with torch.no_grad():
         plain = to_bytes(decode(model.vae, encode(model.vae, pixels)))[0].astype(int)
@@ -117,13 +119,13 @@ def test_strength_1_starts_from_almost_pure_noise(model):
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("sampler", PUBLISHED)
 def test_a_seed_gives_one_picture_at_any_batch_size_from_a_picture_too(model, sampler, strength):
-    how, start = settings(model, sampler=sampler), canvas(scene(), strength)
+    how, start = draw_settings(model, sampler=sampler), canvas(scene(), strength)
     batch = drawn(model, how, seeds=(3, 4, 5), canvas=start)
     for i, seed in enumerate((3, 4, 5)):
         assert abs(batch[i] - drawn(model, how, seeds=(seed,), canvas=start)).max() <= 1
     assert abs(batch[0] - batch[1]).mean() > 5
     if sampler in STOCHASTIC:                                  # the noise along the way is there, and is the seed's too
-        assert abs(batch[0] - drawn(model, settings(model, sampler="ddim"), canvas=start)).mean() > 1
+        assert abs(batch[0] - drawn(model, draw_settings(model, sampler="ddim"), canvas=start)).mean() > 1
 
 
 # ---- masks
@@ -135,7 +137,7 @@ HALF[:, 16:] = 1
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m", "unipc", "pndm"])
 def test_outside_the_mask_the_picture_stays_exactly_and_inside_it_changes(model, sampler):
-    image = drawn(model, settings(model, sampler=sampler), canvas=canvas(scene(), 1.0, HALF))
+    image = drawn(model, draw_settings(model, sampler=sampler), canvas=canvas(scene(), 1.0, HALF))
     assert (image[:, :16] == scene()[:, :16]).all()
     assert abs(image[:, 16:] - scene()[:, 16:].astype(int)).mean() > 20
 
@@ -148,7 +150,7 @@ def test_a_mask_that_is_all_white_is_no_mask(model):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "heun"])
 def test_the_known_latents_are_kept_at_every_step_and_the_rest_sees_them(model, sampler):
-    how, seen = settings(model, sampler=sampler), []
+    how, seen = draw_settings(model, sampler=sampler), []
     drawn(model, how, canvas=canvas(scene(), 1.0, HALF), on_step=seen.append)
     with torch.no_grad():
         known = encode(model.vae, to_pixels(scene()[None]))

@@ -22,19 +22,20 @@ from PIL import Image
 from safetensors import safe_open
 
 from tinyldm import export
-from tinyldm.config import PRESETS, Config
+from tinyldm.config import PRESETS, preset_config
 from tinyldm.folders import single_file
 from tinyldm.folders.load import load_model
 from tinyldm.folders.rename import published_shapes
-from tinyldm.folders.save import save_model
+from tinyldm.folders.save import save_model, written_rules
 from tinyldm.folders.single_file import SD1, why_not_one_file
-from tinyldm.model import KINDS, Model, first_layout
+from tinyldm.model import Model, architecture
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.pipeline import draw, settings
-from tinyldm.planning.plan import meta_networks
+from tinyldm.pipeline import draw, draw_settings
+from tinyldm.planning.flops import meta_networks
+from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, from_config, to_config
 
@@ -70,11 +71,10 @@ def contrasting(config, seed):
 def make_run(parts, tmp_path):
     """make_run(process, options, prediction, ...) writes a run folder as train.py leaves it, and returns its path."""
     def make(process="scaled_linear", options={}, prediction="eps", name="run", config={}, raw=None, **changes):
-        whole = dict(net=parts.net, vae=parts.vae, text=parts.text, tokenizer=parts.tokenizer, defaults=DEFAULTS) | changes
-        network = "dit" if isinstance(whole["net"], DiT) else "unet"
+        whole = dict(net=parts.net, vae=parts.vae, texts=[parts.text], tokenizers=[parts.tokenizer], defaults=DEFAULTS) | changes
         last = tmp_path / name / "checkpoints" / "step-000006"
-        save_model(last / "model", **whole, non_ema=raw, scheduler=to_config(process, options, prediction, network,
-                                                                             whole["defaults"].get("sampler")))
+        save_model(last / "model", **whole, non_ema=raw, scheduler=to_config(
+            process, options, prediction, whole["defaults"].get("sampler"), flow_match=isinstance(whole["net"], DiT)))
         (last / "state.json").write_text(json.dumps({"stage": "step", "step": 6, "finished": True}))
         (tmp_path / name / "config.json").write_text(json.dumps(RUN | config))
         return tmp_path / name
@@ -95,7 +95,7 @@ def exported(monkeypatch, tmp_path):
 def ours(source, **size):
     """What sample.py draws."""
     model = load_model(find_model(str(source)))
-    return draw(model, [PROMPT], [SEED], settings(model), **size)[0].astype(int)
+    return draw(model, [PROMPT], [SEED], draw_settings(model), **size)[0].astype(int)
 
 
 def theirs(folder, **size):
@@ -159,7 +159,7 @@ def test_a_named_sampler_is_the_folder_s_in_diffusers_too_or_is_refused(make_run
         return
     folder = exported(run, "--sampler", sampler)
     model = load_model(run / "checkpoints/step-000006/model")
-    named = draw(model, [PROMPT], [SEED], settings(model, sampler=sampler))[0].astype(int)
+    named = draw(model, [PROMPT], [SEED], draw_settings(model, sampler=sampler))[0].astype(int)
     assert_same(theirs(folder), ours(folder), named)
 
 
@@ -173,11 +173,11 @@ def test_a_default_sampler_that_diffusers_lacks_is_replaced_and_the_command_says
 @pytest.mark.parametrize("size", [{}, {"width": 56, "height": 40}])
 @pytest.mark.parametrize("net, vae", [("wide", "shifted"), ("net", "both")])
 def test_shift_and_projection_which_that_pipeline_misreads_are_folded_away(make_run, exported, parts, net, vae, size):
-    run = make_run("flow", {}, "flow", net=getattr(parts, net), vae=getattr(parts, vae), text=parts.projected)
+    run = make_run("flow", {}, "flow", net=getattr(parts, net), vae=getattr(parts, vae), texts=[parts.projected])
     assert json.loads((find_model(str(run)) / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
     folder = exported(run)
     model = load_model(folder)
-    assert model.vae.config.shift_factor == 0 and model.text.projection is None
+    assert model.vae.config.shift_factor == 0 and model.text.modules["text"].projection is None
     assert_same(theirs(folder, **size), ours(folder, **size), ours(run, **size))
     pixels = torch.rand(1, 3, 36, 52, generator=torch.Generator().manual_seed(0)) * 2 - 1
     one, two = (v.to_latents(v.encode(pixels).mean) for v in (model.vae, getattr(parts, vae)))
@@ -202,10 +202,11 @@ def test_every_u_net_preset_has_the_names_and_shapes_of_published_classes(preset
     made = {"net": diffusers.UNet2DConditionModel.from_config, "vae": diffusers.AutoencoderKL.from_config,
             "text": lambda config: transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))}
     short = lambda shapes: {name.removeprefix("text_model."): tuple(shape) for name, shape in shapes.items()}
-    for part, module in meta_networks(Config(**(PRESETS[preset] | {"preset": preset})))._asdict().items():
-        shapes = published_shapes(module.state_dict(), first_layout(module).rules(module.config))
-        config = KINDS[type(module)].to_config(module.config)
-        assert KINDS[type(module)].from_config(config) == module.config
+    for part, module in meta_networks(preset_config(preset))._asdict().items():
+        shapes = published_shapes(module.state_dict(), written_rules(module))
+        row = architecture(module)
+        config = row.to_config(module.config)
+        assert row.from_config(config) == module.config
         with torch.device("meta"):
             published = made[part](config).state_dict()
         assert short(shapes) == short({name: tensor.shape for name, tensor in published.items()})
@@ -320,8 +321,8 @@ def test_a_full_size_stable_diffusion_1_fits_into_one_file_and_deviations_do_not
         config = SD1 | {"prediction_type": "epsilon"} | scheduler
         learned = from_config(config)
         with torch.device("meta"):
-            return Model(network or UNet(UNetConfig(**unet)), AutoencoderKL(VAEConfig(**vae)), CLIPText(CLIPTextConfig(**text)),
-                         parts.tokenizer, *learned, config, {})
+            encoders = TextEncoders([TextEncoder(CLIPText(CLIPTextConfig(**text)), parts.tokenizer)])
+            return Model(network or UNet(UNetConfig(**unet)), AutoencoderKL(VAEConfig(**vae)), encoders, *learned, config, {})
     assert why_not_one_file(whole()) is None and why_not_one_file(export.public(whole(), "dpmpp_2m")) is None
     assert why_not_one_file(whole(unet={"sample_size": 32}, text={"pad_token_id": 0})) is None     # which no weight depends on
     for change, reason in (({"network": parts.dit}, "U-Net"), ({"unet": {"widths": (192, 384, 768, 768)}}, "U-Net"),
@@ -338,11 +339,11 @@ def test_one_file_in_compvis_layout_draws_the_same_picture(make_run, exported, p
     run = make_run("scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}, "eps",
                    net=randomise(UNet(UNetConfig(widths=(32, 64), depth=1, attention=(True, False), heads=(8, 8), **shape))),
                    vae=contrasting(VAEConfig(widths=(32, 64), depth=1), 3),
-                   text=randomise(CLIPText(replace(parts.text.config, width=64, heads=1, bos_token_id=len(parts.tokenizer) - 2))))
+                   texts=[randomise(CLIPText(replace(parts.text.config, width=64, heads=1, bos_token_id=len(parts.tokenizer) - 2)))])
     model = load_model(find_model(str(run)))
     for module in (export, single_file):                       # the full size takes gigabytes
         monkeypatch.setattr(module, "why_not_one_file", lambda model: None)
     exported(run, "--single-file", tmp_path / "one.safetensors")
     parts.tokenizer.save(tmp_path / "tokenizer")
     again = load_model(tmp_path / "one.safetensors", tokenizer=str(tmp_path / "tokenizer"))
-    assert_same(*(draw(one, [PROMPT], [SEED], settings(model), width=32, height=40)[0].astype(int) for one in (model, again)))
+    assert_same(*(draw(one, [PROMPT], [SEED], draw_settings(model), width=32, height=40)[0].astype(int) for one in (model, again)))

@@ -47,15 +47,15 @@ def make_run(parts, tmp_path):
     def make(network="dit", widths=("0.05", "0.1"), steps=STEPS, text_weights=""):
         run, net = tmp_path / f"run-{network}", getattr(parts, network)
         trained = {"net": net} if text_weights else {"net": net, "text": parts.text}
-        scheduler = to_config("flow", {}, "flow", network, "euler")
+        scheduler = to_config("flow", {}, "flow", "euler", flow_match=network == "dit")
         for step in steps:
             at = lambda part, width: {name: x * course(float(width), step) for name, x in trained[part].state_dict().items()}
             raw = {part: {name: x * 7 for name, x in module.state_dict().items()} for part, module in trained.items()}
             averaged = {part: (module, at(part, widths[0])) for part, module in trained.items()}
 
             def fill(folder):
-                save_model(folder / "model", net=averaged["net"], text=averaged.get("text", parts.text), vae=parts.vae, non_ema=raw,
-                           tokenizer=parts.tokenizer, scheduler=scheduler, defaults=DEFAULTS | {"step": step})
+                save_model(folder / "model", net=averaged["net"], texts=[averaged.get("text", parts.text)], vae=parts.vae, non_ema=raw,
+                           tokenizers=[parts.tokenizer], scheduler=scheduler, defaults=DEFAULTS | {"step": step})
                 checkpoint.save_tensors(folder / "averages.safetensors", {
                     f"{float(width)}/{part}.{name}": x for width in widths[1:] for part in trained for name, x in at(part, width).items()})
 
@@ -89,7 +89,7 @@ def test_an_average_of_another_width_and_step_is_the_one_training_would_have_kep
     model = load_model(made(make_run(network), *words))
     expected = course(width, step)
     for part, first in (("net", getattr(parts, network)), ("text", parts.text)):
-        assert scale(getattr(model, part).state_dict(), first.state_dict()) == pytest.approx(expected, abs=4e-3)
+        assert scale(model.modules[part].state_dict(), first.state_dict()) == pytest.approx(expected, abs=4e-3)
     assert min(abs(expected - course(other, 400)) for other in (0.05, 0.1)) > 5e-3            # not just one of those kept
 
 
@@ -114,7 +114,7 @@ def test_all_but_the_weights_is_the_newest_checkpoint_s(make_run, made):
 def test_a_frozen_text_encoder_is_taken_as_it_is(parts, make_run, made):
     model = load_model(made(make_run(text_weights="openai/clip-vit-large-patch14"), "--width", 0.08))
     assert scale(model.net.state_dict(), parts.dit.state_dict()) == pytest.approx(course(0.08, 400), abs=2e-3)
-    assert scale(model.text.state_dict(), parts.text.state_dict()) == 1
+    assert scale(model.modules["text"].state_dict(), parts.text.state_dict()) == 1
 
 
 def test_all_widths_that_were_kept_are_used(parts, make_run, made, capsys):

@@ -17,7 +17,8 @@ from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pictures.animation import even, write_animation
 from tinyldm.pictures.pixels import to_bytes, to_pixels
-from tinyldm.pipeline import Canvas, Morph, decode, draw, encode, encode_text, settings
+from tinyldm.pipeline import Canvas, Morph, decode, draw, draw_settings, encode, encode_prompts
+from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.text.prompt_weights import parse_weights, plain, token_weights
 from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders.scheduler import from_config, to_config
@@ -35,9 +36,9 @@ def make(prediction="v", process="scaled_linear", options={}, channels=4):
     with torch.no_grad():
         vae.decoder.conv_out.weight *= 0.35
     net = randomise(UNet(unet), 1)
-    config = to_config(process, options, prediction, "unet", "ddim")
-    return Model(net=net, vae=vae, text=randomise(CLIPText(text), 4), tokenizer=tokenizer, **from_config(config)._asdict(),
-                 scheduler=config, defaults={"steps": 4, "cfg": 3.0, "sampler": "ddim"})
+    config = to_config(process, options, prediction, "ddim")
+    encoders = TextEncoders([TextEncoder(randomise(CLIPText(text), 4), tokenizer)])
+    return Model(net, vae, encoders, *from_config(config), config, {"steps": 4, "cfg": 3.0, "sampler": "ddim"})
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +49,13 @@ def model():
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model"
-    save_model(path, net=model.net, vae=model.vae, text=model.text, tokenizer=model.tokenizer, scheduler=model.scheduler,
-               defaults=model.defaults)
+    save_model(path, net=model.net, vae=model.vae, texts=[*model.text.modules.values()], tokenizers=model.text.tokenizers,
+               scheduler=model.scheduler, defaults=model.defaults)
     return path
 
 
 def drawn(model, how=None, prompts=(PROMPT,), seeds=None, **options):
-    return draw(model, prompts, seeds or [3] * len(prompts), how or settings(model), **options).astype(int)
+    return draw(model, prompts, seeds or [3] * len(prompts), how or draw_settings(model), **options).astype(int)
 
 
 # ---- guidance
@@ -66,7 +67,7 @@ def test_rescaled_guidance_draws_what_diffusers_draws(model, folder, rescale):
     theirs.set_progress_bar_config(disable=True)
     image = theirs(PROMPT, num_inference_steps=4, guidance_scale=7.5, guidance_rescale=rescale,
                    generator=torch.Generator().manual_seed(3)).images[0]
-    ours, plain_cfg = (drawn(model, settings(model, cfg=7.5)._replace(rescale=share))[0] for share in (rescale, 0.0))
+    ours, plain_cfg = (drawn(model, draw_settings(model, cfg=7.5)._replace(rescale=share))[0] for share in (rescale, 0.0))
     assert abs(ours - np.asarray(image).astype(int)).max() <= 1
     assert abs(ours - plain_cfg).mean() > 3
 
@@ -74,7 +75,7 @@ def test_rescaled_guidance_draws_what_diffusers_draws(model, folder, rescale):
 def test_an_interval_halves_the_networks_work_outside_of_it(model, monkeypatch):
     samples, forward = [], model.net.forward
     monkeypatch.setattr(model.net, "forward", lambda x, t, cond: (samples.append(len(x)), forward(x, t, cond))[1])
-    how = settings(model, steps=8)
+    how = draw_settings(model, steps=8)
     everywhere, nowhere, middle = (drawn(model, how._replace(interval=interval)) for interval in
                                    [(0.0, float("inf")), (1e6, 2e6), (0.5, 3.0)])
     assert samples[:8] == [2] * 8 and samples[8:16] == [1] * 8
@@ -86,7 +87,7 @@ def test_an_interval_halves_the_networks_work_outside_of_it(model, monkeypatch):
 
 def test_a_network_that_learned_its_variance_draws_and_ddpm_uses_it():
     wide = make(channels=8)
-    ddim, ddpm = (settings(wide, sampler=sampler) for sampler in ("ddim", "ddpm"))
+    ddim, ddpm = (draw_settings(wide, sampler=sampler) for sampler in ("ddim", "ddpm"))
     with torch.no_grad():
         images = []
         for bias in (-1.0, 1.0):                               # the posterior's variance, and beta
@@ -99,7 +100,7 @@ def test_a_network_that_learned_its_variance_draws_and_ddpm_uses_it():
 def test_processes_of_exploding_variance_start_from_their_own_noise(model):
     seen, wide = [], make(process="ve", options={"sigma_max": 50.0})
     wide.net.forward = lambda x, t, cond: (seen.append(x.std().item()), torch.zeros_like(x))[1]
-    drawn(wide, settings(wide, steps=3, cfg=1.0))
+    drawn(wide, draw_settings(wide, steps=3, cfg=1.0))
     assert seen[0] == pytest.approx(1, abs=0.1)
 
 
@@ -128,19 +129,19 @@ def test_weights_are_read_as_published(text, pieces):
 
 def test_every_token_carries_the_weight_of_what_it_was_written_in(model):
     text = "(a:1.2) (Red  square:1.5) on the [left]"
-    weights = token_weights(model.tokenizer, text)
-    tokens = model.tokenizer._bpe.encode(plain(text)).tokens
+    weights = token_weights(model.text.tokenizers[0], text)
+    tokens = model.text.tokenizers[0]._bpe.encode(plain(text)).tokens
     told = {token.removesuffix("</w>"): weight for token, weight in zip(tokens, weights)}
     assert len(weights) == 16 and told["red"] == told["square"] == 1.5 and told["left"] == pytest.approx(1 / 1.1)
     assert told["a"] == 1.2 and {told[word] for word in ("on", "the", "<|startoftext|>", "<|endoftext|>")} == {1.0}
-    cut = token_weights(model.tokenizer, "a red square " * 8 + "(triangle:2)")
+    cut = token_weights(model.text.tokenizers[0], "a red square " * 8 + "(triangle:2)")
     assert cut == [1.0] * 16                                   # what does not fit weighs nothing
 
 
 @torch.no_grad()
 def test_a_weight_multiplies_a_tokens_features_and_nothing_else(model):
-    plain_cond = encode_text(model, ["a red square", OTHER])
-    cond = encode_text(model, ["a (red:1.5) square", OTHER], weighted=True)
+    plain_cond = encode_prompts(model, ["a red square", OTHER])
+    cond = encode_prompts(model, ["a (red:1.5) square", OTHER], weighted=True)
     ratio = cond.context / plain_cond.context
     assert ratio[0, 2].allclose(torch.tensor(1.5)) and torch.equal(cond.pooled, plain_cond.pooled)
     ratio[0, 2] = 1
@@ -148,7 +149,7 @@ def test_a_weight_multiplies_a_tokens_features_and_nothing_else(model):
 
 
 def test_parentheses_are_text_unless_weights_are_asked_for(model):
-    off, on = settings(model), settings(model)._replace(weighted=True)
+    off, on = draw_settings(model), draw_settings(model)._replace(weighted=True)
     assert (drawn(model, off) == drawn(model, on)).all()
     weighted, written = "a (red:1.5) square", "a red square"
     assert (drawn(model, on, [written]) == drawn(model, off, [written])).all()
@@ -174,7 +175,7 @@ def test_slerp_keeps_noise_noise_and_its_ends():
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_morph_begins_and_ends_at_the_two_pictures_and_moves_evenly(model, sampler):
-    how = settings(model, sampler=sampler)
+    how = draw_settings(model, sampler=sampler)
     frames = drawn(model, how, [PROMPT] * 9, [3] * 9, morph=Morph(OTHER, 3 if sampler == "ddpm" else 5, even(9)))
     assert abs(frames[0] - drawn(model, how)[0]).max() <= 1
     assert abs(frames[-1] - drawn(model, how, [OTHER], [3 if sampler == "ddpm" else 5])[0]).max() <= 1
@@ -213,11 +214,11 @@ def test_an_inverted_picture_is_drawn_again_and_closer_with_more_steps():
     with torch.no_grad():
         wanted = to_bytes(decode(model.vae, encode(model.vae, pixels))).astype(int)
     steps = []
-    rebuilt = {n: drawn(model, settings(model, sampler="ddim", schedule="normal", steps=n, cfg=1.0), [PROMPT, OTHER],
+    rebuilt = {n: drawn(model, draw_settings(model, sampler="ddim", schedule="normal", steps=n, cfg=1.0), [PROMPT, OTHER],
                         canvas=Canvas(pixels, 1.0, shows=""), on_step=lambda x0: steps.append(len(x0))) for n in (5, 20)}
     errors = {n: abs(images - wanted).mean() for n, images in rebuilt.items()}
     assert errors[20] < 0.5 and errors[20] <= errors[5] and steps == [2] * 50
-    how = settings(model, sampler="ddim", schedule="normal", steps=20, cfg=1.0)
+    how = draw_settings(model, sampler="ddim", schedule="normal", steps=20, cfg=1.0)
     other = drawn(model, how, [PROMPT], canvas=Canvas(pixels, 1.0, shows=OTHER))
     assert abs(other - wanted[:1]).mean() > 1                  # drawn as something else, it changes
 

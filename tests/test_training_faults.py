@@ -1,11 +1,12 @@
-"""What a week brings: steps that are not finite, a loss that leaves its course, too little memory, pictures that fail."""
+"""What a week brings: steps that are not finite, a loss that diverges, too little memory, pictures that fail."""
 
 import numpy as np
 import pytest
 import torch
 from helpers import SMALL, load_script, log_without_timing, train_here, weights
 
-from tinyldm.training import checkpoint, spikes
+from tinyldm.objectives import denoising
+from tinyldm.training import checkpoint, loss_monitor, second_stage
 from tinyldm.training.log import read
 
 
@@ -30,20 +31,20 @@ def events(run) -> list[dict]:
     return [row for row in read(run / "log.jsonl") if "event" in row]
 
 
-def spoil(monkeypatch, train, change):
+def spoil(monkeypatch, change):
     """Let `change` (loss, call) -> loss stand between the objective and training."""
-    calls, real = [], train.sample_losses
+    calls, real = [], denoising.sample_losses
 
-    def losses(*batch, **objective):
+    def losses(*batch, **settings):
         calls.append(batch[1].shape[0])
-        return change(real(*batch, **objective), len(calls))
+        return change(real(*batch, **settings), len(calls))
 
-    monkeypatch.setattr(train, "sample_losses", losses)
+    monkeypatch.setattr(denoising, "sample_losses", losses)
     return calls
 
 
 def test_a_batch_that_is_not_finite_is_left_out_noted_and_survived(vae, tmp_path, monkeypatch, train):
-    spoil(monkeypatch, train, lambda loss, call: loss * (float("nan") if call == 2 else 1))
+    spoil(monkeypatch, lambda loss, call: loss * (float("nan") if call == 2 else 1))
     train_here(train, quick(vae, tmp_path / "run"), monkeypatch)
     assert [(row["event"], row["step"]) for row in events(tmp_path / "run")] == [("skipped", 2)]
     assert "step 1" in events(tmp_path / "run")[0]["text"]                      # for a replay: as it was drawn
@@ -64,23 +65,23 @@ def test_k_unequal_micro_batches_train_as_one_batch(vae, tmp_path, monkeypatch, 
 
 
 def test_ten_in_a_row_stop_the_run_and_what_was_saved_stays(vae, tmp_path, monkeypatch, train):
-    spoil(monkeypatch, train, lambda loss, call: loss * (float("inf") if call > 3 else 1))
+    spoil(monkeypatch, lambda loss, call: loss * (float("inf") if call > 3 else 1))
     with pytest.raises(ValueError, match="not finite in 10 steps in a row, up to step 12"):
         train_here(train, quick(vae, tmp_path / "run", "--max-steps", 40, "--save-every", 3), monkeypatch)
-    state = checkpoint.read_state(checkpoint.newest_whole(tmp_path / "run"))
+    state = checkpoint.read_state(checkpoint.newest_undamaged(tmp_path / "run"))
     assert state["step"] == 12 and state["meter"]["in_a_row"] == 9
 
 
 def test_out_of_memory_halves_the_micro_batch_and_the_batch_stays(vae, tmp_path, monkeypatch, train):
-    real = train.sample_losses
+    real = denoising.sample_losses
 
-    def losses(net, x0, *rest, **objective):
+    def losses(net, x0, *rest, **settings):
         if len(x0) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(net, x0, *rest, **objective)
+        return real(net, x0, *rest, **settings)
 
     train_here(train, quick(vae, tmp_path / "whole", "--val-samples", 0), monkeypatch)
-    monkeypatch.setattr(train, "sample_losses", losses)
+    monkeypatch.setattr(denoising, "sample_losses", losses)
     train_here(train, quick(vae, tmp_path / "run", "--val-samples", 0), monkeypatch)
     one, two = ([row["loss"] for row in read(tmp_path / name / "log.jsonl") if "loss" in row] for name in ("whole", "run"))
     assert one == pytest.approx(two, rel=1e-4)
@@ -89,19 +90,19 @@ def test_out_of_memory_halves_the_micro_batch_and_the_batch_stays(vae, tmp_path,
 
 
 def test_out_of_memory_with_a_single_picture_is_an_error(vae, tmp_path, monkeypatch, train):
-    def losses(*batch, **objective):
+    def losses(*batch, **settings):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(train, "sample_losses", losses)
+    monkeypatch.setattr(denoising, "sample_losses", losses)
     with pytest.raises(ValueError, match="out of memory with a single picture of 16 px"):
         train_here(train, quick(vae, tmp_path / "run"), monkeypatch)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(vae, tmp_path, monkeypatch, train):
-    def losses(*batch, **objective):
+    def losses(*batch, **settings):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(train, "sample_losses", losses)
+    monkeypatch.setattr(denoising, "sample_losses", losses)
     with pytest.raises(RuntimeError, match="mat1"):
         train_here(train, quick(vae, tmp_path / "run"), monkeypatch)
 
@@ -110,43 +111,62 @@ def test_pictures_and_validation_may_fail_and_training_goes_on(vae, tmp_path, mo
     def broken(*args, **options):
         raise RuntimeError("CUDA error: no more")
 
-    monkeypatch.setattr(train, "draw", broken)
-    monkeypatch.setattr(train.Validation, "both", broken)
+    monkeypatch.setattr(second_stage, "draw", broken)
+    monkeypatch.setattr(second_stage.Validation, "measure", broken)
     train_here(train, quick(vae, tmp_path / "run", "--sample-every", 2), monkeypatch)
-    said = capsys.readouterr().out
-    assert said.count("the sample grid failed, training goes on: CUDA error") == 3 and "validation failed" in said
-    assert checkpoint.read_state(checkpoint.newest_whole(tmp_path / "run"))["finished"]
+    printed = capsys.readouterr().out
+    assert printed.count("the sample grid failed, training goes on: CUDA error") == 3 and "validation failed" in printed
+    assert checkpoint.read_state(checkpoint.newest_undamaged(tmp_path / "run"))["finished"]
 
 
-def test_a_loss_that_leaves_its_course_rolls_back_and_passes_over_the_batches(vae, tmp_path, monkeypatch, train):
-    monkeypatch.setattr(spikes, "WARMUP", 20)
-    drawn, real = [], train.Trainer.noised
+def note_positions(monkeypatch, train) -> list[int]:
+    """-> the positions of the batches that are trained on, in their order. (They are drawn one step ahead, and one that was drawn
+    when the loss diverged is drawn again.)"""
+    drawn, positions, trained = [], {}, []
+    generator, draw, losses = train.generator, denoising.Denoising.draw, denoising.sample_losses
 
-    def noised(self, *args):
-        drawn.append(self.step + self.window)
-        return real(self, *args)
+    def noted_generator(stream, seed, position):
+        drawn.append(position)
+        return generator(stream, seed, position)
 
-    monkeypatch.setattr(train.Trainer, "noised", noised)
-    spoil(monkeypatch, train, lambda loss, call: loss * (20 if 45 <= drawn[-1] < 72 else 1))
+    def noted_draw(self, *arguments):
+        batch = draw(self, *arguments)
+        positions[float(batch.eps.sum())] = drawn[-1]
+        return batch
+
+    def noted_losses(net, x0, eps, *rest, **settings):
+        trained.append(positions[float(eps.sum())])
+        return losses(net, x0, eps, *rest, **settings)
+
+    monkeypatch.setattr(train, "generator", noted_generator)
+    monkeypatch.setattr(denoising.Denoising, "draw", noted_draw)
+    monkeypatch.setattr(denoising, "sample_losses", noted_losses)
+    return trained
+
+
+def test_a_loss_that_has_diverged_rolls_back_and_skips_the_batches(vae, tmp_path, monkeypatch, train):
+    monkeypatch.setattr(loss_monitor, "WARMUP", 20)
+    trained = note_positions(monkeypatch, train)
+    spoil(monkeypatch, lambda loss, call: loss * (20 if 45 <= trained[-1] < 72 else 1))
     words = quick(vae, tmp_path / "run", "--max-steps", 75, "--save-every", 10, "--rollback", "--val-samples", 0, "--keep-last", 5)
     train_here(train, words, monkeypatch)
-    told = events(tmp_path / "run")
-    assert [row["event"] for row in told][:1] == ["rollback"] and told[0]["step"] == 40
-    assert drawn == sorted(set(drawn))                                          # no batch was drawn twice, spoilt ones least of all
-    state = checkpoint.read_state(checkpoint.newest_whole(tmp_path / "run"))
-    assert state["step"] == 75 and state["window"] == len(drawn) - 75 > 15
+    rows = events(tmp_path / "run")
+    assert [row["event"] for row in rows][:1] == ["rollback"] and rows[0]["step"] == 40
+    assert trained == list(range(len(trained)))                                 # no batch was trained on twice, spoilt ones least of all
+    state = checkpoint.read_state(checkpoint.newest_undamaged(tmp_path / "run"))
+    assert state["step"] == 75 and state["window"] == len(trained) - 75 > 15
 
 
 def test_without_the_switch_a_spike_is_only_noted(vae, tmp_path, monkeypatch, train):
-    monkeypatch.setattr(spikes, "WARMUP", 20)
-    spoil(monkeypatch, train, lambda loss, call: loss * (20 if call == 45 else 1))
+    monkeypatch.setattr(loss_monitor, "WARMUP", 20)
+    spoil(monkeypatch, lambda loss, call: loss * (20 if call == 45 else 1))
     train_here(train, quick(vae, tmp_path / "run", "--max-steps", 50, "--val-samples", 0, "--save-every", 50), monkeypatch)
     assert [(row["event"], row["step"]) for row in events(tmp_path / "run")] == [("spike", 45)]
 
 
 def test_before_the_first_checkpoint_there_is_nothing_to_roll_back_to(vae, tmp_path, monkeypatch, train):
-    monkeypatch.setattr(spikes, "WARMUP", 20)
-    spoil(monkeypatch, train, lambda loss, call: loss * (20 if call >= 50 else 1))
+    monkeypatch.setattr(loss_monitor, "WARMUP", 20)
+    spoil(monkeypatch, lambda loss, call: loss * (20 if call >= 50 else 1))
     with pytest.raises(ValueError, match="before the first checkpoint"):
         train_here(train, quick(vae, tmp_path / "run", "--max-steps", 100, "--save-every", 90, "--rollback", "--val-samples", 0), monkeypatch)
 

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tinyldm.config import OptimisationConfig
+from tinyldm.model import muon_matrices
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
@@ -24,6 +26,7 @@ from tinyldm.training.ema import EMA, PowerEMA
 from tinyldm.training.optim import make_optimizers
 
 BATCH, STEPS = 8, 3
+SETTINGS = OptimisationConfig(optimizer="muon", lr=1e-3, muon_lr=1e-3, weight_decay=0.1)
 
 
 class Run:
@@ -42,7 +45,7 @@ class Run:
             distributed.shard(self.net, world)
         self.modules = {"net": self.net, "text": self.text}
         self.parameters = {f"{part}.{name}": p for part, module in self.modules.items() for name, p in module.named_parameters()}
-        self.optimizers = make_optimizers(self.parameters, kind="muon", lr=1e-3, muon_lr=1e-3, weight_decay=0.1)
+        self.optimizers = make_optimizers(self.parameters, muon_matrices(self.modules), SETTINGS)
         self.ema, self.meter = EMA(self.modules, 0.9), torch.zeros(2)
 
     def step(self, n):
@@ -53,7 +56,7 @@ class Run:
             losses = (self.net(x, t.abs() * 500, Cond(self.text(words))) - x.flip(1)).square().mean((1, 2, 3))
             (losses.sum() / BATCH).backward()
             meter += torch.stack([losses.detach().sum() / BATCH, torch.tensor(float(len(x)))])
-        with self.world.watch():
+        with self.world.peer_errors():
             self.world.sum([p.grad for p in self.parameters.values()] + [meter])
             if n == 0:
                 self.gradients = {name: distributed.whole(p.grad).clone() for name, p in self.parameters.items()}
@@ -136,14 +139,14 @@ def blocks(world, save):
     return {"blocks": names, "sharded-unet-norm": run.norm}
 
 
-def words(world, folder):
-    """Everything that World says and hears."""
-    found = {"agree": world.agree(world.rank, -world.rank, 2**53 - 1), "agree nothing": world.agree(),
-             "told": world.told({"é": [1, None], "rank": world.rank})}
+def messages(world, folder):
+    """Everything that goes over World."""
+    found = {"maxima": world.all_reduce_max(world.rank, -world.rank, 2**53 - 1), "maxima of nothing": world.all_reduce_max(),
+             "broadcast": world.broadcast({"é": [1, None], "rank": world.rank})}
     if world.rank:
         time.sleep(0.3)
         (folder / f"here-{world.rank}").touch()
-    world.wait()
+    world.barrier()
     found["waited"] = all((folder / f"here-{rank}").exists() for rank in range(1, world.size))
     usual, distributed.BUCKET = distributed.BUCKET, 64
     mixed = [torch.full((5, 3), 1.0 + world.rank).t(), torch.tensor(1.0, dtype=torch.float64), torch.zeros(0),
@@ -168,7 +171,7 @@ def main(folder):
         if world.main:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
 
-    found = words(world, folder) | data_parallel(world, save, "dit") | data_parallel(world, save, "unet")
+    found = messages(world, folder) | data_parallel(world, save, "dit") | data_parallel(world, save, "unet")
     found |= fully_sharded(world, save, folder) | blocks(world, save)
     sharded = Run("dit", world, sharded=True)
     if world.rank == world.size - 1:
@@ -176,11 +179,11 @@ def main(folder):
         os._exit(1)                                            # as if killed
 
     def forward():
-        with world.watch():
+        with world.peer_errors():
             sharded.output()
 
-    ways = {"sum": lambda: world.sum([torch.ones(3)]), "agree": lambda: world.agree(1), "told": lambda: world.told(1),
-            "wait": world.wait, "forward": forward}
+    ways = {"sum": lambda: world.sum([torch.ones(3)]), "all_reduce_max": lambda: world.all_reduce_max(1),
+            "broadcast": lambda: world.broadcast(1), "barrier": world.barrier, "forward": forward}
     for name in ways if world.size == 2 else ("sum",):         # two that live on would wait for each other
         found[f"{name} alone"] = attempt(ways[name])
     (folder / f"{world.rank}.json").write_text(json.dumps(found))

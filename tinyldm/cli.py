@@ -37,6 +37,16 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
+def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
+    """How to draw, for every script that draws: what pipeline.draw_settings takes. All are None unless typed."""
+    add = parser.add_argument
+    add("--cfg", "--guidance-scale", "--scale", type=float, metavar="W", help="guidance scale, 1 is none (default: the model's)")
+    add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
+    add("--sampler", metavar="NAME", help="ddim, ddpm, euler, euler_a, heun, edm, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc, "
+        "adaptive (default: the model's)")
+    add("--schedule", metavar="NAME", help="karras, trailing, leading, linspace, ... (default: the model's)")
+
+
 def fail(message: str) -> None:
     """Print one line and leave with exit code 2."""
     print(f"error: {message}", file=sys.stderr)

@@ -56,19 +56,19 @@ from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model
 from tinyldm.folders.single_file import save_checkpoint, why_not_one_file
 from tinyldm.lookup import lookup
-from tinyldm.model import KINDS, VAE, Model
+from tinyldm.model import Model, architecture
 from tinyldm.models.clip_text import CLIPText
-from tinyldm.models.dit import DiT
 from tinyldm.models.vae import AutoencoderKL
-from tinyldm.pipeline import settings
+from tinyldm.pipeline import draw_settings
+from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.training.run_folder import find_model
-from tinyldm.vendor_loaders import scheduler
+from tinyldm.vendor_loaders import pipelines, scheduler
 
 SAME_STEPS = {"euler": "ddim"}              # a scheduler's name for one is as good as for the other
 
 
 @torch.no_grad()
-def without_shift(vae: VAE) -> VAE:
+def without_shift(vae: nn.Module) -> nn.Module:
     """The same autoencoder with its shift_factor, which StableDiffusionPipeline ignores, in its 1x1 quant convolutions."""
     if not vae.config.shift_factor or not isinstance(vae, AutoencoderKL):
         return vae
@@ -85,10 +85,10 @@ def without_shift(vae: VAE) -> VAE:
     return plain
 
 
-def without_projection(text: CLIPText) -> CLIPText:
+def without_projection(text: nn.Module) -> nn.Module:
     """The same tower without the projection of its pooled feature, which a U-Net does not read and which makes
     StableDiffusionPipeline take that feature for the caption."""
-    if text.projection is None:
+    if not isinstance(text, CLIPText) or text.projection is None:
         return text
     with torch.device("meta"):
         plain = CLIPText(replace(text.config, projection_dim=None))
@@ -96,24 +96,31 @@ def without_projection(text: CLIPText) -> CLIPText:
     return plain
 
 
+def for_stable_diffusion(model: Model) -> Model:
+    """The same model as StableDiffusionPipeline computes it. ValueError, with the reason, where it cannot."""
+    if model.net.config.out_channels == 2 * model.net.config.in_channels:
+        raise ValueError("this model cannot be exported: it learned its variance, and of diffusers' schedulers only "
+                         "DDPMScheduler takes the channels that say it. sample.py draws with its run folder")
+    if reason := scheduler.why_not_public(*scheduler.read_process(model.scheduler)):
+        raise ValueError(f"this model cannot be exported: {reason}. sample.py draws with its run folder")
+    encoders = [TextEncoder(without_projection(module), tokenizer) for module, tokenizer in model.text.encoders]
+    return replace(model, vae=without_shift(model.vae), text=TextEncoders(encoders, model.text.join))
+
+
+ADAPT = {pipelines.STABLE_DIFFUSION: for_stable_diffusion}      # published pipelines, and what a model must become for them
+
+
 def public(model: Model, sampler: str | None) -> Model:
     """The model as published classes can hold it, with a scheduler config that draws with `sampler`."""
-    learned = scheduler.read_schedule(model.scheduler)
-    if isinstance(model.net, DiT):
-        network = "dit"
-    else:
-        network = "unet"
-        if model.net.config.out_channels == 2 * model.net.config.in_channels:
-            raise ValueError("this model cannot be exported: it learned its variance, and of diffusers' schedulers only "
-                             "DDPMScheduler takes the channels that say it. sample.py draws with its run folder")
-        if reason := scheduler.why_not_public(*learned):
-            raise ValueError(f"this model cannot be exported: {reason}. sample.py draws with its run folder")
-        model = replace(model, vae=without_shift(model.vae), text=without_projection(model.text))
+    learned = scheduler.read_process(model.scheduler)
+    pipeline = pipelines.PIPELINES[architecture(model.net).pipeline]
+    if adapt := ADAPT.get(architecture(model.net).pipeline):
+        model = adapt(model)
     wanted = sampler or model.defaults.get("sampler")
-    fits = network == "dit" or model.scheduler["_class_name"] != scheduler.FLOW_MATCH       # StableDiffusionPipeline crashes with it
-    config = model.scheduler if not wanted and fits else scheduler.to_config(*learned, network, wanted)
-    asked = settings(model, sampler=wanted).sampler
-    drawn_with = scheduler.sampling(config).sampler if network == "unet" else asked         # sample.py has them all
+    fits = pipeline.flow_match or model.scheduler["_class_name"] != scheduler.FLOW_MATCH
+    config = model.scheduler if not wanted and fits else scheduler.to_config(*learned, wanted, flow_match=pipeline.flow_match)
+    asked = draw_settings(model, sampler=wanted).sampler
+    drawn_with = scheduler.sampling(config).sampler if adapt else asked                     # sample.py has all samplers
     if SAME_STEPS.get(asked, asked) == SAME_STEPS.get(drawn_with, drawn_with):
         drawn_with = asked
     elif sampler:
@@ -133,7 +140,7 @@ def portable(source: str) -> str:
 
 def opens_in_diffusers(model: Model) -> bool:
     """Whether stock classes of diffusers hold every part: not a DiT, and not taef2's autoencoder."""
-    return not any(KINDS[type(part)].to_config(part.config).get("_class_name", "").startswith("TinyLDM")
+    return not any(architecture(part).to_config(part.config).get("_class_name", "").startswith("TinyLDM")
                    for part in (model.net, model.vae))
 
 
@@ -152,16 +159,16 @@ def facts(model: Model, source: Path | str) -> dict[str, str]:
     config = json.loads(file.read_text()) if file else {}
     came_from = lambda part, else_: (portable(config.get(f"{part}_weights", "")) or else_) + ", " if file else ""
     millions = lambda net: f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} million parameters"
-    process, options, prediction = scheduler.read_schedule(model.scheduler)
-    told = ", ".join(f"{name} {value:g}" for name, value in options.items() if isinstance(value, (int, float)))
+    process, options, prediction = scheduler.read_process(model.scheduler)
+    numbers = ", ".join(f"{name} {value:g}" for name, value in options.items() if isinstance(value, (int, float)))
     named = {
         "preset": model.defaults.get("preset"),
         "network": f"{type(model.net).__name__}, {millions(model.net)}",
-        "text encoder": came_from("text", "trained along") + millions(model.text),
+        "text encoder": came_from("text", "trained along") + " and ".join(map(millions, model.text.modules.values())),
         "autoencoder": came_from("vae", "trained first") + millions(model.vae),
         "data": model.defaults.get("data"),
         "picture size": model.defaults.get("resolution"),
-        "process": f"{process} ({told})" if told else process,
+        "process": f"{process} ({numbers})" if numbers else process,
         "prediction": prediction,
         "steps": model.defaults.get("step"),
         "pictures per step": config.get("batch_size"),
@@ -176,13 +183,13 @@ def facts(model: Model, source: Path | str) -> dict[str, str]:
 
 def card(model: Model, source: Path | str, folder: Path) -> str:
     """README.md of the exported folder."""
-    how = settings(model)
+    settings = draw_settings(model)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts(model, source).items())
     with_diffusers = f"""```python
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("{folder.name}")
-pipeline("a red fox", num_inference_steps={how.steps}, guidance_scale={how.cfg:g}).images[0]
+pipeline("a red fox", num_inference_steps={settings.steps}, guidance_scale={settings.cfg:g}).images[0]
 ```""" if opens_in_diffusers(model) else NOT_STOCK
     return f"""---
 library_name: {'diffusers' if opens_in_diffusers(model) else 'tinyldm'}
@@ -198,7 +205,7 @@ tags: [text-to-image, latent-diffusion, tinyldm]
 | | |
 |---|---|
 {rows}
-| sampler | {how.sampler}, {how.steps} steps, guidance {how.cfg:g} |
+| sampler | {settings.sampler}, {settings.steps} steps, guidance {settings.cfg:g} |
 
 ## Draw
 
@@ -217,16 +224,16 @@ def main() -> None:
     source = find_model(args.run)
     dtype = lookup(DTYPES, args.dtype, "--dtype")
     model = public(load_model(source, ema=not args.no_ema, tokenizer=args.tokenizer, prediction=args.prediction), args.sampler)
-    for part in (model.net, model.vae, model.text):             # last, so that what is folded is rounded once
+    for part in model.modules.values():                         # last, so that what is folded is rounded once
         part.to(dtype)
     if args.single_file and (reason := why_not_one_file(model)):
         raise ValueError(f"--single-file: {reason}")
     folder = Path(args.folder).resolve()
 
-    def fill(torso: Path) -> None:
-        save_model(torso, net=model.net, vae=model.vae, text=model.text, tokenizer=model.tokenizer,
-                   scheduler=model.scheduler, defaults=model.defaults)
-        (torso / "README.md").write_text(card(model, source, folder), encoding="utf-8")
+    def fill(partial: Path) -> None:
+        save_model(partial, net=model.net, vae=model.vae, texts=[*model.text.modules.values()],
+                   tokenizers=model.text.tokenizers, scheduler=model.scheduler, defaults=model.defaults)
+        (partial / "README.md").write_text(card(model, source, folder), encoding="utf-8")
 
     replace_folder(folder, fill)
     if args.single_file:

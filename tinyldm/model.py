@@ -92,9 +92,10 @@ TEXT_ENCODERS: dict[str, Architecture] = {      # their published names are the 
 def architecture(module: nn.Module | type[nn.Module]) -> Architecture:
     """The row of a network or of its class. ValueError for one that is in no table."""
     kind = module if isinstance(module, type) else type(module)
-    for row in (*NETWORKS.values(), *AUTOENCODERS.values(), *TEXT_ENCODERS.values()):
-        if row.module is kind:
-            return row
+    rows = {row.module: row for row in (*NETWORKS.values(), *AUTOENCODERS.values(), *TEXT_ENCODERS.values())}
+    for known in kind.__mro__:              # FSDP2 gives a sharded network a new class, derived from its own
+        if known in rows:
+            return rows[known]
     raise ValueError(f"{kind.__name__} is in none of the tables of tinyldm/model.py: add a row that describes it")
 
 

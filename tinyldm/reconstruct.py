@@ -53,13 +53,13 @@ if __name__ == "__main__":                                   # before torch is l
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyldm.files import replace_folder
 from tinyldm.folders.load import load_model
 from tinyldm.folders.rename import published_names
-from tinyldm.folders.save import save_model, weights_name
-from tinyldm.model import KINDS, Model, first_layout
+from tinyldm.folders.save import save_model, weights_name, written_rules
+from tinyldm.model import Model, architecture
 from tinyldm.training import checkpoint
 from tinyldm.training.ema import coefficients, overlap, reconstruct, to_gamma
 
@@ -89,7 +89,7 @@ def whole_checkpoints(run: Path) -> dict[int, Path]:
     """Step -> checkpoint, in order. ValueError where there is none."""
     found = {}
     for folder in checkpoint.names(run):
-        if fault := checkpoint.whole(folder):
+        if fault := checkpoint.find_damage(folder):
             print(f"checkpoint {folder.name} is damaged ({fault}): left out")
         elif (state := checkpoint.read_state(folder))["stage"] == "step":
             found[state["step"]] = folder
@@ -99,7 +99,12 @@ def whole_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def trained_parts(model: Model, config: dict) -> list[str]:
-    return ["net"] if config.get("text_weights") else ["net", "text"]
+    return ["net"] if config.get("text_weights") else ["net", *model.text.modules]
+
+
+def part_folder(part: str, module: nn.Module) -> str:
+    """Where a part of a model is in its folder: text_2 -> text_encoder_2."""
+    return part.replace("text", "text_encoder") if part.startswith("text") else architecture(module).folder
 
 
 def stored(folder: Path, model: Model, config: dict) -> list[tuple[float, Stored]]:
@@ -107,9 +112,9 @@ def stored(folder: Path, model: Model, config: dict) -> list[tuple[float, Stored
     first, *others = map(float, config["ema_widths"])
     own, places = [], {}
     for part in trained_parts(model, config):
-        module, kind = getattr(model, part), KINDS[type(getattr(model, part))]
-        file = folder / "model" / kind.folder / weights_name(kind, None)
-        for name, published in published_names(module.state_dict(), first_layout(module).rules(module.config)).items():
+        module = model.modules[part]
+        file = folder / "model" / part_folder(part, module) / weights_name(architecture(module), None)
+        for name, published in published_names(module.state_dict(), written_rules(module)).items():
             own.append(f"{part}.{name}")
             places[own[-1]] = file, published
     beside = folder / "averages.safetensors"
@@ -137,11 +142,13 @@ def main() -> None:
     snapshots = [(at, width, tensors) for at, folder in found.items() for width, tensors in stored(folder, model, args.config)]
     off = misfit([(at, width) for at, width, _ in snapshots], args.width, step)
     averages = reconstruct(snapshots, args.width, step)
-    parts = {part: (getattr(model, part), {name.removeprefix(f"{part}."): x for name, x in averages.items() if name.startswith(f"{part}.")})
-             for part in trained_parts(model, args.config)}
-    there = newest / "model"
-    replace_folder(Path(args.out).resolve(), lambda torso: save_model(
-        torso, net=parts["net"], vae=there / "vae", text=parts.get("text", there / "text_encoder"), tokenizer=there / "tokenizer",
+    own = lambda part: {name.removeprefix(f"{part}."): x for name, x in averages.items() if name.startswith(f"{part}.")}
+    parts = {part: (model.modules[part], own(part)) for part in trained_parts(model, args.config)}
+    source = newest / "model"
+    texts = {part: source / part_folder(part, module) for part, module in model.text.modules.items()}
+    replace_folder(Path(args.out).resolve(), lambda partial: save_model(
+        partial, net=parts["net"], vae=source / "vae", texts=[parts.get(part, written) for part, written in texts.items()],
+        tokenizers=[source / written.name.replace("text_encoder", "tokenizer") for written in texts.values()],
         scheduler=model.scheduler, defaults=model.defaults | {"step": step, "ema_width": args.width}))
     widths = ", ".join(f"{float(width):g}" for width in args.config["ema_widths"])
     print(f"width {args.width:g} at step {step:,}, from the averages of width {widths} at step {', '.join(f'{at:,}' for at in found)}: "

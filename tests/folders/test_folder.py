@@ -26,7 +26,7 @@ from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.vendor_loaders import scheduler
 
-FLOW = scheduler.to_config("flow", {"shift": 3.0}, "flow", "unet")
+FLOW = scheduler.to_config("flow", {"shift": 3.0}, "flow")
 UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 
 
@@ -46,7 +46,7 @@ def parts():
 def save(parts, tmp_path):
     """save(net=...) writes a folder of `parts` with those exceptions and returns its path."""
     def write(name="model", **changes):
-        whole = dict(net=parts.net, vae=parts.vae, text=parts.text, tokenizer=parts.tokenizer, scheduler=FLOW,
+        whole = dict(net=parts.net, vae=parts.vae, texts=[parts.text], tokenizers=[parts.tokenizer], scheduler=FLOW,
                      defaults={"sampler": "dpmpp_2m", "steps": 20})
         save_model(tmp_path / name, **(whole | changes))
         return tmp_path / name
@@ -56,6 +56,10 @@ def save(parts, tmp_path):
 def same(module, state_dict):
     own = module.state_dict()
     return own.keys() == state_dict.keys() and all(torch.equal(own[key], state_dict[key]) for key in own)
+
+
+def text_of(model):
+    return model.text.modules["text"]
 
 
 def scaled(module, factor):
@@ -75,18 +79,19 @@ def refusal(action, *args, **kwargs):
 def test_what_was_saved_loads_bit_for_bit_ready_to_sample(save, parts):
     model = load_model(save())
     assert same(model.net, parts.net.state_dict()) and same(model.vae, parts.vae.state_dict())
-    assert same(model.text, parts.text.state_dict())
-    assert (model.net.config, model.vae.config, model.text.config) == (
-        parts.net.config, parts.vae.config, parts.text.config)
-    assert (model.tokenizer.encode([PROMPT]) == parts.tokenizer.encode([PROMPT])).all()
+    (text, tokenizer), = model.text.encoders
+    assert same(text, parts.text.state_dict())
+    assert (model.net.config, model.vae.config, text.config) == (parts.net.config, parts.vae.config, parts.text.config)
+    assert (tokenizer.encode([PROMPT]) == parts.tokenizer.encode([PROMPT])).all() and model.text.join == "single"
     assert model.process.shift == 3.0 and model.prediction == "flow" and model.scheduler == FLOW
     assert model.defaults == {"sampler": "dpmpp_2m", "steps": 20}
-    for part in (model.net, model.vae, model.text):
+    assert list(model.modules) == ["net", "vae", "text"]
+    for part in model.modules.values():
         assert not part.training and not any(p.requires_grad for p in part.parameters())
 
 
 def test_a_dit_folder_loads_bit_for_bit(save, parts):
-    config = scheduler.to_config("flow", {"shift": 3.0}, "flow", "dit")
+    config = scheduler.to_config("flow", {"shift": 3.0}, "flow", flow_match=True)
     path = save(net=parts.dit, scheduler=config, non_ema={"net": scaled(parts.dit, 2)})
     assert json.loads((path / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
     model, raw = load_model(path), load_model(path, ema=False)
@@ -98,30 +103,30 @@ def test_a_dit_folder_loads_bit_for_bit(save, parts):
 
 def test_the_dtype_is_that_asked_for(save):
     model = load_model(save(), dtype=torch.bfloat16)
-    assert {p.dtype for part in (model.net, model.vae, model.text) for p in part.parameters()} == {torch.bfloat16}
+    assert {p.dtype for part in model.modules.values() for p in part.parameters()} == {torch.bfloat16}
 
 
 def test_averaged_weights_are_read_by_default_and_raw_ones_with_ema_false(save, parts):
     ema, raw = scaled(parts.net, 0.5), scaled(parts.net, 2)
-    path = save(net=(parts.net, ema), text=(parts.text, scaled(parts.text, 3)),
+    path = save(net=(parts.net, ema), texts=[(parts.text, scaled(parts.text, 3))],
                 non_ema={"net": raw, "text": parts.text.state_dict()})
     model = load_model(path)
-    assert same(model.net, ema) and same(model.text, scaled(parts.text, 3))
+    assert same(model.net, ema) and same(text_of(model), scaled(parts.text, 3))
     model = load_model(path, ema=False)
-    assert same(model.net, raw) and same(model.text, parts.text.state_dict())
+    assert same(model.net, raw) and same(text_of(model), parts.text.state_dict())
     assert (path / "unet/diffusion_pytorch_model.non_ema.safetensors").exists()
     assert (path / "text_encoder/model.non_ema.safetensors").exists()
 
 
 def test_a_text_encoder_without_raw_weights_serves_both_and_a_network_without_them_is_refused(save, parts):
     model = load_model(save("with", non_ema={"net": scaled(parts.net, 2)}), ema=False)
-    assert same(model.net, scaled(parts.net, 2)) and same(model.text, parts.text.state_dict())
+    assert same(model.net, scaled(parts.net, 2)) and same(text_of(model), parts.text.state_dict())
     assert "no raw weights" in refusal(load_model, save("without"), ema=False)
 
 
 def test_frozen_parts_are_linked_rather_than_copied_and_a_later_save_leaves_them_alone(save, parts):
     first = save("first")
-    second = save("second", vae=first / "vae", text=str(first / "text_encoder"), tokenizer=first / "tokenizer")
+    second = save("second", vae=first / "vae", texts=[str(first / "text_encoder")], tokenizers=[first / "tokenizer"])
     assert os.path.samefile(first / VAE_FILE, second / VAE_FILE)
     assert os.path.samefile(first / "tokenizer/vocab.json", second / "tokenizer/vocab.json")
     other = AutoencoderKL(replace(parts.vae.config, scaling_factor=7.0))
@@ -282,7 +287,7 @@ def test_the_raw_weights_are_the_variant_non_ema(save, parts):
 @torch.no_grad()
 def ours(model, sampler, levels, eps):
     """Pictures from the prompt, without guidance."""
-    context = model.text(torch.from_numpy(model.tokenizer.encode([PROMPT]))).hidden
+    context = text_of(model)(model.text.tokenize([PROMPT])).hidden
     def denoise(x, level):
         return to_x0(model.prediction, x, model.net(x, torch.tensor([level.t]), Cond(context)), level)
     return model.vae.decode(model.vae.from_latents(final(sampler(denoise, eps, levels))))
@@ -304,7 +309,7 @@ EPS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
                                                  for prediction in ("eps", "x0", "v")
                                                  if (process, prediction) != ("cosine", "eps")])
 def test_the_exported_pipeline_draws_the_picture_that_ddim_draws_here(save, process, prediction):
-    path = save(scheduler=scheduler.to_config(process, {}, prediction, "unet"))
+    path = save(scheduler=scheduler.to_config(process, {}, prediction))
     model = load_model(path)
     a, b = ours(model, ddim, grid(model.process, 5), EPS), theirs(path, EPS, 5)
     assert (a - b).abs().max() < 1e-4 * b.abs().max()
@@ -322,10 +327,10 @@ def test_the_exported_flow_pipeline_draws_the_picture_that_dpmpp_2m_draws_here(s
 
 
 def test_only_folders_that_stable_diffusion_pipeline_runs_correctly_say_so(save, parts):
-    own = scheduler.to_config("flow", {}, "v", "unet")
+    own = scheduler.to_config("flow", {}, "v")
     shifted = AutoencoderKL(replace(parts.vae.config, shift_factor=0.1))
     projected = CLIPText(replace(parts.text.config, projection_dim=8))
-    for name, changes in (("own", {"scheduler": own}), ("shifted", {"vae": shifted}), ("projected", {"text": projected})):
+    for name, changes in (("own", {"scheduler": own}), ("shifted", {"vae": shifted}), ("projected", {"texts": [projected]})):
         path = save(name, **changes)
         assert json.loads((path / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
         load_model(path)
@@ -333,12 +338,12 @@ def test_only_folders_that_stable_diffusion_pipeline_runs_correctly_say_so(save,
 
 
 def test_a_folder_written_by_diffusers_loads(save, parts, tmp_path):
-    config = scheduler.to_config("scaled_linear", {}, "v", "unet")
+    config = scheduler.to_config("scaled_linear", {}, "v")
     diffusers.StableDiffusionPipeline.from_pretrained(save(scheduler=config)).save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs")
     assert same(model.net, parts.net.state_dict()) and same(model.vae, parts.vae.state_dict())
-    assert same(model.text, parts.text.state_dict()) and model.prediction == "v" and model.defaults == {}
-    assert (model.tokenizer.encode([PROMPT]) == parts.tokenizer.encode([PROMPT])).all()
+    assert same(text_of(model), parts.text.state_dict()) and model.prediction == "v" and model.defaults == {}
+    assert (model.text.tokenizers[0].encode([PROMPT]) == parts.tokenizer.encode([PROMPT])).all()
 
 
 def test_a_whole_clip_model_file_serves_as_text_encoder(save, parts):
@@ -348,4 +353,4 @@ def test_a_whole_clip_model_file_serves_as_text_encoder(save, parts):
             "visual_projection.weight": torch.zeros(2, 2), "text_projection.weight": torch.zeros(2, 2),
             "text_model.embeddings.position_ids": torch.arange(16.0)[None]}
     save_file(load_file(file) | more, file, {"format": "pt"})
-    assert same(load_model(path).text, parts.text.state_dict())
+    assert same(text_of(load_model(path)), parts.text.state_dict())

@@ -91,8 +91,8 @@ def folder(tmp_path_factory):
     net = UNetConfig(widths=(16, 32), depth=1, attention=(False, True), heads=(2, 2), context_dim=32, groups=8)
     text = CLIPTextConfig(vocab_size=len(tokenizer), width=32, layers=2, heads=2, mlp_width=64, context_length=16)
     save_model(path, net=randomise(UNet(net), 1), vae=randomise(AutoencoderKL(VAEConfig(widths=(16, 32), depth=1, groups=8)), 2),
-               text=randomise(CLIPText(text), 3), tokenizer=tokenizer, defaults={"steps": 20},
-               scheduler=scheduler.to_config("scaled_linear", {}, "eps", "unet"))
+               texts=[randomise(CLIPText(text), 3)], tokenizers=[tokenizer], defaults={"steps": 20},
+               scheduler=scheduler.to_config("scaled_linear", {}, "eps"))
     return path
 
 
@@ -142,7 +142,7 @@ def refusal(action, *args, **kwargs):
 
 def test_a_model_is_downloaded_by_its_id_and_only_what_is_needed(server, folder):
     model, local = load_model(ID), load_model(folder)
-    assert all(same(getattr(model, part), getattr(local, part)) for part in ("net", "vae", "text"))
+    assert all(same(model.modules[part], local.modules[part]) for part in ("net", "vae", "text"))
     assert model.defaults == {"steps": 20} and sorted(server.fetched) == sorted(NEEDED)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tinyldm.folders.load import load_model, load_text, load_tokenizer, load_vae
 from tinyldm.folders.rename import export_renamed
 from tinyldm.folders.save import write_part
-from tinyldm.model import KINDS
+from tinyldm.model import architecture
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders import clip
@@ -57,8 +57,12 @@ def published(tmp_path_factory):
     return SimpleNamespace(write=write, pipelines=both, tokenizer=tokenizer)
 
 
+def text_of(model):
+    return model.text.modules["text"]
+
+
 def published_tensors(module):
-    layout = next(iter(KINDS[type(module)].layouts.values()))
+    layout = next(iter(architecture(module).layouts.values()))
     return {name.removeprefix("text_model."): t for name, t in export_renamed(module.state_dict(), layout.rules(module.config)).items()}
 
 
@@ -88,9 +92,9 @@ def test_a_folder_of_diffusers_loads_tensor_by_tensor(published, tmp_path, which
     assert bool(list(folder.rglob("diff*.safetensors"))) == ("safe_serialization" not in options)   # transformers 5 writes no other
     for variant in (None, options.get("variant")):
         model = load_model(folder, variant=variant)
-        assert agrees(model.net, pipe.unet) and agrees(model.vae, pipe.vae) and agrees(model.text, pipe.text_encoder)
+        assert agrees(model.net, pipe.unet) and agrees(model.vae, pipe.vae) and agrees(text_of(model), pipe.text_encoder)
         assert (model.net.config.heads, model.net.config.linear_projection) == (((2, 4), True) if which else ((4, 4), False))
-        assert model.prediction == ("v" if which else "eps") and model.text.config.activation == ("gelu" if which else "quick_gelu")
+        assert model.prediction == ("v" if which else "eps") and text_of(model).config.activation == ("gelu" if which else "quick_gelu")
 
 
 @torch.no_grad()
@@ -99,8 +103,8 @@ def test_the_loaded_networks_compute_what_diffusers_and_transformers_compute(pub
 
     for which, pipe in enumerate(published.pipelines):
         model = load_model(published.write(which, tmp_path / str(which)))
-        ids = torch.from_numpy(model.tokenizer.encode([PROMPT, "a triangle"]))
-        hidden = model.text(ids).hidden
+        ids = model.text.tokenize([PROMPT, "a triangle"])
+        hidden = text_of(model)(ids).hidden
         assert torch.allclose(hidden, pipe.text_encoder(ids)[0], atol=1e-5)
         x, t = torch.randn(2, 4, 16, 16), torch.tensor([999, 3])
         expected = pipe.unet(x, t, hidden).sample
@@ -118,8 +122,8 @@ def test_safetensors_win_over_a_pickle_beside_them_and_a_variant_is_read_when_as
         torch.save(other, folder / part / ("pytorch_model.bin" if stem == "model" else f"{stem}.bin"))
         save_file({name: tensor.half() for name, tensor in load_file(file).items()}, folder / part / f"{stem}.fp16.safetensors")
     model, half = load_model(folder), load_model(folder, variant="fp16")
-    assert agrees(model.net, pipe.unet) and agrees(model.vae, pipe.vae) and agrees(model.text, pipe.text_encoder)
-    assert agrees(half.net, pipe.unet, lambda t: t.half().float()) and agrees(half.text, pipe.text_encoder, lambda t: t.half().float())
+    assert agrees(model.net, pipe.unet) and agrees(model.vae, pipe.vae) and agrees(text_of(model), pipe.text_encoder)
+    assert agrees(half.net, pipe.unet, lambda t: t.half().float()) and agrees(text_of(half), pipe.text_encoder, lambda t: t.half().float())
     assert load_model(folder, prediction="v").prediction == "v"
 
 

@@ -82,11 +82,11 @@ FILES = pytest.mark.parametrize("name, beside", [("sd.safetensors", {}), ("sd.ck
 def test_a_stable_diffusion_1_file_gives_its_three_networks_and_its_scheduler(sd, tmp_path, name, beside):
     model = load_model(written(tmp_path / name, sd.one.tensors, **beside), tokenizer=sd.tokenizer)
     for part in ("net", "vae", "text"):
-        loaded, there = getattr(model, part), getattr(sd.one, part)
+        loaded, there = model.modules[part], getattr(sd.one, part)
         assert same(loaded, there.state_dict()) and loaded.config == there.config
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert model.prediction == "eps" and model.scheduler["_class_name"] == "PNDMScheduler"
-    assert model.vae.config.scaling_factor == 0.18215 and model.tokenizer.pad_token == "<|endoftext|>"
+    assert model.vae.config.scaling_factor == 0.18215 and model.text.tokenizers[0].pad_token == "<|endoftext|>"
     assert len(model.process) == 1000 and grid(model.process, 5)
 
 
@@ -96,9 +96,10 @@ def test_a_stable_diffusion_2_file_predicts_v_at_96_and_its_text_tower_lacks_the
     assert same(model.net, sd.two.net.state_dict()) and model.net.config == sd.two.net.config
     assert same(model.vae, sd.two.vae.state_dict())
     assert model.prediction == "v" and model.scheduler["prediction_type"] == "v_prediction"
-    assert model.tokenizer.pad_token == "!" and len(model.text.layers) == 2 and model.text.config.activation == "gelu"
-    ids = torch.from_numpy(model.tokenizer.encode([PROMPT, ""]))
-    assert torch.equal(model.text(ids).hidden, sd.two.tower(ids, skip_last=1).hidden)
+    (tower, tokenizer), = model.text.encoders
+    assert tokenizer.pad_token == "!" and len(tower.layers) == 2 and tower.config.activation == "gelu"
+    ids = model.text.tokenize([PROMPT, ""])
+    assert torch.equal(tower(ids).hidden, sd.two.tower(ids, skip_last=1).hidden)
 
 
 @pytest.mark.parametrize("which, step, asked, prediction, size", [
@@ -113,12 +114,12 @@ def test_the_prediction_is_the_asked_one_else_that_of_the_training_step(sd, tmp_
 def test_text_towers_without_their_prefix_and_half_precision_are_read(sd, tmp_path):
     tensors = {name.replace("transformer.text_model.", "transformer."): tensor.half() for name, tensor in sd.one.tensors.items()}
     model = load_model(written(tmp_path / "sd.safetensors", tensors), tokenizer=sd.tokenizer)
-    assert same(model.text, {name: tensor.half().float() for name, tensor in sd.one.text.state_dict().items()})
+    assert same(model.text.modules["text"], {name: tensor.half().float() for name, tensor in sd.one.text.state_dict().items()})
 
 
 def test_the_autoencoder_stays_in_float32_where_the_rest_is_float16(sd, tmp_path):
     model = load_model(written(tmp_path / "sd.safetensors", sd.one.tensors), dtype=torch.float16, tokenizer=sd.tokenizer)
-    dtypes = [{p.dtype for p in part.parameters()} for part in (model.net, model.text, model.vae)]
+    dtypes = [{p.dtype for p in part.parameters()} for part in (model.net, model.text.modules["text"], model.vae)]
     assert dtypes == [{torch.float16}, {torch.float16}, {torch.float32}]
 
 
@@ -127,7 +128,7 @@ def test_what_is_written_as_one_file_is_read_back_as_the_same_model(sd, tmp_path
     tensors = checkpoint_tensors(model)
     assert tensors.keys() < sd.one.tensors.keys() and all(torch.equal(tensors[n], sd.one.tensors[n]) for n in tensors)
     again = load_model(written(tmp_path / "again.safetensors", tensors), tokenizer=sd.tokenizer)
-    assert all(same(getattr(again, part), getattr(model, part).state_dict()) for part in ("net", "vae", "text"))
+    assert all(same(again.modules[part], model.modules[part].state_dict()) for part in ("net", "vae", "text"))
     assert "Stable Diffusion 1's shape" in why_not_one_file(model)          # the little one is not
 
 

@@ -187,15 +187,15 @@ def test_two_names_that_become_one_are_refused():
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from tinyldm.models.unet import UNet
-from tinyldm.vendor_loaders.load import _load_part
+from tinyldm.folders.load import load_part
+from tinyldm.model import NETWORKS
 
 def memory(field):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
 
 Path("/proc/self/clear_refs").write_text("5")           # the peak starts from here
 before = memory("VmRSS")
-net = _load_part(Path(sys.argv[1]), (UNet,), "cpu", getattr(torch, sys.argv[2]))
+net = load_part(Path(sys.argv[1]), [NETWORKS["unet"]], "cpu", getattr(torch, sys.argv[2]))
 print(memory("VmHWM") - before, sum(p.nbytes for p in net.parameters()))
 """
 

@@ -63,27 +63,27 @@ DAMAGES = {
 @pytest.mark.parametrize("fault", DAMAGES)
 def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_named(tmp_path, capsys, fault):
     one, two, last = three(tmp_path)
-    assert checkpoint.newest_whole(tmp_path) == last and capsys.readouterr().out == ""
+    assert checkpoint.newest_undamaged(tmp_path) == last and capsys.readouterr().out == ""
     DAMAGES[fault](last)
-    assert fault in checkpoint.whole(last) and checkpoint.whole(two) == ""
+    assert fault in checkpoint.find_damage(last) and checkpoint.find_damage(two) == ""
     checkpoint.names(tmp_path)                                          # which a person's scripts call: never an error
-    assert checkpoint.newest_whole(tmp_path) == two
+    assert checkpoint.newest_undamaged(tmp_path) == two
     line, = capsys.readouterr().out.splitlines()
     assert line.startswith("checkpoint step-000300 is damaged (") and fault in line
     assert line.endswith("): going on from step-000200")
 
 
 def test_every_damaged_one_is_named_and_without_a_whole_one_there_is_none(tmp_path, capsys):
-    assert checkpoint.newest_whole(tmp_path) is None
+    assert checkpoint.newest_undamaged(tmp_path) is None
     one, two, last = three(tmp_path)
     (two / "optimizer").unlink()
     flip(last / "optimizer", 0)
-    assert checkpoint.newest_whole(tmp_path) == one
+    assert checkpoint.newest_undamaged(tmp_path) == one
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in out] == ["step-000300", "step-000200"]
     assert all("going on from step-000100" in line for line in out)
     (one / "state.json").write_text("[]")
-    assert checkpoint.newest_whole(tmp_path) is None
+    assert checkpoint.newest_undamaged(tmp_path) is None
     assert capsys.readouterr().out.count("no older one is whole") == 3
 
 
@@ -94,9 +94,9 @@ def test_no_flipped_bit_of_state_json_changes_what_is_read(tmp_path):
     for place in range(0, len(data), 3):
         flip(folder / "state.json", place)
         try:
-            assert checkpoint.read_state(folder) == state and not checkpoint.whole(folder)      # white space
+            assert checkpoint.read_state(folder) == state and not checkpoint.find_damage(folder)      # white space
         except ValueError:
-            assert checkpoint.whole(folder)
+            assert checkpoint.find_damage(folder)
         (folder / "state.json").write_bytes(data)
 
 
@@ -105,16 +105,16 @@ def test_checkpoints_from_before_there_were_checksums_count_as_whole(tmp_path):
     old = tmp_path / "checkpoints" / "step-000002"
     old.mkdir()
     (old / "state.json").write_text(json.dumps({"stage": "step", "step": 2, "losses": 1.0}))
-    assert checkpoint.newest_whole(tmp_path) == old and checkpoint.read_state(old)["losses"] == 1.0
+    assert checkpoint.newest_undamaged(tmp_path) == old and checkpoint.read_state(old)["losses"] == 1.0
     (old / "state.json").write_text("")
-    assert checkpoint.newest_whole(tmp_path).name == "step-000001"
+    assert checkpoint.newest_undamaged(tmp_path).name == "step-000001"
 
 
 def test_a_damaged_one_does_not_take_the_place_of_a_whole_one_that_is_kept(tmp_path):
     one, two, last = three(tmp_path)
     os.truncate(last / "optimizer", 3)
     new = put(tmp_path, 400, keep=2)
-    assert checkpoint.names(tmp_path) == [two, new] and not checkpoint.whole(two)
+    assert checkpoint.names(tmp_path) == [two, new] and not checkpoint.find_damage(two)
 
 
 def test_old_ones_stay_where_the_new_one_is_not_whole_in_its_place(tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_old_ones_stay_where_the_new_one_is_not_whole_in_its_place(tmp_path, mon
     monkeypatch.setattr(checkpoint, "replace_folder", lossy)
     with pytest.raises(OSError, match="step-000400 is damaged as soon as it is written .optimizer is missing"):
         put(tmp_path, 400, keep=1)
-    assert checkpoint.newest_whole(tmp_path) == last and not checkpoint.whole(one)
+    assert checkpoint.newest_undamaged(tmp_path) == last and not checkpoint.find_damage(one)
 
 
 def test_the_same_step_written_again_is_there_all_the_time(tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_the_same_step_written_again_is_there_all_the_time(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(KeyboardInterrupt):
         put(tmp_path, 100)
-    assert checkpoint.newest_whole(tmp_path) == twin == checkpoint.names(tmp_path)[-1]
+    assert checkpoint.newest_undamaged(tmp_path) == twin == checkpoint.names(tmp_path)[-1]
     assert checkpoint.read_state(twin)["step"] == 100
     monkeypatch.undo()
     assert checkpoint.names(put(tmp_path, 200, keep=2).parents[1])[0] == twin        # counts as one until there is another
@@ -155,7 +155,7 @@ def test_the_same_step_written_again_is_there_all_the_time(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(KeyboardInterrupt):
         put(tmp_path, 100)
-    assert not checkpoint.whole(twin)                                   # the damaged one did not take its place
+    assert not checkpoint.find_damage(twin)                                   # the damaged one did not take its place
 
 
 def test_one_that_is_in_use_is_removed_the_next_time(tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_one_that_is_in_use_is_removed_the_next_time(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", held)
     put(tmp_path, 400, keep=2)
     assert [path.name for path in checkpoint.names(tmp_path)] == ["step-000100", "step-000300", "step-000400"]
-    assert not checkpoint.whole(one)
+    assert not checkpoint.find_damage(one)
     monkeypatch.undo()
     put(tmp_path, 500, keep=2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000400", "step-000500"]
@@ -209,7 +209,7 @@ def test_the_state_is_that_of_the_moment_of_saving(tmp_path):
     state["losses"] = 2.0
     go.set()
     writer.close()
-    assert checkpoint.read_state(checkpoint.newest_whole(tmp_path))["losses"] == 1.0
+    assert checkpoint.read_state(checkpoint.newest_undamaged(tmp_path))["losses"] == 1.0
 
 
 @pytest.mark.parametrize("then", ["save", "wait", "close"])
@@ -300,15 +300,15 @@ for step, keep, words in ((30, 1, ("20", "new")), (30, 2, ("20", "new")), (20, 1
         for old in (10, 20):
             put(run, old, 2, str(old))
         died = write_and_die(at, step, keep, "new")
-        newest = checkpoint.newest_whole(run)
+        newest = checkpoint.newest_undamaged(run)
         word = checkpoint.read_state(newest)["word"]
         assert word in words and (newest / "part" / "x").read_text() == (newest / "y").read_text() == word, (at, newest, word)
         ends.append(word)
         seen = [path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith(".")]
-        assert all(checkpoint.whole(run / "checkpoints" / name) == "" for name in seen), (at, seen)     # or out of sight
+        assert all(checkpoint.find_damage(run / "checkpoints" / name) == "" for name in seen), (at, seen)     # or out of sight
         put(run, 40, 2, "40")                              # life goes on, and nothing is left behind
         left = sorted(path.name for path in (run / "checkpoints").iterdir())
-        assert left[-1] == "step-000040" and len(left) <= 2 and checkpoint.newest_whole(run).name == left[-1], (at, left)
+        assert left[-1] == "step-000040" and len(left) <= 2 and checkpoint.newest_undamaged(run).name == left[-1], (at, left)
         if not died:
             break
         at += share

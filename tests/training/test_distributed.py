@@ -123,13 +123,13 @@ def test_resblocks_and_transformers_of_a_unet_are_sharded_one_by_one(trained):
     assert all(not name or name.split(".")[-2] in ("resnets", "attentions") for name in found)
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- messages
 
 
-def test_agree_told_and_wait(trained):
+def test_maxima_broadcasts_and_barriers(trained):
     for said in trained.said:
-        assert said["agree"] == [trained.size - 1, 0, 2**53 - 1] and said["agree nothing"] == []
-        assert said["told"] == {"é": [1, None], "rank": 0} and said["waited"]
+        assert said["maxima"] == [trained.size - 1, 0, 2**53 - 1] and said["maxima of nothing"] == []
+        assert said["broadcast"] == {"é": [1, None], "rank": 0} and said["waited"]
 
 
 def test_sums_of_all_dtypes_shapes_and_layouts(trained):
@@ -143,7 +143,7 @@ def test_sums_of_all_dtypes_shapes_and_layouts(trained):
 
 
 def test_who_is_left_alone_says_so(trained):
-    ways = ("sum", "agree", "told", "wait", "forward") if trained.size == 2 else ("sum",)
+    ways = ("sum", "all_reduce_max", "broadcast", "barrier", "forward") if trained.size == 2 else ("sum",)
     assert trained.ends == [0] * (trained.size - 1) + [1]
     for said in trained.said[:-1]:
         assert [said[f"{way} alone"] for way in ways] == [GONE.format(trained.size)] * len(ways)
@@ -155,8 +155,8 @@ def test_who_is_left_alone_says_so(trained):
 def test_a_process_on_its_own_changes_nothing():
     world, tensor, value, net = World(), torch.ones(3), {"any": (1, 2)}, nn.Linear(2, 2)
     before = list(net.parameters())
-    world.sum([tensor]), world.wait(), world.close(), shard(net, world)
-    assert world.agree(1, 2.5) == [1.0, 2.5] and world.told(value) is value and tensor.tolist() == [1, 1, 1]
+    world.sum([tensor]), world.barrier(), world.close(), shard(net, world)
+    assert world.all_reduce_max(1, 2.5) == [1.0, 2.5] and world.broadcast(value) is value and tensor.tolist() == [1, 1, 1]
     assert world.main and all(a is b for a, b in zip(before, net.parameters())) and whole(tensor) is tensor
 
 
@@ -165,11 +165,11 @@ def test_only_rank_0_is_the_main_process():
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="shapes"), World(0, 3).watch():
+    with pytest.raises(RuntimeError, match="shapes"), World(0, 3).peer_errors():
         raise RuntimeError("shapes cannot be multiplied")
-    with pytest.raises(RuntimeError, match="gloo/"), World().watch():
+    with pytest.raises(RuntimeError, match="gloo/"), World().peer_errors():
         raise RuntimeError("[third_party/gloo/pair.cc:1] Connection closed by peer")
-    with pytest.raises(ValueError, match="another of the 3 processes has ended"), World(0, 3).watch():
+    with pytest.raises(ValueError, match="another of the 3 processes has ended"), World(0, 3).peer_errors():
         raise dist.DistBackendError("NCCL communicator was aborted")
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tinyldm.training.loss_monitor import RECENT, Course
+from tinyldm.training.loss_monitor import RECENT, LossMonitor
 
 
 def losses(steps: int, noise: float, seed: int = 0, batch: int = 0) -> np.ndarray:
@@ -16,13 +16,13 @@ def losses(steps: int, noise: float, seed: int = 0, batch: int = 0) -> np.ndarra
     return curve * (rng.gamma(batch, 1 / batch, steps) if batch else np.exp(noise * rng.normal(size=steps)))
 
 
-def watch(values, course: Course | None = None) -> tuple[list[tuple[int, str]], list[int]]:
+def watch(values, course: LossMonitor | None = None) -> tuple[list[tuple[int, str]], list[int]]:
     """-> (what was said, at which steps; the steps after which the loss was lost)."""
-    course, said, lost = course or Course(), [], []
+    course, said, lost = course or LossMonitor(), [], []
     for step, value in enumerate(values):
-        if line := course.see(step, float(value)):
+        if line := course.observe(step, float(value)):
             said.append((step, line))
-        if course.lost:
+        if course.diverged:
             lost.append(step)
     return said, lost
 
@@ -101,7 +101,7 @@ def test_a_spike_says_how_large_it_is():
 
 
 def test_spikes_do_not_widen_the_course():
-    calm, rough = Course(), Course()
+    calm, rough = LossMonitor(), LossMonitor()
     values = losses(3000, 0.05)
     watch(values, calm)
     values[1000:3000:200] *= 1000
@@ -136,17 +136,17 @@ def test_a_resumed_course_says_the_same_exactly(cut):
     values = losses(1300, 0.05)
     values[1000:1004] *= 4
     values[1200:] *= 2
-    whole, first, second = Course(), Course(), Course()
+    whole, first, second = LossMonitor(), LossMonitor(), LossMonitor()
     said, lost = watch(values, whole)
     before = watch(values[:cut], first)
     state = first.state()
-    first.see(cut, 100.0)                                                   # which is no business of the state
+    first.observe(cut, 100.0)                                                   # which is no business of the state
     second.load(json.loads(json.dumps(state)))
     lines, later = [], []
     for step in range(cut, len(values)):
-        if line := second.see(step, float(values[step])):
+        if line := second.observe(step, float(values[step])):
             lines.append((step, line))
-        if second.lost:
+        if second.diverged:
             later.append(step)
     assert (before[0] + lines, before[1] + later) == (said, lost) and second.state() == whole.state()
     assert len(said) == 2 and lost

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tinyldm.training.loop import update
 from torch import nn
 
-from tinyldm.training.loop import update
 from tinyldm.training.meter import BINS, TOO_MANY, Meter
 from tinyldm.training.optim import make_optimizers
 

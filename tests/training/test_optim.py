@@ -6,7 +6,7 @@ from torch import nn
 
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.training.optim import Muon, make_optimizers, orthogonalise, set_lr
-from tinyldm.training.schedule import Schedule
+from tinyldm.training.schedule import LearningRateSchedule
 
 
 def tiny_unet() -> UNet:
@@ -69,7 +69,7 @@ def test_muon_moves_a_matrix_by_the_size_it_promises():
 def test_the_learning_rate_warms_up_stays_and_ends_near_zero():
     parameters = dict(tiny_unet().named_parameters())
     optimizers = make_optimizers(parameters, kind="muon", lr=1e-3, muon_lr=1e-2)
-    schedule = Schedule(warmup=10, decay=0.2, max_steps=100)
+    schedule = LearningRateSchedule(warmup=10, decay=0.2, max_steps=100)
     factors = [schedule.factor(step) for step in range(100)]
     set_lr(optimizers, factors[-1])
     assert factors[0] == pytest.approx(0.1) and factors[9:80] == [1.0] * 71

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from tinyldm.training.loop import mean_rate, out_of_memory
 
 from tinyldm.config import parse, stages
 from tinyldm.durations import moment, span
@@ -13,7 +14,6 @@ from tinyldm.training import checkpoint, distributed
 from tinyldm.training import run as module
 from tinyldm.training.clock import Clock, Pace
 from tinyldm.training.log import Log
-from tinyldm.training.loop import mean_rate, out_of_memory
 from tinyldm.training.rollback import RolledBack, passed_over
 from tinyldm.training.schedule import make_schedule
 

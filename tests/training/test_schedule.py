@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-from tinyldm.durations import seconds
-from tinyldm.training.schedule import SHORTEST, Schedule
+from tinyldm.config import parse
+from tinyldm.training.schedule import SHORTEST, LearningRateSchedule, make_schedule
 
 
-def through_json(schedule: Schedule) -> Schedule:
-    return Schedule.from_state(json.loads(json.dumps(schedule.state())))
+def through_json(schedule: LearningRateSchedule) -> LearningRateSchedule:
+    return LearningRateSchedule.from_state(json.loads(json.dumps(schedule.state())))
 
 
 BEGUN = 1e9               # time.time() when a simulated run begins
@@ -59,8 +59,8 @@ class Run:
         assert all(a >= b - 1e-12 for a, b in zip(factors[peak:], factors[peak + 1:]))
 
 
-def budgeted(**changes) -> Schedule:
-    return Schedule(**dict(warmup=20, decay=0.4, budget=1200.0) | changes)
+def budgeted(**changes) -> LearningRateSchedule:
+    return LearningRateSchedule(**dict(warmup=20, decay=0.4, budget=1200.0) | changes)
 
 
 @pytest.mark.parametrize("text, value", [("7d", 604_800), ("20m", 1200), ("90s", 90), ("1d12h", 129_600), ("36h", 129_600),
@@ -83,7 +83,7 @@ def test_what_is_no_span_of_time_is_refused_with_examples(text):
 @pytest.mark.parametrize("warmup, decay, total", [(50, 0.4, 850), (1500, 0.2, 20_000), (0, 0.0, 7), (3, 1.0, 10),
                                                   (9, 0.9, 10), (1, 0.1, 3), (5, 0.3, 1), (2, 0.7, 1001)])
 def test_over_steps_the_factor_is_that_of_the_formula_to_the_bit(warmup, decay, total):
-    schedule = Schedule(warmup=warmup, decay=decay, max_steps=total)
+    schedule = LearningRateSchedule(warmup=warmup, decay=decay, max_steps=total)
     factors = [schedule.factor(step) for step in range(total)]
     assert factors == [min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(decay * total, 1)) for step in range(total)]
     falling = [(total - step) / max(decay * total, 1) < 1 for step in range(total)] + [True]
@@ -92,7 +92,7 @@ def test_over_steps_the_factor_is_that_of_the_formula_to_the_bit(warmup, decay, 
 
 
 def test_over_steps_nothing_depends_on_the_clock():
-    one, other = (Schedule(warmup=5, decay=0.3, max_steps=100) for _ in range(2))
+    one, other = (LearningRateSchedule(warmup=5, decay=0.3, max_steps=100) for _ in range(2))
     for step in range(0, 100, 10):
         assert one.revise(step, running=1e6 * step, rate=50.0, reserve=1e4, now=1e9) is None
         assert one.resume(step, running=2e6 * step, now=2e9) is None
@@ -105,7 +105,7 @@ def test_over_steps_nothing_depends_on_the_clock():
 def test_steps_and_time_together_or_neither_are_refused():
     for ends in ({}, dict(max_steps=10, budget=5.0), dict(max_steps=10, deadline=5.0)):
         with pytest.raises(ValueError, match="one of the two"):
-            Schedule(warmup=1, decay=0.5, **ends)
+            LearningRateSchedule(warmup=1, decay=0.5, **ends)
     for wrong in (dict(decay=1.5), dict(decay=math.nan), dict(warmup=-1), dict(budget=-1.0), dict(budget=math.inf)):
         with pytest.raises(ValueError, match="must"):
             budgeted(**wrong)
@@ -118,7 +118,7 @@ def test_steps_and_time_together_or_neither_are_refused():
 def test_at_constant_speed_time_and_steps_agree(decay):
     run = Run(budgeted(decay=decay), lambda running: 0.5)
     run.check(1200, tolerance=0.001)
-    steps = Schedule(warmup=20, decay=decay, max_steps=2400)
+    steps = LearningRateSchedule(warmup=20, decay=decay, max_steps=2400)
     assert run.steps == 2400 == run.schedule.total and run.schedule.decay_from == steps.decay_from - 1
     assert max(abs(factor - steps.factor(step)) for step, (factor, _) in enumerate(run.path)) < 1e-9
     assert run.revisions == [(100, 0, 2400, "0.5 s per step, measured")]
@@ -276,7 +276,7 @@ def test_warm_up_is_counted_in_steps():
 def test_whichever_of_budget_and_deadline_comes_first():
     assert budgeted(deadline=10_500.0).left(100.0, 10_000.0) == 500.0
     assert budgeted(deadline=12_000.0).left(100.0, 10_000.0) == 1100.0
-    assert Schedule(warmup=1, decay=0.5, deadline=10_500.0).left(1e6, 10_000.0) == 500.0
+    assert LearningRateSchedule(warmup=1, decay=0.5, deadline=10_500.0).left(1e6, 10_000.0) == 500.0
     with pytest.raises(ValueError, match=r"time\.time"):
         budgeted(deadline=10_500.0).factor(0, 100.0)
 

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def test_what_is_held_out_is_never_drawn(tmp_path):
     many(tmp_path, 12)
     cache = Cache(tmp_path)
-    loader = Loader(cache, TOKENIZER.fingerprint, batch_size=4, seed=0, hold_out=3)
+    loader = Loader(cache, [TOKENIZER.fingerprint], batch_size=4, seed=0, hold_out=3)
     drawn = {int(i) for step in range(len(cache)) for i in loader.batch(step).samples}
     assert 0 < len(loader.held_out) <= 3 and drawn == set(range(len(cache))) - set(loader.held_out.tolist())
 

@@ -30,10 +30,10 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
     rest = argparse.Namespace(**{name: typed.pop(name) for word in own or {} if (name := word[2:].replace("-", "_")) in typed})
     try:
         row = starting_point(typed)
-        typed = {name: merged(row, name, value) if SETTINGS[name].type is dict else value for name, value in typed.items()}
         for name in typed:
             if name != "resolution" or typed.get("resume") != "auto":             # a resumed run keeps its resolution
-                row |= {other: none for other, none in SETTINGS[name].clears.items() if other not in typed}
+                row |= SETTINGS[name].clears
+        typed = {name: merged(row, name, value) if SETTINGS[name].type is dict else value for name, value in typed.items()}
         config = make_config(**(row | typed))
         check(config)
     except ValueError as error:

@@ -107,7 +107,7 @@ class AutoencoderConfig:
 class TextConfig:
     """The text encoder: a pretrained one, or one trained along with the network."""
 
-    encoder: str = fixed("clip", "which text encoder: clip", flag="text_encoder")
+    encoder: str = fixed("clip", "which text encoder: clip", flag="text_encoder", clears={"text": {}})
     join: str = fixed("single", "how the answers of text encoders are joined: single", flag="text_join")
     fields: dict = fixed({}, "CLIPTextConfig fields, as key=value", flag="text")
     weights: str = fixed("", "pretrained CLIP text encoder (a model folder); empty: train one along", flag="text_weights")

@@ -1,4 +1,4 @@
-"""Reads subject, colour and background from a picture: the judge of `evaluate.py --metric prompts`.
+"""A network that reads subject, colour and background from a picture, for `evaluate.py --metric prompts`.
 
 A small residual CNN for pictures of 64 px. It learns from drawn toyworld scenes alone, all pairs of colour and
 subject alike, so it favours neither what a model was trained on nor what was held out, and it never sees a
@@ -25,13 +25,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
 from tinyldm.data.toyworld import BACKGROUNDS, COLOURS, SUBJECTS, sample
 from tinyldm.device import autocast
+from tinyldm.files import flush
+from tinyldm.folders.weights import write_weights
 from tinyldm.pictures.pixels import to_pixels
 
 SIZE = 64
@@ -49,21 +50,21 @@ class Reading(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
-    scenes: int = 12_000        # drawn once; every epoch sees them moved and marred afresh
+class RecogniserConfig:
+    scenes: int = 12_000        # drawn once; every epoch moves and degrades them anew
     steps: int = 700
     batch_size: int = 128
     lr: float = 4e-3
     width: int = 16             # channels at half resolution
     seed: int = 0
-    blur: float = 1.0           # 0: sharp; 1: the full binomial blur, standard deviation 1 px
+    blur: float = 1.0           # strongest blur: 0 is none, 1 a binomial filter of standard deviation 1 px
     noise: float = 0.08         # largest standard deviation, for pixels in [-1, 1]
     tint: float = 0.06          # largest change of a channel's gain and offset
-    shift: int = 3              # px
+    shift: int = 3              # largest movement in px, to any side
 
 
-class Block(nn.Module):
-    """x + conv(act(conv(x))), halving the resolution on the way in."""
+class ConvBlock(nn.Module):
+    """A convolution that halves the resolution, then a residual one: [b, channels_in, h, w] -> [b, channels, h/2, w/2]."""
 
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
@@ -78,10 +79,10 @@ class Block(nn.Module):
 class Recogniser(nn.Module):
     """Pixels [b, 3, 64, 64] in [-1, 1] -> logits [b, 12 + 8 + 5], in the order of WORDS."""
 
-    def __init__(self, width: int = Settings.width):
+    def __init__(self, width: int = RecogniserConfig.width):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 5, 2, 2, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.blocks = nn.Sequential(Block(width, 2 * width), Block(2 * width, 4 * width), Block(4 * width, 6 * width))
+        self.blocks = nn.Sequential(ConvBlock(width, 2 * width), ConvBlock(2 * width, 4 * width), ConvBlock(4 * width, 6 * width))
         self.head = nn.Linear(12 * width, sum(map(len, WORDS.values())))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -112,48 +113,48 @@ def split(logits: Tensor) -> tuple[Tensor, ...]:
 # ---------------------------------------------------------------- training
 
 
-def mar(pixels: Tensor, settings: Settings, rng: Generator) -> Tensor:
-    """Mirror, blur, tint and noise, each picture by its own amounts. [b, 3, h, w] in [-1, 1] -> the same."""
+def degrade(pixels: Tensor, config: RecogniserConfig, rng: Generator) -> Tensor:
+    """Mirror half of the pictures; blur, tint and add noise to each by its own amount. [b, 3, h, w] in [-1, 1] -> the same."""
     b, c = pixels.shape[:2]
     uniform = lambda low, high, channels=1: low + (high - low) * torch.rand(b, channels, 1, 1, generator=rng)
     pixels = torch.where(uniform(0, 1) < 0.5, pixels.flip(3), pixels)
-    row = torch.tensor([1.0, 4, 6, 4, 1]) / 16                              # binomial: a Gaussian of 1 px
+    row = torch.tensor([1.0, 4, 6, 4, 1]) / 16                              # binomial filter, standard deviation 1 px
     blurred = F.conv2d(F.pad(pixels, (2, 2, 2, 2), mode="replicate"), row.outer(row).expand(c, 1, 5, 5), groups=c)
-    pixels = torch.lerp(pixels, blurred, uniform(0, settings.blur))
-    pixels = pixels * uniform(1 - settings.tint, 1 + settings.tint, c) + uniform(-settings.tint, settings.tint, c)
-    return pixels + uniform(0, settings.noise) * torch.randn(pixels.shape, generator=rng)
+    pixels = torch.lerp(pixels, blurred, uniform(0, config.blur))
+    pixels = pixels * uniform(1 - config.tint, 1 + config.tint, c) + uniform(-config.tint, config.tint, c)
+    return pixels + uniform(0, config.noise) * torch.randn(pixels.shape, generator=rng)
 
 
-def moved(images: np.ndarray, shift: int, rng: np.random.Generator) -> np.ndarray:
-    """Each picture moved by up to `shift` px to any side, its edge repeated. uint8 [b, h, w, 3] -> the same."""
+def move(images: np.ndarray, shift: int, rng: np.random.Generator) -> np.ndarray:
+    """Move each picture by up to `shift` px to any side and repeat its edge. uint8 [b, h, w, 3] -> the same."""
     h, w = images.shape[1:3]
     wide = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
-    places = rng.integers(2 * shift + 1, size=(len(images), 2))
-    return np.stack([picture[y : y + h, x : x + w] for picture, (y, x) in zip(wide, places)])
+    corners = rng.integers(2 * shift + 1, size=(len(images), 2))
+    return np.stack([picture[y : y + h, x : x + w] for picture, (y, x) in zip(wide, corners)])
 
 
 def labels(scenes: Iterable) -> Tensor:
-    """Scenes (or Readings) -> their words as numbers, [n, 3]."""
+    """Scenes (or Readings) -> the indices of their words in WORDS, int64 [n, 3]."""
     return torch.tensor([[words.index(getattr(it, name)) for name, words in WORDS.items()] for it in scenes])
 
 
-def train(settings: Settings = Settings(), device: torch.device | str = "cpu", dtype: str = "auto") -> Recogniser:
-    """A recogniser trained from nothing. The same settings, device and thread count give the same weights."""
+def train(config: RecogniserConfig = RecogniserConfig(), device: torch.device | str = "cpu", dtype: str = "auto") -> Recogniser:
+    """Train a recogniser from new weights. The same config, device and thread count give the same result."""
     device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        net = Recogniser(settings.width).to(device, memory_format=torch.channels_last).train()
-    samples = [sample(i, SIZE, settings.seed, "all") for i in trange(settings.scenes, desc="recogniser: scenes", disable=None)]
+        torch.manual_seed(config.seed)
+        net = Recogniser(config.width).to(device, memory_format=torch.channels_last).train()
+    samples = [sample(i, SIZE, config.seed, "all") for i in trange(config.scenes, desc="recogniser: scenes", disable=None)]
     images, wanted = np.stack([it.image for it in samples]), labels(it.scene for it in samples)
-    rng, noise = np.random.default_rng(settings.seed), Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=0.02, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=settings.steps, pct_start=0.2)
-    order = np.concatenate([rng.permutation(settings.scenes)
-                            for _ in range(-(-settings.steps * settings.batch_size // settings.scenes))])
-    bar = trange(settings.steps, desc="recogniser: training", disable=None)
+    rng, noise = np.random.default_rng(config.seed), Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=0.02, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.2)
+    order = np.concatenate([rng.permutation(config.scenes)
+                            for _ in range(-(-config.steps * config.batch_size // config.scenes))])
+    bar = trange(config.steps, desc="recogniser: training", disable=None)
     for step in bar:
-        chosen = order[step * settings.batch_size : (step + 1) * settings.batch_size]
-        pixels = mar(to_pixels(moved(images[chosen], settings.shift, rng)), settings, noise).to(device)
+        chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
+        pixels = degrade(to_pixels(move(images[chosen], config.shift, rng)), config, noise).to(device)
         with autocast(device, dtype):
             logits = net(pixels)
         parts = zip(split(logits), wanted[chosen].to(device).T)
@@ -175,58 +176,59 @@ def cache_folder() -> Path:
 
 
 @lru_cache
-def looks() -> str:
-    """Hash of how a few hundred scenes look: it changes with toyworld's tables, shapes, colours and drawing."""
+def toyworld_digest() -> str:
+    """Hash of a few hundred drawn scenes: it changes with toyworld's tables, shapes, colours and drawing."""
     digest = hashlib.sha256(json.dumps(WORDS).encode())
     for i in range(300):
         digest.update(sample(i, 32, split="all").image.tobytes())
     return digest.hexdigest()
 
 
-def fingerprint(settings: Settings) -> str:
-    """Hash of everything a recogniser is made from: toyworld, the settings, and this file."""
-    facts = json.dumps([looks(), asdict(settings)]).encode()
+def fingerprint(config: RecogniserConfig) -> str:
+    """Hash of everything that decides a recogniser's weights: toyworld, the config, and this file."""
+    facts = json.dumps([toyworld_digest(), asdict(config)]).encode()
     return hashlib.sha256(facts + Path(__file__).read_bytes()).hexdigest()
 
 
-def save(file: Path, net: Recogniser, settings: Settings) -> None:
-    """Weights, with fingerprint and settings in the file's JSON header: one file, there whole or not at all. OSError."""
-    notes = {"fingerprint": fingerprint(settings), "settings": json.dumps(asdict(settings))}
+def save(file: Path, net: Recogniser, config: RecogniserConfig) -> None:
+    """Write the weights, with fingerprint and config in the file's header, whole or not at all. OSError where that fails."""
+    metadata = {"fingerprint": fingerprint(config), "config": json.dumps(asdict(config))}
     file.parent.mkdir(parents=True, exist_ok=True)
-    torso = file.with_name(f".writing-{os.getpid()}-{file.name}")           # two evaluations may finish at once
+    partial = file.with_name(f".writing-{os.getpid()}-{file.name}")         # a name of its own: two evaluations may finish at once
     try:
-        save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, torso, metadata=notes)
-        os.replace(torso, file)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {file}: {error} (is the disk full?)") from error
+        write_weights(partial, {name: tensor.contiguous() for name, tensor in net.state_dict().items()}, metadata)
+        flush(partial)
+        os.replace(partial, file)
     finally:
-        torso.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def load(file: Path, settings: Settings) -> Recogniser | None:
-    """The recogniser saved there; None where there is none, it is damaged, or it was made from something else."""
+def load(file: Path, config: RecogniserConfig) -> Recogniser | None:
+    """The recogniser in a file; None where there is no file, it is damaged, or its fingerprint is another one."""
     try:
         with safe_open(file, "pt") as opened:
-            if (opened.metadata() or {}).get("fingerprint") != fingerprint(settings):
+            if (opened.metadata() or {}).get("fingerprint") != fingerprint(config):
                 return None
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     except (OSError, SafetensorError):
         return None
-    net = Recogniser(settings.width)
+    net = Recogniser(config.width)
     net.load_state_dict(tensors)
     return net.eval().requires_grad_(False)
 
 
-def get_recogniser(device: torch.device | str = "cpu", settings: Settings = Settings()) -> Recogniser:
-    """From the cache, or trained now and put there."""
+def get_recogniser(device: torch.device | str = "cpu", config: RecogniserConfig = RecogniserConfig()) -> Recogniser:
+    """Load the recogniser from the cache; where there is none that fits, train one and put it there."""
     file = cache_folder() / "recogniser.safetensors"
-    if (net := load(file, settings)) is None:
-        net = train(settings, device)
+    if (net := load(file, config)) is None:
+        if file.exists():
+            print(f"{file} is damaged or of another version of tinyldm: training the recogniser again", file=sys.stderr)
+        net = train(config, device)
         try:
-            save(file, net, settings)
+            save(file, net, config)
         except OSError as error:
-            print(f"warning: the recogniser is not kept for next time: {error}; set TINYLDM_CACHE to a folder that can be "
-                  "written", file=sys.stderr)
+            print(f"warning: the recogniser is not kept for next time: {error}; set TINYLDM_CACHE to a writable folder",
+                  file=sys.stderr)
     return net.to(device)
 
 
@@ -234,15 +236,16 @@ def get_recogniser(device: torch.device | str = "cpu", settings: Settings = Sett
 
 
 def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default (E. B. Wilson, 1927, J. Am. Stat. Assoc. 22)."""
+    """Wilson's score interval of right / count, 95 % by default (E. B. Wilson, 1927, J. Am. Stat. Assoc. 22)."""
     if not 0 <= right <= count or count < 1:
         raise ValueError(f"{right} right of {count}: count at least one, and no more right than there are")
-    centre, spread = right + z * z / 2, z * (right * (count - right) / count + z * z / 4) ** 0.5
-    return (centre - spread) / (count + z * z), (centre + spread) / (count + z * z)
+    centre, half_width = right + z * z / 2, z * (right * (count - right) / count + z * z / 4) ** 0.5    # times (count + z²)
+    return (centre - half_width) / (count + z * z), (centre + half_width) / (count + z * z)
 
 
 def score(wanted: Iterable, read: Iterable[Reading]) -> dict[str, dict]:
-    """Scenes and what was read -> {"subject", "colour", "background", "all": {right, count, share, interval}}."""
+    """Scenes and what was read from their pictures -> {"subject", "colour", "background", "all"}, each {right, count, share,
+    interval}; "all": all three words are right."""
     same = [[getattr(scene, name) == getattr(reading, name) for name in WORDS]
             for scene, reading in zip(wanted, read, strict=True)]
     columns: Mapping[str, list[bool]] = dict(zip(WORDS, zip(*same))) | {"all": [all(row) for row in same]}

@@ -130,7 +130,7 @@ def _model_index(path: Path, row: Architecture, scheduler: dict) -> dict:
     listed = lambda library, kind: ["tinyldm" if kind.startswith("TinyLDM") else library, kind]
     index = {"_class_name": name, **pipelines.PIPELINES[name].index, "scheduler": listed("diffusers", scheduler["_class_name"])}
     for folder, text in texts.items():
-        index[folder] = listed("transformers", text["architectures"][0])
+        index[folder] = listed("transformers", pipelines.class_name(text))
         index[folder.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
     return index | {row.folder: listed("diffusers", row.classes[0]), "vae": listed("diffusers", vae["_class_name"])}
 

@@ -77,10 +77,10 @@ def named(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path}: its config holds a value that makes no network ({_first_line(error)}): {INCOMPLETE}") from error
 
 
-def write_weights(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, readable as other new files are. OSError where it cannot be written."""
+def write_weights(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file, readable as other new files are; `metadata` goes into its header. OSError where it cannot be written."""
     try:    # the note: published files carry it, and transformers 4 refused files that do not
-        save_file(dict(tensors), file, metadata={"format": "pt"})
+        save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"cannot write {file}: {error} (is the disk full?)") from error
     mask = os.umask(0)

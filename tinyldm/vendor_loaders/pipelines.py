@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 STABLE_DIFFUSION, OWN = "StableDiffusionPipeline", "TinyLDMPipeline"
 
 
+def class_name(config: Mapping) -> str:
+    """The class that a part's config.json names: diffusers writes it as _class_name, transformers as architectures."""
+    return (config.get("architectures") or [config.get("_class_name")])[0]
+
+
 class Pipeline(NamedTuple):
     """A pipeline class, published or (OWN) one that only tinyldm opens.
 
@@ -27,7 +32,7 @@ class Pipeline(NamedTuple):
 def _stable_diffusion_runs(scheduler: Mapping, vae: Mapping, texts: list[Mapping]) -> bool:
     """It ignores the VAE's shift_factor, and takes a text encoder with projection by its outputs in another order."""
     stock = not any(str(config.get("_class_name", "")).startswith("TinyLDM") for config in (scheduler, vae))
-    return stock and not vae.get("shift_factor") and [text["architectures"][0] for text in texts] == ["CLIPTextModel"]
+    return stock and not vae.get("shift_factor") and [class_name(text) for text in texts] == ["CLIPTextModel"]
 
 
 PIPELINES: dict[str, Pipeline] = {
