@@ -48,7 +48,7 @@ import torch
 
 from tinyldm.data.cache import write_tokens
 from tinyldm.data.encoding import posterior
-from tinyldm.data.prepare import phase_folders, prepare, some_pictures
+from tinyldm.data.prepare import phase_folders, picture_divisor, prepare, some_pictures
 from tinyldm.device import pick_device
 from tinyldm.folders.load import load_tokenizer, load_vae
 from tinyldm.models.vae import AutoencoderKL
@@ -80,7 +80,8 @@ def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count
     blank = np.full((-len(images) % width, *images.shape[1:]), 255, np.uint8)
     rows[-2:] = [np.concatenate([row, blank]) for row in rows[-2:]]
     write_picture(file, tile(np.concatenate(rows), columns=width))
-    print(f"PSNR of {len(images)} pictures through the VAE: {decibels.mean():.2f} dB ({decibels.min():.2f} to {decibels.max():.2f}): {file}")
+    spread = f"{decibels.min():.2f} to {decibels.max():.2f}"
+    print(f"PSNR of {len(images)} pictures through the VAE: {decibels.mean():.2f} dB ({spread}): {file}")
 
 
 def main() -> None:
@@ -89,6 +90,7 @@ def main() -> None:
         raise ValueError("which VAE? Name one with --vae-weights: stabilityai/sd-vae-ft-mse, for example, or the vae folder of a run")
     device, signals = pick_device(config.run.device), Signals()
     vae = load_vae(config.autoencoder.weights, device)
+    picture_divisor(config, vae)                                # refuses a misspelt network before anything is written
     tokenizer = load_tokenizer(config.text.weights) if config.text.weights else None
     try:
         if os.environ.get("RANK", "0") == "0":

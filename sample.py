@@ -31,7 +31,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("prompt", nargs="*", help="one or several captions")
     add("--from-file", metavar="FILE", help="captions from a text file, one per line")
     add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from (default: the empty caption)")
-    add("--model", metavar="FOLDER|ID|FILE", help="run or model folder, hub id, or .safetensors/.ckpt (default: the run that finished last under runs/)")
+    add("--model", metavar="FOLDER|ID|FILE", help="run or model folder, hub id, or .safetensors/.ckpt (default: the run "
+        "that finished last under runs/)")
     add("--revision", metavar="NAME", help="hub id: branch, tag or commit")
     add("--variant", metavar="NAME", help="weights files of a published folder, such as fp16 (default: full precision)")
     add("--tokenizer", metavar="FOLDER|ID", help="for a single-file checkpoint, which holds none (default: CLIP's, from the hub)")
@@ -233,7 +234,8 @@ def open_preview(args: argparse.Namespace, model: Model, file: Path) -> Callable
 def parameters(args: argparse.Namespace, settings: DrawSettings, image: np.ndarray, prompt: str, seed: int, name: str) -> str:
     """The settings as AUTOMATIC1111's `parameters` text, which other tools read back."""
     quote = lambda text: json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
-    facts = {"Steps": settings.steps, "Sampler": settings.sampler, "Schedule type": settings.schedule, "CFG scale": settings.cfg, "Seed": seed,
+    facts = {"Steps": settings.steps, "Sampler": settings.sampler, "Schedule type": settings.schedule, "CFG scale": settings.cfg,
+             "Seed": seed,
              "Size": f"{image.shape[1]}x{image.shape[0]}", "Model": name, "RNG": "CPU",
              **({"Eta": args.eta} if args.eta is not None else {}),
              **({"CFG Rescale": settings.rescale} if settings.rescale else {}),

@@ -85,7 +85,8 @@ class Trainer:
         self.writer = checkpoint.Writer(context.folder, config.run.keep_last, config.run.keep_every)
         self.note_plan(self.timing.resume(self.step) if last else None)
         if skipped_batches > state.get("window", 0):
-            self.note("rollback", self.step, f"back to step {self.step}: {skipped_batches:,} batches skipped so far", window=skipped_batches)
+            text = f"back to step {self.step}: {skipped_batches:,} batches skipped so far"
+            self.note("rollback", self.step, text, window=skipped_batches)
 
     @property
     def position(self) -> int:
@@ -222,7 +223,8 @@ class Trainer:
         self.log.flush()
         schedule = self.timing.schedule
         self.learner.save(self.writer, self.stage.name, self.step, {
-            "finished": finished, **self.stage.state(), "stage_number": self.phase_index, "window": self.skipped_batches,
+            "finished": finished and self.stage.checkpoint_at_end,              # of the run: its model can be drawn with
+            **self.stage.state(), "stage_number": self.phase_index, "window": self.skipped_batches,
             "schedule": None if schedule.max_steps else schedule.state()})
         if finished:
             self.writer.wait()

@@ -2,20 +2,19 @@
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tinyldm.config import PRESETS, Config
+from tinyldm.config import flatten, preset_config
 
 
 def make_run(folder: Path, rows: list = (), config: dict | None = None, checkpoints: dict = {}, samples: tuple = ()) -> Path:
     for name in ("samples", "checkpoints"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.json").write_text(json.dumps(config if config is not None else asdict(Config(**PRESETS["tiny"]))))
+    (folder / "config.json").write_text(json.dumps(config if config is not None else flatten(preset_config("tiny"))))
     for name, state in checkpoints.items():
         (folder / "checkpoints" / name).mkdir()
         (folder / "checkpoints" / name / "state.json").write_text(state if isinstance(state, str) else json.dumps(state))

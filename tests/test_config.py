@@ -1,19 +1,29 @@
 """The command line: presets, typed overrides, and mistakes answered in one line with exit code 2."""
 
+import dataclasses
 import json
+from dataclasses import dataclass, field
+from typing import get_type_hints
 
 import pytest
 
-from tinyldm.config import PRESETS, Config, build, pairs, parse
+from tinyldm.config import PRESETS, Config, DataConfig, change, check, fields, flatten, make_config, pairs, parse, phases, preset_config
+from tinyldm.config.fields import OTHER_NAMES, SETTINGS, fixed, free
+from tinyldm.lookup import build_dataclass
 from tinyldm.models.unet import UNetConfig
+from tinyldm.training.preflight import check_names
+
+
+def parsed(*words) -> Config:
+    return parse(list(words), "")[0]
 
 
 def test_a_preset_is_its_row_and_what_is_typed_wins():
     config, own = parse(["--preset", "tiny", "--max-steps", "7", "--lr=0.5", "--unet", "depth=3"], "", {"--dry-run": dict(
         action="store_true")})
-    assert (config.max_steps, config.lr, own.dry_run) == (7, 0.5, False)
-    assert config.unet == PRESETS["tiny"]["unet"] | {"depth": 3} and PRESETS["tiny"]["unet"]["depth"] != 3
-    assert config.out == "runs/tiny"
+    assert (config.optimisation.max_steps, config.optimisation.lr, own.dry_run) == (7, 0.5, False)
+    assert config.network.unet == PRESETS["tiny"]["unet"] | {"depth": 3} and PRESETS["tiny"]["unet"]["depth"] != 3
+    assert config.run.out == "runs/tiny"
 
 
 def test_dashes_and_underscores_are_the_same():
@@ -22,15 +32,24 @@ def test_dashes_and_underscores_are_the_same():
 
 def test_a_script_that_knows_some_fields_takes_their_flags_only(capsys):
     config, _ = parse(["--data", "a:0.7", "b:0.3", "--resolution", "32"], "", {}, ("data", "resolution", "preset"))
-    assert (config.data, config.resolution) == (["a:0.7", "b:0.3"], 32)
+    assert (config.data.sources, config.data.resolution) == (["a:0.7", "b:0.3"], 32)
     with pytest.raises(SystemExit):
         parse(["--lr", "0.1"], "", {}, ("data",))
 
 
 def test_every_field_is_a_flag():
     for name, value in (("seed", 3), ("caption_dropout", 0.25), ("sampler", "heun"), ("batch_size", 12)):
-        assert getattr(parse([f"--{name}", str(value)], "")[0], name) == value
-    assert parse(["--compile"], "")[0].compile is True and parse(["--no-compile"], "")[0].compile is False
+        assert flatten(parsed(f"--{name}", str(value)))[name] == value
+    assert parsed("--compile").run.compile is True and parsed("--no-compile").run.compile is False
+
+
+def test_every_setting_s_flag_is_understood():
+    plain = flatten(parsed())
+    for name, setting in SETTINGS.items():
+        if setting.type in (int, float, str, float | None) and name not in ("resume", "preset"):
+            kind = {float | None: float}.get(setting.type, setting.type)
+            words = {"budget": ["3m"], "deadline": ["2999-01-31T18:00"]}.get(name, [str(plain[name] or 1)])
+            assert flatten(parsed(check.flag(name), *words))[name] == kind(words[0]), name
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -45,7 +64,6 @@ def test_every_field_is_a_flag():
     (["--times-scale=-1"], "be a positive number"),
     (["--noise-offset=-1"], "must be at least 0"),
     (["--huber-c", "0"], "must be a positive number"),
-    (["--network", "unett"], "did you mean 'unet'"),
     (["--caption-key", "dense:much"], "takes KEY or KEY:WEIGHT"),
     (["--caption-key", "dense:0"], "must be a positive number"),
     (["--caption-key", "dense:1", "dense:2"], "name every key once"),
@@ -53,7 +71,6 @@ def test_every_field_is_a_flag():
     (["--buckets", "0.5"], "1 or more"),
     (["--max-skip", "1.5"], "between 0 and 1"),
     (["--cache", "somewhere"], "name that with --vae-weights"),
-    (["--mask-padding"], "is for --network dit"),
     (["--unet", "widths"], "KEY=VALUE"),
     (["--out", "nowhere", "--resume", "auto"], "nothing to resume"),
 ])
@@ -64,22 +81,209 @@ def test_mistakes_are_one_line_with_the_fix_and_exit_code_2(argv, words, capsys)
     assert end.value.code == 2 and words in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("words, said", [
+    (["--network", "unett"], "did you mean 'unet'"),
+    (["--mask-padding"], "is for --network dit"),
+    (["--objective", "denoizing"], "unknown objective 'denoizing': did you mean 'denoising'"),
+    (["--text-encoder", "clyp"], "unknown text encoder 'clyp': did you mean 'clip'"),
+    (["--text-join", "singel"], "did you mean 'single'"),
+])
+def test_names_are_looked_up_where_the_tables_are(words, said):
+    with pytest.raises(ValueError, match=said):
+        check_names(parsed(*words))
+    check_names(parsed())
+
+
 def test_times_have_their_kinds_own_mean_and_scale_unless_typed():
-    assert (parse([], "")[0].times_mean, parse([], "")[0].times_scale) == (None, None)
-    config = parse(["--times-mean=-0.5", "--times-scale", "2", "--process-options", "betas=0.1,0.2", "zero_snr=true"], "")[0]
+    assert (parsed().objective.times_mean, parsed().objective.times_scale) == (None, None)
+    config = parsed("--times-mean=-0.5", "--times-scale", "2", "--process-options", "betas=0.1,0.2", "zero_snr=true").objective
     assert (config.times_mean, config.times_scale, config.process_options) == (-0.5, 2.0, {"betas": (0.1, 0.2), "zero_snr": True})
 
 
 def test_a_resumed_run_starts_from_its_own_config(tmp_path):
-    config = Config(**(PRESETS["tiny"] | {"out": str(tmp_path), "max_steps": 77, "lr": 0.25}))
-    (tmp_path / "config.json").write_text(json.dumps(vars(config)))
-    resumed, _ = parse(["--out", str(tmp_path), "--resume", "auto", "--lr", "0.5"], "")
-    assert (resumed.max_steps, resumed.lr, resumed.resume) == (77, 0.5, "auto")
-    assert build(UNetConfig, resumed.unet, "--unet") == build(UNetConfig, config.unet, "--unet")
+    config = preset_config("tiny", out=str(tmp_path), max_steps=77, lr=0.25)
+    (tmp_path / "config.json").write_text(json.dumps(flatten(config)))
+    resumed = parsed("--out", str(tmp_path), "--resume", "auto", "--lr", "0.5")
+    assert (resumed.optimisation.max_steps, resumed.optimisation.lr, resumed.run.resume) == (77, 0.5, "auto")
+    unet = [build_dataclass(UNetConfig, each.network.settings, "--unet") for each in (resumed, config)]
+    assert unet[0] == unet[1]
 
 
 def test_network_fields_are_typed_and_checked():
     assert pairs("unet", ["widths=32,64", "linear_projection=true", "depth=2"]) == {
         "widths": (32, 64), "linear_projection": True, "depth": 2}
     with pytest.raises(ValueError, match="did you mean 'widths'"):
-        build(UNetConfig, {"widhts": (1,)}, "--unet")
+        build_dataclass(UNetConfig, {"widhts": (1,)}, "--unet")
+
+
+# ---------------------------------------------------------------- settings
+
+
+def all_fields():
+    """(group, field) of every setting."""
+    return [(group, each) for group, kind in get_type_hints(Config).items() for each in dataclasses.fields(kind)]
+
+
+def test_every_setting_says_whether_a_resumed_run_keeps_it_and_what_it_is():
+    assert len(all_fields()) == len(SETTINGS) > 90
+    for group, each in all_fields():
+        assert each.metadata.keys() >= {"kept", "help", "flag", "also", "clears"}, f"{group}.{each.name}: use fixed() or free()"
+        assert isinstance(each.metadata["kept"], bool) and len(each.metadata["help"]) > 5
+
+
+def test_a_setting_with_neither_fixed_nor_free_fails(monkeypatch):
+    @dataclass(frozen=True)
+    class Group(DataConfig):
+        undecided: int = field(default=3)
+
+    monkeypatch.setitem(fields.Config.__annotations__, "data", Group)
+    with pytest.raises(KeyError):
+        fields._settings()
+
+
+def test_what_a_resumed_run_keeps_is_what_it_kept_before_the_settings_had_groups():
+    kept = """seed data scenes caption_key resolution stages buckets flip moments min_side max_aspect min_caption max_caption cache vae
+        vae_weights text text_weights vocab_size network unet dit process process_options shift zero_terminal_snr prediction
+        learned_variance mask_padding optimizer ema_widths""".split()
+    later = {"text_encoder", "text_join", "net", "objective", "objective_options"}
+    assert {name for name, setting in SETTINGS.items() if setting.kept} - later == set(kept)
+
+
+def test_fixed_and_free_are_the_two_ways_to_make_a_setting():
+    kept, changed = fixed([1], "one", flag="own"), free(2, "two", also=("zwei",), clears={"own": 0})
+    assert kept.metadata == {"help": "one", "kept": True, "flag": "own", "also": (), "clears": {}} and kept.default_factory() == [1]
+    assert changed.metadata["kept"] is False and changed.metadata["clears"] == {"own": 0} and changed.default == 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_go_flat_and_back(preset):
+    config = preset_config(preset, lr=0.5, out="somewhere")
+    flat = flatten(config)
+    assert list(flat) == list(SETTINGS) and make_config(**flat) == config
+    assert make_config(**json.loads(json.dumps(flat))).data == config.data     # as config.json has it
+    other = change(config, lr=0.25, resolution=32, sample_steps=3)
+    assert (other.optimisation.lr, other.data.resolution, other.drawing.steps) == (0.25, 32, 3)
+    assert {name for name, value in flatten(other).items() if value != flat[name]} <= {"lr", "resolution", "sample_steps"}
+    assert flatten(config) == flat                                              # which did not change
+
+
+def test_defaults_are_not_shared():
+    one = make_config()
+    one.data.sources.append("more"), one.network.unet.update(depth=3)
+    assert make_config().data.sources == ["toyworld"] and make_config().network.unet == {}
+
+
+def test_a_name_that_no_setting_has_is_refused():
+    for wrong in (lambda: make_config(learning_rate=1), lambda: change(make_config(), rate=1), lambda: preset_config("tiny", steps=1)):
+        with pytest.raises(ValueError, match="there is no setting '(learning_rate|rate|steps)'"):
+            wrong()
+    with pytest.raises(ValueError, match="unknown preset 'tinny': did you mean 'tiny'"):
+        preset_config("tinny")
+
+
+def test_the_names_that_are_checked_are_settings():
+    named = {*check.AT_LEAST, *check.POSITIVE, *check.FRACTIONS, *check.WORDS, "vae_steps"}
+    named |= {other for setting in SETTINGS.values() for other in setting.clears}
+    assert named <= SETTINGS.keys() and not OTHER_NAMES.keys() & SETTINGS.keys()
+    assert all(name in SETTINGS for row in PRESETS.values() for name in row)
+
+
+def test_numbers_that_are_checked_are_refused_where_they_are_wrong():
+    """Every bound of the tables, by way of the command line's check."""
+    for name, smallest in check.AT_LEAST.items():
+        with pytest.raises(ValueError, match=f"{check.flag(name)} {smallest - 1} must be at least {smallest}"):
+            check.check(preset_config("tiny", **{name: smallest - 1}))
+    for name in check.POSITIVE:
+        with pytest.raises(ValueError, match=f"{check.flag(name)} 0 must be a positive number"):
+            check.check(preset_config("tiny", **{name: 0}))
+    for name in check.FRACTIONS:
+        with pytest.raises(ValueError, match=f"{check.flag(name)} -1 must lie between 0 and 1"):
+            check.check(preset_config("tiny", **{name: -1}))
+    for name in check.WORDS:
+        with pytest.raises(ValueError, match=f"unknown {name} 'x'"):
+            check.check(preset_config("tiny", **{name: "x"}))
+
+
+OLD = dict(preset="tiny", out="runs/old", resume="no", data="toyworld more", scenes=64, cache="", mfu=0.4, max_steps=77, lr=0.25, stages={},
+           network="dit", dit={"width": 64, "layers": 2}, vae={"widths": [8, 16]}, vae_steps=10, times_mean=None, compile=None,
+           ema_widths=[], gpu_gb=32.0, of_yesterday=3)
+
+
+def test_the_config_json_of_older_runs_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OLD | {"cache": "somewhere", "vae_weights": "there"}))
+    config = parsed("--out", str(tmp_path), "--resume", "auto")
+    assert config.data.sources == ["toyworld", "more"] and config.data.cache == ["somewhere"] and config.plan.utilisation == 0.4
+    assert (config.optimisation.max_steps, config.network.name, config.network.settings) == (77, "dit", {"width": 64, "layers": 2})
+    assert config.autoencoder.fields == {"widths": [8, 16]} and config.autoencoder.decay == 0.6      # which was always that
+    assert config.objective.name == "denoising" and config.text.encoder == "clip"
+    (tmp_path / "config.json").write_text(json.dumps(OLD))
+    assert parsed("--out", str(tmp_path), "--resume", "auto").data.cache == []
+    saved = flatten(make_config(**{name: value for name, value in OLD.items() if name != "of_yesterday"}))
+    assert "mfu" not in saved and saved["utilisation"] == 0.4 and saved["data"] == ["toyworld", "more"]
+
+
+@pytest.mark.parametrize("words", [["--data", "toyworld", "more"], ["--text-encoder", "clip"], ["--objective", "denoising"],
+                                   ["--dit", "width=64"], ["--network", "dit"], ["--stages", "16=1"]])
+def test_an_older_run_may_be_told_again_what_it_keeps(tmp_path, words, capsys):
+    saved = OLD | {"stages": {"16": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    plain, repeated = (parsed("--out", str(tmp_path), "--resume", "auto", *more) for more in ([], words))
+    assert plain == repeated
+    other = {"--stages": ["16=1", "32=1"], "--dit": ["width=32"]}.get(words[0], ["another"])
+    with pytest.raises(SystemExit):
+        parsed("--out", str(tmp_path), "--resume", "auto", words[0], *other)
+    assert f"a run keeps its {words[0]}" in capsys.readouterr().err
+
+
+def test_older_names_of_flags_are_understood():
+    assert parsed("--mfu", "0.3").plan.utilisation == parsed("--utilisation", "0.3").plan.utilisation == 0.3
+    one, two = parsed("--phases", "16=0.5", "32=0.5"), parsed("--stages", "16=0.5", "32=0.5")
+    assert one == two and one.data.phases == {"16": 0.5, "32": 0.5} and one.data.resolution == 16
+    assert make_config(phases={"16": 1.0}) == make_config(stages={"16": 1.0}) and flatten(one)["stages"] == {"16": 0.5, "32": 0.5}
+
+
+def test_fields_of_any_network_are_given_by_one_flag():
+    config = parsed("--network", "dit", "--dit", "width=32", "layers=2", "--net", "layers=3")
+    assert config.network.settings == {"width": 32, "layers": 3}
+    assert parsed("--net", "depth=5").network.settings == PRESETS["tiny"]["unet"] | {"depth": 5}
+
+
+# ---------------------------------------------------------------- phases and ends
+
+
+def test_every_phase_has_its_size_its_shift_and_as_many_pixels_per_micro_batch():
+    small, large = phases(parsed("--preset", "5090_week"))
+    assert (small.data.resolution, large.data.resolution) == (256, 512) and (small.objective.shift, large.objective.shift) == (1, 2)
+    assert (small.optimisation.grad_accum, large.optimisation.grad_accum) == (8, 32) and not small.data.phases and not large.data.phases
+    alone = parsed("--resolution", "32")
+    assert phases(alone) == [alone]
+    capped = phases(parsed("--stages", "16=0.5", "64=0.5", "--batch-size", "4"))
+    assert capped[1].optimisation.grad_accum == 4               # micro-batches of one picture
+
+
+def test_every_phase_has_its_own_cache():
+    config = parsed("--stages", "16=0.5", "64=0.5", "--cache", "a", "b", "--vae-weights", "x")
+    assert [phase.data.cache for phase in phases(config)] == [["a"], ["b"]]
+    assert [phase.data.cache for phase in phases(parsed("--stages", "16=0.5", "64=0.5"))] == [[], []]
+
+
+def test_what_is_typed_leaves_out_what_the_preset_says_otherwise(tmp_path):
+    week = parsed("--preset", "5090_week", "--max-steps", "10")
+    assert (week.optimisation.max_steps, week.optimisation.budget) == (10, "") and week.data.phases
+    assert not parsed("--preset", "5090_week", "--resolution", "256").data.phases
+    assert parsed("--preset", "5090_week", "--stages", "128=1").data.phases == {"128": 1}
+    tiny = parsed("--budget", "20m").optimisation
+    assert (tiny.max_steps, tiny.budget) == (0, "20m")
+    (tmp_path / "config.json").write_text(json.dumps(flatten(week)))
+    again = parsed("--out", str(tmp_path), "--resume", "auto", "--resolution", "256")
+    assert again.data.phases == week.data.phases
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--max-steps 5 --budget 3m", "give one of the two"), ("--budget week", "--budget: 'week' is not a span of time"),
+    ("--deadline soon", "--deadline: 'soon' is not a date"), ("--stages 256", "KEY=VALUE"), ("--stages 256=0", "--stages 256=0"),
+    ("--stages big=1", "--stages big=1"), ("--vae-weights x --stages 16=1 32=1 --cache a", "name one for each")])
+def test_ends_and_phases_that_make_no_sense_are_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        parsed(*words.split())
+    assert end.value.code == 2 and said in capsys.readouterr().err

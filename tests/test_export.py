@@ -35,7 +35,7 @@ from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pipeline import draw, draw_settings
 from tinyldm.planning.flops import meta_networks
-from tinyldm.text.encoders import TextEncoder, TextEncoders
+from tinyldm.text.encoders import JOINS, TextEncoder, TextEncoders
 from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, from_config, to_config
 
@@ -194,6 +194,19 @@ def test_a_dit_is_for_sample_py_and_the_command_says_so(make_run, exported, part
     assert load_model(exported(run, "--sampler", "lms", name="lms")).defaults["sampler"] == "lms"
 
 
+def test_a_u_net_with_two_text_encoders_is_for_sample_py_and_the_command_says_so(make_run, exported, parts, monkeypatch, capsys):
+    monkeypatch.setitem(JOINS, "first", JOINS["single"])
+    run = make_run("flow", {}, "v", texts=[parts.text, parts.projected], tokenizers=[parts.tokenizer] * 2, vae=parts.both,
+                   defaults=DEFAULTS | {"sampler": "heun", "text_join": "first"})
+    folder = exported(run)
+    output, model = capsys.readouterr().out, load_model(folder)
+    assert "No stock pipeline of diffusers" in output and "StableDiffusionPipeline" not in output + (folder / "README.md").read_text()
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
+    assert model.defaults["sampler"] == "heun" and model.text.join == "first" and model.vae.config == parts.both.config
+    assert [module.config for module in model.text.modules.values()] == [parts.text.config, parts.projected.config]
+    assert_same(ours(folder), ours(run))
+
+
 # ---- the real presets
 
 
@@ -317,17 +330,18 @@ def test_a_single_file_of_another_shape_is_refused_and_nothing_is_written(make_r
 
 
 def test_a_full_size_stable_diffusion_1_fits_into_one_file_and_deviations_do_not(parts):
-    def whole(unet={}, vae={}, text={}, scheduler={}, network=None):
+    def whole(unet={}, vae={}, text={}, scheduler={}, network=None, encoders=1):
         config = SD1 | {"prediction_type": "epsilon"} | scheduler
         learned = from_config(config)
         with torch.device("meta"):
-            encoders = TextEncoders([TextEncoder(CLIPText(CLIPTextConfig(**text)), parts.tokenizer)])
-            return Model(network or UNet(UNetConfig(**unet)), AutoencoderKL(VAEConfig(**vae)), encoders, *learned, config, {})
+            text_encoders = TextEncoders([TextEncoder(CLIPText(CLIPTextConfig(**text)), parts.tokenizer)] * encoders)
+            return Model(network or UNet(UNetConfig(**unet)), AutoencoderKL(VAEConfig(**vae)), text_encoders, *learned, config, {})
     assert why_not_one_file(whole()) is None and why_not_one_file(export.public(whole(), "dpmpp_2m")) is None
     assert why_not_one_file(whole(unet={"sample_size": 32}, text={"pad_token_id": 0})) is None     # which no weight depends on
     for change, reason in (({"network": parts.dit}, "U-Net"), ({"unet": {"widths": (192, 384, 768, 768)}}, "U-Net"),
                            ({"unet": {"linear_projection": True}}, "U-Net"), ({"vae": {"scaling_factor": 0.13025}}, "VAE"),
                            ({"text": {"activation": "gelu"}}, "quick_gelu"), ({"text": {"layers": 11}}, "CLIP-L"),
+                           ({"encoders": 2}, "CLIP-L"),
                            ({"scheduler": {"prediction_type": "v_prediction"}}, "eps-prediction"),
                            ({"scheduler": {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}}, "scaled_linear"),
                            ({"scheduler": {"beta_schedule": "linear"}}, "scaled_linear")):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import ENVIRONMENT, ROOT
 
-from tinyldm.files import Claims, replace_folder, sha256, write_file
+from tinyldm.files import Claims, read_json, replace_folder, sha256, write_file
 
 
 def names(folder) -> list[str]:
@@ -29,9 +29,9 @@ def test_a_folder_is_replaced_whole_or_left_as_it_was(tmp_path):
     folder = tmp_path / "deep" / "folder"
 
     def fill(word):
-        def make(torso):
-            torso.mkdir()
-            (torso / "file").write_text(word)
+        def make(partial):
+            partial.mkdir()
+            (partial / "file").write_text(word)
             if word == "broken":
                 raise OSError("no room")
         return make
@@ -51,13 +51,26 @@ def test_all_of_a_folder_is_flushed_before_it_takes_its_place(tmp_path, monkeypa
     flushed = []
     monkeypatch.setattr("tinyldm.files.flush", lambda path: flushed.append((path.name, (tmp_path / "folder").exists())))
 
-    def fill(torso):
-        (torso / "sub").mkdir(parents=True)
-        (torso / "sub" / "file").touch()
+    def fill(partial):
+        (partial / "sub").mkdir(parents=True)
+        (partial / "sub" / "file").touch()
 
     replace_folder(tmp_path / "folder", fill)
     assert sorted(flushed[:-1]) == [(".writing-folder", False), ("file", False), ("sub", False)]
     assert flushed[-1] == (tmp_path.name, True)
+
+
+def test_a_json_file_that_is_missing_damaged_or_no_object_is_named_with_what_to_do(tmp_path):
+    file = tmp_path / "a.json"
+    for content, expected in ((None, f"{file} does not exist: look elsewhere"), ("{", f"{file} is damaged"), ("[]", f"{file} is damaged"),
+                              (b"\xff", f"{file} is damaged")):
+        if content is not None:
+            write_file(file, content)
+        with pytest.raises(ValueError) as error:
+            read_json(file, "look elsewhere")
+        assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+    write_file(file, '{"a": 1}')
+    assert read_json(file, "look elsewhere") == {"a": 1}
 
 
 def test_the_sha256_of_a_file_is_that_of_all_its_bytes(tmp_path):

@@ -96,7 +96,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(whole,
     file.unlink()
     if damage != "gone":
         file.write_bytes(b"" if damage == "empty" else data[:len(data) // 2])
-    found = checkpoint.newest_whole(folder)
+    found = checkpoint.newest_undamaged(folder)
     assert found.name == "step-000009" and "step-000012 is damaged" in capsys.readouterr().out
     if damage == "cut":                                        # the rest is the same for all of them
         assert script("train.py", "--out", folder, "--resume", "auto").returncode == 0
@@ -164,6 +164,6 @@ def test_a_budget_counts_running_time_over_kills_and_ends_with_a_low_rate(whole,
     rows = [row for row in read(tmp_path / "run" / "log.jsonl") if "loss" in row]
     assert spent < rows[25]["running"] < spent + 2 and 6.5 < rows[-1]["running"] <= 7.2
     assert rows[-1]["lr_factor"] < 0.05 and max(row["lr_factor"] for row in rows) == 1
-    assert checkpoint.read_state(checkpoint.newest_whole(tmp_path / "run"))["finished"]
+    assert checkpoint.read_state(checkpoint.newest_undamaged(tmp_path / "run"))["finished"]
     plans = [row for row in read(tmp_path / "run" / "log.jsonl") if row.get("event") == "plan"]
     assert plans and all(row["total_steps"] > 0 and row["finish"] for row in plans)

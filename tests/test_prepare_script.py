@@ -57,7 +57,7 @@ def test_training_on_a_prepared_cache_equals_training_that_prepares(vae, tmp_pat
     (tmp_path / "cache" / "index.json").write_text((tmp_path / "cache" / "index.json").read_text() + " ")
     assert "has changed since" in mistake("train", ["--out", tmp_path / "given", "--resume", "auto", "--max-steps", 7], capsys)
     other = ["--out", tmp_path / "other", *TINY, "--cache", tmp_path / "cache", *data[2:4], "--resolution", 32]
-    assert "resolution 16 there, 32 here" in mistake("train", other, capsys)
+    assert "resolution 16 in the cache, 32 in this run" in mistake("train", other, capsys)
     assert not (tmp_path / "other").exists()                                            # the mended command can be typed
 
 
@@ -84,6 +84,7 @@ def test_sources_captions_views_moments_and_sizes_all_mixed_train_a_dit_and_resu
     (["--data", "toyworld", "--vae-weights", "VAE", "--resolution", "17"], "not a multiple of"),
     (["--data", "toyworld", "--vae-weights", "VAE", "--out", "docs"], "name another folder"),
     (["--data", "toyworld", "--vae-weights", "VAE", "--lr", "3"], "unknown argument"),
+    (["--data", "toyworld", "--vae-weights", "VAE", "--network", "unett"], "did you mean 'unet'"),
     (["--data", "EMPTY/*.tar", "--vae-weights", "VAE"], "no shard or folder matches"),
 ])
 def test_mistakes_at_prepare_are_one_line_and_write_nothing(vae, tmp_path, capsys, words, expected):

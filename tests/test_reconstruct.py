@@ -1,6 +1,7 @@
 """Averages after the fact: from a run whose weights went a known way, the average of any width is a known one."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +32,7 @@ def parts():
         dit=randomise(DiT(DiTConfig(width=16, layers=1, heads=2, mlp_width=16, context_dim=32, time_dim=16)), 1),
         unet=randomise(UNet(UNetConfig(widths=(8,), depth=1, attention=(True,), heads=(2,), context_dim=32, groups=4, sample_size=8)), 2),
         vae=randomise(AutoencoderKL(VAEConfig(widths=(8, 8), depth=1, groups=4, sample_size=16)), 3),
-        text=randomise(CLIPText(text), 4), tokenizer=tokenizer)
+        text=randomise(CLIPText(text), 4), second=randomise(CLIPText(replace(text, projection_dim=8)), 5), tokenizer=tokenizer)
 
 
 def course(sigma_rel, step):
@@ -44,9 +45,10 @@ def course(sigma_rel, step):
 @pytest.fixture
 def make_run(parts, tmp_path):
     """make_run(network, ...) writes a run as train.py leaves it: averages of every width at every step."""
-    def make(network="dit", widths=("0.05", "0.1"), steps=STEPS, text_weights=""):
+    def make(network="dit", widths=("0.05", "0.1"), steps=STEPS, text_weights="", encoders=1):
         run, net = tmp_path / f"run-{network}", getattr(parts, network)
-        trained = {"net": net} if text_weights else {"net": net, "text": parts.text}
+        texts = dict(list({"text": parts.text, "text_2": parts.second}.items())[:encoders])
+        trained = {"net": net} if text_weights else {"net": net} | texts
         scheduler = to_config("flow", {}, "flow", "euler", flow_match=network == "dit")
         for step in steps:
             at = lambda part, width: {name: x * course(float(width), step) for name, x in trained[part].state_dict().items()}
@@ -54,8 +56,9 @@ def make_run(parts, tmp_path):
             averaged = {part: (module, at(part, widths[0])) for part, module in trained.items()}
 
             def fill(folder):
-                save_model(folder / "model", net=averaged["net"], texts=[averaged.get("text", parts.text)], vae=parts.vae, non_ema=raw,
-                           tokenizers=[parts.tokenizer], scheduler=scheduler, defaults=DEFAULTS | {"step": step})
+                save_model(folder / "model", net=averaged["net"], vae=parts.vae, non_ema=raw,
+                           texts=[averaged.get(part, module) for part, module in texts.items()],
+                           tokenizers=[parts.tokenizer] * encoders, scheduler=scheduler, defaults=DEFAULTS | {"step": step})
                 checkpoint.save_tensors(folder / "averages.safetensors", {
                     f"{float(width)}/{part}.{name}": x for width in widths[1:] for part in trained for name, x in at(part, width).items()})
 
@@ -115,6 +118,15 @@ def test_a_frozen_text_encoder_is_taken_as_it_is(parts, make_run, made):
     model = load_model(made(make_run(text_weights="openai/clip-vit-large-patch14"), "--width", 0.08))
     assert scale(model.net.state_dict(), parts.dit.state_dict()) == pytest.approx(course(0.08, 400), abs=2e-3)
     assert scale(model.modules["text"].state_dict(), parts.text.state_dict()) == 1
+
+
+def test_every_text_encoder_is_averaged(parts, make_run, made):
+    run = make_run(encoders=2)
+    folder = made(run, "--width", 0.08)
+    model, expected = load_model(folder), course(0.08, 400)
+    assert list(model.text.modules) == ["text", "text_2"] and (folder / "tokenizer_2").is_dir()
+    for part, first in (("net", parts.dit), ("text", parts.text), ("text_2", parts.second)):
+        assert scale(model.modules[part].state_dict(), first.state_dict()) == pytest.approx(expected, abs=4e-3)
 
 
 def test_all_widths_that_were_kept_are_used(parts, make_run, made, capsys):

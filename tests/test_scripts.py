@@ -18,6 +18,8 @@ from safetensors.numpy import load_file
 from tinyldm.config import parse
 from tinyldm.training import checkpoint
 from tinyldm.training.log import read
+from tinyldm.training.preflight import check_run
+from tinyldm.training.run_folder import find_model
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,14 @@ def test_a_run_leaves_a_log_samples_and_a_model_folder(run):
     model = run / "checkpoints" / "step-000006" / "model"
     assert {path.name for path in model.iterdir()} >= {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert not list(run.rglob("*.pt")) and not list(run.rglob("*.tmp"))
+
+
+def test_only_the_end_of_the_second_stage_finishes_a_run(run, tmp_path):
+    states = {folder.name: checkpoint.read_state(folder).get("finished") for folder in checkpoint.names(run)}
+    assert [name for name, finished in states.items() if finished] == ["step-000006"] and "vae-000004" in states
+    shutil.copytree(run / "checkpoints" / "vae-000004", tmp_path / "runs" / "first stage" / "checkpoints" / "vae-000004")
+    with pytest.raises(ValueError, match="no finished run"):
+        find_model(None, tmp_path / "runs")
 
 
 @pytest.mark.parametrize("point", ["vae-000002", "step-000002"])
@@ -113,10 +123,9 @@ UNSAFE = [
 
 @pytest.mark.parametrize("words, expected", UNSAFE)
 def test_unsafe_objectives_are_refused_early_with_the_reason(words, expected):
-    train = load_script("train")
     with pytest.raises(ValueError, match=re.escape(expected)):
-        train.refuse_early(parse([*SMALL, *words.split()], "")[0])
-    train.refuse_early(parse(SMALL, "")[0])
+        check_run(parse([*SMALL, *words.split()], "")[0])
+    check_run(parse(SMALL, "")[0])
 
 
 @pytest.mark.parametrize("words", [words if i == 2 else pytest.param(words, marks=pytest.mark.slow)
@@ -162,6 +171,11 @@ def refusal(name, words, capsys) -> str:
     (["--unet", "widhts=16,32"], "did you mean 'widths'"),
     (["--unet", "widths=16,30"], "must be a multiple of"),
     (["--sampler", "eulr"], "did you mean 'euler'"),
+    (["--network", "unett"], "did you mean 'unet'"),
+    (["--network", "unett", "--dry-run"], "did you mean 'unet'"),
+    (["--mask-padding"], "is for --network dit"),
+    (["--mask-padding", "--dry-run"], "is for --network dit"),
+    (["--objective", "denoisin"], "did you mean 'denoising'"),
     (["--times", "logitnormal"], "did you mean 'logit_normal'"),
     (["--prediction", "epsilon"], "known: eps"),
     (["--min-snr-gamma", "5"], "min_snr"),

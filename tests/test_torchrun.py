@@ -107,7 +107,7 @@ def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(alone, tmp_path)
     subprocess.run(["kill", "-9", str(max(ranks))], check=True)
     _, error = job.communicate(timeout=300)
     assert job.returncode == 0, error
-    assert checkpoint.read_state(checkpoint.newest_whole(run))["finished"]
+    assert checkpoint.read_state(checkpoint.newest_undamaged(run))["finished"]
     done = script("train.py", *words[8:], "--out", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     assert losses(run)[:60] == pytest.approx(losses(tmp_path / "whole")[:60], rel=1e-3)

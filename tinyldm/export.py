@@ -6,8 +6,8 @@
 
 The folder has diffusers' layout and a model card with the facts of the training. Of a U-Net,
 StableDiffusionPipeline.from_pretrained(FOLDER) draws the pictures that sample.py draws; where no scheduler of
-diffusers computes the model's process and prediction, that is refused with the reason. A DiT's folder is for
-sample.py: no stock pipeline of diffusers fits it.
+diffusers computes the model's process and prediction, that is refused with the reason. The folder of a DiT, or of a
+model with several text encoders, is for sample.py: no stock pipeline of diffusers fits it.
 """
 
 from __future__ import annotations
@@ -113,8 +113,11 @@ ADAPT = {pipelines.STABLE_DIFFUSION: for_stable_diffusion}      # published pipe
 def public(model: Model, sampler: str | None) -> Model:
     """The model as published classes can hold it, with a scheduler config that draws with `sampler`."""
     learned = scheduler.read_process(model.scheduler)
-    pipeline = pipelines.PIPELINES[architecture(model.net).pipeline]
-    if adapt := ADAPT.get(architecture(model.net).pipeline):
+    name = architecture(model.net).pipeline
+    if name == pipelines.STABLE_DIFFUSION and [type(module) for module in model.text.modules.values()] != [CLIPText]:
+        name = pipelines.OWN                                    # that pipeline has one text encoder, CLIP's
+    pipeline = pipelines.PIPELINES[name]
+    if adapt := ADAPT.get(name):
         model = adapt(model)
     wanted = sampler or model.defaults.get("sampler")
     fits = pipeline.flow_match or model.scheduler["_class_name"] != scheduler.FLOW_MATCH
@@ -139,12 +142,13 @@ def portable(source: str) -> str:
 
 
 def opens_in_diffusers(model: Model) -> bool:
-    """Whether stock classes of diffusers hold every part: not a DiT, and not taef2's autoencoder."""
-    return not any(architecture(part).to_config(part.config).get("_class_name", "").startswith("TinyLDM")
-                   for part in (model.net, model.vae))
+    """Whether a stock pipeline of diffusers runs the model: not with a DiT, taef2's autoencoder, or two text encoders."""
+    name, config = architecture(model.net).pipeline, lambda module: architecture(module).to_config(module.config)
+    texts = [config(module) for module in model.text.modules.values()]
+    return name != pipelines.OWN and pipelines.PIPELINES[name].runs(model.scheduler, config(model.vae), texts)
 
 
-NOT_STOCK = "No stock pipeline of diffusers fits its network or its autoencoder: draw with tinyldm."
+NOT_STOCK = "No stock pipeline of diffusers fits its network, its autoencoder or its text encoders: draw with tinyldm."
 
 
 def trained_here(source: Path | str) -> bool:

@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, and work that two processes must not do at once.
+"""Files and folders that are written atomically, and locks for work that two processes must not do at once.
 
-What is written goes under another name first, is flushed to the disk, and then takes its place by a rename: after a
-kill or a power cut there is the old, the new or nothing, never a half.
+Content is first written under a temporary name, flushed to the disk, and then renamed: after a kill or a power cut the old
+content, the new content or nothing is found under the final name, never half of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INCOMPLETE = "copy or download it again, or export it anew"
 
 
 def flush(path: Path) -> None:
-    """Push a file to the disk, or a folder's list of names (which Windows does by itself, and cannot be asked for)."""
+    """Flush a file to the disk (fsync), or a folder's list of names (Windows flushes that by itself and offers no call for it)."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -31,13 +31,14 @@ def flush(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Push a folder and all that is in it to the disk, files first: after a power cut it is whole, or not there under its name."""
+    """Flush a folder and everything in it to the disk, its files first. A folder that is renamed afterwards is complete under its
+    new name, or absent, even after a power cut."""
     for path in [*folder.rglob("*"), folder]:
         flush(path)
 
 
 def write_file(file: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically: readers find the old content or the new one, never a part."""
     partial = file.with_name(f".writing-{file.name}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -50,7 +51,7 @@ def write_file(file: Path, content: str | bytes) -> None:
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` make a folder under another name, flush it, then put it in place of what was there."""
+    """Let `fill` make a folder under a temporary name, flush it, then rename it to `folder`, whose old content is removed."""
     partial = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,7 @@ def sha256(file: Path) -> str:
     """The SHA-256 of a file's contents, as 64 hex digits."""
     digest = hashlib.sha256()
     with open(file, "rb") as handle:
-        while piece := handle.read(1 << 20):                   # other threads run on meanwhile
+        while piece := handle.read(1 << 20):                   # reading and hashing release the GIL: other threads keep running
             digest.update(piece)
     return digest.hexdigest()
 
@@ -77,7 +78,7 @@ def sha256(file: Path) -> str:
 class Claims:
     """Named pieces of work, each held by one process at a time, through locks on the bytes of one file.
 
-    A lock ends with its process, however that ends; on a shared disk it holds between hosts.
+    The system releases a lock when its process ends, in whatever way; on a shared disk locks also hold between hosts.
     """
 
     def __init__(self, file: Path):
@@ -85,7 +86,7 @@ class Claims:
         self.file = open(file, "ab")
 
     def take(self, name: str) -> bool:
-        """Whether this piece is now ours. Never waits."""
+        """Try to lock a piece of work, without waiting. -> whether this process now holds it."""
         try:
             self._lock(name, True)
         except (BlockingIOError, PermissionError):
@@ -94,7 +95,7 @@ class Claims:
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
-        """Wait for a piece, and let go of it afterwards."""
+        """Wait until a piece of work is free and lock it; release it at the end of the block."""
         while not self.take(name):
             time.sleep(0.02)
         try:
@@ -103,7 +104,7 @@ class Claims:
             self._lock(name, False)
 
     def _lock(self, name: str, taken: bool) -> None:
-        byte = zlib.crc32(name.encode())                       # of a file that stays empty
+        byte = zlib.crc32(name.encode())                       # the lock's offset; the file itself stays empty
         if os.name == "nt":
             import msvcrt
 
@@ -118,14 +119,18 @@ class Claims:
         self.file.close()
 
 
-def read_json(file: Path, fix: str) -> dict:
-    """A JSON object. ValueError where it is missing (then with `fix`, what to do) or damaged."""
-    if not file.exists():
-        raise ValueError(f"{file} does not exist: {fix}")
+def read_json(file: Path, if_missing: str | None, if_damaged: str = INCOMPLETE) -> dict:
+    """A JSON object from a file.
+
+    if_missing    advice for the ValueError where there is no such file; None: that is a FileNotFoundError
+    if_damaged    advice for the ValueError where the file does not hold a JSON object
+    """
+    if if_missing is not None and not file.exists():
+        raise ValueError(f"{file} does not exist: {if_missing}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): {INCOMPLETE}") from error
+        raise ValueError(f"{file} is damaged ({error}): {if_damaged}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged (it holds no {{...}}): {INCOMPLETE}")
+        raise ValueError(f"{file} is damaged (it holds no {{...}}): {if_damaged}")
     return content

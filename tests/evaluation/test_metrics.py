@@ -141,7 +141,8 @@ def test_without_a_name_the_metric_is_prompts():
 
 
 @pytest.mark.parametrize("words, message", [
-    (["runs/x", "--metric", "promts"], "did you mean 'prompts'"), (["runs/x", "--metric", "prompts,brigthness"], "did you mean 'brightness'"),
+    (["runs/x", "--metric", "promts"], "did you mean 'prompts'"),
+    (["runs/x", "--metric", "prompts,brigthness"], "did you mean 'brightness'"),
     (["runs/x", "--count", "1"], "at least 2"), (["runs/x", "--batch-size", "0"], "at least 1"),
     (["runs/x", "--smapler", "ddim"], "did you mean '--sampler'"), (["runs/x", "--dtype", "fp23"], "did you mean 'fp32'"),
     ([], "RUN"), (["--metric", "prompts"], "RUN")])

@@ -3,14 +3,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tinyldm.config import PRESETS, Config
+from tinyldm.config import PRESETS, preset_config
+from tinyldm.model import Model
 from tinyldm.planning.flops import Networks, count_flops, forwards, meta_networks, peak_flops, useful_flops
 from tinyldm.planning.memory import empty
 from tinyldm.planning.plan import make_plan
+from tinyldm.text.encoders import TextEncoder, TextEncoders
 
 
 def config(preset="5090_week", **changes):
-    return Config(**(PRESETS[preset] | {"preset": preset} | changes))
+    return preset_config(preset, **changes)
+
+
+def model_of(networks):
+    """A model with these networks."""
+    return Model(networks.net, networks.vae, TextEncoders([TextEncoder(networks.text, None)]), None, "flow", {}, {})
 
 
 def test_attention_is_counted(monkeypatch):
@@ -28,15 +35,15 @@ def test_a_linear_layer_has_two_flops_per_weight_and_row():
 @pytest.mark.parametrize("preset", ["tiny", "5090_week"])
 def test_useful_flops_are_those_of_the_plan(preset):
     plan = make_plan(config(preset, stages={}))
-    stage = plan.stages[-1]
-    assert useful_flops(stage.config) == stage.useful == useful_flops(stage.config, plan.networks)
+    phase = plan.phases[-1]
+    assert useful_flops(phase.config) == phase.useful == useful_flops(phase.config, model_of(plan.networks))
 
 
 def test_useful_flops_follow_the_networks_they_are_given():
     settings, real = config("tiny"), Networks(*(module.to_empty(device="cpu") for module in meta_networks(config("tiny"))))
     deeper = meta_networks(config("tiny", text={**PRESETS["tiny"]["text"], "layers": 4}))
-    assert useful_flops(settings, real) == useful_flops(settings)
-    assert useful_flops(settings, deeper) > useful_flops(settings)
+    assert useful_flops(settings, model_of(real)) == useful_flops(settings)
+    assert useful_flops(settings, model_of(deeper)) > useful_flops(settings)
 
 
 @pytest.mark.parametrize("name, peak", [
@@ -45,5 +52,5 @@ def test_useful_flops_follow_the_networks_they_are_given():
     ("NVIDIA GeForce RTX 4090 Laptop GPU", 50), ("NVIDIA A10", 50), ("NVIDIA L40", 50), ("NVIDIA GeForce RTX 3090 Ti", 50)])
 def test_a_gpu_s_peak_is_that_of_its_name_and_of_others_the_flag_s(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(config(gpu_tflops=50.0), torch.device("cuda", 0)) == peak * 1e12
-    assert peak_flops(config(), torch.device("cpu")) is None
+    assert peak_flops(config(gpu_tflops=50.0).plan, torch.device("cuda", 0)) == peak * 1e12
+    assert peak_flops(config().plan, torch.device("cpu")) is None

@@ -2,7 +2,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -12,16 +11,19 @@ import torch
 from torch import nn
 
 from tinyldm.cli import guard
-from tinyldm.config import PRESETS, Config, stages
+from tinyldm.config import PRESETS, change, phases, preset_config
+from tinyldm.durations import show_duration
+from tinyldm.model import muon_matrices
 from tinyldm.planning.flops import size
-from tinyldm.planning.plan import Measured, check_fit, compare, make_plan, print_plan, render, span
+from tinyldm.planning.plan import check_fit, make_plan
+from tinyldm.planning.show import Measured, compare, print_plan, render
 from tinyldm.training.optim import make_optimizers
 
 ROOT = Path(__file__).parents[2]
 
 
 def config(preset="5090_week", **changes):
-    return Config(**(PRESETS[preset] | {"preset": preset} | changes))
+    return preset_config(preset, **changes)
 
 
 @lru_cache
@@ -42,20 +44,20 @@ def small(**changes):
 
 def test_the_dit_has_the_recipe_s_parameters_and_flops(plan):
     assert size(plan.networks.net) == 278_152_208
-    flops = plan.stages[0].flops
+    flops = plan.phases[0].flops
     for part, gflop in (("net", 394), ("text", 13.3), ("encode", 273), ("decode", 622)):
         assert flops[part] / 1e9 == pytest.approx(gflop, rel=0.01), part
-    assert plan.stages[1].flops["encode"] / 1e9 == pytest.approx(1117, rel=0.01)
+    assert plan.phases[1].flops["encode"] / 1e9 == pytest.approx(1117, rel=0.01)
 
 
 def test_the_unet_has_the_recipe_s_parameters_and_flops():
     plan = preset_plan("5090_week_unet")
     assert size(plan.networks.net) / 1e6 == pytest.approx(314, rel=0.01)
-    assert plan.stages[0].flops["net"] / 1e9 == pytest.approx(201, rel=0.01)
+    assert plan.phases[0].flops["net"] / 1e9 == pytest.approx(201, rel=0.01)
 
 
 def test_halving_the_micro_batch_halves_activations_and_nothing_else(plan):
-    whole, half = (plan.stages[0].memory(micro) for micro in (64, 32))
+    whole, half = (plan.phases[0].memory(micro) for micro in (64, 32))
     assert [kind for kind in whole if whole[kind] != half[kind]] == ["activations (estimate)"]
     assert half["activations (estimate)"] == whole["activations (estimate)"] / 2
 
@@ -63,10 +65,10 @@ def test_halving_the_micro_batch_halves_activations_and_nothing_else(plan):
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_optimizer_bytes_are_those_the_optimizers_hold(kind):
     settings = config("tiny_dit", optimizer=kind)
-    stage = make_plan(settings).stages[-1]
-    parameters = {f"{part}.{name}": nn.Parameter(torch.empty(p.shape)) for part, module in stage.trained.items()
+    phase = make_plan(settings).phases[-1]
+    parameters = {f"{part}.{name}": nn.Parameter(torch.empty(p.shape)) for part, module in phase.trained.items()
                   for name, p in module.named_parameters()}
-    optimizers = make_optimizers(parameters, kind=kind, lr=0.0, muon_lr=0.0)
+    optimizers = make_optimizers(parameters, muon_matrices(phase.trained), settings.optimisation)
     for p in parameters.values():
         p.grad = torch.zeros_like(p)
     for optimizer in optimizers:
@@ -78,7 +80,7 @@ def test_optimizer_bytes_are_those_the_optimizers_hold(kind):
                 optimizer.nesterov(p, 0.9)
     held = sum(x.nbytes for optimizer in optimizers for state in optimizer.state.values()
                for x in state.values() if x.numel() > 1)
-    counted = stage.memory(1)
+    counted = phase.memory(1)
     assert counted[f"optimizer ({kind})"] == pytest.approx(held, rel=1e-3)
     count = sum(p.numel() for p in parameters.values())
     assert counted["weights, fp32"] == counted["gradients, fp32"] == counted["averaged weights, fp32"] == 4 * count
@@ -87,7 +89,7 @@ def test_optimizer_bytes_are_those_the_optimizers_hold(kind):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_fits_its_gpu_and_prints_a_readable_plan(preset):
     plan = preset_plan(preset)
-    assert all(stage.need() <= plan.config.gpu_gb for stage in plan.stages)
+    assert all(phase.memory_gb() <= plan.config.plan.gpu_gb for phase in plan.phases)
     lines = render(plan).splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 100
     assert "TOO MUCH" not in render(plan)
@@ -99,22 +101,22 @@ def test_a_plan_that_does_not_fit_is_refused_with_advice_that_fits():
         make_plan(small(**tight, grad_accum=1))
     accum, gb = re.search(r"--grad-accum (\d+) .* would fit, at ([\d.]+) GB", str(error.value)).groups()
     followed = make_plan(small(**tight, grad_accum=int(accum)))
-    assert followed.stages[0].need() == pytest.approx(float(gb), abs=0.05)
+    assert followed.phases[0].memory_gb() == pytest.approx(float(gb), abs=0.05)
     with pytest.raises(ValueError):
         make_plan(small(**tight, grad_accum=int(accum) // 2))
     with pytest.raises(ValueError, match="shrink it .*--grad-checkpointing"):
         make_plan(small(**tight | {"gpu_gb": 1.8}))
 
 
-def test_a_later_stage_that_does_not_fit_is_refused_with_the_flag_of_the_first():
+def test_a_later_phase_that_does_not_fit_is_refused_with_the_flag_of_the_first():
     settings = small(batch_size=1024, grad_accum=1, stages={"64": 1, "512": 1}, resolution=64)
-    stage = make_plan(settings, must_fit=False).stages[1]
-    assert stage.micro == 16
-    settings.gpu_gb = stage.need(8) + 1e-3
+    phase = make_plan(settings, must_fit=False).phases[1]
+    assert phase.micro == 16
+    settings = change(settings, gpu_gb=phase.memory_gb(8) + 1e-3)
     with pytest.raises(ValueError, match=r"at 512 px .* --grad-accum 2 \(micro-batch 8\) would fit") as error:
-        check_fit(settings, stage, 1)
-    assert f"at {stage.need(8):.1f} GB" in str(error.value)
-    assert stages(replace(settings, grad_accum=2))[1].grad_accum == 1024 // 8
+        check_fit(settings, phase, 1)
+    assert f"at {phase.memory_gb(8):.1f} GB" in str(error.value)
+    assert phases(change(settings, grad_accum=2))[1].optimisation.grad_accum == 1024 // 8
 
 
 def test_the_vae_stage_is_refused_with_its_own_knob():
@@ -124,14 +126,14 @@ def test_the_vae_stage_is_refused_with_its_own_knob():
     make_plan(config("tiny", vae_batch_size=size, gpu_gb=4.0))
 
 
-def test_a_stage_of_larger_pictures_has_smaller_micro_batches_and_fits(plan):
-    small, large = plan.stages
-    assert (small.micro, large.micro) == (64, 16) and large.config.grad_accum == 32
-    assert large.need() < 32 < large.need(32)
+def test_a_phase_of_larger_pictures_has_smaller_micro_batches_and_fits(plan):
+    small, large = plan.phases
+    assert (small.micro, large.micro) == (64, 16) and large.config.optimisation.grad_accum == 32
+    assert large.memory_gb() < 32 < large.memory_gb(32)
 
 
 def test_micro_batches_that_do_not_divide_the_batch_are_counted_by_the_largest():
-    assert make_plan(small(batch_size=10, grad_accum=4, stages={})).stages[0].micro == 3
+    assert make_plan(small(batch_size=10, grad_accum=4, stages={})).phases[0].micro == 3
 
 
 # ---------------------------------------------------------------- time
@@ -139,53 +141,53 @@ def test_micro_batches_that_do_not_divide_the_batch_are_counted_by_the_largest()
 
 def test_the_budget_is_what_encoding_training_and_the_rest_take(plan):
     encoding = 4_600_000 * (273e9 + 1117e9) / (0.4 * 209.5e12) / 3600
-    assert sum(s.encoding for s in plan.stages) == pytest.approx(encoding, rel=1e-3)
+    assert sum(s.encoding for s in plan.phases) == pytest.approx(encoding, rel=1e-3)
     training = 168 * 0.96 - encoding
-    assert [s.hours for s in plan.stages] == pytest.approx([0.79 * training, 0.21 * training], rel=1e-3)
-    assert plan.used == pytest.approx(168, rel=1e-4)
-    for stage in plan.stages:
-        flops = stage.steps * 512 * (stage.flops["net"] + stage.flops["text"])
-        assert flops == pytest.approx(stage.hours * 3600 * 0.55 * 209.5e12, rel=1e-6)
-    assert "in all 168 h: encoding 21.2 h, training 140 h, evaluation and restarts 6.72 h" in render(plan)
+    assert [s.hours for s in plan.phases] == pytest.approx([0.79 * training, 0.21 * training], rel=1e-3)
+    assert plan.hours == pytest.approx(168, rel=1e-4)
+    for phase in plan.phases:
+        flops = phase.steps * 512 * (phase.flops["net"] + phase.flops["text"])
+        assert flops == pytest.approx(phase.hours * 3600 * 0.55 * 209.5e12, rel=1e-6)
+    assert "in all 7 d 0 h: encoding 21 h 11 m, training 5 d 20 h, evaluation and restarts 6 h 43 m" in render(plan)
 
 
 def test_shares_need_not_add_up_to_one():
-    a, b = (make_plan(small(stages={"64": share, "128": 3 * share}, resolution=64)).stages for share in (0.25, 10))
+    a, b = (make_plan(small(stages={"64": share, "128": 3 * share}, resolution=64)).phases for share in (0.25, 10))
     assert [s.steps for s in a] == pytest.approx([s.steps for s in b], abs=1)
     assert a[1].hours == pytest.approx(3 * a[0].hours, rel=1e-3)
 
 
 def test_max_steps_are_shared_out_to_the_last_and_hours_follow():
     plan = make_plan(small(stages={"64": 1, "128": 1, "256": 1}, resolution=64, max_steps=1000, budget=""))
-    assert [s.steps for s in plan.stages] == [333, 334, 333]
-    assert plan.stages[2].hours == pytest.approx(333 * 512 / plan.stages[2].rate / 3600)
-    assert not plan.given and "TOO MUCH" not in render(plan)
+    assert [s.steps for s in plan.phases] == [333, 334, 333]
+    assert plan.phases[2].hours == pytest.approx(333 * 512 / plan.phases[2].rate / 3600)
+    assert not plan.budget_hours and "TOO MUCH" not in render(plan)
 
 
 def test_a_deadline_is_planned_from_now_and_the_earlier_end_counts():
     at = (datetime.now() + timedelta(hours=50)).isoformat(timespec="minutes")
     alone, earlier, later = (make_plan(small(stages={}, deadline=at, budget=budget)) for budget in ("", "20h", "90h"))
-    assert alone.given == pytest.approx(50, abs=0.1) == later.given and earlier.given == 20
-    assert alone.used == pytest.approx(50, abs=0.1)
+    assert alone.budget_hours == pytest.approx(50, abs=0.1) == later.budget_hours and earlier.budget_hours == 20
+    assert alone.hours == pytest.approx(50, abs=0.1)
     with pytest.raises(ValueError, match="has passed"):
         make_plan(small(deadline="2020-01-31T18:00", budget=""))
 
 
 def test_what_comes_before_training_takes_its_time_from_it():
     plan = make_plan(config("tiny", max_steps=0, budget="10s"))
-    vae, net = plan.stages
+    vae, net = plan.phases
     assert vae.hours > 0 and net.encoding > 0
     assert net.hours + net.encoding + vae.hours == pytest.approx(10 / 3600 * 0.96, rel=1e-3)
 
 
-@pytest.mark.parametrize("changes, told", [
+@pytest.mark.parametrize("changes, expected", [
     ({}, False), (dict(pictures=100_000_000), True), (dict(pictures=400_000_000), True), (dict(budget="1h"), True),
     (dict(budget="2h", cache=["somewhere"]), False)])
-def test_a_budget_that_encoding_eats_up_is_told(changes, told):
+def test_a_budget_that_encoding_eats_up_is_said(changes, expected):
     plan = make_plan(small(**dict(stages={}) | changes))
-    assert ("TOO MUCH for --budget" in render(plan)) is told
+    assert ("TOO MUCH for --budget" in render(plan)) is expected
     if changes.get("budget") == "1h":
-        assert plan.stages[0].steps == 0
+        assert plan.phases[0].steps == 0
 
 
 def test_a_plan_without_the_number_of_pictures_says_what_is_missing():
@@ -204,19 +206,19 @@ def test_numbers_that_make_no_plan_are_refused(changes, message):
 
 
 def test_eager_training_is_planned_with_more_memory():
-    compiled, eager = (make_plan(config("tiny", compile=value)).stages[-1].kept for value in (None, False))
+    compiled, eager = (make_plan(config("tiny", compile=value)).phases[-1].activations for value in (None, False))
     assert eager > compiled
 
 
 @pytest.mark.parametrize("widths, copies", [([], 1), (["0.05"], 1), (["0.05", "0.1", "0.2"], 3)])
 def test_every_width_is_one_more_copy_of_the_weights(widths, copies):
-    stage = make_plan(small(stages={}, ema_widths=widths)).stages[0]
-    assert stage.memory()["averaged weights, fp32"] == copies * stage.memory()["weights, fp32"]
+    phase = make_plan(small(stages={}, ema_widths=widths)).phases[0]
+    assert phase.memory()["averaged weights, fp32"] == copies * phase.memory()["weights, fp32"]
 
 
 @pytest.mark.parametrize("preset, share", [("5090_week", 0.3), ("tiny", 0.6)])
 def test_a_plan_with_checkpointing_has_less_memory_fewer_images_and_the_same_useful_work(preset, share):
-    plain, checkpointed = (make_plan(config(preset, stages={}, grad_checkpointing=value)).stages[-1] for value in (False, True))
+    plain, checkpointed = (make_plan(config(preset, stages={}, grad_checkpointing=value)).phases[-1] for value in (False, True))
     kind = "activations (estimate)"
     assert checkpointed.memory()[kind] < share * plain.memory()[kind]
     assert checkpointed.memory() | {kind: 0} == plain.memory() | {kind: 0}
@@ -231,14 +233,14 @@ MEASURED = Measured(2.0, 256.0, 0.498, 24.25, 230_000, "Friday 18:00")
 
 
 def test_plan_and_measurement_stand_side_by_side(plan):
-    text = compare(plan.stages[0].config, MEASURED, plan.config)
+    text = compare(plan.phases[0].config, MEASURED, plan.config)
     lines = text.splitlines()
     assert lines[0].split() == ["after", "200", "steps", "plan", "measured"]
     rows = {line[:20].strip(): [line[20:40].strip(), line[40:].strip()] for line in lines[1:]}
-    stage, total = plan.stages[0], sum(s.steps for s in plan.stages)
-    assert rows["seconds per step"] == [f"{512 / stage.rate:.4g}", "2"]
-    assert rows["images per second"] == [f"{stage.rate:.4g}", "256"]
-    assert rows["TFLOP/s, useful"] == ["115.2", f"{256 * stage.useful / 1e12:.4g}"]
+    phase, total = plan.phases[0], sum(s.steps for s in plan.phases)
+    assert rows["seconds per step"] == [f"{512 / phase.rate:.4g}", "2"]
+    assert rows["images per second"] == [f"{phase.rate:.4g}", "256"]
+    assert rows["TFLOP/s, useful"] == ["115.2", f"{256 * phase.useful / 1e12:.4g}"]
     assert rows["MFU"] == ["55.0%", "49.8%"]
     assert rows["memory, GB"] == ["26", "24.2"]
     assert rows["steps in all"] == [f"{total:,}", "230,000"]
@@ -246,14 +248,14 @@ def test_plan_and_measurement_stand_side_by_side(plan):
     assert len({len(line) for line in lines[:-1]}) == 1
 
 
-def test_the_stage_that_runs_is_the_one_compared():
+def test_the_phase_that_runs_is_the_one_compared():
     settings = small(stages={"64": 1, "128": 1}, resolution=64, pictures=0)
-    first, second = (compare(stage, MEASURED, settings).splitlines() for stage in stages(settings))
+    first, second = (compare(phase, MEASURED, settings).splitlines() for phase in phases(settings))
     assert first[6:8] == second[6:8]                           # steps in all, finish
     assert float(first[1].split()[-2]) < 0.5 * float(second[1].split()[-2])
 
 
-def test_a_cpu_is_told_that_the_plan_is_another_machine_s():
+def test_on_a_cpu_the_plan_is_said_to_be_another_machine_s():
     text = compare(config("tiny"), MEASURED._replace(mfu=None, memory_gb=None))
     assert text.endswith("(the plan is for a GPU of 209.5 TFLOP/s, this is a CPU)") or torch.cuda.is_available()
     assert re.search(r"MFU +55.0% +-\n", text) and re.search(r"memory, GB +\S+ +-\n", text)
@@ -276,13 +278,8 @@ def test_the_plan_finishes_when_the_first_of_its_ends_does(changes, finish):
 def test_a_plan_by_steps_finishes_after_all_of_its_time():
     settings = small(stages={}, budget="", max_steps=1000)
     plan = make_plan(settings)
-    assert plan.used == pytest.approx((plan.stages[0].hours + plan.stages[0].encoding) / 0.96)
-    assert re.search(rf"finish +after {span(plan.used)} +Friday", compare(settings, MEASURED))
-
-
-@pytest.mark.parametrize("hours, told", [(168, "168 h"), (1.25, "1.25 h"), (0.5, "30 min"), (0.0025, "9 s"), (0, "0 s")])
-def test_times_are_told_in_the_unit_that_suits_them(hours, told):
-    assert span(hours) == told
+    assert plan.hours == pytest.approx((plan.phases[0].hours + plan.phases[0].encoding) / 0.96)
+    assert re.search(rf"finish +after {show_duration(3600 * plan.hours)} +Friday", compare(settings, MEASURED))
 
 
 def test_the_dry_run_answers_in_seconds_and_writes_nothing(tmp_path):

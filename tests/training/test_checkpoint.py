@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tinyldm.config import OptimisationConfig
 from tinyldm.training import checkpoint
 from tinyldm.training.optim import make_optimizers
 
@@ -28,18 +29,22 @@ def small(memory_format=torch.contiguous_format) -> nn.Module:
     return net.to(memory_format=memory_format)
 
 
+def optimizers_of(parameters: dict[str, nn.Parameter], kind: str = "muon") -> list[torch.optim.Optimizer]:
+    matrices = {name for name, p in parameters.items() if name.startswith("layers.") and p.ndim == 4}
+    return make_optimizers(parameters, matrices, OptimisationConfig(optimizer=kind, lr=1e-2, muon_lr=1e-2, weight_decay=0.1))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_restored_optimizers_continue_bit_for_bit(tmp_path, memory_format):
-    make = lambda parameters: make_optimizers(parameters, kind="muon", lr=1e-2, muon_lr=1e-2, weight_decay=0.1)
     one = small(memory_format)
     parameters = dict(one.named_parameters())
-    optimizers = make(parameters)
+    optimizers = optimizers_of(parameters)
     trained(one, 3, optimizers)
     checkpoint.save_optimizers(tmp_path / "o.safetensors", optimizers, parameters)
 
     two = small(memory_format)
     two.load_state_dict(one.state_dict())
-    restored = make(dict(two.named_parameters()))
+    restored = optimizers_of(dict(two.named_parameters()))
     checkpoint.load_optimizers(tmp_path / "o.safetensors", restored, dict(two.named_parameters()))
     trained(one, 3, optimizers)
     trained(two, 3, restored)
@@ -49,12 +54,12 @@ def test_restored_optimizers_continue_bit_for_bit(tmp_path, memory_format):
 def test_a_foreign_optimizer_file_is_refused_with_its_name(tmp_path):
     one = small()
     parameters = dict(one.named_parameters())
-    optimizers = make_optimizers(parameters, kind="adamw", lr=1e-2, muon_lr=1e-2)
+    optimizers = optimizers_of(parameters, "adamw")
     trained(one, 1, optimizers)
     checkpoint.save_optimizers(tmp_path / "o.safetensors", optimizers, parameters)
     other = {"else": nn.Parameter(torch.zeros(3))}
     with pytest.raises(ValueError, match="o.safetensors"):
-        checkpoint.load_optimizers(tmp_path / "o.safetensors", make_optimizers(other, kind="adamw", lr=1, muon_lr=1), other)
+        checkpoint.load_optimizers(tmp_path / "o.safetensors", optimizers_of(other, "adamw"), other)
 
 
 def put(run, stage, step, word="x", keep=9, keep_every=0):
@@ -137,7 +142,7 @@ def test_a_host_copy_is_contiguous_and_keeps_its_values_when_the_original_change
 def test_a_copy_of_the_optimizers_is_what_is_saved(tmp_path):
     one = small(torch.channels_last)
     parameters = dict(one.named_parameters())
-    optimizers = make_optimizers(parameters, kind="muon", lr=1e-2, muon_lr=1e-2)
+    optimizers = optimizers_of(parameters)
     trained(one, 2, optimizers)
     checkpoint.save_optimizers(tmp_path / "one", optimizers, parameters)
     copy = checkpoint.host_copy(checkpoint.optimizer_tensors(optimizers, parameters))

@@ -52,8 +52,8 @@ DAMAGES = {
     "model/vae is missing": lambda folder: (folder / "model" / "vae").unlink(),
     "model/vae cannot be read": lambda folder: itself(folder / "model" / "vae"),
     "state.json is missing": lambda folder: (folder / "state.json").unlink(),
-    "state.json cannot be read": lambda folder: os.truncate(folder / "state.json", 70),
-    "state.json cannot be read: 'utf": lambda folder: (folder / "state.json").write_bytes(b"\xff\x00junk"),
+    "state.json is damaged": lambda folder: os.truncate(folder / "state.json", 70),
+    "state.json is damaged ('utf": lambda folder: (folder / "state.json").write_bytes(b"\xff\x00junk"),
     "it holds no": lambda folder: (folder / "state.json").write_text("3"),
     "state.json has changed": lambda folder: (folder / "state.json").write_text(
         (folder / "state.json").read_text().replace('"losses": 0.5', '"losses": 0.7')),
@@ -70,7 +70,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_named(tmp_path, cap
     assert checkpoint.newest_undamaged(tmp_path) == two
     line, = capsys.readouterr().out.splitlines()
     assert line.startswith("checkpoint step-000300 is damaged (") and fault in line
-    assert line.endswith("): going on from step-000200")
+    assert line.endswith("): resuming from step-000200")
 
 
 def test_every_damaged_one_is_named_and_without_a_whole_one_there_is_none(tmp_path, capsys):
@@ -81,10 +81,10 @@ def test_every_damaged_one_is_named_and_without_a_whole_one_there_is_none(tmp_pa
     assert checkpoint.newest_undamaged(tmp_path) == one
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in out] == ["step-000300", "step-000200"]
-    assert all("going on from step-000100" in line for line in out)
+    assert all("resuming from step-000100" in line for line in out)
     (one / "state.json").write_text("[]")
     assert checkpoint.newest_undamaged(tmp_path) is None
-    assert capsys.readouterr().out.count("no older one is whole") == 3
+    assert capsys.readouterr().out.count("no older checkpoint is undamaged") == 3
 
 
 def test_no_flipped_bit_of_state_json_changes_what_is_read(tmp_path):

@@ -197,6 +197,19 @@ def test_one_process_of_torchrun_needs_no_group(monkeypatch):
     assert connect(torch.device("mps")).size == 1 and not dist.is_initialized()
 
 
+def test_only_the_launch_that_began_a_run_goes_on_with_it_by_itself(tmp_path, monkeypatch):
+    assert distributed.launch() == "" and not distributed.started_again(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    (tmp_path / "launch").write_text(distributed.launch())
+    assert not distributed.started_again(tmp_path)             # the first attempt
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert distributed.started_again(tmp_path) and not distributed.started_again(tmp_path / "elsewhere")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert not distributed.started_again(tmp_path)
+    (tmp_path / "launch").write_text("another 1")              # the same name, another parent: on process 0's host that is another
+    assert not distributed.started_again(tmp_path)
+
+
 @pytest.mark.parametrize("device, gpus, says", [("mps", 0, "cannot train together on mps"), ("cuda", 1, "--nproc-per-node 1"),
                                                 ("cuda:0", 2, "a GPU of its own")])
 def test_devices_that_cannot_be_shared_are_refused(monkeypatch, device, gpus, says):

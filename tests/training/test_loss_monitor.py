@@ -96,7 +96,7 @@ def test_a_spike_says_how_large_it_is():
     values = losses(1000, 0.05) * 0 + 0.5 * np.exp(0.05 * np.random.default_rng(0).normal(size=1000))
     values[900] = 0.5 * math.exp(0.05 * 20)
     (step, said), = watch(values)[0]
-    assert step == 900 and said.startswith("loss 1.36 at step 900 is ") and said.endswith(" standard deviations above its course of 0.499")
+    assert step == 900 and said.startswith("loss 1.36 at step 900 is ") and said.endswith(" standard deviations above its trend of 0.499")
     assert 18 <= int(said.split(" is ")[1].split()[0]) <= 22
 
 

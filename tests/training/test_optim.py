@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from tinyldm.config import OptimisationConfig
+from tinyldm.model import muon_matrices
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.training.optim import Muon, make_optimizers, orthogonalise, set_lr
 from tinyldm.training.schedule import LearningRateSchedule
@@ -12,6 +14,13 @@ from tinyldm.training.schedule import LearningRateSchedule
 def tiny_unet() -> UNet:
     torch.manual_seed(0)
     return UNet(UNetConfig(widths=(16, 32), depth=1, attention=(False, True), heads=(1, 2), context_dim=8, groups=8))
+
+
+def optimizers_of(net: UNet, kind: str) -> tuple[dict[str, nn.Parameter], list[torch.optim.Optimizer]]:
+    """The parameters by "net.name", and what optimizes them."""
+    parameters = {f"net.{name}": p for name, p in net.named_parameters()}
+    settings = OptimisationConfig(optimizer=kind, lr=1e-3, muon_lr=1e-2)
+    return parameters, make_optimizers(parameters, muon_matrices({"net": net}), settings)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
@@ -41,21 +50,19 @@ def test_orthogonalising_keeps_the_singular_vectors():
 
 
 def test_every_parameter_has_exactly_one_optimizer():
-    parameters = dict(tiny_unet().named_parameters())
     for kind, count in (("muon", 2), ("adamw", 1)):
-        optimizers = make_optimizers(parameters, kind=kind, lr=1e-3, muon_lr=1e-2)
+        parameters, optimizers = optimizers_of(tiny_unet(), kind)
         owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
         assert len(optimizers) == count
         assert sorted(owned) == sorted(map(id, parameters.values()))
 
 
 def test_muon_takes_the_inner_matrices_and_nothing_else():
-    parameters = dict(tiny_unet().named_parameters())
-    adamw, muon = make_optimizers(parameters, kind="muon", lr=1e-3, muon_lr=1e-2)
+    parameters, (adamw, muon) = optimizers_of(tiny_unet(), "muon")
     names = {id(p): name for name, p in parameters.items()}
     taken = {names[id(p)] for p in muon.param_groups[0]["params"]}
-    assert "down.0.resnets.0.conv1.weight" in taken and "middle.attentions.0.block.cross_attention.to_k.weight" in taken
-    assert not any(name.startswith(("conv_in", "conv_out", "time_embedding")) or name.endswith("bias") for name in taken)
+    assert "net.down.0.resnets.0.conv1.weight" in taken and "net.middle.attentions.0.block.cross_attention.to_k.weight" in taken
+    assert not any(name.startswith(("net.conv_in", "net.conv_out", "net.time_embedding")) or name.endswith("bias") for name in taken)
 
 
 def test_muon_moves_a_matrix_by_the_size_it_promises():
@@ -67,8 +74,7 @@ def test_muon_moves_a_matrix_by_the_size_it_promises():
 
 
 def test_the_learning_rate_warms_up_stays_and_ends_near_zero():
-    parameters = dict(tiny_unet().named_parameters())
-    optimizers = make_optimizers(parameters, kind="muon", lr=1e-3, muon_lr=1e-2)
+    _, optimizers = optimizers_of(tiny_unet(), "muon")
     schedule = LearningRateSchedule(warmup=10, decay=0.2, max_steps=100)
     factors = [schedule.factor(step) for step in range(100)]
     set_lr(optimizers, factors[-1])

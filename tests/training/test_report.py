@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from configparser import ConfigParser
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from reports import data_of, full_row, losses, make_run
 
-from tinyldm.config import PRESETS, Config
+from tinyldm.config import flatten, make_config, preset_config
 from tinyldm.training.report import EVENTS, POINTS, running_hours, thin, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +88,7 @@ def test_running_time_that_a_row_says_is_believed_and_other_rows_go_on_from_ther
 
 def test_a_run_that_ends_by_time_says_how_much_it_has(tmp_path):
     def time(**settings):
-        config = asdict(Config(**PRESETS["tiny"] | {"max_steps": 0})) | settings
+        config = flatten(preset_config("tiny", max_steps=0)) | settings
         return data_of(write_report(make_run(tmp_path / str(len(list(tmp_path.iterdir()))), losses(1), config)))["time"]
 
     noon = datetime.datetime(2030, 1, 31, 12).timestamp()
@@ -108,7 +107,7 @@ def test_events_of_all_kinds_and_curves_of_all_names_reach_the_page(tmp_path):
 
 
 def test_settings_show_where_they_leave_the_preset(tmp_path):
-    config = asdict(Config(**PRESETS["tiny_dit"] | {"preset": "tiny_dit", "lr": 0.5})) | {"of_tomorrow": [1]}
+    config = flatten(preset_config("tiny_dit", lr=0.5)) | {"of_tomorrow": [1]}
     found = {one["name"]: one for one in data_of(write_report(make_run(tmp_path, config=config)))["config"]}
     assert [name for name, one in found.items() if one["differs"]] == ["lr"]
     assert (found["lr"]["value"], found["lr"]["usual"]) == ("0.5", "0.002") and "AdamW" in found["lr"]["help"]
@@ -116,7 +115,7 @@ def test_settings_show_where_they_leave_the_preset(tmp_path):
 
 
 def test_data_as_old_runs_say_it_is_no_difference(tmp_path):
-    config = asdict(Config(**PRESETS["tiny"])) | {"data": "toyworld"}
+    config = flatten(preset_config("tiny")) | {"data": "toyworld"}
     assert not any(one["differs"] for one in data_of(write_report(make_run(tmp_path, config=config)))["config"])
 
 
@@ -142,12 +141,12 @@ def test_the_page_is_refreshed_until_the_run_is_finished(tmp_path):
     assert refreshed("going", losses(9), {"step-000500": {"finished": False}})
     assert refreshed("vae", [], {"vae-000950": {"finished": True}})
     assert not refreshed("done", losses(9), end)
-    longer = asdict(Config(**PRESETS["tiny"] | {"max_steps": 1700}))
+    longer = flatten(preset_config("tiny", max_steps=1700))
     assert refreshed("longer", losses(9), end, longer)
     assert refreshed("taken up", [*losses(9), {"stage": "step", "step": 860}], end)
     plan = {"stage": "step", "step": 200, "event": "plan", "total_steps": 850}
     assert not refreshed("budget", [*losses(9), plan], end, longer)
-    week = asdict(Config(**PRESETS["tiny"] | {"max_steps": 0, "budget": "7d"}))
+    week = flatten(preset_config("tiny", max_steps=0, budget="7d"))
     assert refreshed("week", losses(9), {"step-000850": {"finished": False}}, week)
     assert not refreshed("week, over", losses(9), end, week)
     assert refreshed("two weeks", [*losses(9), {"stage": "step", "step": 870}], end, week)
@@ -198,7 +197,7 @@ def test_values_that_are_not_finite_are_marked_and_do_not_reach_the_curve(tmp_pa
 @pytest.mark.parametrize("said", ["</script><script>alert(1)</script>", "<!-- <script>", "\u2028 漢字 ü \U0001f98a", "\ud800",
                                   "@DATA@ @TITLE@"])
 def test_whatever_people_write_stays_text(tmp_path, said):
-    config = asdict(Config(**PRESETS["tiny"])) | {"sample_prompts": f"a|{said}", "preset": said}
+    config = flatten(preset_config("tiny")) | {"sample_prompts": f"a|{said}", "preset": said}
     rows = [{"stage": "step", "step": 1, "event": said, "text": said}, {"stage": said, "step": 1, "loss": 1.0}]
     page = write_report(make_run(tmp_path, rows, config), {said: said})
     data = data_of(page)
@@ -265,7 +264,7 @@ def test_enormous_values_keep_finite_means():
 def test_long_logs_make_a_page_under_5_mb(tmp_path):
     rows = [full_row(stage, i) for stage in ("vae", "step") for i in range(1, 6001)]
     events = [{"stage": "step", "step": i, "event": "spike" if i % 10 else "plan", "text": "x" * 1000} for i in range(5000)]
-    page = write_report(make_run(tmp_path, rows + events, asdict(Config()) | {"sample_prompts": "y" * 10**6}))
+    page = write_report(make_run(tmp_path, rows + events, flatten(make_config()) | {"sample_prompts": "y" * 10**6}))
     data = data_of(page)
     assert 1e6 < page.stat().st_size < 5e6
     kinds = [event["event"] for event in data["events"]]

@@ -8,16 +8,15 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from reports import full_row, losses, make_run
 
-from tinyldm.config import PRESETS, Config
+from tinyldm.config import flatten, preset_config
 from tinyldm.training.report import write_report
-from tinyldm.training.schedule import Schedule
+from tinyldm.training.schedule import LearningRateSchedule
 
 
 class Browser:
@@ -195,18 +194,18 @@ def test_in_a_browser_keys_and_mouse_zoom_and_a_reload_keeps_it(browser, week):
 @pytest.mark.parametrize(("total", "warmup", "decay"), [
     (850, 50, 0.4), (100, 80, 0.9), (100, 300, 0.5), (100, 0, 1.0), (100, 10, 0.0), (1, 1, 0.5)])
 def test_in_a_browser_the_planned_learning_rate_is_that_of_the_schedule(browser, tmp_path, total, warmup, decay):
-    config = asdict(Config(**PRESETS["tiny"] | {"max_steps": total, "warmup_steps": warmup, "decay": decay}))
+    config = flatten(preset_config("tiny", max_steps=total, warmup_steps=warmup, decay=decay))
     browser.open(write_report(make_run(tmp_path, losses(1, lr_factor=1.0), config)))
     line = browser.run("scheduleLine(D.stages.step.plan)")
     drawn = np.interp(range(1, total + 1), line["x"], line["y"])
-    schedule = Schedule(warmup=warmup, decay=decay, max_steps=total)
+    schedule = LearningRateSchedule(warmup=warmup, decay=decay, max_steps=total)
     assert drawn == pytest.approx([schedule.factor(step) for step in range(total)], abs=0.012)      # corners lie between two steps
     assert browser.complaints() == []
 
 
 @pytest.mark.slow
 def test_in_a_browser_a_run_that_ends_by_time_shows_what_is_used_and_its_stages(browser, tmp_path):
-    config = asdict(Config(**PRESETS["5090_week"] | {"preset": "5090_week"}))
+    config = flatten(preset_config("5090_week"))
     rows = [{"stage": "step", "step": i * 100, "loss": 0.5, "seconds": i * 760.0, "running": i * 760.0} for i in range(1, 361)]
     browser.open(write_report(make_run(tmp_path / "early", rows, config)))
     said = browser.run("$('time').textContent")

@@ -1,4 +1,4 @@
-"""The learning rate's course: as ever over steps; over a budget it reaches its end when the time does, come what may."""
+"""The learning rate's schedule: over steps a formula; over a budget it reaches its end when the time does, come what may."""
 
 import json
 import math
@@ -61,20 +61,6 @@ class Run:
 
 def budgeted(**changes) -> LearningRateSchedule:
     return LearningRateSchedule(**dict(warmup=20, decay=0.4, budget=1200.0) | changes)
-
-
-@pytest.mark.parametrize("text, value", [("7d", 604_800), ("20m", 1200), ("90s", 90), ("1d12h", 129_600), ("36h", 129_600),
-                                         ("1.5h", 5400),
-                                         (" 1H30m ", 5400), ("1d1h1m1s", 90_061), ("0.5d", 43_200)])
-def test_spans_of_time_are_read(text, value):
-    assert seconds(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "7", "d", "-1d", "0s", "1h1d", "1h1h", "1w", "1e3s", "5 apples", "nan", "1.d",
-                                  "9" * 400 + "d"])
-def test_what_is_no_span_of_time_is_refused_with_examples(text):
-    with pytest.raises(ValueError, match="7d, 1d12h, 1.5h, 20m, 90s"):
-        seconds(text)
 
 
 # ---------------------------------------------------------------- steps
@@ -304,3 +290,37 @@ def test_after_a_missed_deadline_a_run_without_decay_is_over():
     schedule.revise(400, 400.0, 0.1, now=4200.0)
     schedule.resume(400, 400.0, now=6000.0)
     assert schedule.done(400, 400.0, 6000.0)
+
+
+# ---------------------------------------------------------------- from the settings of a run
+
+NOW = 1.6e9
+
+
+def settings(*words):
+    return parse(list(words), "")[0].optimisation
+
+
+def test_a_resumed_run_keeps_its_plan_unless_another_end_is_asked_for():
+    plan = make_schedule(settings("--budget", "100s"), None, 10.0, NOW)
+    plan.revise(20, 30.0, 1.0)
+    saved = json.loads(json.dumps(plan.state()))
+    assert make_schedule(settings("--budget", "100s", "--warmup-steps", "7"), saved, 50.0, NOW).state() == plan.state()
+    longer = make_schedule(settings("--budget", "200s"), saved, 50.0, NOW)
+    assert longer.budget == 200 and longer.begun == 10 and longer.factor(999, 50.0) == 1
+    plan.fraction = saved["share"] = 0.5                          # in its decay: a little more time must not raise the rate again
+    assert make_schedule(settings("--budget", "105s"), saved, 90.0, NOW).fraction == 0.5
+    assert make_schedule(settings("--max-steps", "9"), saved, 50.0, NOW).done(9)
+
+
+def test_a_budget_that_is_used_up_before_training_says_how_to_go_on():
+    with pytest.raises(ValueError, match="running for 1 m 45 s: nothing is lost, continue with --resume auto and a larger --budget"):
+        make_schedule(settings("--budget", "100s"), None, 105.0, NOW)
+    with pytest.raises(ValueError, match="later --deadline"):
+        make_schedule(settings("--deadline", "2001-01-01T00:00"), None, 5.0, NOW)
+
+
+def test_progress_counts_training_alone():
+    plan = make_schedule(settings("--budget", "100s"), None, 20.0, NOW)
+    assert plan.progress(5, 20.0) == 0 and plan.progress(5, 60.0) == 0.5 and plan.progress(5, 100.0) == 1
+    assert make_schedule(settings("--max-steps", "8"), None, 0.0, NOW).progress(2) == 0.25

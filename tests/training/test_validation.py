@@ -1,15 +1,29 @@
 """The validation loss: held-out samples, the same noise every time, a mean over all levels alike."""
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 from caches import TOKENIZER, many
+from torch import nn
 
+from tinyldm.config import make_config
 from tinyldm.data.cache import Cache
 from tinyldm.data.loader import Loader, keep_back
-from tinyldm.training.validation import Validation
+from tinyldm.diffusion.process import make_process
+from tinyldm.objectives import Objective
+from tinyldm.objectives.denoising import Denoising
+from tinyldm.training.ema import EMA
+from tinyldm.training.validation import Validation, held_out_batch
 
 CPU = torch.device("cpu")
+
+
+def denoising(**settings) -> Denoising:
+    text = SimpleNamespace(tokenize=lambda captions: torch.from_numpy(TOKENIZER.encode(captions)))
+    return Denoising(make_config(**settings), SimpleNamespace(text=text, process=make_process("flow")), ("net",))
 
 
 def test_what_is_held_out_is_never_drawn(tmp_path):
@@ -31,19 +45,50 @@ def test_a_tenth_at_most_is_held_out_from_the_largest_part():
 
 def test_only_the_network_makes_a_difference(tmp_path):
     many(tmp_path, 2)
-    cache = Cache(tmp_path)
-    held, seen = np.arange(2), []
+    cache, objective, seen = Cache(tmp_path), denoising(), []
+    loader = Loader(cache, [TOKENIZER.fingerprint], batch_size=2, seed=0)
+    loader.held_out = np.arange(2)
 
-    def losses(x0, eps, t, mixed, tokens):
-        seen.append((x0, eps, t, tokens))
-        return t * scale + eps.mean((1, 2, 3))
+    def losses(batch):
+        seen.append(batch)
+        return batch.t * scale + batch.eps.mean((1, 2, 3))
 
     scale, results = 1.0, []
     for micro in (1, 2):
-        validate = Validation(cache, held, TOKENIZER.fingerprint, 3, micro, CPU, losses)
+        validate = Validation(held_out_batch(loader, objective, 3), micro, CPU, losses, objective.to_device)
         results += [validate(), validate()]
     assert results[0] == results[1] and results[0]["loss"] == pytest.approx(results[2]["loss"], rel=1e-6)
     scale = 2.0
     assert validate()["loss"] > results[0]["loss"]
-    assert sorted(float(x) for x in torch.cat([t for _, _, t, _ in seen[:2]])) == [0.25, 0.75]
-    assert Validation(cache, held[:0], TOKENIZER.fingerprint, 3, 1, CPU, losses)() == {}
+    assert sorted(float(x) for x in torch.cat([batch.t for batch in seen[:2]])) == [0.25, 0.75]
+    loader.held_out = np.arange(0)
+    assert held_out_batch(loader, objective, 3) is None
+
+
+def test_held_out_samples_keep_their_captions_and_are_noised_by_the_seed(tmp_path):
+    many(tmp_path, 2)
+    cache = Cache(tmp_path)
+    loader = Loader(cache, [TOKENIZER.fingerprint], batch_size=2, seed=0)
+    loader.held_out = np.arange(2)
+    one, again, other = (held_out_batch(loader, denoising(caption_dropout=1.0), seed) for seed in (3, 3, 4))
+    assert torch.equal(one.x0, torch.from_numpy(cache.latents([0, 1])[:, 0]).float()) and torch.equal(one.eps, one.mixed)
+    assert torch.equal(one.tokens, torch.from_numpy(TOKENIZER.encode([cache.captions(i)[0][1] for i in (0, 1)])))
+    assert all(torch.equal(a, b) for a, b in zip(one, again)) and not torch.equal(one.eps, other.eps)
+
+
+def test_both_the_weights_and_their_averages_are_measured_and_an_objective_without_times_has_no_bins():
+    class Batch(NamedTuple):
+        x: torch.Tensor
+
+    net = nn.Linear(1, 1, bias=False)
+    ema = EMA({"net": net}, 0.5)
+    with torch.no_grad():
+        net.weight.fill_(3.0), ema.shadow["net.weight"].fill_(5.0)
+    validate = Validation(Batch(torch.ones(4, 1)), 3, CPU, lambda batch: net(batch.x).flatten(), lambda batch, device: batch)
+    assert validate.measure(ema) == {"val_raw": 3.0, "val_ema": 5.0, "val_bins": None} and validate() == {"loss": 3.0}
+
+
+def test_an_objective_may_have_no_validation(tmp_path):
+    many(tmp_path, 12)
+    loader = Loader(Cache(tmp_path), [TOKENIZER.fingerprint], batch_size=4, seed=0, hold_out=3)
+    assert held_out_batch(loader, Objective(), 3) is None

@@ -95,7 +95,8 @@ def split_weights(words: list[str]) -> dict[str, float]:
         try:
             result[name] = float(weight) if colon else 1.0
         except ValueError:
-            raise ValueError(f"--caption-key takes KEY or KEY:WEIGHT, got '{word}': for example --caption-key dense:0.75 short:0.25") from None
+            raise ValueError(f"--caption-key takes KEY or KEY:WEIGHT, got '{word}': for example --caption-key dense:0.75 "
+                             "short:0.25") from None
         if not 0 < result[name] < math.inf:
             raise ValueError(f"--caption-key {word}: the weight must be a positive number")
     if len(result) < len(words) or len({":" in word for word in words}) > 1:

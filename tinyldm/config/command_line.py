@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyldm.cli import Parser
 from tinyldm.config.check import check, flag
-from tinyldm.config.fields import OTHER_NAMES, SETTINGS, Config, make_config
+from tinyldm.config.fields import OTHER_NAMES, SETTINGS, Config, flatten, make_config
 from tinyldm.config.presets import PRESETS
 from tinyldm.lookup import lookup
 
@@ -69,10 +69,11 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{saved} is damaged ({error}): write the run's settings into it again, or start another run with --out") from None
     row = {name: value for name, value in row.items() if name in SETTINGS}
+    known = flatten(make_config(**row))                        # with the defaults of settings that are newer than the run
     for name in (name for name in typed if SETTINGS[name].kept):
-        asked = merged(row, name, typed[name]) if isinstance(row.get(name), dict) else typed[name]
-        if json.loads(json.dumps(asked)) != row.get(name):
-            raise ValueError(f"a run keeps its {flag(name)} ({row.get(name)}): leave it out to resume, "
+        asked = merged(known, name, typed[name]) if SETTINGS[name].type is dict else typed[name]
+        if json.loads(json.dumps(asked)) != json.loads(json.dumps(known[name])):
+            raise ValueError(f"a run keeps its {flag(name)} ({known[name]}): leave it out to resume, "
                              "or start another run with --out")
     return row
 

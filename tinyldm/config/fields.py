@@ -152,7 +152,8 @@ class ObjectiveConfig:
     loss_weight: str = free("none", "weight of noise levels, for eps, x0 and v: none, min_snr, soft_min_snr, p2, edm")
     min_snr_gamma: float = free(0.0, "gamma of min_snr (alone it switches that on) or soft_min_snr (0: 5)")
     p2_gamma: float = free(1.0, "gamma of p2")
-    noise_offset: float = free(0.0, "offset noise: standard deviation of one more number per picture and channel, 0.1 for example (0: none)")
+    noise_offset: float = free(0.0, "offset noise: standard deviation of one more number per picture and channel, 0.1 for example "
+                               "(0: none)")
     input_perturbation: float = free(0.0, "noise added to the input that the target does not contain, 0.1 for example (0: none)")
     mask_padding: bool = fixed(False, "dit: attend to captions up to their end, not to the padding; text is then encoded up to the "
                                "longest caption of a batch")

@@ -112,7 +112,8 @@ def picture_divisor(config: Config, vae: AutoencoderKL) -> int:
 def settings_of(config: Config, vae: AutoencoderKL, device: torch.device = torch.device("cpu")) -> dict[str, Any]:
     """The settings that all shards of a cache were made with; a cache with others is never used. device: decides the precision."""
     bf16 = config.run.dtype == "bf16" or config.run.dtype == "auto" and native_bf16(device)
-    return {"format": FORMAT, "vae": fingerprint(vae), "dtype": "bf16" if bf16 else "fp32", "unit": picture_divisor(config, vae) if config.data.buckets else 0,
+    unit = picture_divisor(config, vae) if config.data.buckets else 0
+    return {"format": FORMAT, "vae": fingerprint(vae), "dtype": "bf16" if bf16 else "fp32", "unit": unit,
             "caption_key": list(split_weights(config.data.caption_key))} | {name: getattr(config.data, name) for name in SHAPING}
 
 
@@ -168,8 +169,8 @@ def adopt(config: Config, cache: Cache, vae: AutoencoderKL) -> Config:
     data, typed = settings["data"], {source.spec: word for word, source in zip(config.data.sources, parse_sources(config.data.sources))}
     if config.data.sources != PRESETS.get(config.run.preset, {}).get("data", DataConfig().sources):
         if typed.keys() != set(cache.sources):
-            raise ValueError(f"--data {' '.join(config.data.sources)}: {cache.folder} was made from {' '.join(data)}; leave it out, or name "
-                             "the same with other weights")
+            raise ValueError(f"--data {' '.join(config.data.sources)}: {cache.folder} was made from {' '.join(data)}; leave it out, or "
+                             "name the same with other weights")
         data = [typed[spec] for spec in cache.sources]
     return change(config, data=data, caption_key=keys, **{name: settings[name] for name in SHAPING})
 
@@ -302,6 +303,7 @@ def digest(settings: dict[str, Any]) -> str:
 def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: torch.device, claims: Claims, missing: list[Shard],
                    mark: str, check: Callable[[], None]) -> None:
     """Encode the missing shards that no other process has taken. ValueError, at the end, that names those that cannot be read."""
+    encoder = lambda path: Encoder(config.data, config.run.dtype, vae, device, path)
     recipe, facts, lost = make_recipe(config.data, picture_divisor(config, vae)), [], []
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with claims.held("index"):
@@ -318,8 +320,7 @@ def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: tor
             bar.set_description(f"shard {i + 1} of {len(missing)}")
             try:
                 replace_folder(folder / "shards" / shard.name, lambda new_folder: encode_shard(
-                    shard, lambda samples: decoded(samples, recipe, pool), lambda path: Encoder(config.data, config.run.dtype, vae, device, path),
-                    mark, new_folder, tick))
+                    shard, lambda samples: decoded(samples, recipe, pool), encoder, mark, new_folder, tick))
             except SourceLost as error:
                 lost.append(str(error))
                 continue

@@ -66,8 +66,8 @@ def measure(evaluation: Evaluation) -> Measurement:
                            [it.reading for it in answers if it.split == split]) for split in SPLITS}
 
     sheet = evaluation.out / "failures.png"
-    failures = [[it for it in answers if it.split == split and not it.right][:SHOWN] for split in SPLITS]
-    if shown := sum(failures, []):
+    failures = {split: [it for it in answers if it.split == split and not it.right] for split in SPLITS}
+    if shown := failures["train"][:SHOWN] + failures["held_out"][:SHOWN]:
         failure_sheet(shown).save(sheet)
     else:
         sheet.unlink(missing_ok=True)

@@ -154,7 +154,8 @@ def load_part(path: Path, rows: Iterable[Architecture], device: str | torch.devi
     weights = find_weights(path, row.stem, variant)
     if variant and weights is None:
         if must:
-            raise ValueError(f"{path} has no raw weights ({weights_name(row, variant)}): leave out --no-ema (ema=True) for the averaged ones")
+            raise ValueError(f"{path} has no raw weights ({weights_name(row, variant)}): leave out --no-ema (ema=True) for the "
+                             "averaged ones")
         weights = find_weights(path, row.stem)
     weights = weights or path / weights_name(row, None)          # the error names what is expected
     with named(weights):

@@ -42,6 +42,10 @@ class Objective:
     networks: Mapping[str, nn.Module] = {}
     saved: Sequence[str] = ()
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """ValueError, before anything is loaded, for settings that cannot work."""
+
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice, device: torch.device) -> NamedTuple:
         """samples, this process's part of a global batch of `batch_size`, as the loader gives them -> a batch: a NamedTuple of
         tensors [b, ...]. Random numbers are drawn for the whole global batch, then cut to `part`, so that neither the number

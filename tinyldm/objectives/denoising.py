@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tinyldm.config import Config, ObjectiveConfig
-from tinyldm.diffusion.loss import make_noise, make_weight, sample_losses, sample_t
-from tinyldm.diffusion.process import PROCESSES, Process
+from tinyldm.diffusion.loss import T_SAMPLERS, make_noise, make_weight, sample_losses, sample_t
+from tinyldm.diffusion.prediction import to_x0
+from tinyldm.diffusion.process import PROCESSES, Process, make_process
 from tinyldm.lookup import lookup
 from tinyldm.model import Model
 from tinyldm.objectives.base import Networks, Objective, Turn
@@ -39,6 +40,15 @@ class Denoising(Objective):
         # zeros, because sampling encodes the empty negative prompt too: what is trained is what is asked for.
         self.empty = model.text.tokenize([""])[0]                       # [n]
         self.begin_phase(config, model)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """The prediction tells x0 at the noisiest level, and the loss can be computed there."""
+        settings, process, pixel = config.objective, process_of(config.objective), torch.zeros(1, 1, 1, 1)
+        lookup(T_SAMPLERS, settings.times, "--times")
+        to_x0(settings.prediction, pixel, pixel, process(torch.ones(1)))        # eps-prediction has no x0 at pure noise
+        answer = torch.zeros(1, 1 + settings.learned_variance, 1, 1)
+        sample_losses(lambda *inputs: answer, pixel, pixel, torch.ones(1), None, process, **loss_settings(settings, process))
 
     def begin_phase(self, config: Config, model: Model) -> None:
         self.settings, self.model = config.objective, model
@@ -77,6 +87,11 @@ def loss_settings(settings: ObjectiveConfig, process: Process) -> dict[str, Any]
     gamma = settings.p2_gamma if name == "p2" else settings.min_snr_gamma or None
     return dict(prediction=settings.prediction, weight=make_weight(name, settings.prediction, gamma, process), loss=settings.loss,
                 huber_c=settings.huber_c)
+
+
+def process_of(settings: ObjectiveConfig) -> Process:
+    """The noise process that the settings describe. ValueError where they do not fit."""
+    return make_process(settings.process, **process_options(settings))
 
 
 def process_options(settings: ObjectiveConfig) -> dict[str, Any]:

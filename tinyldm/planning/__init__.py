@@ -1,1 +1,1 @@
-"""What a run will cost, before it begins: FLOPs, memory, hours."""
+"""Estimates what a run will cost before it begins: FLOPs, memory, hours."""

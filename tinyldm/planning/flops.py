@@ -1,7 +1,7 @@
-"""How much training computes: FLOPs of the networks, and how many a GPU makes in a second.
+"""Counts the FLOPs of networks, and knows the peak FLOP/s of GPUs.
 
-The networks are built on the meta device, shapes without values: any machine counts a network of any size in seconds.
-FLOPs are those of matrix products and convolutions, two per multiply-add; training counts as three forward passes.
+The networks are built on the meta device, as shapes without values: any machine counts a network of any size in seconds.
+Matrix products and convolutions are counted, two FLOPs per multiply-add; training counts as three forward passes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.planning.memory import empty
 from tinyldm.text.encoders import JOINS
 
-# Dense bf16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets and white papers; the first that is found counts.
+# Dense bf16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets and white papers; the first pattern found in the name counts.
 PEAKS = {
     r"\bRTX 5090$": 209.5e12, r"\bRTX 5080$": 112.6e12, r"\bRTX 4090$": 165.2e12, r"\bRTX 4080$": 97.5e12, r"\bRTX 3090$": 71e12,
     r"\bRTX 6000 Ada\b": 364.2e12, r"\bRTX A6000$": 154.8e12, r"\bL4$": 121e12, r"\bL40S$": 362e12, r"\bA100\b": 312e12,
@@ -31,7 +31,7 @@ PEAKS = {
 
 
 class Networks(NamedTuple):
-    """The networks of a model on the meta device, in its parts' order."""
+    """The networks of a model on the meta device."""
 
     net: nn.Module
     text: nn.Module
@@ -39,7 +39,7 @@ class Networks(NamedTuple):
 
 
 def meta_networks(config: Config) -> Networks:
-    """What train.py would build or load. Published weights are taken to have the shapes of Stable Diffusion 1's."""
+    """The networks that train.py would build or load. Pretrained weights are assumed to have Stable Diffusion 1's shapes."""
     vae = VAEConfig() if config.autoencoder.weights else build_dataclass(VAEConfig, config.autoencoder.fields, "--vae")
     row = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
     text = (CLIPTextConfig(activation="gelu") if config.text.weights else
@@ -53,7 +53,7 @@ def meta_networks(config: Config) -> Networks:
 
 
 def forwards(networks: Networks, resolution: int, batch: int = 1) -> dict[str, Callable[[], object]]:
-    """A forward pass of each part, on pictures of this size."""
+    """For each part, a function that runs its forward pass on pictures of this size."""
     (net, text, vae), f = networks, networks.vae.config.downscale
     if resolution % f:
         raise ValueError(f"resolution {resolution} is not a multiple of the VAE's {f}: use {-(-resolution // f) * f}")
@@ -72,7 +72,7 @@ def size(*modules: nn.Module) -> int:
 @torch.no_grad()
 def count_flops(forward: Callable[[], object]) -> int:
     """FLOPs of a forward pass on the meta device, where attention runs as two matrix products and is counted.
-    (On the CPU it would be one fused operation that the counter does not know, and count as nothing.)"""
+    (On the CPU attention is one fused operation, which the counter does not know and would count as 0.)"""
     with FlopCounterMode(display=False) as counter:
         forward()
     return counter.get_total_flops()
@@ -91,7 +91,7 @@ def useful_flops(config: Config, model: Model | None = None) -> int:
 
 
 def peak_flops(plan: PlanConfig, device: torch.device) -> float | None:
-    """FLOP/s of a GPU in bf16; of one that is not known, --gpu-tflops; None for what is no CUDA device."""
+    """Peak FLOP/s of a GPU in bf16, or --gpu-tflops where the GPU is not in PEAKS; None for devices other than CUDA."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,6 +1,6 @@
-"""How much memory training takes on a GPU, counted on the meta device: shapes without values, on any machine.
+"""Estimates the memory that training takes on a GPU, counted on the meta device: shapes without values, on any machine.
 
-What is kept between the forward and the backward pass is an estimate (see Kept). A GB is 10^9 bytes.
+Activations, the tensors saved for the backward pass, are an estimate (see SavedActivations). A GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -19,40 +19,42 @@ from tinyldm.model import muon_matrices, repeated_blocks
 from tinyldm.models.layers import Cond
 
 RESERVE = 1.5e9        # estimate: CUDA context, workspaces, fragmentation
-PARTITIONER = 1.07     # torch.compile (2.13) keeps this much more than Kept counts: traced, for the DiT and the U-Net
-EAGER = 1.6            # estimate: and this much more again without it, when every cast and norm keeps its own tensors
+# torch.compile's partitioner (torch 2.13) saves this many times what SavedActivations counts: traced for the DiT and the U-Net.
+PARTITIONER = 1.07
+EAGER = 1.6            # estimate: a further factor without torch.compile, where every cast and every norm saves its own tensors
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-class Saves(torch.autograd.Function):
-    """Stands for an operation of which only its output's shape and what it keeps for the backward pass matter."""
+class SaveForBackward(torch.autograd.Function):
+    """Stands in for an operation: it returns `out`, and saves the given tensors for the backward pass."""
 
     @staticmethod
-    def forward(ctx, out: Tensor, *kept: Tensor) -> Tensor:
-        ctx.save_for_backward(*kept)
+    def forward(ctx, out: Tensor, *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved)
         return out
 
 
-class Kept(TorchFunctionMode):
-    """Watches forward passes on the meta device for the tensors they would keep for the backward pass on a GPU.
+class SavedActivations(TorchFunctionMode):
+    """Records, during forward passes on the meta device, the tensors that a GPU would save for the backward pass.
 
-    That device has neither autocast nor fused attention, so both are acted out: products run in `dtype`, a
-    tensor is cast once; attention keeps q, k, v, its output and a number per query; a norm keeps its input.
-    Pointwise operations keep outputs of products only, the rest is recomputed, about as torch.compile does.
+    The meta device has neither autocast nor fused attention, so both are simulated: matrix products run in `dtype`, and a tensor
+    is cast once; attention saves q, k, v, its output and one number per query; a norm saves its input. Pointwise operations
+    save only outputs of matrix products; everything else is recomputed, roughly as torch.compile does.
     """
 
     products, norms = (F.linear, F.conv2d), (F.group_norm, F.layer_norm, F.rms_norm)
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
-        self.dtype, self.running = dtype, None
-        self.casts, self.made = {}, {}                    # tensor -> cast; storage -> a tensor, which keeps it alive
-        self.kept: dict[int, Tensor] = {}                 # storage -> a tensor of it
-        self.inside: list[dict[int, Tensor]] = []         # the same for each checkpointed block
-        self.place = self.kept
+        self.dtype, self.running = dtype, None            # running: the function being called
+        self.casts: dict[Tensor, Tensor] = {}             # tensor -> its cast to `dtype`
+        self.products_made: dict[int, Tensor] = {}        # storage -> output of a matrix product, which keeps the storage alive
+        self.saved: dict[int, Tensor] = {}                # storage -> saved tensor, outside checkpointed blocks
+        self.saved_in_blocks: list[dict[int, Tensor]] = []      # the same, for each checkpointed block
+        self.current = self.saved                         # which of these dicts pack() adds to
         self.weights: set[int] = set()                    # storages of parameters
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -60,14 +62,14 @@ class Kept(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             q, k, v = (self.cast(x) for x in args[:3])                                    # [b, heads, n, d]
             out = empty(q.shape[0], q.shape[2], *v.shape[1::2], dtype=v.dtype).transpose(1, 2)
-            return Saves.apply(out, q, k, v, out, empty(*q.shape[:3]))
+            return SaveForBackward.apply(out, q, k, v, out, empty(*q.shape[:3]))
         if function in self.norms:
             with torch.no_grad():
                 out = function(args[0].float(), *args[1:], **kwargs)
-            return Saves.apply(out, args[0])
+            return SaveForBackward.apply(out, args[0])
         if function in self.products:
             out = function(*map(self.cast, args), **{key: self.cast(x) for key, x in kwargs.items()})
-            self.made[storage(out)] = out
+            self.products_made[storage(out)] = out
             return out
         return function(*args, **kwargs)
 
@@ -80,31 +82,33 @@ class Kept(TorchFunctionMode):
         return self.casts[x]
 
     def pack(self, x: Tensor) -> Tensor:
-        if self.running in (*self.products, *self.norms, F.scaled_dot_product_attention) or storage(x) in self.made:
-            self.place[storage(x)] = x
+        if self.running in (*self.products, *self.norms, F.scaled_dot_product_attention) or storage(x) in self.products_made:
+            self.current[storage(x)] = x
         return x
 
     def enter(self, block: nn.Module, inputs: tuple) -> None:
-        """A checkpointed block begins: its inputs are kept, of what it keeps itself there is one block's at a time."""
+        """A checkpointed block begins: its inputs stay saved; its own activations exist for one block at a time."""
         conds = [x.context for x in inputs if isinstance(x, Cond)]
-        self.kept |= {storage(x): x for x in (*tree_leaves(inputs), *conds) if isinstance(x, Tensor)}
-        self.place = {}
-        self.inside.append(self.place)
+        self.saved |= {storage(x): x for x in (*tree_leaves(inputs), *conds) if isinstance(x, Tensor)}
+        self.current = {}
+        self.saved_in_blocks.append(self.current)
 
     def leave(self, block: nn.Module, inputs: tuple, out: Tensor) -> None:
-        self.place = self.kept
+        """A checkpointed block ends."""
+        self.current = self.saved
 
 
 def storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def count_kept(forward: Callable[[], object], dtype: torch.dtype = torch.bfloat16,
-               checkpointed: Iterable[nn.Module] = ()) -> tuple[int, int]:
-    """Bytes that a forward pass keeps until the backward pass: (activations, casts of parameters).
+def count_saved(forward: Callable[[], object], dtype: torch.dtype = torch.bfloat16,
+                checkpointed: Iterable[nn.Module] = ()) -> tuple[int, int]:
+    """Bytes that a forward pass saves for the backward pass: (activations, casts of parameters).
 
-    Of `checkpointed` modules, it is the inputs of all and, while one is run again, the rest of the largest."""
-    mode = Kept(dtype)
+    checkpointed: modules that are recomputed in the backward pass. The inputs of all of them count, and the activations inside
+    the largest one."""
+    mode = SavedActivations(dtype)
     hooks = [hook for module in checkpointed
              for hook in (module.register_forward_pre_hook(mode.enter), module.register_forward_hook(mode.leave))]
     try:
@@ -116,26 +120,29 @@ def count_kept(forward: Callable[[], object], dtype: torch.dtype = torch.bfloat1
     copies = [copy for x, copy in mode.casts.items() if isinstance(x, nn.Parameter)]
     weights = mode.weights | set(map(storage, copies))
 
-    def count(kept: Mapping[int, Tensor], counted: Iterable[int]) -> int:
-        return sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in weights and at not in counted)
+    def count(saved: Mapping[int, Tensor], counted: Iterable[int]) -> int:
+        return sum(x.untyped_storage().nbytes() for key, x in saved.items() if key not in weights and key not in counted)
 
-    activations = count(mode.kept, ()) + max((count(kept, mode.kept) for kept in mode.inside), default=0)
+    activations = count(mode.saved, ()) + max((count(block, mode.saved) for block in mode.saved_in_blocks), default=0)
     return activations, sum(copy.untyped_storage().nbytes() for copy in copies)
 
 
 def activations(config: Config, *calls: tuple[nn.Module, Callable[[], object]]) -> tuple[float, int]:
-    """Of (network, its forward pass on one picture): (bytes they keep, estimated; bytes of the weights' casts)."""
+    """Memory of training networks on one picture: (bytes of activations, an estimate; bytes of the casts of weights).
+
+    calls: (network, a function that runs its forward pass on one picture)"""
     dtype = torch.float32 if config.run.dtype == "fp32" else torch.bfloat16
     counts = []
     for net, call in calls:
         checkpointed = config.network.grad_checkpointing and hasattr(net, "grad_checkpointing")
-        counts.append(count_kept(call, dtype, repeated_blocks(net) if checkpointed else ()))
-    kept, casts = (sum(some) for some in zip(*counts))
-    return kept * PARTITIONER * (EAGER if config.run.compile is False else 1), casts
+        counts.append(count_saved(call, dtype, repeated_blocks(net) if checkpointed else ()))
+    saved, casts = (sum(column) for column in zip(*counts))
+    return saved * PARTITIONER * (EAGER if config.run.compile is False else 1), casts
 
 
-def memory(config: Config, trained: Mapping[str, nn.Module], frozen: int, kept: float, casts: int) -> dict[str, float]:
-    """Bytes on the GPU, by kind. frozen: parameters that are not trained; kept: bytes of activations."""
+def memory(config: Config, trained: Mapping[str, nn.Module], frozen: int, saved: float, casts: int) -> dict[str, float]:
+    """Bytes on the GPU, by kind. frozen: number of parameters that are not trained; saved: bytes of activations; casts: bytes of
+    the casts of weights."""
     named = {f"{part}.{name}": p.numel() for part, module in trained.items() for name, p in module.named_parameters()}
     chosen = muon_matrices(trained) if config.optimisation.optimizer == "muon" else ()
     count, matrices = sum(named.values()), sum(named[name] for name in chosen)
@@ -143,4 +150,4 @@ def memory(config: Config, trained: Mapping[str, nn.Module], frozen: int, kept: 
     return {"weights, fp32": 4 * count, "their casts, for autocast": casts, "gradients, fp32": 4 * count,
             f"optimizer ({config.optimisation.optimizer})": 8 * (count - matrices) + 4 * matrices,
             "averaged weights, fp32": 4 * count * averages, "frozen networks, fp32": 4 * frozen,
-            "activations (estimate)": kept, "CUDA, fragmentation (estimate)": RESERVE}
+            "activations (estimate)": saved, "CUDA, fragmentation (estimate)": RESERVE}

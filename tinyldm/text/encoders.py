@@ -85,12 +85,17 @@ class TextEncoders:
         """Token ids [b, L1 + L2 ...] on the CPU -> Cond on the device. Equal captions are encoded once.
 
         mask_padding: the network attends to a caption up to its end token. Only then may `trim` shorten all rows to about the
-        longest caption (CLIP's attention is causal, so the result stays): to a multiple of 16, so that few shapes are compiled.
+        longest caption (CLIP's attention is causal, so the result stays): to a multiple of 16, so that few shapes are compiled,
+        and to the same for all encoders, because a rule may lay their features side by side.
         """
         distinct, inverse = ids.unique(dim=0, return_inverse=True)
         lengths = [tokenizer.context_length for tokenizer in self.tokenizers]
-        answers = [encode(encoder.module, own, inverse, device, mask_padding, trim)
-                   for encoder, own in zip(self.encoders, distinct.split(lengths, dim=1))]
+        pairs = [(encoder.module, own) for encoder, own in zip(self.encoders, distinct.split(lengths, dim=1))]
+        length = None
+        if mask_padding and trim:
+            longest = max(int(module.ends(own).max()) for module, own in pairs) + 1
+            length = -(-longest // 16) * 16
+        answers = [encode(module, own[:, :length], inverse, device, mask_padding) for module, own in pairs]
         return JOINS[self.join].conds(answers)
 
     def encode(self, prompts: Sequence[str], device: torch.device, mask_padding: bool = False, weighted: bool = False) -> Cond:
@@ -116,13 +121,11 @@ def part_name(i: int) -> str:
     return "text" if i == 0 else f"text_{i + 1}"
 
 
-def encode(module: nn.Module, distinct: Tensor, inverse: Tensor, device: torch.device, mask_padding: bool,
-           trim: bool = False) -> Encoded:
+def encode(module: nn.Module, distinct: Tensor, inverse: Tensor, device: torch.device, mask_padding: bool) -> Encoded:
     """Distinct captions' ids [k, n], and which of them each sample has [b] -> features of every sample."""
     mask = None
     if mask_padding:
-        ends = module.ends(distinct)
-        distinct = distinct[:, :-(-(int(ends.max()) + 1) // 16) * 16] if trim else distinct
-        mask = (torch.arange(distinct.shape[1]) <= ends[:, None])[inverse].to(device, non_blocking=True)
+        mask = torch.arange(distinct.shape[1]) <= module.ends(distinct)[:, None]            # [k, n]
+        mask = mask[inverse].to(device, non_blocking=True)
     features, inverse = module(distinct.to(device, non_blocking=True)), inverse.to(device, non_blocking=True)
     return Encoded(features.hidden[inverse], mask, features.pooled[inverse])

@@ -1,12 +1,12 @@
-"""Checkpoints: folders that are there whole or not at all, and hold nothing but safetensors and JSON.
+"""Checkpoints: folders that are written atomically, and hold nothing but safetensors and JSON.
 
-RUN/checkpoints/vae-000300/    vae/, optimizer.safetensors, state.json         stage 1
-RUN/checkpoints/step-001000/   model/, optimizer.safetensors, state.json       stage 2
+RUN/checkpoints/vae-000300/    vae/, optimizer.safetensors, state.json         first stage
+RUN/checkpoints/step-001000/   model/, optimizer.safetensors, state.json       second stage
 
-`model/` is the model folder of the whole library: averaged weights, the raw ones as its non_ema variant. state.json
-holds the size and SHA-256 of every other file and a checksum of itself, so that whatever a disk does later is noticed
-and the checkpoint before is taken. A name that ends in ~ is a whole checkpoint that another of the same step was about
-to replace when the process died. Names with a dot in front are partials, removed by the next write.
+`model/` is a model folder as the whole library reads it: averaged weights, and the raw ones as its non_ema variant. state.json
+holds the size and SHA-256 of every other file and a checksum of itself: a file that changes later is noticed, and the run
+resumes from the checkpoint before. A name that ends in ~ is the backup of a complete checkpoint: the process died while it was
+replacing it by another one of the same step. Names that begin with a dot are incomplete and removed by the next write.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tinyldm.config import RunConfig
-from tinyldm.files import Claims, replace_folder, sha256
+from tinyldm.files import Claims, read_json, replace_folder, sha256
 from tinyldm.folders.weights import write_weights
 from tinyldm.training import distributed
 
 STAGES = ("vae", "step")                                   # in the order a run goes through them
 NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)~?")
-_locks: list[Claims] = []                                  # a lock that nobody refers to would be let go
+_locks: list[Claims] = []                                  # keeps a reference: a garbage-collected lock would be released
 
 
 def names(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first, whole or damaged."""
+    """A run's checkpoints, oldest first, undamaged or not."""
     return [folder for folder in _folders(run) if (folder / "state.json").exists()]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What write() was given as `state`, with stage and step. ValueError where state.json is damaged."""
+    """The `state` that was passed to write(), with stage and step. ValueError where state.json is damaged."""
     return {key: value for key, value in _read(checkpoint).items() if key not in ("files", "checksum")}
 
 
 def find_damage(checkpoint: Path, contents: bool = True) -> str:
-    """What is wrong with a checkpoint, "" where every file is as it was written. contents: compare checksums, which reads all
-    files; without, only names and sizes. Checkpoints from before there were checksums pass if their state.json can be read."""
+    """What is wrong with a checkpoint; "" where every file is as it was written. contents: compare checksums, which reads all
+    files; otherwise only names and sizes. Checkpoints of versions without checksums pass if their state.json can be read."""
     try:
         files = _read(checkpoint).get("files", {})
     except FileNotFoundError:
@@ -68,8 +68,8 @@ def find_damage(checkpoint: Path, contents: bool = True) -> str:
 
 
 def newest_undamaged(run: Path, until: int | None = None) -> Path | None:
-    """The newest checkpoint that is undamaged (and of the second stage's step `until` at most). Each damaged one after it is
-    named in a line. Reads all of what it judges."""
+    """The newest undamaged checkpoint; until: none after this step of the second stage. Prints a line about every damaged one
+    that it passes over. Reads all files of each checkpoint that it checks."""
     faults: list[tuple[str, str]] = []
     found = None
     for folder in reversed(_folders(run)):
@@ -80,37 +80,38 @@ def newest_undamaged(run: Path, until: int | None = None) -> Path | None:
             break
         faults.append((folder.name, fault))
     for name, fault in faults:
-        way_out = f"going on from {found.name}" if found else "no older one is whole"
-        print(f"checkpoint {name} is damaged ({fault}): {way_out}")
+        consequence = f"resuming from {found.name}" if found else "no older checkpoint is undamaged"
+        print(f"checkpoint {name} is damaged ({fault}): {consequence}")
     return found
 
 
 def write(run: Path, stage: str, step: int, fill: Callable[[Path], None], state: dict[str, Any], keep: int,
           keep_every: int = 0) -> Path:
-    """Put in place, whole, what `fill` writes into a folder, and state.json; then drop what is no longer kept.
+    """Write a checkpoint atomically: `fill` writes its files into a folder, and state.json is added. Then remove old checkpoints.
 
-    keep         so many of the newest stay (at least this one)
-    keep_every   and every one whose step is a multiple of it; 0: none
+    keep         number of the newest checkpoints that stay (this one always does)
+    keep_every   checkpoints whose step is a multiple of this stay too; 0: none
 
-    Of the same step, the older one stays until this one is in place. Later ones (a run that went back has them) are
-    left alone until the run overtakes them. OSError where it cannot be written; the older ones are as they were then.
+    An older checkpoint of the same step stays until this one has its final name. Checkpoints of later steps (a run that was
+    rolled back has some) stay until the run has passed them. OSError where this one cannot be written; then the older ones are
+    unchanged.
     """
     folder = run / "checkpoints" / f"{stage}-{step:06d}"
-    for pattern in (".writing-*", ".dropped-*"):               # of a process that was killed
-        for partial in folder.parent.glob(pattern):
-            shutil.rmtree(partial, ignore_errors=True)
+    for pattern in (".writing-*", ".dropped-*"):               # left behind by a process that was killed
+        for leftover in folder.parent.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def fill_all(partial: Path) -> None:
         partial.mkdir()
         fill(partial)
         _write_state(partial, {"stage": stage, "step": step, **state})
-        if folder.exists() and not find_damage(folder):              # not in the way, yet there until this one is
-            aside = folder.with_name(folder.name + "~")
-            _discard(aside)
-            os.replace(folder, aside)
+        if folder.exists() and not find_damage(folder):              # free its name, but keep it until the new one is complete
+            backup = folder.with_name(folder.name + "~")
+            _discard(backup)
+            os.replace(folder, backup)
 
     replace_folder(folder, fill_all)
-    if fault := find_damage(folder, contents=False):                 # the contents were read for their checksums just now
+    if fault := find_damage(folder, contents=False):                 # checksums were computed just now: names and sizes suffice
         raise OSError(f"{folder} is damaged as soon as it is written ({fault}): check this disk")
     _drop(run, folder, keep, keep_every)
     return folder
@@ -124,30 +125,30 @@ def remove_after(run: Path, step: int) -> None:
 
 
 class Writer:
-    """Checkpoints written in the background, one at a time, in a thread of their own.
+    """Writes checkpoints in a background thread, one at a time.
 
-    `fill` must read only what nobody changes meanwhile: host_copy() of the tensors first. What goes wrong (a full disk)
-    is raised by the next wait(), save() or close().
+    `fill` runs while training goes on, so it must not read tensors that training changes: pass it copies, from host_copy().
+    An error in the thread (a full disk) is raised by the next wait(), save() or close().
     """
 
     def __init__(self, run: Path, keep: int, keep_every: int = 0):
         self.run, self.keep, self.keep_every = run, keep, keep_every
-        self.pool = ThreadPoolExecutor(1, "checkpoint")        # a program that ends lets it finish first
+        self.pool = ThreadPoolExecutor(1, "checkpoint")        # Python waits for this thread before it exits
         self.pending: Future | None = None
 
     def save(self, stage: str, step: int, fill: Callable[[Path], None], state: dict[str, Any]) -> None:
-        """Wait for the write before, and begin this one. Arguments as in write()."""
+        """Wait for the previous write, then begin this one. Arguments as in write()."""
         self.wait()
         self.pending = self.pool.submit(write, self.run, stage, step, fill, dict(state), self.keep, self.keep_every)
 
     def wait(self) -> None:
-        """Until nothing is under way. Called before host_copy(), it keeps host memory at one copy instead of two."""
+        """Wait until no write is in progress. Called before host_copy(), so that host memory holds one copy instead of two."""
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
 
     def raise_failure(self) -> None:
-        """Raise what has gone wrong in the background by now, if anything: the sooner it is known, the less is lost."""
+        """Raise the error of a write that has failed, if one has. Called after every step, so that little training is lost."""
         if self.pending and self.pending.done():
             self.wait()
 
@@ -159,9 +160,9 @@ class Writer:
 
 
 def host_copy(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Contiguous copies in host memory, which share nothing with the originals: pinned, and all under way at once, for
-    those from CUDA. Sharded tensors are gathered, for which every process must call, with the same names in the same order;
-    keep=False, in those that do not write, only takes part in that -> {}."""
+    """Contiguous copies in host memory, which share no memory with the originals. Copies from CUDA go to pinned memory, all at
+    the same time. Sharded tensors are gathered: every process must call this, with the same names in the same order; processes
+    that write nothing pass keep=False, which only takes part in the gathering and returns {}."""
     copies, devices = {}, set()
     for name, tensor in tensors.items():
         tensor = distributed.whole(tensor.detach())
@@ -177,27 +178,27 @@ def host_copy(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor
 
 
 def check_room(run: Path, needed: int, checkpoints: int = 2) -> None:
-    """OSError where the disk has no room for so many more checkpoints of `needed` bytes each."""
-    place = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
-    free, total = shutil.disk_usage(place).free, checkpoints * needed
+    """OSError where the disk has no room for this number of further checkpoints, of `needed` bytes each."""
+    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    free, total = shutil.disk_usage(existing).free, checkpoints * needed
     if free < total:
         raise OSError(f"{free / 1e9:.1f} GB are free for {run}, and the next {checkpoints} checkpoints need "
-                      f"{total / 1e9:.1f} GB: make room, or copy the run to a larger disk and go on there with --out")
+                      f"{total / 1e9:.1f} GB: make room, or copy the run to a larger disk and continue there with --out")
 
 
 def lock(run: Path) -> Claims:
-    """Keep other processes from training in this folder, until this one ends or the lock is closed. ValueError where
-    another has it."""
+    """Keep other processes from training in this folder until this process ends or closes the lock. ValueError where another
+    process holds it."""
     claims = Claims(run / "lock")
     if not claims.take("train"):
         claims.close()
-        raise ValueError(f"another process trains in {run}: wait for its end, stop it, or name another folder with --out")
+        raise ValueError(f"another process trains in {run}: wait until it ends, stop it, or name another folder with --out")
     _locks.append(claims)
     return claims
 
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Every optimizer's state under the names PARAMETER/KEY: the tensors themselves, not copies."""
+    """The state of all optimizers, under the names PARAMETER/KEY: the tensors themselves, not copies."""
     by_id = {id(p): name for name, p in parameters.items()}
     return {f"{by_id[id(p)]}/{key}": value.detach()
             for optimizer in optimizers for p, state in optimizer.state.items() for key, value in state.items()}
@@ -213,13 +214,15 @@ def save_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], paramet
 
 
 def load_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> None:
-    """The way back. Moments are restored into the memory layout of their parameter: fused AdamW silently corrupts
+    """Restore what save_optimizers() wrote. Moments get the memory layout of their parameter: fused AdamW silently corrupts
     contiguous moments beside channels_last weights."""
     owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     try:
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
                 name, _, part = key.rpartition("/")
+                if name not in parameters:                     # older checkpoints of the first stage leave the part out
+                    name = f"vae.{name}"
                 p, value = parameters[name], tensors.get_tensor(key)
                 restored = torch.empty_like(p, requires_grad=False) if value.shape == p.shape else value.to(p.device)
                 if value.shape == p.shape:
@@ -239,30 +242,25 @@ def _number(folder: Path) -> tuple[int, int]:
 
 
 def _folders(run: Path) -> list[Path]:
-    """All that carry a checkpoint's name, oldest first; of one step, what was to be replaced (~) before the other."""
+    """All folders that are named like a checkpoint, oldest first; of the same step, the backup (~) comes first."""
     found = [path for path in run.glob("checkpoints/*-*") if NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: (*_number(path), not path.name.endswith("~")))
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
-    """All of state.json. ValueError where it is not what was written."""
+    """All of state.json. FileNotFoundError where there is none, ValueError where it has changed since it was written."""
     file = checkpoint / "state.json"
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} cannot be read: it holds no {{...}}")
+    state = read_json(file, None, "remove this checkpoint, and the one before it is used")
     if ("files" in state or "checksum" in state) and state.get("checksum") != _checksum(state):
         raise ValueError(f"{file} has changed since it was written")
     return state
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
-    """state.json, with the sizes and checksums of all other files in the folder."""
+    """Write state.json, with the sizes and checksums of all other files in the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     state = state | {"files": {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}}
-    state = json.loads(json.dumps(state))                      # as it will be read: keys are text, tuples are lists
+    state = json.loads(json.dumps(state))                      # the checksum is of what a reader gets: keys as text, tuples as lists
     (folder / "state.json").write_text(json.dumps(state | {"checksum": _checksum(state)}, indent=1), encoding="utf-8")
 
 
@@ -272,9 +270,11 @@ def _checksum(state: dict[str, Any]) -> str:
 
 
 def _drop(run: Path, newest: Path, keep: int, keep_every: int) -> None:
-    """Remove what `newest`, in place and whole, makes superfluous. What is visibly damaged is not counted as kept."""
+    """Remove the checkpoints that are no longer kept now that `newest` is written. Damaged ones (by their names and sizes) are
+    removed and not counted."""
     reached = [folder for folder in names(run) if _number(folder) <= _number(newest)]
-    undamaged = {_number(folder): folder for folder in reached if not find_damage(folder, contents=False)}    # of one step, the new folder wins over its ~ backup
+    # Of one step, the new folder wins over its ~ backup, which is listed first.
+    undamaged = {_number(folder): folder for folder in reached if not find_damage(folder, contents=False)}
     kept = [*undamaged.values()][-max(keep, 1):]
     kept += [folder for (_, step), folder in undamaged.items() if keep_every and step % keep_every == 0]
     for folder in reached:
@@ -283,8 +283,8 @@ def _drop(run: Path, newest: Path, keep: int, keep_every: int) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder, out of sight first: half of a checkpoint must not look like one. Where somebody holds it open
-    (Windows), it stays until the next time."""
+    """Remove a folder. It is renamed first, so that a half-removed one does not look like a checkpoint. Where another program has
+    it open (Windows), it stays until the next write."""
     hidden = folder.with_name(f".dropped-{folder.name}")
     try:
         os.replace(folder, hidden)
@@ -294,7 +294,7 @@ def _discard(folder: Path) -> None:
 
 
 def to_resume(config: RunConfig, run: Path) -> Path | None:
-    """The newest checkpoint that is undamaged; None for a run that begins. ValueError where all are damaged."""
+    """The newest undamaged checkpoint; None for a run that begins. ValueError where all are damaged."""
     if config.resume != "auto":
         return None
     last = newest_undamaged(run)

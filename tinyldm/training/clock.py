@@ -15,11 +15,11 @@ from tinyldm.files import write_file
 
 
 class Clock:
-    """Running time: how long the processes of a run have been alive, all of them added up, in seconds.
+    """Running time: for how many seconds the processes of a run have been alive, added up over its interruptions.
 
-    It is kept in RUN/running.json, rewritten at a look at it, every EVERY seconds at most: a kill costs that and the time since
-    the last look (a sample grid may take a while). Counted on a clock that nobody sets. Without a file (processes beside the
-    main one) only this process counts.
+    running() writes it to RUN/running.json, at most once in EVERY seconds. A kill loses the time since the last write, which is
+    long where nothing called running() (during a sample grid, for example). Measured with time.monotonic(), which nobody sets.
+    Without a file (in all processes but the main one) only this process's time counts.
     """
 
     EVERY = 2.0
@@ -28,19 +28,19 @@ class Clock:
         self.file = run / "running.json" if run else None
         self.begun = time.monotonic() if begun is None else begun
         self.before = self.written = 0.0
-        with suppress(OSError, ValueError, TypeError, KeyError):         # torn or gone: see at_least
+        with suppress(OSError, ValueError, TypeError, KeyError):         # a damaged or missing file counts as 0: see at_least
             self.before = max(0.0, float(json.loads(self.file.read_text())["seconds"])) if self.file else 0.0
 
     def running(self) -> float:
         seconds = self.before + time.monotonic() - self.begun
         if self.file and seconds - self.written > self.EVERY:
             self.written = seconds
-            with suppress(OSError):                                      # a full disk has louder ways to say so
+            with suppress(OSError):                                      # a full disk is reported by the next checkpoint
                 write_file(self.file, json.dumps({"seconds": round(seconds, 3)}))
         return seconds
 
     def at_least(self, seconds: float) -> None:
-        """What a checkpoint knows of the processes before, where the file is lost or did not come along."""
+        """Take over the running time that a checkpoint noted, in case running.json was lost or not copied with the run."""
         self.before = max(self.before, seconds)
 
     def close(self) -> None:
@@ -49,12 +49,12 @@ class Clock:
 
 
 class StepTimer:
-    """How long steps take, and what else is done between them."""
+    """How long steps take, and how much time passes between them."""
 
     def __init__(self):
         self.times: deque[float] = deque(maxlen=100)                     # seconds of the newest steps
-        self.mark, self.steps, self.between = time.perf_counter(), 0, 0.0
-        self.costs: dict[str, float] = {}                                # seconds that each of the other things took last time
+        self.mark, self.steps, self.between = time.perf_counter(), 0, 0.0        # start of the step; steps so far; seconds between
+        self.costs: dict[str, float] = {}                                # seconds by kind of work between steps, when last done
 
     def step(self) -> None:
         now = time.perf_counter()
@@ -62,13 +62,13 @@ class StepTimer:
         self.mark, self.steps = now, self.steps + 1
 
     def restart(self) -> None:
-        """Steps of another length begin."""
+        """Forget the measured times: steps of another length begin (another picture size)."""
         self.times.clear()
         self.mark = time.perf_counter()
 
     @contextmanager
     def outside_steps(self, what: str) -> Iterator[None]:
-        """Around work that is not part of a step, such as validation."""
+        """Time the work inside, such as validation, and do not count it as part of a step."""
         begun = time.perf_counter()
         yield
         self.costs[what] = took = time.perf_counter() - begun
@@ -76,7 +76,7 @@ class StepTimer:
 
     @property
     def seconds(self) -> float:
-        """Of a step: the median of the newest hundred."""
+        """Seconds per step: the median of the newest hundred."""
         return median(self.times)
 
     @property

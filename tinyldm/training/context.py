@@ -1,4 +1,4 @@
-"""Where a run takes place: its folder, its device, the processes that share the work, its clock."""
+"""The surroundings of a run: its folder, its device, the processes that train together, signals and the clock."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ class RunContext(NamedTuple):
     clock: Clock
 
     def check(self) -> None:
-        """To be called now and then during long work: keeps the clock, raises Interrupted where a signal has come."""
+        """Call this now and then during long work: it writes the running time, and raises Interrupted after a signal."""
         self.clock.running()
         self.signals.check()

@@ -1,14 +1,14 @@
 """Several processes that train one network together, as torchrun starts them.
 
-    torchrun --nproc-per-node 4 train.py ...               on every host its GPUs, one process each
+    torchrun --nproc-per-node 4 train.py ...               one process for each of a host's four GPUs
 
-Every process holds the same weights and takes its share of the global batch; the gradients are summed (World.sum), and
-the optimizers take the same step everywhere. Networks too large for one GPU are spread over all of them (shard: FSDP2,
-arXiv:2304.11277, is ZeRO-3, arXiv:1910.02054). Small things (who was asked to stop, which checkpoint to take) go over
-gloo on the CPU, so that no GPU is waited for, and as JSON.
+Every process holds the same weights and trains on its part of the global batch; the gradients are summed (World.sum), and the
+optimizers take the same step everywhere. Networks too large for one GPU are sharded over all of them (shard: FSDP2,
+arXiv:2304.11277, is ZeRO-3, arXiv:1910.02054). Small values (whether a process received a signal, which checkpoint to resume
+from) travel as JSON through gloo on the CPU, so that no process waits for its GPU.
 
-Every method of World, whole() of a sharded tensor and what calls it are collective: all processes must come by, in the
-same order. World() is a process on its own, for which all of them do nothing.
+Every method of World, whole() of a sharded tensor and whatever calls it are collective operations: all processes must call
+them, in the same order. World() is a single process, for which all of them do nothing.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from tinyldm.model import repeated_blocks
 
-TIMEOUT = timedelta(hours=1)                               # rank 0 may draw and write for minutes while the others wait
-BUCKET = 64 * 2**20                                        # bytes that are summed as one
-LOST = re.compile(r"gloo[/\\]|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+TIMEOUT = timedelta(hours=1)                               # the other processes wait while rank 0 draws and writes, for minutes
+BUCKET = 64 * 2**20                                        # bytes of gradients that are reduced in one operation
+PEER_LOST = re.compile(r"gloo[/\\]|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
 class World:
@@ -43,17 +43,17 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and speaks for all."""
+        """Whether this is the process that writes files and prints, rank 0."""
         return self.rank == 0
 
     @contextmanager
     def peer_errors(self) -> Iterator[None]:
-        """What torch raises inside where another process is gone becomes a ValueError. Every method here has it; networks
-        that are sharded wait for each other elsewhere too, and want it around the whole loop."""
+        """Inside, torch's errors about a process that has ended become a ValueError. Every method of World uses this; a sharded
+        network also communicates in its forward and backward passes, so it needs this around the whole training loop."""
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+            if self.size == 1 or not (isinstance(error, dist.DistError) or PEER_LOST.search(str(error))):
                 raise
             raise ValueError(f"another of the {self.size} processes has ended (its own message says why): start them again "
                              "with --resume auto") from error
@@ -62,32 +62,32 @@ class World:
         """The element-wise maximum over all processes, in float64."""
         if self.size == 1:
             return [float(value) for value in values]
-        largest = torch.tensor(values, dtype=torch.float64)                    # in host memory: gloo's
+        largest = torch.tensor(values, dtype=torch.float64)                    # a CPU tensor, so gloo reduces it
         with self.peer_errors():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
     @torch.no_grad()
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes its sum over all processes, the same to the last bit everywhere. The processes must give the
-        same shapes in the same order. Sharded tensors are left alone: their gradients are summed as they arise.
+        """Replace each tensor by its sum over all processes, the same to the last bit everywhere. The processes must pass the
+        same shapes in the same order. Sharded tensors are skipped: FSDP sums their gradients during the backward pass.
 
-        Needs memory for one copy of them: all are packed into buckets, which travel at the same time."""
+        Needs memory for one more copy of the tensors: they are packed into buckets, which are all reduced at the same time."""
         if self.size == 1:
             return
         with self.peer_errors():
-            under_way = []
+            reductions = []
             for bucket in buckets([tensor for tensor in tensors if not sharded(tensor)]):
                 flat = bucket[0].new_empty(sum(tensor.numel() for tensor in bucket))
                 parts = [part.view(tensor.shape) for part, tensor in zip(flat.split([tensor.numel() for tensor in bucket]), bucket)]
                 torch._foreach_copy_(parts, bucket)
-                under_way.append((dist.all_reduce(flat, async_op=True), bucket, parts))
-            for work, bucket, parts in under_way:
+                reductions.append((dist.all_reduce(flat, async_op=True), bucket, parts))
+            for work, bucket, parts in reductions:
                 work.wait()
                 torch._foreach_copy_(bucket, parts)
 
     def broadcast(self, value: Any = None) -> Any:
-        """Rank 0's value, as it comes back from JSON. What the others give does not matter."""
+        """Rank 0's value in every process, converted to JSON and back. The other processes' values are ignored."""
         if self.size == 1:
             return value
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if self.main else torch.empty(0)
@@ -99,7 +99,7 @@ class World:
         return json.loads(text.numpy().tobytes())
 
     def barrier(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have reached this call."""
         self.all_reduce_max(0)
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class World:
 
 
 def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors of one dtype and device together, in their order, up to BUCKET bytes; larger ones by themselves."""
+    """Group tensors of the same dtype and device, in their order, up to BUCKET bytes; a larger tensor is a group of its own."""
     full: list[list[Tensor]] = []
     filling: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
     for tensor in tensors:
@@ -121,24 +121,24 @@ def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return full + [bucket for bucket, _ in filling.values()]
 
 
-# ---------------------------------------------------------------- from the beginning
+# ---------------------------------------------------------------- starting
 
 
 def launched() -> tuple[int, int]:
-    """(rank, size) as torchrun tells them in the environment; (0, 1) where it did not start this."""
+    """(rank, world size) from torchrun's environment variables; (0, 1) where torchrun did not start this process."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def launch() -> str:
-    """What torchrun's processes have in common over all restarts, and with no other launch (of its process 0; "" without)."""
+    """An identifier of this torchrun launch on this host, the same for its processes and over its restarts; "" without torchrun."""
     return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
 def started_again(run: Path) -> bool:
-    """Whether torchrun has started this once more, and RUN was begun by the launch it belongs to. On hosts other than process
-    0's the id alone must do."""
+    """Whether this process is one of torchrun's restarts, and the same torchrun launch began the run in this folder. RUN/launch
+    was written on rank 0's host; on other hosts only the run id in it is compared."""
     if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         return False
     try:
@@ -149,7 +149,7 @@ def started_again(run: Path) -> bool:
 
 
 def connect(device: torch.device) -> World:
-    """Meet the others, each with its own GPU, or all on the CPU. ValueError where that cannot be."""
+    """Join the process group, each process with a GPU of its own, or all on the CPU. ValueError where that is impossible."""
     rank, size = launched()
     if size == 1:
         return World()
@@ -158,24 +158,25 @@ def connect(device: torch.device) -> World:
                          "one, without torchrun, or use --device cpu")
     backend = "gloo"
     if device.type == "cuda":
-        place, here = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        if here > torch.cuda.device_count():
-            raise ValueError(f"{here} processes for {torch.cuda.device_count()} GPUs: torchrun --nproc-per-node "
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        if local_size > torch.cuda.device_count():
+            raise ValueError(f"{local_size} processes for {torch.cuda.device_count()} GPUs: use torchrun --nproc-per-node "
                              f"{torch.cuda.device_count()}, or --device cpu")
-        if device.index not in (None, place):
-            raise ValueError(f"--device {device} for all of {here} processes: leave it out, and each takes a GPU of its own")
-        torch.cuda.set_device(place)
+        if device.index not in (None, local_rank):
+            raise ValueError(f"--device {device} for all of {local_size} processes: leave it out, and each takes a GPU of its own")
+        torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "cpu:gloo,cuda:gloo"        # Windows has no NCCL
     try:
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")             # or they find addresses of those that died (torch 2.13)
+        # A prefix for each restart: without it the processes find the addresses of those that died (torch 2.13).
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=size, timeout=TIMEOUT)
     except RuntimeError as error:
         raise ValueError(f"process {rank} cannot reach the {size - 1} others at {os.environ.get('MASTER_ADDR')}:"
                          f"{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}") from error
     world = World(rank, size)
-    if device.type == "cpu":                                   # gloo's threads, left running, may end a program with SIGABRT;
-        atexit.register(world.close)                           # NCCL would wait here for others that are gone
+    if device.type == "cpu":                                   # gloo threads that still run at exit may abort the program (SIGABRT);
+        atexit.register(world.close)                           # with NCCL, closing would wait for processes that have ended
     return world
 
 
@@ -183,65 +184,67 @@ def connect(device: torch.device) -> World:
 
 
 def shard(net: nn.Module, world: World) -> None:
-    """Leave each process a part of every parameter (along its first axis), gradient and optimizer state, before the
-    optimizers are made. Gradients arrive summed. The processes must hold the same weights, and from now on call net at
-    the same times: they gather its blocks together. float32 throughout: autocast as ever.
+    """Shard the parameters, gradients and optimizer state of net over the processes, each parameter along its first axis. Call it
+    before the optimizers are made. The backward pass sums the gradients. The processes must hold the same weights, and from now
+    on call net in step, because they gather its blocks together. Everything stays float32; autocast works as usual.
 
-    The parameters are DTensors then: whole(), local(), fill() and clip() work on both kinds."""
+    The parameters become DTensors: whole(), local(), fill() and clip() work on these and on ordinary tensors."""
     if world.size == 1:
         return
-    from torch.distributed.device_mesh import init_device_mesh  # half a second that one process can save
+    from torch.distributed.device_mesh import init_device_mesh  # imported here because it takes half a second
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = init_device_mesh(next(net.parameters()).device.type, (world.size,))
-    for module in (*repeated_blocks(net), net):                # a block is gathered whole while it computes, one after the other;
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)              # net's own weights too, or they would outlive an update
+    # Each block is gathered only while it computes. net's remaining weights are resharded too: gathered copies that stayed after
+    # the forward pass would still be there after the optimizer step, with the old values.
+    for module in (*repeated_blocks(net), net):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for module in net.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            if hasattr(module, "set_force_sum_reduction_for_comms"):            # else gloo is asked for scaled sums, which it lacks
+            if hasattr(module, "set_force_sum_reduction_for_comms"):            # gloo has no scaled sums: request plain ones
                 module.set_force_sum_reduction_for_comms(True)
 
 
 def sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. (Asking torch.distributed.tensor costs its import.)"""
+    """Whether a tensor is a DTensor, without the cost of importing torch.distributed.tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor's full tensor, for which all processes must call; any other as it is."""
+    """The full tensor of a DTensor, a collective operation; any other tensor unchanged."""
     return tensor.detach().full_tensor() if sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor, or all of another tensor: detached, in the same memory."""
+    """This process's part of a DTensor, or all of an ordinary tensor: detached, sharing its memory."""
     return tensor.detach().to_local() if sharded(tensor) else tensor.detach()
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """What of a whole tensor belongs to this process, if it is split as `like`, which has the same shape."""
+    """This process's part of a full tensor that is to be sharded as `like`, which has the same shape."""
     if not sharded(like):
         return value
     axis, mesh = like.placements[0].dim, like.device_mesh
-    parts = value.chunk(mesh.size(), axis)                     # fewer than processes where the axis is short
+    parts = value.chunk(mesh.size(), axis)                     # a short axis gives fewer parts than there are processes
     rank = mesh.get_local_rank()
     return parts[rank] if rank < len(parts) else value.narrow(axis, 0, 0)
 
 
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one of either kind, without any word between the processes."""
+    """Copy a full tensor into a DTensor or an ordinary one, without communication."""
     if tensor.shape != value.shape:
         raise ValueError(f"a tensor of shape {list(value.shape)} for one of {list(tensor.shape)}")
     local(tensor).copy_(part_of(value, tensor))
 
 
 def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """module.load_state_dict(tensors) for modules of either kind. ValueError where names or shapes differ."""
+    """module.load_state_dict(tensors), for sharded modules too. ValueError where names or shapes differ."""
     own = module.state_dict()
     if own.keys() != tensors.keys():
-        raise ValueError(f"these weights are of another network: {sorted(own.keys() ^ tensors.keys())[:3]} and so on are only in "
-                         "one of the two")
+        raise ValueError(f"these weights are of another network: {sorted(own.keys() ^ tensors.keys())[:3]} and possibly more names "
+                         "exist in only one of the two")
     for name, tensor in own.items():
         try:
             fill(tensor, tensors[name])
@@ -251,13 +254,13 @@ def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """torch.nn.utils.clip_grad_norm_ for parameters of either kind, or both. -> the norm before, the same on all ranks."""
+    """torch.nn.utils.clip_grad_norm_ for DTensors, ordinary tensors, or both. -> the norm before clipping, the same on all ranks."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    split = [grad for grad in grads if sharded(grad)]
-    if not split:
+    dtensors = [grad for grad in grads if sharded(grad)]
+    if not dtensors:
         return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True))
-    rest = [grad for grad in grads if not sharded(grad)]
-    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in (split, rest) if kind]
+    ordinary = [grad for grad in grads if not sharded(grad)]
+    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in (dtensors, ordinary) if kind]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     torch._foreach_mul_([local(grad) for grad in grads], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)

@@ -30,7 +30,7 @@ class EMA:
         self.shadow = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def decay_at(self, n: int) -> float:
-        """What update n keeps of the average."""
+        """The weight of the old average in update n."""
         return min(self.decay, n / (n + 9))
 
     @torch.no_grad()
@@ -44,7 +44,7 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        """The way back, from whole tensors."""
+        """Restore what state_dict() gave, from full tensors."""
         for name, tensor in tensors.items():
             fill(self.shadow[f"{part}.{name}"], tensor)
 
@@ -60,10 +60,10 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, p in self.parameters.items():
-            if sharded(p):                                     # gathered from memory that the network knows: change what it holds
+            if sharded(p):                                     # FSDP gathers from a fixed buffer: swap the values inside it
                 own, other = local(p), local(self.shadow[name])
-                kept = own.clone()
-                own.copy_(other), other.copy_(kept)
+                saved = own.clone()
+                own.copy_(other), other.copy_(saved)
             else:
                 p.data, self.shadow[name] = self.shadow[name], p.data
 
@@ -85,7 +85,7 @@ class PowerAverage(EMA):
 
 
 class PowerEMA:
-    """Averages of several widths side by side; `which` is a width's place in sigma_rels.
+    """Averages of several widths side by side; `which` is the index of a width in sigma_rels.
 
     Memory: one float32 copy of the parameters per width. Updates must count every step from 1; to go on after an
     interruption, load every width and continue with the next number.
@@ -109,7 +109,7 @@ class PowerEMA:
         return self.averages[which].applied()
 
     def snapshot(self, dtype: torch.dtype = torch.float32) -> dict[float, dict[str, Tensor]]:
-        """sigma_rel -> {"part.name": average}, copies in CPU memory: what reconstruct wants of this step.
+        """sigma_rel -> {"part.name": average}, copies in CPU memory: the input of reconstruct().
 
         float16 halves the files; its rounding, up to 2^-11 of a weight, grows by the sum of the coefficients' sizes."""
         return {sigma_rel: {name: whole(tensor).to("cpu", dtype, copy=True) for name, tensor in average.shadow.items()}
@@ -117,11 +117,11 @@ class PowerEMA:
 
 
 def parse_widths(words: Sequence[str | float]) -> list[float]:
-    """--ema-widths as numbers. ValueError for what is none, and for widths that no power function has."""
+    """--ema-widths as numbers. ValueError for words that are no numbers, and for widths that no power function has."""
     try:
         widths = [float(word) for word in words]
     except ValueError:
-        raise ValueError(f"--ema-widths {' '.join(map(str, words))}: numbers between 0 and 0.288, as in 0.05 0.1") from None
+        raise ValueError(f"--ema-widths {' '.join(map(str, words))}: use numbers between 0 and 0.288, as in 0.05 0.1") from None
     for width in widths:
         to_gamma(width)
     return widths
@@ -167,7 +167,7 @@ def coefficients(snapshots: Sequence[tuple[int, float]], sigma_rel: float, step:
     system[:n, :n] = overlap(steps[:, None], gammas[:, None], steps, gammas) * step           # dimensionless
     system[n, :n] = system[:n, n] = 1
     wanted[:n] = overlap(steps, gammas, np.float64(step), np.float64(to_gamma(sigma_rel))) * step
-    return np.linalg.lstsq(system, wanted, rcond=None)[0][:n]                  # snapshots given twice do no harm
+    return np.linalg.lstsq(system, wanted, rcond=None)[0][:n]                  # least squares, so repeated snapshots are harmless
 
 
 def reconstruct(snapshots: Sequence[tuple[int, float, Mapping[str, Tensor]]], sigma_rel: float,
@@ -176,11 +176,11 @@ def reconstruct(snapshots: Sequence[tuple[int, float, Mapping[str, Tensor]]], si
     their widths, and at or before the last of their steps. Adds up in float64, returns the snapshots' dtype.
 
     tensors: read one name at a time, so a mapping that reads a file when asked needs memory for one tensor only."""
-    shares = coefficients([(at, width) for at, width, _ in snapshots], sigma_rel, step)
+    weights = coefficients([(at, width) for at, width, _ in snapshots], sigma_rel, step)
     first = snapshots[0][2]
     for at, width, tensors in snapshots:
         if tensors.keys() != first.keys():
             raise ValueError(f"the snapshot of step {at}, sigma_rel {width}, holds other tensors than the first one: leave "
-                             "out what is of another model")
-    return {name: sum(tensors[name].double() * share for share, (_, _, tensors) in zip(shares.tolist(), snapshots))
+                             "out snapshots of another model")
+    return {name: sum(tensors[name].double() * weight for weight, (_, _, tensors) in zip(weights.tolist(), snapshots))
             .to(first[name].dtype) for name in first}

@@ -1,4 +1,4 @@
-"""The first stage of a run without a pretrained VAE: train one on crops, then standardise its latents."""
+"""The first stage of a run without a pretrained VAE: it trains one on crops, then standardises its latents."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class AutoencoderStage(Stage):
         return Phase(self.config, crops, slice(0, settings.batch_size), {"vae": self.vae}, 1)
 
     def finish(self) -> None:
-        """Measure the latents' mean and scale, make them part of the VAE, write RUN/vae and a picture of what it loses.
+        """Measure the latents' mean and scale, make them part of the VAE, write RUN/vae and a picture that shows reconstructions.
 
         From here on the scaling factor belongs to the weights: to_latents applies it wherever latents are made, from_latents
         takes it back before decoding, and the diffusion network only ever sees latents of unit variance."""
@@ -69,14 +69,15 @@ class AutoencoderStage(Stage):
 
 
 def optimisation(config: Config) -> OptimisationConfig:
-    """The first stage's own settings where it has some, else the run's."""
+    """The settings of the first stage's optimizers: its own where it has some, else the run's."""
     own = config.autoencoder
     return dataclasses.replace(config.optimisation, lr=own.lr, muon_lr=own.muon_lr, decay=own.decay, batch_size=own.batch_size,
                                max_steps=own.steps, budget="", deadline="", weight_decay=0.0, rollback=False)
 
 
 def random_crops(images: np.ndarray, size: int, number: int, seed: int, start: int) -> Iterator[np.ndarray]:
-    """From step `start` on: `number` crops of size x size pixels (0: whole pictures), uint8 [number, size, size, 3]."""
+    """The batches of step `start` and all later ones: `number` crops of size x size pixels (size 0: whole pictures), uint8
+    [number, size, size, 3]."""
     side = images.shape[1]
     size = min(size or side, side)
     for step in count(start):
@@ -87,7 +88,7 @@ def random_crops(images: np.ndarray, size: int, number: int, seed: int, start: i
 
 
 def copy_pretrained(config: Config, context: RunContext) -> None:
-    """RUN/vae from --vae-weights."""
+    """Write RUN/vae from the pretrained autoencoder of --vae-weights."""
     replace_folder(context.folder / "vae", lambda folder: save_vae(folder, load_vae(config.autoencoder.weights)))
 
 

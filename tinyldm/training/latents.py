@@ -1,4 +1,4 @@
-"""What the second stage begins with: the frozen VAE, and the latents of all pictures."""
+"""The inputs of the second stage: the frozen VAE, and the latents of all pictures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tinyldm.training.context import RunContext
 
 
 def prepare_latents(config: Config, context: RunContext, make_vae: Callable[[], None], begun: bool) -> tuple[nn.Module, list[Cache]]:
-    """The frozen VAE, and per phase the latents of all pictures, each made only where it is not there yet. Several processes
-    share the encoding; the main one trains or copies the VAE (make_vae) alone.
+    """The frozen VAE, and for each phase the latents of all pictures. What exists already is not made again. All processes encode
+    together; the main process alone trains or copies the VAE (make_vae).
 
-    begun: the second stage has begun; its latents are used as they are, whatever has become of the sources since."""
+    begun: the second stage has begun, so its latents are used as they are, even if the pictures have changed since."""
     while not (context.folder / "vae").is_dir():
         if context.world.main:
             make_vae()
@@ -28,8 +28,8 @@ def prepare_latents(config: Config, context: RunContext, make_vae: Callable[[], 
     for phase, folder in phase_folders(config, context.folder / "latents"):
         if not config.data.cache and not begun:
             while (report := prepare(phase, folder, vae, context.device, check=context.check)) is None:
-                context.check(), time.sleep(2)                                  # other processes are at the last shards
-            context.world.barrier()                                             # until then another process may remove and rewrite the index
+                context.check(), time.sleep(2)                                  # other processes are encoding the last shards
+            context.world.barrier()             # before this, another process may still remove and rewrite the index
             print(report)
         caches.append(Cache(folder))
     return vae, caches

@@ -1,4 +1,4 @@
-"""What training changes, and a checkpoint holds: weights, their averages, optimizer state, and what is measured of them."""
+"""The state that training changes and checkpoints hold: weights, their averages, optimizer state, and running measurements."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from tinyldm.training.trained import Stored, Trained
 
 
 class Update(NamedTuple):
-    """What one optimizer update did."""
+    """The result of one optimizer update."""
 
-    loss: float | None          # None: loss or gradient was not finite, and the update was left out
-    ratio: float | None = None  # length of the weights' change over their own, where it was measured
+    loss: float | None          # None: the loss or the gradient was not finite, and the update was skipped
+    ratio: float | None = None  # norm of the weights' change / norm of the weights; None: not measured
 
 
 class Learner:
-    """The trained networks of a stage, those of its objective, and all that follows their steps.
+    """The trained networks of a stage and of its objective, with their optimizers, averages, meters and loss monitor.
 
-    average: whether the weights are averaged (the first stage does without)."""
+    average: whether the weights are averaged (those of the first stage are not)."""
 
     def __init__(self, trained: Trained, objective: Objective, settings: OptimisationConfig, world: World, device: torch.device,
                  average: bool = True):
@@ -54,7 +54,7 @@ class Learner:
 
     @property
     def main_turn(self) -> str:
-        """The turn whose loss is *the* loss: in the log, on the progress bar, watched for divergence."""
+        """The name of the turn whose loss is logged as `loss`, shown on the progress bar and watched for divergence."""
         return self.objective.turns[0].name
 
     @property
@@ -62,26 +62,26 @@ class Learner:
         return self.meters[self.main_turn]
 
     def named(self, turn: Turn) -> dict[str, nn.Parameter]:
-        """The parameters that a turn trains, by "part.name"."""
+        """The parameters that a turn trains, keyed by "part.name"."""
         return {name: p for name, p in self.parameters.items() if name.partition(".")[0] in turn.trains}
 
     def weights(self, turn: Turn) -> list[nn.Parameter]:
         return list(self.named(turn).values())
 
     def to_sum(self, turn: Turn) -> list[Tensor]:
-        """What the processes add up after the backward pass: gradients and measured losses."""
+        """The tensors that are summed over all processes after the backward pass: gradients and measured losses."""
         return [*(p.grad for p in self.weights(turn) if p.grad is not None), self.meters[turn.name].pending]
 
     def drop_gradients(self) -> None:
-        """Forget a step that could not be finished, and what was measured of it."""
+        """Discard the gradients and measurements of a step that could not be finished."""
         for p in self.parameters.values():
             p.grad = None
         for meter in self.meters.values():
             meter.pending.zero_()
 
     def update(self, turn: Turn, norm: float, lr_factor: float, measure: bool = False) -> Update:
-        """One step of a turn's optimizers on summed and clipped gradients of this norm. Reading the loss waits for the device:
-        once per update, not once per micro-batch."""
+        """One step of a turn's optimizers on summed and clipped gradients. norm: of the gradients before clipping. measure: the
+        update's ratio. Reading the loss waits for the device, which happens here once per update, not per micro-batch."""
         optimizers, meter, weights = self.optimizers[turn.name], self.meters[turn.name], [p.detach() for p in self.weights(turn)]
         before = [p.clone() for p in weights] if measure else []
         set_lr(optimizers, lr_factor)
@@ -98,20 +98,20 @@ class Learner:
         return Update(loss, length(torch._foreach_sub(weights, before)) / max(length(before), 1e-12) if measure else None)
 
     def average(self, step: int) -> None:
-        """After update `step` (from 1): the averages follow the weights, those of an update that was left out too."""
+        """Move the averages towards the weights, after update `step` (counted from 1), also where that update was skipped."""
         if self.ema is not None:
             self.ema.update(step)
 
     def log_row(self) -> dict[str, Any]:
-        """What the meters have summed since the last row; the figures of further turns carry their names."""
+        """The meters' means since the last row, for log.jsonl; those of turns after the first end in _NAME of the turn."""
         row = self.meter.row()
         for name in list(self.meters)[1:]:
             row |= {f"{key}_{name}": value for key, value in self.meters[name].row().items()}
         return row
 
     def save(self, writer: checkpoint.Writer, stage: str, step: int, state: dict[str, Any]) -> None:
-        """Copy what changes to the host; the rest happens in the background, in the main process."""
-        writer.wait()                                                           # at most one copy at a time
+        """Copy all that training changes to the host; the main process then writes the copy in the background."""
+        writer.wait()                                                           # so that host memory holds at most one copy
         to_host, modules = partial(checkpoint.host_copy, keep=self.world.main), self.trained.modules
         averages = {} if self.ema is None else {part: to_host(self.ema.state_dict(part)) for part in modules}
         stored = Stored({part: to_host(module.state_dict()) for part, module in modules.items()}, averages)
@@ -134,7 +134,7 @@ class Learner:
         writer.save(stage, step, fill, state | measured)
 
     def load(self, last: Path) -> dict[str, Any]:
-        """Go back to a checkpoint -> its state."""
+        """Restore everything from a checkpoint -> its state."""
         stored = self.trained.read(last)
         for part, module in self.trained.modules.items():
             load_whole(module, stored.raw[part])
@@ -150,7 +150,7 @@ class Learner:
         state = checkpoint.read_state(last)
         for name, meter in self.meters.items():
             meter.load(state["meter"] if name == self.main_turn else state["meters"][name])
-        if "course" in state:                                                   # older checkpoints of the first stage have none
+        if "course" in state:                                                   # missing in old checkpoints of the first stage
             self.monitor.load(state["course"])
         return state
 
@@ -159,12 +159,12 @@ class Learner:
         return [optimizer for optimizers in self.optimizers.values() for optimizer in optimizers]
 
     def objective_tensors(self) -> dict[str, Tensor]:
-        """Those of the objective's own networks that a checkpoint holds: the tensors themselves."""
+        """The tensors (not copies) of those of the objective's own networks that a checkpoint holds."""
         return {f"{part}.{name}": tensor for part in self.objective.saved
                 for name, tensor in self.objective.networks[part].state_dict().items()}
 
     def further_averages(self) -> dict[str, Tensor]:
-        """Averages of other widths than the model's, by "width/part.name"."""
+        """The averages of further widths, keyed by "width/part.name"; the average of the first width is in the model's folder."""
         return {f"{width}/{part}.{name}": tensor for i, width in enumerate(further_widths(self.ema), 1)
                 for part in self.trained.modules for name, tensor in self.ema.state_dict(part, i).items()}
 
@@ -177,7 +177,7 @@ class Learner:
 
 
 def further_widths(ema: EMA | PowerEMA | None) -> Sequence[float]:
-    """The widths of those averages that are not the model's."""
+    """The widths of all averages but the first, which is the one that the model's folder holds."""
     return ema.sigma_rels[1:] if isinstance(ema, PowerEMA) else ()
 
 

@@ -1,4 +1,4 @@
-"""log.jsonl: one JSON object per line, in the order the run went, also across interruptions."""
+"""log.jsonl: one JSON object per line, ordered by stage and step even after interruptions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tinyldm.files import flush, write_file
 
 
 class Log:
-    """Rows with at least `stage` and `step`. Opening it at (stage, step) forgets the rows of steps that a resumed
-    run is going to take again. Without a path nothing is written. also: is told every row, too."""
+    """Rows with at least `stage` and `step`. Opening the log at (stage, step) removes the rows of later steps, which a resumed
+    run takes again. path None: nothing is written. on_row: called with every row."""
 
-    def __init__(self, path: Path | None, stage: str = "vae", step: int = 0, also: Callable[[dict], None] = lambda row: None):
-        self.path, self.also = path, also
+    def __init__(self, path: Path | None, stage: str = "vae", step: int = 0, on_row: Callable[[dict], None] = lambda row: None):
+        self.path, self.on_row = path, on_row
         if path and path.exists():
             kept = [row for row in read(path) if (row["stage"] != "vae", row["step"]) <= (stage != "vae", step)]
             write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -24,17 +24,17 @@ class Log:
         if self.path:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
-        self.also(row)
-
+        self.on_row(row)
 
     def flush(self) -> None:
-        """To the disk, before a checkpoint says that these rows need not be written again."""
+        """Flush the rows to the disk. Called before a checkpoint is written: the run resumes after these rows and never
+        repeats them."""
         if self.path and self.path.exists():
             flush(self.path)
 
 
 def read(path: Path) -> list[dict]:
-    """All whole rows; a line torn by a crash is left out."""
+    """All rows; a line that a crash left incomplete is skipped."""
     rows = []
     for line in path.read_text().splitlines():
         try:

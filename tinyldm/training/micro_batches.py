@@ -8,18 +8,18 @@ import torch
 
 
 class MicroBatches:
-    """The number of micro-batches per step, doubled where memory does not suffice: the global batch stays the same.
+    """The number of micro-batches per step. It doubles when memory runs out, so the global batch stays the same.
 
-        for attempt in micro_batches.attempts():        # one; after out of memory another, in smaller micro-batches
+        for attempt in micro_batches.attempts():        # runs once; again with smaller micro-batches when memory has run out
             with attempt:
-                ...                                     # forward and backward of `attempt.count` micro-batches
+                ...                                     # forward and backward passes of `attempt.count` micro-batches
 
-    count       micro-batches to begin with
-    most        samples of this process, so the largest number there can be
-    agree       whether any process is out of memory (all of them must cut alike)
-    start_over  called before another attempt: drop gradients, tell the user. Its argument is the new count
-    give_up     what to raise where even single samples do not fit
-    retry       False: an error ends the run (sharded networks leave the other processes waiting)
+    count       number of micro-batches at first
+    most        the largest possible number: one sample each, of this process's part of the batch
+    agree       a process's own result -> whether any process ran out of memory; all processes must use the same count
+    start_over  called with the new count before another attempt: drops gradients, prints a message
+    give_up     makes the exception for when even single samples do not fit
+    retry       False: out of memory ends the run (with a sharded network the other processes would wait forever)
     """
 
     def __init__(self, count: int, most: int, agree: Callable[[bool], bool], start_over: Callable[[int], None],
@@ -48,7 +48,7 @@ class MicroBatches:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an error says, on a GPU or a CPU."""
+    """Whether an error says that a GPU or the CPU is out of memory."""
     words = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words))

@@ -57,10 +57,10 @@ def _newton_schulz_long(x: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised. Parameters [out, ...] are treated as matrices [out, rest].
 
-    lr: the root-mean-square of a matrix's update is 0.2 * lr * (its own dimension-free size), so AdamW's
-    learning rates and weight decays fit (arXiv:2502.16982, Eq. 4).
+    lr: the root-mean-square of a matrix's update is about 0.2 * lr, whatever its shape, so AdamW's learning rates and weight
+    decays fit (arXiv:2502.16982, Eq. 4).
 
-    Sharded matrices are gathered: every process orthogonalises all of them, and takes its part.
+    Sharded matrices are gathered: every process orthogonalises all of them, and applies its part of the update.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -93,14 +93,14 @@ def make_optimizers(parameters: Mapping[str, nn.Parameter], matrices: Collection
                     settings: OptimisationConfig) -> list[torch.optim.Optimizer]:
     """[AdamW] or, for --optimizer muon, [AdamW, Muon], together covering parameters (name -> parameter) once each.
 
-    matrices: the names of those that Muon may take (model.muon_matrices). Muon's update of a matrix has the root mean square that
+    matrices: the names of the parameters that Muon may train (model.muon_matrices). Muon's update of a matrix has the root mean square that
     AdamW's would have at 0.2 of the learning rate, whatever its shape, so the two learning rates are of one order; they are
     separate settings because the best one for embeddings, norms and biases need not be the best for matrices.
     """
     inner = [p for name, p in parameters.items() if settings.optimizer == "muon" and name in matrices]
     chosen = set(map(id, inner))
     outer = [p for p in parameters.values() if id(p) not in chosen]
-    kinds = [[p for p in outer if sharded(p) == kind] for kind in (False, True)]     # one kernel does not take both kinds
+    kinds = [[p for p in outer if sharded(p) == kind] for kind in (False, True)]     # fused AdamW takes no mixture of the two
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW([{"params": params} for params in kinds if params], lr=settings.lr, betas=(0.9, 0.95),
                           weight_decay=settings.weight_decay, fused=True)]
@@ -113,7 +113,7 @@ def make_optimizers(parameters: Mapping[str, nn.Parameter], matrices: Collection
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Every group's learning rate is its peak times the factor."""
+    """Set the learning rate of every parameter group to its peak times the factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor

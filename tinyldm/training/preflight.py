@@ -1,4 +1,4 @@
-"""Whatever cannot work is refused here, before anything is written or trained."""
+"""Checks of a configuration, before anything is written or trained: what cannot work is refused here."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from tinyldm.config import Config, change, flatten, phases
 from tinyldm.data.cache import Cache
 from tinyldm.data.prepare import adopt, find_shards, phase_folders, picture_divisor
 from tinyldm.diffusion.grids import grid
-from tinyldm.diffusion.loss import T_SAMPLERS, sample_losses
 from tinyldm.diffusion.prediction import to_x0
-from tinyldm.diffusion.process import make_process
 from tinyldm.diffusion.samplers import find_sampler
 from tinyldm.durations import parse_date
 from tinyldm.folders.load import load_text, load_tokenizer, load_vae
 from tinyldm.lookup import lookup
 from tinyldm.model import NETWORKS, TEXT_ENCODERS
 from tinyldm.objectives import OBJECTIVES
-from tinyldm.objectives.denoising import loss_settings, process_options
+from tinyldm.objectives.denoising import process_of
 from tinyldm.planning.flops import forwards, meta_networks
 from tinyldm.text.encoders import JOINS
 from tinyldm.training.distributed import launched
@@ -31,7 +29,7 @@ from tinyldm.vendor_loaders.scheduler import sampling
 
 
 def check_run(config: Config) -> Config:
-    """ValueError, OSError: with what to do. -> the configuration, with what --cache decides in it."""
+    """ValueError or OSError, with advice, where the run cannot work. -> the configuration, completed by what --cache decides."""
     check_names(config)
     check_process(config)
     length = config.optimisation
@@ -43,17 +41,16 @@ def check_run(config: Config) -> Config:
     if (processes := launched()[1]) > length.batch_size:
         raise ValueError(f"--batch-size {length.batch_size} leaves some of {processes} processes without a picture: start fewer")
     if any(not (folder / "index.json").exists() for _, folder in phase_folders(config, Path(config.run.out) / "latents")):
-        find_shards(config.data, config.run.seed)                               # the sources are there
+        find_shards(config.data, config.run.seed)                               # raises where a data source is missing
     return check_parts(config)
 
 
 def check_names(config: Config) -> None:
-    """Names are looked up in their tables, and pairs of them that do not fit are refused."""
+    """Look up names in their tables, and refuse combinations that do not fit."""
     row = lookup(NETWORKS, config.network.name, "network")
     lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
     lookup(JOINS, config.text.join, "rule to join text encoders")
     lookup(OBJECTIVES, config.objective.name, "objective")
-    lookup(T_SAMPLERS, config.objective.times, "--times")
     find_sampler(config.drawing.sampler)
     if config.objective.mask_padding and "mask" not in row.conditions:
         able = [name for name, other in NETWORKS.items() if "mask" in other.conditions]
@@ -62,20 +59,18 @@ def check_names(config: Config) -> None:
 
 
 def check_process(config: Config) -> None:
-    """The process has the options, the network can learn the prediction on it, and a model trained so can be written and drawn
-    with: its scheduler config is made, and read again."""
-    settings = config.objective
-    process, pixel = make_process(settings.process, **process_options(settings)), torch.zeros(1, 1, 1, 1)
-    for level in (grid(process, config.drawing.steps)[0], process(torch.ones(1))):
-        to_x0(settings.prediction, pixel, pixel, level)                         # eps-prediction has no x0 at pure noise
-    answer = torch.zeros(1, 1 + settings.learned_variance, 1, 1)
-    sample_losses(lambda *inputs: answer, pixel, pixel, torch.ones(1), None, process, **loss_settings(settings, process))
+    """Check that the objective can be minimised on this process, and that a model trained so can be saved and drawn with: its
+    scheduler config is made and read back."""
+    process = process_of(config.objective)
+    OBJECTIVES[config.objective.name].check(config)
+    level = grid(process, config.drawing.steps)[0]
+    to_x0(config.objective.prediction, torch.zeros(1, 1), torch.zeros(1, 1), level)     # raises for eps at pure noise
     found = sampling(scheduler_config(config), config.drawing.sampler)
     grid(process, config.drawing.steps, found.schedule, **found.grid)
 
 
 def check_parts(config: Config) -> Config:
-    """Pretrained parts are there, whole and of the right kind, sizes divide, caches fit."""
+    """Check that pretrained parts exist, are undamaged and of the right kind, that picture sizes are divisible, that caches fit."""
     if config.autoencoder.weights:
         vae = load_vae(config.autoencoder.weights)
         for phase in phases(config):
@@ -83,15 +78,16 @@ def check_parts(config: Config) -> Config:
                 raise ValueError(f"resolution {phase.data.resolution} is not a multiple of {divisor}, which this VAE and network divide by")
         for phase in phases(config) if config.data.cache else []:
             adopted = flatten(adopt(phase, Cache(Path(phase.data.cache[0])), vae))
-            kept = ("resolution", "stages", "cache", "grad_accum", "shift")     # these are the run's, not the phase's
+            kept = ("resolution", "stages", "cache", "grad_accum", "shift")     # settings of the run that a phase has changed
             config = change(config, **{name: value for name, value in adopted.items() if name not in kept})
     if config.text.weights:
         load_text(config.text.weights), load_tokenizer(config.text.weights)
     elif config.run.fsdp:
-        raise ValueError("--fsdp shards the network, and not a text encoder that is trained along: name one with --text-weights")
+        raise ValueError("--fsdp shards only the network, so the text encoder cannot be trained: name a pretrained one with "
+                         "--text-weights")
     if not config.autoencoder.weights:
-        networks = meta_networks(config)                                        # shapes without values: sizes that do
-        sizes = {phase.data.resolution for phase in phases(config)}             # not divide fail here, in a second
+        networks = meta_networks(config)                        # shapes without values: indivisible sizes fail here, in a second
+        sizes = {phase.data.resolution for phase in phases(config)}
         for size in sizes | {config.autoencoder.crop or config.data.resolution}:
             for part, forward in forwards(networks, size).items():
                 if part != "net" or size in sizes:

@@ -19,7 +19,7 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, start: int, total: int, batch_size: int, device: torch.device, shown: bool = True):
-        every = 0.5 if sys.stderr.isatty() else 30             # seconds: a log file needs few of these lines
+        every = 0.5 if sys.stderr.isatty() else 30             # seconds between updates; few, where they go to a log file
         self.bar = tqdm(total=total or None, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=every,
                         maxinterval=every, disable=not shown)
         self.batch_size, self.device = batch_size, device
@@ -32,12 +32,12 @@ class ProgressBar:
         self.bar.update()
 
     def plan(self, total: int) -> None:
-        """The number of steps has become known, or another."""
+        """Set the planned number of steps, when it becomes known or changes."""
         self.bar.total = total or None
 
     def report(self, loss: float | None, lr: float, finish: str = "") -> dict[str, float]:
-        """Show it, and return what a log row has that depends on the clock or the machine: seconds since the bar began,
-        images per second since the last report, mfu, memory_gb."""
+        """Show these figures on the bar. -> those entries of a log row that depend on the clock or the machine: seconds since the
+        bar began, images_per_second since the last report, mfu, memory_gb."""
         now = time.perf_counter()
         rate = self.steps * self.batch_size / (now - self.marked)
         self.marked, self.steps = now, 0

@@ -1,8 +1,8 @@
-"""RUN/report.html: one page that shows a run, while it goes and afterwards, from what lies in its folder.
+"""Writes RUN/report.html: one page that shows a run, during training and afterwards, from the files in its folder.
 
 The page is the template report.html beside this file with one block of JSON in it. It needs no network and no library:
-curves are in the page, thinned, and the sample grids are links into RUN/samples. Whatever is missing or damaged in the
-run folder leaves a gap on the page, never an error: a report must not end a training run.
+thinned curves are in the page, and the sample grids are links into RUN/samples. A file that is missing or damaged leaves a gap
+on the page and never raises an error: a report must not end a training run.
 """
 
 from __future__ import annotations
@@ -31,19 +31,18 @@ from tinyldm.durations import parse_date, parse_duration
 from tinyldm.files import read_json, write_file
 from tinyldm.training import log
 
-POINTS = 2000          # per series
-BINS = 16              # per vector of t-bins
-EVENTS = 400           # the newest, and as many plans
-TEXT = 400             # characters of an event (ten times as many of a setting)
+POINTS = 2000          # points of a curve, at most
+BINS = 16              # curves by noise level t, at most
+EVENTS = 400           # plans shown, and other events shown, at most
+TEXT = 400             # characters shown of an event, at most; ten times as many of a setting
 SCALARS = "loss lr_factor grad_norm update_ratio val_raw val_ema images_per_second mfu memory_gb skipped".split()
 VECTORS = ("t_bins", "val_bins")
 
 
 def write_report(run: Path, environment: dict | None = None) -> Path:
-    """Write RUN/report.html, whole or not at all -> its path.
+    """Write RUN/report.html atomically -> its path. OSError where the page cannot be written.
 
-    environment: names and values to show after, or in place of, the versions of Python, torch and the platform. OSError
-    where the page cannot be written.
+    environment: further names and values to show with the versions of Python, torch and the platform; an equal name replaces one.
     """
     config = read_json_or_nothing(run / "config.json")
     rows = read_rows(run / "log.jsonl")
@@ -73,7 +72,7 @@ def write_report(run: Path, environment: dict | None = None) -> Path:
 
 
 def read_json_or_nothing(path: Path) -> dict:
-    """A JSON object, or {} where there is none."""
+    """A JSON object from a file; {} where it is missing or damaged."""
     try:
         return read_json(path, "")
     except (OSError, ValueError):
@@ -81,7 +80,7 @@ def read_json_or_nothing(path: Path) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The log's rows that say where they belong, by step within each stage."""
+    """The rows of the log that have a stage and a step, sorted by step within each stage."""
     try:
         rows = log.read(path)
     except (OSError, ValueError):
@@ -93,26 +92,26 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def checkpoints(run: Path) -> list[dict]:
-    """What is on disk, oldest first: {name, stage, step, finished}."""
+    """The checkpoints on disk, oldest first: {name, stage, step, finished}."""
     found = []
     for path in run.glob("checkpoints/*/state.json"):
-        state, place = read_json_or_nothing(path), re.fullmatch(r"(\w+)-(\d{1,15})", path.parent.name)
-        if state and place:
-            found.append({"name": path.parent.name, "stage": place[1], "step": int(place[2]),
+        state, match = read_json_or_nothing(path), re.fullmatch(r"(\w+)-(\d{1,15})", path.parent.name)
+        if state and match:
+            found.append({"name": path.parent.name, "stage": match[1], "step": int(match[2]),
                           "finished": state.get("finished") is True})
     return sorted(found, key=lambda one: (one["stage"] != "vae", one["step"]))
 
 
 def samples(run: Path) -> list[dict]:
-    """Grids by step: {src: relative address, label, step: None for a picture without one}."""
+    """The pictures in RUN/samples, sorted by step: {src: relative address, label, step: None where the name has none}."""
     found = [{"src": f"samples/{quote(os.fsencode(path.name))}", "label": path.stem,
-              "step": int(place[1]) if (place := re.fullmatch(r"step-(\d{1,15})", path.stem)) else None}
+              "step": int(match[1]) if (match := re.fullmatch(r"step-(\d{1,15})", path.stem)) else None}
              for path in run.glob("samples/*.png")]
     return sorted(found, key=lambda one: (one["step"] or 0, one["label"]))
 
 
 def is_finished(config: dict, rows: list[dict], saved: list[dict]) -> bool:
-    """Whether the last stage reached its end and nothing has been taken up since (a run can be made longer)."""
+    """Whether the second stage reached its end and has not been continued since (a run can be made longer)."""
     ends = [one["step"] for one in saved if one["stage"] == "step" and one["finished"]]
     rows = [row for row in rows if row["stage"] == "step"]
     total = math.nan if any(row.get("event") == "plan" for row in rows) else number(config.get("max_steps"))
@@ -123,7 +122,7 @@ def is_finished(config: dict, rows: list[dict], saved: list[dict]) -> bool:
 
 
 def number(value: Any) -> float:
-    """A float, NaN for what is no number."""
+    """The value as a float; NaN where it is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
     with suppress(OverflowError):
@@ -139,8 +138,8 @@ def floats(values: Sequence[Any]) -> np.ndarray:
 
 
 def thin(steps: Sequence[float], values: Sequence[Any], points: int = POINTS) -> dict[str, list]:
-    """A curve of about `points` points -> {x, y: the values, of each bucket its least and its greatest; mx, my: the
-    buckets' means, where there are buckets; bad: steps of values that are not finite, 200 at most}."""
+    """Reduce a curve to about `points` points. -> {x, y: all points, or of each bucket the lowest and the highest; mx, my: the
+    means of the buckets, where there are buckets; bad: the steps of values that are not finite, 200 at most}."""
     x, y = floats(steps), floats(values)
     x, y, bad = x[np.isfinite(y)], y[np.isfinite(y)], x[~np.isfinite(y)]
     bad = bad[np.linspace(0, len(bad) - 1, min(len(bad), 200)).astype(int)]
@@ -151,7 +150,8 @@ def thin(steps: Sequence[float], values: Sequence[Any], points: int = POINTS) ->
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist()):
         kept |= {low + int(y[low:high].argmin()), low + int(y[low:high].argmax())}
     index, counts = np.array(sorted(kept)), np.diff(edges)
-    means = [np.add.reduceat(z / np.repeat(counts, counts), edges[:-1]) for z in (x, y)]       # cannot overflow
+    # Divided before the sum, which therefore cannot overflow.
+    means = [np.add.reduceat(z / np.repeat(counts, counts), edges[:-1]) for z in (x, y)]
     return {"x": plain(x[index]), "y": plain(y[index]), "mx": plain(means[0]), "my": plain(means[1]), "bad": plain(bad)}
 
 
@@ -160,7 +160,7 @@ def plain(values: np.ndarray) -> list:
 
 
 def stage(name: str, rows: list[dict], config: dict, saved: list[dict]) -> dict:
-    """{step: the last that is known of, plan, curves: {name: curve}, bins: {name: [curve per bin]}}."""
+    """The page's data for one stage: {step: its last known step, plan, curves: {name: curve}, bins: {name: [curve per bin]}}."""
     keys = set().union(*rows)
     curves = {key: found for key in SCALARS if key in keys and (found := curve(rows, lambda row: row.get(key)))}
     bins = {}
@@ -181,8 +181,8 @@ def curve(rows: list[dict], pick: Callable[[dict], Any]) -> dict | None:
 
 
 def running_hours(rows: list[dict]) -> dict[str, dict]:
-    """Time spent running at each step, in hours, over all processes, per stage: `running` says it; rows without it add up
-    from `seconds`, which starts again with each process."""
+    """For each stage, the running time at every logged step: hours, added up over interruptions. Rows of older logs have no
+    `running`; for those `seconds`, which starts again at 0 with each process, is added up."""
     before, last, curves = 0.0, 0.0, {}
     for row in rows:
         process, running = (max(0.0, number(row.get(key))) if number(row.get(key)) < math.inf else None for key in ("seconds", "running"))
@@ -197,22 +197,22 @@ def running_hours(rows: list[dict]) -> dict[str, dict]:
 
 
 def plan(name: str, rows: list[dict], config: dict) -> dict:
-    """The newest plan of a stage, from its events, else from the settings; None for what nobody has said."""
+    """The newest plan of a stage, from its events, else from the settings; None for what neither of them gives."""
     events = [row for row in rows if row.get("event") == "plan"]
-    told = shown(events[-1]) if events else {}
+    planned = shown(events[-1]) if events else {}
     settings = {key: value for key, value in config.items() if 0 < number(value) < math.inf}
-    total = told.get("total_steps") or settings.get("vae_steps" if name == "vae" else "max_steps")
-    share = settings.get("vae_decay", AutoencoderConfig.decay) if name == "vae" else settings.get("decay")
-    guess = round(total * (1 - share)) if total and share is not None else None
-    return {"total": total, "decay_from": told.get("decay_from", guess), "finish": told.get("finish"),
+    total = planned.get("total_steps") or settings.get("vae_steps" if name == "vae" else "max_steps")
+    decay = settings.get("vae_decay", AutoencoderConfig.decay) if name == "vae" else settings.get("decay")
+    default = round(total * (1 - decay)) if total and decay is not None else None
+    return {"total": total, "decay_from": planned.get("decay_from", default), "finish": planned.get("finish"),
             "warmup": settings.get("warmup_steps", 0)}
 
 
 def time_to_go(config: dict) -> dict:
-    """Of a run that ends by time {hours: its budget, ends: its deadline in seconds since 1970}, each where it was given."""
+    """When the run must end: {hours: its budget, ends: its deadline in seconds since 1970}, each only if the run has one."""
     found = {}
     for key, name, convert in (("hours", "budget", lambda text: parse_duration(text) / 3600), ("ends", "deadline", parse_date)):
-        with suppress(ValueError, OverflowError, OSError):     # the last: years that Windows does not know
+        with suppress(ValueError, OverflowError, OSError):     # OSError: a year outside the range of Windows
             if isinstance(config.get(name), str):
                 found[key] = convert(config[name])
     return found
@@ -222,32 +222,33 @@ def time_to_go(config: dict) -> dict:
 
 
 def text(value: Any, length: int = TEXT) -> str:
-    said = value if isinstance(value, str) else json.dumps(value, default=str)
-    return said if len(said) <= length else said[: length - 1] + "…"
+    """A value as text of at most `length` characters."""
+    full = value if isinstance(value, str) else json.dumps(value, default=str)
+    return full if len(full) <= length else full[: length - 1] + "…"
 
 
 def keep_newest(events: list[dict]) -> list[dict]:
-    """All that fit, oldest first: the newest plans, and the newest of the rest."""
+    """The newest EVENTS plans and the newest EVENTS other events, oldest first."""
     plans = [event for event in events if event["event"] == "plan"][-EVENTS:]
     kept = {id(event) for event in plans + [event for event in events if event["event"] != "plan"][-EVENTS:]}
     return [event for event in events if id(event) in kept]
 
 
 def shown(event: dict) -> dict:
-    """Of an event what the page shows, each part only where it is there and what it should be."""
+    """The parts of an event that the page shows, each only if it is present and of the right kind."""
     kept = {"stage": event["stage"], "step": event["step"], "event": text(event["event"], 40)}
     numbers = {key: event[key] for key in ("total_steps", "decay_from", "resolution") if 0 < number(event.get(key)) < math.inf}
-    said = {key: text(event[key]) for key in ("text", "finish") if event.get(key)}
-    return kept | numbers | said
+    texts = {key: text(event[key]) for key in ("text", "finish") if event.get(key)}
+    return kept | numbers | texts
 
 
 def prompts(config: dict) -> list[str]:
-    said = config.get("sample_prompts")
-    return [text(prompt) for prompt in said.split("|")[:100]] if isinstance(said, str) and said else []
+    joined = config.get("sample_prompts")
+    return [text(prompt) for prompt in joined.split("|")[:100]] if isinstance(joined, str) and joined else []
 
 
 def compare(config: dict) -> list[dict]:
-    """Every setting: {name, value, usual: the preset's value, differs, help}. Settings of other versions: usual None."""
+    """All settings: {name, value, usual: the preset's value, differs, help}. usual: None for settings that this version lacks."""
     preset = str(config.get("preset", ""))
     usual = json.loads(json.dumps(flatten(make_config(**PRESETS.get(preset, {}) | {"preset": preset}))))
     usual["data"] = " ".join(usual["data"]) if isinstance(config.get("data"), str) else usual["data"]
@@ -265,7 +266,7 @@ def versions() -> dict[str, str]:
 
 
 def attempt(what: str, work: Callable[[], Any]) -> None:
-    """Do what a run can do without: a failure is told, and training goes on."""
+    """Do work that a run can do without: its error is printed, and training goes on."""
     try:
         work()
     except Exception as error:
@@ -273,6 +274,6 @@ def attempt(what: str, work: Callable[[], Any]) -> None:
 
 
 def refresh_report(run: Path) -> None:
-    """RUN/report.html, with where it was made."""
+    """Write RUN/report.html during training; a failure does not end the run."""
     attempt("report.html", lambda: write_report(run, {"Python": platform.python_version(), "torch": torch.__version__,
                                                       "machine": platform.platform()}))

@@ -1,4 +1,4 @@
-"""A loss that has diverged: back to an older checkpoint, past the batches since."""
+"""What happens after a loss has diverged: the run returns to an older checkpoint and skips the batches trained on since then."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from tinyldm.training.log import read
 
 
 class Diverged(Exception):
-    """At `step` the loss has diverged, since about step `since`; `skipped` batches had been skipped before."""
+    """Raised at `step`, when the loss has diverged. It began to at about step `since`. skipped: batches skipped so far."""
 
     def __init__(self, since: int, step: int, skipped: int):
         super().__init__(f"the loss diverged at about step {since}")
         self.since, self.step, self.skipped = since, step, skipped
 
     def roll_back(self, run: Path) -> tuple[str, int]:
-        """Remove the checkpoints since -> (the one to go on from, the number of batches skipped by then: those up to this step).
-        ValueError where there is none."""
+        """Remove the checkpoints after `since`. -> (the checkpoint to continue from, the new number of skipped batches, which now
+        includes those between that checkpoint and `step`). ValueError where there is no checkpoint before `since`."""
         last = checkpoint.newest_undamaged(run, self.since)
         if last is None or not last.name.startswith("step"):
             raise ValueError(f"{self}, before the first checkpoint: start again with a lower --lr and --muon-lr, or a longer "
@@ -27,7 +27,7 @@ class Diverged(Exception):
 
 
 def skipped_before(run: Path, last: Path | None) -> int:
-    """The number of batches that a rollback to this checkpoint skipped, if there was one before the process was killed."""
+    """The number of batches to skip from this checkpoint on: from the log, if a rollback to it preceded a kill, else 0."""
     if last is None or not (run / "log.jsonl").exists():
         return 0
     step = checkpoint.read_state(last)["step"]

@@ -1,4 +1,4 @@
-"""The folder of a run: where its newest model is."""
+"""Finds the newest model in the folder of a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from tinyldm.training import checkpoint
 
 
 def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
-    """The model that a person means: a model folder, a checkpoint file or hub id as it is, the newest checkpoint of a run
-    folder, or, for None, of the run that finished last under `runs`. ValueError with what to do where there is none."""
+    """Where the model is that `path` names. A model folder, a checkpoint file and a hub id are returned as they are; for a run
+    folder it is the model of its newest checkpoint; for None, that of the run under `runs` that finished last. ValueError, with
+    advice, where there is none."""
     if path is None:
         finished = [last for run in runs.glob("*") for last in checkpoint.names(run)[-1:]
                     if checkpoint.read_state(last).get("finished")]
@@ -33,7 +34,7 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
     trained = [last for last in checkpoint.names(folder) if (last / "model").is_dir()]
     if not trained and (folder / "config.json").exists():
         config = read_json(folder / "config.json", "name a run or a model folder")
-        raise ValueError(f"{folder} has no checkpoint of its network yet: train on with --resume auto" if "preset" in config
+        raise ValueError(f"{folder} has no checkpoint of its network yet: continue training with --resume auto" if "preset" in config
                          else f"{folder} is one part of a model: name the folder around it")
     if not trained:
         raise ValueError(f"{folder} is neither a run, a model folder nor a checkpoint file ({', '.join(FILES)})")

@@ -1,13 +1,13 @@
-"""The course of the learning rate, over a number of steps or over a budget of running time.
+"""The learning-rate schedule, over a number of steps or over a budget of running time.
 
 Warm-up, constant, linear decay to 0. With max_steps all of it is counted in steps and nothing depends on the clock.
 
-With a budget the decay is counted in time: it begins when its share of the running time is all that is left, and its
+With a budget the decay is counted in time: it begins when its fraction of the running time is all that is left, and its
 factor is the time left over the decay's time. A number of steps, fixed when the decay begins, would be exposed for 20
 to 40 % of the run to any change of speed (10 % slower by then: 2 to 4 % late, or cut off before the rate is low);
 time left reaches 0 when the time does, whatever the speed, and no rate has to be measured for that. The price: the
-factor of a step is only known once it begins, so processes that train together must be told one `running` and `now`
-(of rank 0). The number of steps is a plan for people, made from the measured rate until the decay begins.
+factor of a step is only known once it begins, so processes that train together must use the same `running` and `now`
+(Timing.agree). The number of steps is a plan for people, made from the measured rate until the decay begins.
 
 There are no clocks here: times are passed in, in seconds. `running` is the time the run's processes have been alive,
 all of them added up; `now` is time.time(), which only a deadline needs.
@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from tinyldm.config import OptimisationConfig
 from tinyldm.durations import parse_date, parse_duration, show_duration
 
-SHORTEST = 0.01             # of the running time: a decay is not cut shorter than this, though that is overtime
-OLD_NAMES = {"fraction": "share"}       # attributes under the names that checkpoints have for them
+SHORTEST = 0.01             # fraction of the running time that a decay takes at least, in overtime if necessary
+OLD_NAMES = {"fraction": "share"}       # attribute -> its older name, which state.json of all checkpoints uses
 OVERTIME = "out of time: {:.0f} s more, to bring the learning rate down"
 
 
@@ -35,9 +35,9 @@ class Revision(NamedTuple):
 
 
 class LearningRateSchedule:
-    """What the learning rate is multiplied by, and when the run ends.
+    """The factor that multiplies the learning rate, and the end of the run.
 
-    warmup: steps. decay: share of the steps (of the running time, with a budget) over which the factor falls to 0.
+    warmup: steps. decay: fraction of the steps (of the running time, with a budget) over which the factor falls to 0.
     Either max_steps, or a budget (seconds of running time; downtime is free) or a deadline (time.time() of the end;
     downtime counts) or both of these, whichever comes first.
 
@@ -57,20 +57,21 @@ class LearningRateSchedule:
         self.budget, self.deadline = float(budget), float(deadline)
         self.total = max_steps
         self.planned_decay = 0                  # with a budget: first step of the decay, as planned
-        self.running = 0.0                      # at the last checkpoint, as are the next three
+        # The next four are values at the last checkpoint:
+        self.running = 0.0                      # running time
         self.rate = 0.0                         # seconds per step; 0: not measured
-        self.reserve = 0.0                      # seconds to keep for what is not training
-        self.fraction = 1.0                        # what the decay had left of the learning rate
+        self.reserve = 0.0                      # seconds of the budget that are not for training
+        self.fraction = 1.0                     # the decay's part of the factor; 1: the decay has not begun
         self.overtime = 0.0                     # seconds added to the end, see SHORTEST
-        self.anchor: list[float] | None = None  # [share, seconds left then]: the decay goes on from there to 0
+        self.anchor: list[float] | None = None  # [fraction, seconds left] at a moment from which the decay continues linearly to 0
         self.begun = 0.0                        # running time before the first step
 
     def factor(self, step: int, running: float = 0.0, now: float = 0.0) -> float:
-        """0 to 1, for the optimizer step `step` (0-based) that begins at these times."""
+        """The learning rate's factor, 0 to 1, for the optimizer step `step` (0-based) that begins at these times."""
         rising = (step + 1) / max(self.warmup, 1)
         if self.max_steps:
             return min(1.0, rising, (self.total - step) / max(self.decay * self.total, 1))
-        return min(rising, self._falling(running, now))
+        return min(rising, self._decay_factor(running, now))
 
     def done(self, step: int, running: float = 0.0, now: float = 0.0) -> bool:
         """After `step` steps: is this the end? With a budget: is less than half a step left?"""
@@ -79,8 +80,8 @@ class LearningRateSchedule:
         return self.left(running, now) <= self.rate / 2
 
     def progress(self, step: int, running: float = 0.0, now: float = 0.0) -> float:
-        """How much of the training is over, 0 to 1: of its steps, or of its time, to which encoding and what else went
-        before the first step does not belong."""
+        """The fraction of the training that is over, 0 to 1: of its steps, or of its time. Encoding and other work before the
+        first step does not count."""
         if self.max_steps:
             return step / self.total
         past, left = running - self.begun, max(self.left(running, now), 0.0)
@@ -95,7 +96,7 @@ class LearningRateSchedule:
 
     @property
     def decay_from(self) -> int:
-        """First step of the decay; with a budget as planned, 0: not known yet."""
+        """First step of the decay. With a budget this is the planned step, or 0 while there is no plan."""
         if self.max_steps:
             return self.total - math.ceil(max(self.decay * self.total, 1)) + 1
         return self.planned_decay
@@ -111,14 +112,14 @@ class LearningRateSchedule:
         self.running = max(self.running, running)
         if self.max_steps:
             return None
-        share = self._falling(running, now)
+        fraction = self._decay_factor(running, now)
         late = 0.0
         if reserve != self.reserve:
             self.reserve = reserve
-            late = self._go_on_from(share, running, now)
-        self.fraction = share
+            late = self._continue_decay(fraction, running, now)
+        self.fraction = fraction
         before, self.rate = self.rate, rate if 0 < rate < math.inf else self.rate
-        if self.total and share < 1:
+        if self.total and fraction < 1:
             return None
         speed = f"{self.rate:.3g} s per step"
         return self._plan(step, running, now, OVERTIME.format(late) if late else f"{speed}, measured" if not self.total else
@@ -127,20 +128,20 @@ class LearningRateSchedule:
     def resume(self, step: int, running: float, now: float = 0.0) -> Revision | None:
         """Once after from_state, when training is about to go on at `step`: time may have passed since the checkpoint.
 
-        running: that of the checkpoint, and what the killed process ran after its checkpoint, where that is known, and the start of
-        this one: they count. Where no time was lost the plan of the checkpoint stands.
-        The learning rate goes on from where the weights left it, not from where the clock would have it. Where too
-        little is left to bring it down (SHORTEST), the run takes that much overtime.
+        running: the checkpoint's running time, plus the time that the killed process ran after it (where that is known) and that
+        this process took to start. Where no time was lost the plan of the checkpoint stands.
+        The learning rate continues from its value at the checkpoint, not from the value that the clock would give. Where too
+        little time is left for the decay (SHORTEST), the run takes that much overtime.
         """
         lost, self.running = running - self.running, max(self.running, running)
         if self.max_steps or lost <= 0 and not self.deadline:                  # a deadline comes nearer meanwhile
             return None
-        late = self._go_on_from(self.fraction, running, now)
+        late = self._continue_decay(self.fraction, running, now)
         why = OVERTIME.format(late) if late else "time lost since the checkpoint"
         return self._plan(step, running, now, why) if self.total else None
 
     def state(self) -> dict[str, Any]:
-        """All of it, for JSON. With max_steps only `running` depends on the clock."""
+        """All attributes, for JSON. With max_steps only `running` depends on the clock."""
         return {OLD_NAMES.get(name, name): value for name, value in vars(self).items()}
 
     @classmethod
@@ -151,24 +152,24 @@ class LearningRateSchedule:
         vars(schedule).update({names.get(name, name): value for name, value in state.items()})
         return schedule
 
-    def _falling(self, running: float, now: float) -> float:
+    def _decay_factor(self, running: float, now: float) -> float:
         """The decay's part of the factor: 1 before it begins, then in proportion to the time left."""
         left = self.left(running, now)
-        share, span = self.anchor or (1.0, self._span(running, left))
-        return share * min(1.0, max(left, 0.0) / max(span, 1e-9))
+        fraction, seconds = self.anchor or (1.0, self._decay_seconds(running, left))
+        return fraction * min(1.0, max(left, 0.0) / max(seconds, 1e-9))
 
-    def _span(self, running: float, left: float) -> float:
+    def _decay_seconds(self, running: float, left: float) -> float:
         return self.decay * (running + left)
 
-    def _go_on_from(self, share: float, running: float, now: float) -> float:
-        """Continue the decay, where it has begun or should have, from this share of the learning rate. -> the seconds
-        that takes, where they had to be granted as overtime, else 0."""
+    def _continue_decay(self, fraction: float, running: float, now: float) -> float:
+        """If the decay has begun or should have: let it continue linearly from this fraction of the learning rate to 0 in the time
+        left. -> the seconds that this takes if there had to be overtime for it, else 0."""
         left = self.left(running, now)
-        if share == 1 and left >= self._span(running, left):
+        if fraction == 1 and left >= self._decay_seconds(running, left):
             return 0.0
-        needed = share * min(SHORTEST, self.decay) * running
+        needed = fraction * min(SHORTEST, self.decay) * running
         self.overtime += max(needed - left, 0.0)
-        self.anchor = [share, max(needed, left)]
+        self.anchor = [fraction, max(needed, left)]
         return needed if needed > left else 0.0
 
     def _plan(self, step: int, running: float, now: float, why: str) -> Revision | None:
@@ -177,14 +178,13 @@ class LearningRateSchedule:
         old, left = self.total, max(self.left(running, now), 0.0)
         self.total = step + round(left / self.rate)
         if self.fraction == 1 or not old:
-            self.planned_decay = step + max(round((left - self._span(running, left)) / self.rate), 0)
+            self.planned_decay = step + max(round((left - self._decay_seconds(running, left)) / self.rate), 0)
         return Revision(old, self.total, why) if self.total != old else None
 
 
 def make_schedule(settings: OptimisationConfig, saved: dict[str, Any] | None, running: float, now: float) -> LearningRateSchedule:
-    """The schedule of a run that begins, or the rest of one. saved: the plan in the checkpoint to go on from, which is kept
-    unless another end has been asked for since; None for a run that begins, or that counts steps. ValueError where no time is
-    left."""
+    """The schedule of a new or a resumed run. saved: the schedule in the checkpoint, which is kept unless the flags now name
+    another end; None for a new run, and for one that ends after --max-steps. ValueError where no time is left."""
     asked = LearningRateSchedule(
         warmup=settings.warmup_steps, decay=settings.decay, max_steps=settings.max_steps,
         budget=parse_duration(settings.budget) if settings.budget else 0.0,
@@ -196,7 +196,7 @@ def make_schedule(settings: OptimisationConfig, saved: dict[str, Any] | None, ru
         return plan
     asked.begun, asked.running = (plan.begun, plan.running) if plan else (running, running)
     left = asked.left(running, now)
-    if plan and left < asked.decay * (running + left):         # the decay has begun: it goes on from where it is
+    if plan and left < asked.decay * (running + left):         # by the new end the decay has begun: continue from its old value
         asked.fraction = plan.fraction
     if left <= 0:
         raise ValueError(f"no time is left for training, the run has been running for {show_duration(running)}: nothing is lost, "

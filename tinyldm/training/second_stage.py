@@ -1,4 +1,4 @@
-"""The second stage of a run: a network learns on the latents of the frozen autoencoder."""
+"""The second stage of a run: a network is trained on the latents of the frozen autoencoder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from tinyldm.data.cache import Cache, write_tokens
 from tinyldm.data.loader import Loader
 from tinyldm.data.sources import parse_sources
 from tinyldm.device import autocast
-from tinyldm.diffusion.process import make_process
 from tinyldm.folders.load import load_text, load_tokenizer
 from tinyldm.lookup import build_dataclass, lookup
 from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, build_network
 from tinyldm.objectives import OBJECTIVES
-from tinyldm.objectives.denoising import process_options
+from tinyldm.objectives.denoising import process_of, process_options
 from tinyldm.pictures.pixels import write_picture
 from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import draw, draw_settings
@@ -40,17 +39,19 @@ from tinyldm.vendor_loaders import pipelines, scheduler
 
 
 class LatentStage(Stage):
-    """A network, and the text encoders unless they are frozen, on cached latents."""
+    """Trains a network, and the text encoders unless they are frozen, on cached latents."""
 
     name, stream, planned = "step", Stream.NOISE, True
 
     def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None,
                  on_picture: Callable[[Path, int], None] = lambda file, step: None):
-        """last: the checkpoint to go on from. on_picture: called with every sample grid that is written."""
+        """last: the checkpoint to continue from. on_picture: called with the file and step of every sample grid that is written."""
         torch.manual_seed(config.run.seed + 1)
         self.config, self.context, self.caches, self.on_picture = config, context, caches, on_picture
-        self.data = [cache.digest for cache in caches]
+        self.cache_digests = [cache.digest for cache in caches]
         self.settings, self.phases, self.world, self.title = config.optimisation, phases(config), context.world, config.network.name
+        sizes = [float(fraction) for fraction in config.data.phases.values()] or [1.0]
+        self.fractions = [size / sum(sizes) for size in sizes]
         text = build_text_encoders(config, caches[0].all_captions(), last)
         self.model = at_phase(build_model(config, vae, text), self.phases[0])
         for part in self.model.modules.values():
@@ -91,15 +92,15 @@ class LatentStage(Stage):
         return Phase(config, loader.run, loader.part, networks, count, validation)
 
     def state(self) -> dict[str, Any]:
-        return {"data": self.data}
+        return {"data": self.cache_digests}
 
     def check_resume(self, state: dict[str, Any]) -> None:
-        if state["data"] != self.data:
+        if state["data"] != self.cache_digests:
             raise ValueError(f"{', '.join(str(cache.folder) for cache in self.caches)} has changed since the checkpoint of step "
-                             f"{state['step']}: put back the latents the run began with, or start another run with --out")
+                             f"{state['step']}: restore the latents that the run began with, or start another run with --out")
 
     def draw_samples(self, ema: EMA | PowerEMA | None, step: int) -> None:
-        """Pictures of fixed prompts from fixed seeds: comparable between steps and between runs."""
+        """Draw fixed prompts from fixed seeds, so that the grids of different steps and runs are comparable."""
         model, prompts = self.model, fixed_prompts(self.config, self.caches[0])
         repeated = [prompt for prompt in prompts for _ in range(2)]
         model.net.eval(), model.text.train(False)
@@ -118,7 +119,8 @@ class LatentStage(Stage):
 
 
 def build_text_encoders(config: Config, captions: Iterable[str], last: Path | None) -> TextEncoders:
-    """Pretrained and frozen, or new and trained along. last: the checkpoint whose vocabulary to keep."""
+    """Pretrained frozen text encoders, or new ones that are trained with the network. last: the checkpoint whose tokenizer a
+    resumed run keeps using."""
     settings = config.text
     if settings.weights:
         module = load_text(settings.weights)
@@ -132,34 +134,32 @@ def build_text_encoders(config: Config, captions: Iterable[str], last: Path | No
 
 
 def build_model(config: Config, vae: nn.Module, text: TextEncoders) -> Model:
-    """A model with a new network, in training mode."""
+    """A model with a newly initialised network, in training mode."""
     channels, size = vae.config.latent_channels, phases(config)[-1].data.resolution // vae.config.downscale
     widths = text.widths([architecture(module).widths(module.config) for module in text.modules.values()])
     shapes = NetworkShapes(channels, channels * (1 + config.objective.learned_variance), widths, size)
     net = build_network(config.network.name, config.network.settings, shapes)
     net.grad_checkpointing = config.network.grad_checkpointing
-    process = make_process(config.objective.process, **process_options(config.objective))
-    return Model(net, vae, text, process, config.objective.prediction, {}, {})
+    return Model(net, vae, text, process_of(config.objective), config.objective.prediction, {}, {})
 
 
 def trained_parts(config: Config, model: Model) -> tuple[str, ...]:
-    """The parts of a model that learn: its network, and text encoders that are not pretrained."""
+    """The names of the parts that are trained: the network, and text encoders that are not pretrained."""
     return ("net",) if config.text.weights else ("net", *model.text.modules)
 
 
 def at_phase(model: Model, config: Config) -> Model:
-    """The model as it is in one phase, whose process and picture size are its own."""
+    """The same model with the process, scheduler config and defaults of one phase; its networks stay the same objects."""
     objective, drawing = config.objective, config.drawing
     defaults = dict(preset=config.run.preset, resolution=config.data.resolution, sampler=drawing.sampler, steps=drawing.steps,
                     cfg=drawing.cfg, data=" ".join(config.data.sources), mask_padding=objective.mask_padding)
     if model.text.join != "single":
         defaults["text_join"] = model.text.join
-    return replace(model, process=make_process(objective.process, **process_options(objective)), scheduler=scheduler_config(config),
-                   defaults=defaults)
+    return replace(model, process=process_of(objective), scheduler=scheduler_config(config), defaults=defaults)
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
-    """The scheduler_config.json of a model trained so."""
+    """The scheduler_config.json of a model trained with this config."""
     objective = config.objective
     pipeline = pipelines.PIPELINES[lookup(NETWORKS, config.network.name, "network").pipeline]
     return scheduler.to_config(objective.process, process_options(objective), objective.prediction, config.drawing.sampler,
@@ -170,14 +170,14 @@ def scheduler_config(config: Config) -> dict[str, Any]:
 
 
 def make_loader(config: Config, data: Cache, tokenizers: list[Tokenizer], device: torch.device, world: World) -> Loader:
-    """This process's part of the batches of the cache, mixed as --data and --caption-key say."""
-    place = Path(config.run.out) / f"tokens-{config.data.resolution}" if config.data.cache else None
+    """A loader of this process's part of every batch, with sources and captions mixed as --data and --caption-key say."""
+    own_tokens = Path(config.run.out) / f"tokens-{config.data.resolution}" if config.data.cache else None
     missing = [tokenizer for tokenizer in tokenizers if not has_tokens(data, tokenizer)]
     for tokenizer in missing if world.main else []:
-        write_tokens(data.folder, tokenizer, place)
+        write_tokens(data.folder, tokenizer, own_tokens)
     world.barrier()
     if not all(has_tokens(data, tokenizer) for tokenizer in tokenizers):
-        data = Cache(data.folder, place)                # of a cache that other runs use too, the run keeps the tokens
+        data = Cache(data.folder, own_tokens)           # a --cache may be shared by several runs, so tokens go into the run folder
     weights = [source.weight for source in parse_sources(config.data.sources)]
     loader = Loader(data, [tokenizer.fingerprint for tokenizer in tokenizers], batch_size=config.optimisation.batch_size,
                     seed=config.run.seed, rank=world.rank, world=world.size,
@@ -197,7 +197,7 @@ def has_tokens(data: Cache, tokenizer: Tokenizer) -> bool:
 
 
 def fixed_prompts(config: Config, data: Cache) -> list[str]:
-    """What the sample grids show: --sample-prompts, the toy world's own, else some captions from all over the data."""
+    """The prompts of the sample grids: --sample-prompts, else the toy world's own, else about 8 captions spread over the data."""
     if config.run.sample_prompts:
         return config.run.sample_prompts.split("|")
     if config.data.sources == ["toyworld"]:

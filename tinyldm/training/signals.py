@@ -1,4 +1,4 @@
-"""The signals that end a run, obeyed between two steps."""
+"""The signals that end a run: they take effect between two steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP, remembered and obeyed between steps. A second one ends the program at once."""
+    """Handles SIGINT, SIGTERM and SIGHUP: the first is remembered for the end of the step, a second ends the program at once."""
 
     def __init__(self):
         self.received = 0
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):           # Windows has no SIGHUP; nohup wants it ignored
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):           # Windows has no SIGHUP; under nohup it stays ignored
             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
                 signal.signal(getattr(signal, name), self.remember)
 
@@ -23,9 +23,9 @@ class Signals:
         if self.received:
             os._exit(128 + number)
         self.received = number
-        print("\nstopping after this step, with a checkpoint (once more: leave at once)", flush=True)
+        print("\nstopping after this step, with a checkpoint (a second signal stops at once)", flush=True)
 
     def check(self) -> None:
-        """Interrupted, where there is nothing to finish first."""
+        """Raise Interrupted after a signal. For work outside training steps, where there is no step to finish first."""
         if self.received:
             raise Interrupted

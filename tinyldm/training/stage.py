@@ -19,22 +19,22 @@ from tinyldm.training.validation import Validation
 
 
 class Phase(NamedTuple):
-    """Training at one picture size."""
+    """The training of a stage at one picture size."""
 
     config: Config
-    loader: Callable[[int], Iterator[Any]]          # position of the first batch -> this process's part of each, without end
-    part: slice                                     # which samples of the global batch these are
-    networks: dict[str, Any]                        # what the objective calls, by part name; "net" is the compiled handle
-    micro_batches: int                              # per process, to begin with
+    loader: Callable[[int], Iterator[Any]]          # position of the first batch -> endless iterator of this process's samples
+    part: slice                                     # the indices of those samples in the global batch
+    networks: dict[str, Any]                        # part name -> what the objective calls; "net" is the compiled handle
+    micro_batches: int                              # per step and process, at first
     validation: Validation | None = None
 
 
 class Stage:
     """Base class of the two stages."""
 
-    name: str                                       # "vae" or "step": of its log rows and its checkpoints
-    title: str                                      # on the progress bar
-    stream: Stream                                  # of its noise
+    name: str                                       # "vae" or "step", in the names of checkpoints and in log rows
+    title: str                                      # the label of the progress bar
+    stream: Stream                                  # the random stream that the objective draws from
     config: Config
     settings: OptimisationConfig
     world: World
@@ -42,27 +42,22 @@ class Stage:
     objective: Objective
     trained: Trained
     average = True                                  # whether the weights are averaged
-    checkpoint_at_end = True                        # the first stage's result is RUN/vae
-    planned = False                                 # whether --dry-run's plan is held against what is measured
-    costs: list[float] = [1.0]                      # FLOPs of training on one picture, per phase, where they matter
+    checkpoint_at_end = True                        # False for the first stage: its result is RUN/vae instead
+    planned = False                                 # whether --dry-run's plan is compared with what is measured
+    fractions: list[float] = [1.0]                  # the fraction of the training that each phase has; they sum to 1
+    costs: list[float] = [1.0]                      # FLOPs of training on one picture, for each phase; [1.0]: not needed
     peak: float | None = None                       # FLOP/s of all devices together; None: not known
-
-    @property
-    def fractions(self) -> list[float]:
-        """Of the training, per phase."""
-        shares = [float(share) for share in self.config.data.phases.values()][:len(self.phases)] or [1.0]
-        return [share / sum(shares) for share in shares]
 
     def begin_phase(self, index: int) -> Phase:
         """The data and the compiled networks of a phase."""
         raise TypeError(f"{type(self).__name__} does not say what it trains on: give it a method begin_phase()")
 
     def check_resume(self, state: dict[str, Any]) -> None:
-        """ValueError where the run cannot go on from a checkpoint of this state."""
+        """ValueError where the run cannot continue from a checkpoint with this state."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint of this stage notes in state.json beside the trainer's own."""
+        """The entries that this stage adds to a checkpoint's state.json."""
         return {}
 
     def draw_samples(self, ema: EMA | PowerEMA | None, step: int) -> None:
-        """The sample grid after `step` steps; a stage without one draws nothing."""
+        """Draw the sample grid after `step` steps. A stage without one does nothing."""

@@ -1,6 +1,6 @@
-"""What of a run depends on the clock: the learning rate's fall, the end, the change to the next picture size, the plan.
+"""What depends on the clock in a run: the decay of the learning rate, the end, the change to the next picture size, the plan.
 
-The clock is read once per step (agree), and all processes use what was read then: they must take the same steps.
+All processes must take the same steps, so each step reads the clock once (agree), and all of them use the latest reading.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Timing:
         self.agree()
 
     def agree(self, failed: bool = False) -> bool:
-        """Read the clock, and signals: the latest that any process has. -> whether `failed` is true on any of them."""
+        """Read the clock and the received signal, as the maximum over all processes. -> whether `failed` is true in any of them."""
         self.running, self.now, anywhere, signal = self.context.world.all_reduce_max(
             self.context.clock.running(), time.time(), failed, self.context.signals.received)
         self.signal = int(signal)
         return bool(anywhere)
 
     def factor(self, step: int) -> float:
-        """What the learning rate of optimizer step `step` (0-based) is multiplied by."""
+        """The factor that multiplies the learning rate in optimizer step `step` (0-based)."""
         return self.schedule.factor(step, self.running, self.now)
 
     def done(self, step: int) -> bool:
@@ -51,31 +51,31 @@ class Timing:
         return phase + 1 < len(self.ends) and self.progress(step) >= self.ends[phase] - 1e-9
 
     def resume(self, step: int) -> Revision | None:
-        """After the schedule of a checkpoint was taken over, when training is about to go on."""
+        """Adapt a checkpoint's schedule to the time that has passed since. -> what has changed in the plan, if anything."""
         return self.schedule.resume(step, self.running, self.now)
 
     def revise(self, step: int, phase: int) -> Revision | None:
-        """With a budget: what the measured speed makes of the planned number of steps."""
+        """With a budget: plan the number of steps anew, from the measured speed. -> what has changed, if anything."""
         rate, reserve = self.context.world.all_reduce_max(self.seconds_per_step(step, phase), sum(self.timer.costs.values()))
         return self.schedule.revise(step, self.running, rate, reserve, self.now)
 
     def seconds_per_step(self, step: int, phase: int) -> float:
-        """On average from here to the end; 0: not known yet."""
+        """The average from now to the end of training; 0: not known yet."""
         if not self.timer.times:
             return 0.0
         return mean_rate(self.timer.rate, self.progress(step), phase, self.fractions, self.costs)
 
     def finish(self, step: int, phase: int) -> str:
-        """The date of the end, for people."""
+        """The expected date of the end, as text."""
         if self.schedule.max_steps:
             return show_date((self.schedule.total - step) * self.seconds_per_step(step, phase))
         return show_date(self.schedule.left(self.running, self.now))
 
 
 def mean_rate(rate: float, progress: float, phase: int, fractions: list[float], costs: list[float]) -> float:
-    """Seconds per step on average from here to the end: `rate` in this phase, in later ones in proportion to the cost of a
-    picture. fractions: of the time, per phase."""
+    """Average seconds per step from now to the end: `rate` in this phase, and in later phases in proportion to their costs.
+    fractions: of the training time, for each phase. costs: FLOPs of training on one picture, for each phase."""
     ends = list(accumulate(fractions))
-    times = [ends[i] - max(progress, ends[i] - fractions[i]) for i in range(phase, len(fractions))]
-    steps = sum(max(spent, 0.0) / (rate * costs[i] / costs[phase]) for i, spent in enumerate(times, phase))
-    return sum(max(spent, 0.0) for spent in times) / steps if steps else rate
+    remaining = [max(ends[i] - max(progress, ends[i] - fractions[i]), 0.0) for i in range(phase, len(fractions))]
+    steps = sum(time_left / (rate * costs[i] / costs[phase]) for i, time_left in enumerate(remaining, phase))
+    return sum(remaining) / steps if steps else rate

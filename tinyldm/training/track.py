@@ -1,7 +1,7 @@
-"""The log, shown elsewhere too: in TensorBoard or in Weights & Biases (--track).
+"""Copies the log to TensorBoard or Weights & Biases (--track).
 
-log.jsonl stays the record; this repeats it. Neither package is needed or imported unless it is asked for, and once a run
-has begun nothing that goes wrong here may end it: the first failure is told, and tracking stops.
+log.jsonl stays the record. Neither package is needed or imported unless --track names it, and once a run has begun no error
+here may end it: the first one is printed, and tracking stops.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from PIL import Image
 from tinyldm.files import write_file
 from tinyldm.lookup import lookup
 
-PATIENCE = 20               # seconds for the last uploads at the end, which an interrupted run has not got many of
+PATIENCE = 20               # seconds to wait for the last uploads; an interrupted run must end soon
 
 
 def find_backend(kind: str) -> type[TensorBoard] | type[WandB]:
-    """ValueError, with what to do, for an unknown kind or a missing package: to be asked before hours are spent."""
+    """The class for --track. ValueError, with advice, for an unknown kind or a missing package; called before training begins."""
     package, backend = lookup({"tensorboard": ("torch.utils.tensorboard", TensorBoard), "wandb": ("wandb", WandB)}, kind, "--track")
     try:
         importlib.import_module(package)
@@ -35,16 +35,16 @@ def find_backend(kind: str) -> type[TensorBoard] | type[WandB]:
 
 
 class Tracker:
-    """Repeats rows of log.jsonl elsewhere; does nothing for kind "".
+    """Sends rows of log.jsonl to a tracking service; does nothing for kind "".
 
     kind    tensorboard (files in RUN/tensorboard: tensorboard --logdir RUN/tensorboard) or wandb (files in RUN/wandb,
-            project tinyldm, a run named as the folder; WANDB_MODE, WANDB_PROJECT and the like decide as ever)
+            project tinyldm, a run named after the folder; WANDB_MODE, WANDB_PROJECT and the like work as usual)
     config  the run's settings
-    step    the step training goes on from: what TensorBoard was told of later ones is dropped. In W&B points that
-            were sent stay, and those of a step taken again lie on top of them
+    step    the step from which training continues: TensorBoard drops the points of later steps. W&B keeps points that were
+            sent, and draws those of a repeated step on top of them
 
-    ValueError for an unknown kind and for a package that is not installed. After going back to an earlier step in one
-    process, close it and make another.
+    ValueError for an unknown kind and for a package that is not installed. After a rollback to an earlier step in the same
+    process, close the tracker and make another.
     """
 
     def __init__(self, kind: str, run: Path, config: dict, step: int):
@@ -54,19 +54,19 @@ class Tracker:
         backend = find_backend(kind)
         try:
             self.backend = backend(run, config, step)
-        except Exception as error:                             # no network, no room: not worth the run
+        except Exception as error:                             # no network or a full disk must not end the run
             self._stop(error)
 
     def row(self, row: dict) -> None:
-        """A row of log.jsonl: numbers as curves STAGE/NAME, lists as one curve for each place, events as text."""
+        """Send a row of log.jsonl: numbers as curves STAGE/NAME, lists as one curve for each index, events as text."""
         self._attempt(lambda backend: send(backend, row))
 
     def picture(self, name: str, file: Path, step: int) -> None:
-        """A picture's file, after that many steps."""
+        """Send a picture file, drawn after `step` steps."""
         self._attempt(lambda backend: backend.picture(name, file, step))
 
     def close(self) -> None:
-        """Send what is left, and take no more."""
+        """Send what is left, and stop tracking."""
         self._attempt(lambda backend: backend.close())
         self.backend = None
 
@@ -79,22 +79,22 @@ class Tracker:
 
     def _stop(self, error: Exception) -> None:
         self.backend = None
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        print(f"--track {self.kind} failed and is off from here on, training goes on: {said}", flush=True)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"--track {self.kind} failed and is off from here on, training goes on: {reason}", flush=True)
 
 
 def send(backend: TensorBoard | WandB, row: dict) -> None:
     stage, step = row["stage"], row["step"]
     if "event" in row:
         rest = {key: value for key, value in row.items() if key not in ("stage", "step", "event", "text")}
-        said = " ".join([str(row.get("text", "")), json.dumps(rest) if rest else ""]).strip()
-        backend.text(stage, f"{stage}/{row['event']}", said, step)
+        message = " ".join([str(row.get("text", "")), json.dumps(rest) if rest else ""]).strip()
+        backend.text(stage, f"{stage}/{row['event']}", message, step)
     elif numbers := {f"{stage}/{name}": value for name, value in flat(row).items()}:
         backend.numbers(stage, numbers, step)
 
 
 def flat(row: dict) -> dict[str, float]:
-    """The finite numbers of a row, those of lists under NAME/PLACE."""
+    """The finite numbers of a row; those in lists under NAME/INDEX."""
     found = {}
     for name, value in row.items():
         parts = {f"{name}/{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
@@ -104,7 +104,7 @@ def flat(row: dict) -> dict[str, float]:
 
 
 class TensorBoard:
-    """A folder for each stage: dropping the later steps of one (purge_step) must not touch those of another."""
+    """Each stage has a folder of its own, because dropping a stage's later steps (purge_step) must not touch the other's."""
 
     def __init__(self, run: Path, config: dict, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -122,8 +122,8 @@ class TensorBoard:
         for name, value in numbers.items():
             self._writer(stage).add_scalar(name, value, step)
 
-    def text(self, stage: str, name: str, said: str, step: int) -> None:
-        self._writer(stage).add_text(name, said, step)
+    def text(self, stage: str, name: str, message: str, step: int) -> None:
+        self._writer(stage).add_text(name, message, step)
 
     def picture(self, name: str, file: Path, step: int) -> None:
         with Image.open(file) as image:
@@ -135,8 +135,8 @@ class TensorBoard:
 
 
 class WandB:
-    """One W&B run for a run folder, whatever happens to the process: RUN/wandb-id.txt names it. Every stage counts its
-    own steps (W&B's must never fall)."""
+    """One W&B run for a run folder, kept over interruptions: its id is in RUN/wandb-id.txt. Each stage logs its own step as a
+    metric, because W&B's own step must never decrease."""
 
     def __init__(self, run: Path, config: dict, step: int):
         import wandb
@@ -155,16 +155,16 @@ class WandB:
             self.stages.add(stage)
         self.run.log(values | {f"{stage}/step": step})
 
-    def text(self, stage: str, name: str, said: str, step: int) -> None:
-        self.numbers(stage, {name: said}, step)
+    def text(self, stage: str, name: str, message: str, step: int) -> None:
+        self.numbers(stage, {name: message}, step)
 
     def picture(self, name: str, file: Path, step: int) -> None:
         self.numbers("pictures", {f"pictures/{name}": self.wandb.Image(str(file))}, step)
 
     def close(self) -> None:
-        """In a thread, which a network that is down cannot make the run wait for."""
-        last = threading.Thread(target=self.run.finish, daemon=True)
-        last.start()
-        last.join(PATIENCE)
-        if last.is_alive():
+        """Finish in a daemon thread, so that a broken network delays the run by PATIENCE seconds at most."""
+        finishing = threading.Thread(target=self.run.finish, daemon=True)
+        finishing.start()
+        finishing.join(PATIENCE)
+        if finishing.is_alive():
             raise TimeoutError(f"W&B has not taken everything in {PATIENCE} seconds: wandb sync sends the rest from the run's folder")

@@ -1,10 +1,10 @@
-"""What a stage trains, apart from what it minimises: this decides which parameters move and what a checkpoint holds.
+"""What a stage trains, as opposed to what it minimises: which parameters are trained and what a checkpoint holds.
 
     modules     part name -> network whose parameters are trained and averaged
-    write       a checkpoint's folder, from tensors on the CPU: weights as they are, and their averages
-    read        the way back
+    write       writes the files of a checkpoint from tensors on the CPU: the weights and their averages
+    read        reads those files
 
-Here whole networks are trained; adapters and embeddings are other classes with the same three.
+The classes here train whole networks; adapters and embeddings will be other classes with the same three members.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ StateDict = Mapping[str, Tensor]
 
 
 class Stored(NamedTuple):
-    """Of every trained part: its weights as the optimizers left them, and averaged."""
+    """The state dicts of all trained parts: raw weights as the optimizers left them, and averaged ones."""
 
     raw: dict[str, StateDict]
     averaged: dict[str, StateDict]      # {}: there are no averages
@@ -39,16 +39,16 @@ class Trained(Protocol):
     def read(self, folder: Path) -> Stored: ...
 
     def frozen_bytes(self) -> int:
-        """Bytes that `write` adds to those of the trained parts."""
+        """The bytes of frozen networks that `write` stores in addition to the trained parts."""
 
 
 class TrainedModel:
-    """The network of a model, and its text encoders unless they are frozen: FOLDER/model/ is a whole model folder, with
+    """Trains the network of a model, and its text encoders unless they are frozen. FOLDER/model/ is a complete model folder with
     averaged weights, and the raw ones beside them as its non_ema variant."""
 
     def __init__(self, model: Callable[[], Model], parts: tuple[str, ...], vae: Path, plain: nn.Module | None = None):
-        """model: gives the model as it is at present. vae: its written folder, which checkpoints link to.
-        plain: a copy of the network without values, where its own state_dict is sharded."""
+        """model: returns the model of the current phase. vae: the written folder of its VAE, which checkpoints link to.
+        plain: for a sharded network, an unsharded copy on the meta device, which gives the shapes."""
         self.model, self.vae, self.plain = model, vae, plain
         modules = model().modules
         self.modules = {part: modules[part] for part in parts}
@@ -71,7 +71,7 @@ class TrainedModel:
 
 
 class TrainedAutoencoder:
-    """An autoencoder: FOLDER/vae/ is its part folder."""
+    """Trains an autoencoder. FOLDER/vae/ is its part folder."""
 
     def __init__(self, vae: nn.Module):
         self.modules = {"vae": vae}

@@ -1,4 +1,4 @@
-"""The loss on samples that training never sees, with fixed noise at fixed times: only the weights make a difference."""
+"""The loss on held-out samples, with fixed noise at fixed times, so that it depends on the weights alone."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tinyldm.training.meter import Meter
 
 
 class Validation:
-    """losses: a micro-batch -> its weighted losses [b], as in training. batch: all held-out samples, on the CPU.
-    to_device: as the objective's."""
+    """batch: all held-out samples, on the CPU. losses: a micro-batch -> its weighted losses [b], as in training. to_device: moves
+    a micro-batch to the device (Objective.to_device)."""
 
     def __init__(self, batch: NamedTuple, micro_batch: int, device: torch.device, losses: Callable[[NamedTuple], Tensor],
                  to_device: Callable[[NamedTuple, torch.device], NamedTuple]):
         self.batch, self.micro_batch, self.device, self.losses, self.to_device = batch, micro_batch, device, losses, to_device
 
     def measure(self, ema: EMA | PowerEMA) -> dict[str, Any]:
-        """For a row of the log: val_raw, the loss of the weights as they are, val_ema, of their averages, and its val_bins."""
+        """Entries of a log row: val_raw, the loss of the raw weights; val_ema, that of the averages; val_bins, val_ema by noise level."""
         raw = self()
         with ema.applied():
             averaged = self()
@@ -32,7 +32,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any]:
-        """{"loss", "t_bins"}"""
+        """{"loss": mean loss, "t_bins": mean loss by noise level, if the batch has times}, of the current weights."""
         meter, n = Meter(self.device), len(self.batch[0])
         for micro in zip(*(tensor.split(self.micro_batch) for tensor in self.batch)):
             micro = self.to_device(type(self.batch)(*micro), self.device)
@@ -43,7 +43,8 @@ class Validation:
 
 
 def held_out_batch(loader: Loader, objective: Objective, seed: int) -> NamedTuple | None:
-    """The held-out samples of a loader as the objective wants them; None where none are held out, or it has no validation."""
+    """The held-out samples of a loader as a batch of the objective; None where none are held out or the objective has no
+    validation batch."""
     chosen, cache = loader.held_out, loader.cache
     if not len(chosen):
         return None

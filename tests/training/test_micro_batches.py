@@ -1,0 +1,70 @@
+"""Micro-batches that are halved where memory does not suffice, in all processes alike."""
+
+import pytest
+import torch
+
+from tinyldm.training.micro_batches import MicroBatches, out_of_memory
+
+
+class Log:
+    """Micro-batches whose steps run out of memory while there are fewer than `fits` of them. elsewhere: what happens in another
+    process, attempt by attempt."""
+
+    def __init__(self, count: int, most: int, fits: int, elsewhere=(), **options):
+        self.fits, self.elsewhere, self.asked, self.restarts = fits, list(elsewhere), [], []
+        self.parts = MicroBatches(count, most, self.agree, self.restarts.append, lambda: ValueError("give up"), **options)
+
+    def agree(self, failed: bool) -> bool:
+        self.asked.append(failed)
+        return failed or bool(self.elsewhere and self.elsewhere.pop(0))
+
+    def step(self, error=torch.OutOfMemoryError) -> list[int]:
+        """-> the count of each attempt."""
+        counts = []
+        for attempt in self.parts.attempts():
+            with attempt:
+                counts.append(attempt.count)
+                if attempt.count < self.fits:
+                    raise error("out of memory")
+        return counts
+
+
+def test_a_step_that_fits_is_attempted_once():
+    log = Log(3, 8, fits=1)
+    assert log.step() == [3] and log.asked == [False] and log.restarts == []
+
+
+def test_micro_batches_are_doubled_up_to_single_samples_and_stay_so():
+    log = Log(1, 6, fits=6)
+    assert log.step() == [1, 2, 4, 6] and log.restarts == [2, 4, 6] and log.asked == [True, True, True, False]
+    assert log.step() == [6] and log.restarts == [2, 4, 6]
+
+
+def test_a_process_that_has_memory_starts_over_with_the_others():
+    log = Log(2, 8, fits=1, elsewhere=[True, True, False])
+    assert log.step() == [2, 4, 8] and log.asked == [False] * 3 and log.restarts == [4, 8]
+
+
+@pytest.mark.parametrize("elsewhere", [[], [True] * 9])
+def test_where_single_samples_do_not_fit_the_caller_s_error_is_raised(elsewhere):
+    log = Log(2, 4, fits=1 if elsewhere else 99, elsewhere=elsewhere)
+    with pytest.raises(ValueError, match="give up"):
+        log.step()
+    assert log.restarts == [4]                                 # nothing is dropped for an attempt that will not be made
+
+
+@pytest.mark.parametrize("error, options", [(KeyError, {}), (torch.OutOfMemoryError, dict(retry=False))])
+def test_other_errors_and_those_of_sharded_networks_end_the_step(error, options):
+    log = Log(1, 8, fits=2, **options)
+    with pytest.raises(error, match="out of memory"):
+        log.step(error)
+    assert log.asked == [] and log.restarts == []
+
+
+@pytest.mark.parametrize("error, expected", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True), (MemoryError(), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+    (RuntimeError("DefaultCPUAllocator: not enough memory"), True), (RuntimeError("shapes do not fit"), False),
+    (ValueError("out of memory"), False)])
+def test_a_lack_of_memory_is_distinguished_from_other_errors(error, expected):
+    assert out_of_memory(error) is expected
