@@ -1,13 +1,13 @@
-"""Encode captioned pictures once, ahead of training: decode, filter, crop, VAE, token ids -> a cache of latents.
+"""Encode captioned pictures into a cache of latents, once, before training: decode, filter, crop, VAE, token ids.
 
     python prepare.py --data my_pictures/ --vae-weights stabilityai/sd-vae-ft-mse --out cache/mine --preview sheet.png
     python prepare.py --data "shards/{000..045}.tar:0.7" more/:0.3 --caption-key dense:0.75 short:0.25 --vae-weights ... --out ...
-    python prepare.py --preset 5090_week                     what train.py --preset 5090_week would do first
+    python prepare.py --preset 5090_week                     the encoding that train.py --preset 5090_week would begin with
     torchrun --nproc-per-node 8 prepare.py ...               several GPUs; or the same command on several hosts
     python train.py --cache cache/mine --vae-weights stabilityai/sd-vae-ft-mse ...
 
-Stopped or killed, the same command goes on with the next shard. skipped.jsonl in the cache names every sample that could
-not be used, and why.
+If it is stopped or killed, the same command continues with the next shard. skipped.jsonl in the cache lists every sample that
+could not be used, with the reason.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ NAMES = ("preset", "seed", "device", "dtype", "data", "scenes", "caption_key", "
 def count(text: str) -> int:
     """A whole number from 0 on, for argparse."""
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of pictures")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of pictures")
     return int(text)
 
 
 FLAGS = {
     "--out": dict(default="", metavar="FOLDER", help="the cache (default: runs/PRESET/latents, where train.py looks for it)"),
-    "--rebuild": dict(action="store_true", help="make a cache anew that was made with other settings"),
+    "--rebuild": dict(action="store_true", help="replace a cache that was made with other settings"),
     "--preview": dict(default="", metavar="FILE.png", help="first write a sheet of cropped pictures with their captions"),
-    "--decode-check": dict(type=count, default=0, metavar="N", help="first write N pictures above what the VAE makes of them "
-                           "to OUT.decoded.png, with the PSNR"),
+    "--decode-check": dict(type=count, default=0, metavar="N", help="first write N pictures, each above its reconstruction by the "
+                           "VAE, to OUT.decoded.png, and print the PSNR"),
 }
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
@@ -58,7 +58,7 @@ from tinyldm.training.signals import Interrupted, Signals
 
 
 def write_preview(config: Config, file: Path, signals: Signals) -> None:
-    """48 pictures cropped square, from all shards alike, with their captions."""
+    """Write a sheet of 48 square crops with their captions, taken evenly from all shards."""
     items, _ = some_pictures(config, 48, signals.check)
     sheet = captioned([item.image for item in items], [two_lines(item.captions[0][1]) for item in items])
     write_picture(file, np.asarray(sheet))
@@ -66,7 +66,7 @@ def write_preview(config: Config, file: Path, signals: Signals) -> None:
 
 
 def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count: int, file: Path, signals: Signals) -> None:
-    """Originals, and below them their reconstructions from the posterior's mean."""
+    """Write a sheet of pictures, each above its reconstruction from the mean of the posterior, and print the PSNR."""
     images = np.stack([item.image for item in some_pictures(config, count, signals.check)[0]])
     decoded = []
     with torch.no_grad():
@@ -80,8 +80,8 @@ def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count
     blank = np.full((-len(images) % width, *images.shape[1:]), 255, np.uint8)
     rows[-2:] = [np.concatenate([row, blank]) for row in rows[-2:]]
     write_picture(file, tile(np.concatenate(rows), columns=width))
-    spread = f"{decibels.min():.2f} to {decibels.max():.2f}"
-    print(f"PSNR of {len(images)} pictures through the VAE: {decibels.mean():.2f} dB ({spread}): {file}")
+    lowest_to_highest = f"{decibels.min():.2f} to {decibels.max():.2f}"
+    print(f"PSNR of {len(images)} pictures through the VAE: {decibels.mean():.2f} dB ({lowest_to_highest}): {file}")
 
 
 def main() -> None:
@@ -98,13 +98,14 @@ def main() -> None:
                 write_preview(config, Path(ARGS.preview), signals)
             if ARGS.decode_check:
                 decode_check(config, vae, device, ARGS.decode_check, out.with_name(out.name + ".decoded.png"), signals)
-        done = [(prepare(phase, folder, vae, device, ARGS.rebuild, signals.check), folder) for phase, folder in phase_folders(config, out)]
+        done = [(prepare(phase, folder, vae, device, ARGS.rebuild, signals.check), folder)
+                for phase, folder in phase_folders(config, out)]
     except Interrupted:
-        print(f"stopped; finished shards stay in {out}: the same command goes on")
+        print(f"stopped; finished shards stay in {out}: the same command continues")
         sys.exit(128 + signals.received)
     for report, folder in done:
         if report is None:
-            return print(f"this process is done; others are still at work on {folder}")
+            return print(f"this process is done; others are still encoding into {folder}")
         print(report)
         if tokenizer:
             write_tokens(folder, tokenizer)

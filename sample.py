@@ -39,12 +39,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prediction", metavar="NAME", help="for a single-file Stable Diffusion 2: eps (the base models) or v (default: v)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
     add_drawing_flags(parser)
-    add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: share of the standard deviation that guidance "
-        "added and that is taken back (default: 0; 0.7 is usual)")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance only where LOW < sigma/alpha "
-        "<= HIGH (noise over signal, from inf or so at first to 0 at last); twice as fast elsewhere")
-    add("--prompt-weights", action="store_true", help="(x) [x] (x:1.3) weigh what they enclose, also in --negative-prompt")
-    add("--eta", type=float, metavar="E", help="ddim: share of fresh noise, 0 to 1")
+    add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much of the standard deviation that guidance "
+        "adds is removed again (default: 0; 0.7 is usual)")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance only where LOW < sigma/alpha <= HIGH "
+        "(noise over signal: large or infinite at first, 0 at the end); the other steps are twice as fast")
+    add("--prompt-weights", action="store_true", help="(x) [x] (x:1.3) change the weight of x, also in --negative-prompt")
+    add("--eta", type=float, metavar="E", help="ddim: fraction of fresh noise, 0 to 1")
     add("--seed", type=int, default=0, metavar="S", help="first seed; -1 picks one (printed and stored)")
     add("-n", "--num-images", type=int, default=1, metavar="N", help="pictures per caption")
     add("--batch-size", type=int, default=16, metavar="B", help="pictures drawn at once")
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--strength", type=float, metavar="S", help="how much of it may change, 0 to 1 (default: 0.75; with a mask 1)")
     add("--mask", metavar="FILE", help="with --init-image: draw where this picture is white, keep the rest")
     add("--invert", nargs="?", const="", metavar="CAPTION", help="with --init-image: start from its own noise, found by "
-        "inversion; CAPTION says what it shows (default: the prompt, which at --cfg 1 draws it again)")
+        "inversion; CAPTION describes the picture (default: the prompt, which at --cfg 1 draws it again)")
     add("--interpolate", nargs="?", const="", metavar="SEED2", help="an animation from --seed to SEED2 (default: the same seed) "
         "and, of two captions, from the first to the second")
     add("--frames", type=int, metavar="N", help="with --interpolate (default: 16)")
@@ -80,7 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be seen to be wrong before torch is loaded."""
+    """Refuse wrong arguments, before torch is loaded."""
     if not args.prompt:
         fail('no prompt: python sample.py "a red fox"')
     for name, least in (("num_images", 1), ("batch_size", 1), ("seed", -1), ("width", 0), ("height", 0)):
@@ -112,7 +112,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_interpolation(args: argparse.Namespace) -> None:
-    """--interpolate becomes a seed, --frames a number."""
+    """Refuse wrong values of --interpolate and --frames, and fill in the default of --frames."""
     if args.interpolate is None:
         if args.frames is not None:
             fail(f"--frames {args.frames} needs --interpolate SEED2")
@@ -146,7 +146,7 @@ from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model, load_vae
 from tinyldm.lookup import lookup
 from tinyldm.model import Model
-from tinyldm.pictures.animation import even, write_animation
+from tinyldm.pictures.animation import even_fractions, write_animation
 from tinyldm.pictures.pixels import to_bytes, to_pixels, write_picture
 from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import Canvas, DrawSettings, Morph, check_size, decode, draw, draw_settings, picture_size
@@ -157,7 +157,7 @@ TINY_VAE = {4: "madebyollin/taesd"}                          # by latent channel
 
 
 def open_model(args: argparse.Namespace) -> tuple[Model, str]:
-    """The model, and its name for people."""
+    """The model, and its name for messages and metadata."""
     device = pick_device(args.device)
     source = find_model(args.model)
     if args.revision:
@@ -175,7 +175,7 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str]:
 
 
 def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
-    """How to draw: as typed, else by the model's own defaults."""
+    """The settings for drawing: from the flags, else the model's own defaults."""
     found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg)
     if args.eta is not None and found.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
@@ -187,7 +187,7 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
 
 
 def open_picture(file: str) -> Image.Image:
-    """Upright, RGB. ValueError for what is not a picture."""
+    """A picture file, upright (rotated as its Exif data says) and in RGB. ValueError where it cannot be read."""
     try:
         return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -196,7 +196,7 @@ def open_picture(file: str) -> Image.Image:
 
 
 def open_canvas(args: argparse.Namespace, model: Model) -> Canvas:
-    """--init-image and --mask, fitted to the size to draw: as typed, else the picture's shape at the model's own scale."""
+    """--init-image and --mask, fitted to the size to draw: --width and --height, else the picture's shape at the model's size."""
     picture, multiple = open_picture(args.init_image), model.divisor
     own = min(picture_size(model))
     scale = own / min(picture.size)
@@ -207,7 +207,7 @@ def open_canvas(args: argparse.Namespace, model: Model) -> Canvas:
     mask = None
     if args.mask:
         drawn = open_picture(args.mask).convert("L").convert("RGB")
-        if abs(drawn.width * picture.height / (drawn.height * picture.width) - 1) > 0.02:       # cropped, they would not match
+        if abs(drawn.width * picture.height / (drawn.height * picture.width) - 1) > 0.02:       # crops of the two would not match
             raise ValueError(f"--mask {args.mask} is {drawn.width}x{drawn.height}, the picture {picture.width}x{picture.height}: "
                              "paint it in the picture's shape")
         mask = (fit(drawn)[:, :1] + 1) / 2
@@ -217,7 +217,7 @@ def open_canvas(args: argparse.Namespace, model: Model) -> Canvas:
 
 
 def open_preview(args: argparse.Namespace, model: Model, file: Path) -> Callable[[Tensor], None]:
-    """A function that writes the current guess of the pictures to `file`."""
+    """A function that writes the current prediction of the pictures to `file`."""
     channels = model.vae.config.latent_channels
     if not args.preview and channels not in TINY_VAE:
         raise ValueError(f"no tiny autoencoder is known for {channels} latent channels: name one, --preview FOLDER")
@@ -266,7 +266,7 @@ def free_name(folder: Path, prompt: str, seed: int) -> Path:
 
 def draw_all(args: argparse.Namespace, model: Model, settings: DrawSettings, jobs: list[tuple[str, int]],
              preview_file: Path, morph: Morph | None = None) -> list[np.ndarray]:
-    """One picture per (prompt, seed), on its way to what `morph` says, a batch at a time."""
+    """Draw one picture per (prompt, seed), in batches; morph: interpolate towards another picture."""
     if args.compile:
         model.net.compile()
     canvas = open_canvas(args, model) if args.init_image else None
@@ -290,7 +290,7 @@ def draw_all(args: argparse.Namespace, model: Model, settings: DrawSettings, job
 
 
 def draw_pictures(args: argparse.Namespace, model: Model, settings: DrawSettings, name: str, out: Path, folder: Path) -> list[Path]:
-    """A file per caption and seed and, where there are several, one with all."""
+    """Draw and write one file per caption and seed and, where there are several, one file with a grid of all."""
     single = out != folder
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_images)]
     images = draw_all(args, model, settings, jobs, folder / "preview.png")
@@ -307,9 +307,9 @@ def draw_pictures(args: argparse.Namespace, model: Model, settings: DrawSettings
 
 
 def draw_animation(args: argparse.Namespace, model: Model, settings: DrawSettings, name: str, out: Path, folder: Path) -> list[Path]:
-    """The way from one picture to another: an animation, and its frames side by side in a .png of the same name."""
+    """Draw and write an animation from one picture to another, and its frames side by side in a .png of the same name."""
     jobs = [(args.prompt[0], args.seed)] * args.frames
-    morph = Morph(args.prompt[-1], int(args.interpolate or args.seed), even(args.frames))
+    morph = Morph(args.prompt[-1], int(args.interpolate or args.seed), even_fractions(args.frames))
     images = draw_all(args, model, settings, jobs, folder / "preview.png", morph)
     strip = out.with_suffix(".png") if out != folder else free_name(out, "-to-".join(args.prompt), args.seed)
     moving = strip.with_suffix(".gif" if out.suffix.lower() == ".gif" else ".webp")

@@ -5,11 +5,11 @@
     python train.py --data "shards/*.tar" --out runs/mine    your own captioned pictures (or a folder of them, or a URL)
     python train.py --cache CACHE --vae-weights V --out ...  latents that prepare.py made before
     python train.py --preset 5090_week --dry-run             the plan of a week on one RTX 5090
-    python train.py --preset tiny --budget 20m               whatever can be learnt in this time
-    torchrun --nproc-per-node 4 train.py ...                 several GPUs: the same batches, divided among them
+    python train.py --preset tiny --budget 20m               use 20 minutes of running time
+    torchrun --nproc-per-node 4 train.py ...                 several GPUs: each takes a part of the same batches
 
 Any setting of tinyldm/config/fields.py is a flag; network fields are KEY=VALUE pairs (--unet widths=64,128,256 depth=2).
-Everything lands in runs/PRESET (or --out): report.html, log.jsonl, samples/, checkpoints/. Then: python sample.py "a red fox"
+Everything is written to runs/PRESET (or --out): report.html, log.jsonl, samples/, checkpoints/. Then: python sample.py "a red fox"
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tinyldm.cli import BestEffortStream, guard
 from tinyldm.config import Config, flatten, parse
 
 FLAGS = {"--dry-run": dict(action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")}
-STARTED = time.monotonic()                                   # running time counts from here, loading torch included
+STARTED = time.monotonic()                                   # running time counts from here and includes loading torch
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
     CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS)
@@ -59,23 +59,23 @@ from tinyldm.training.stage import Phase, Stage
 from tinyldm.training.timing import Timing
 from tinyldm.training.track import Tracker
 
-COMPARE_AFTER = 200                                          # steps, after which plan and measurement are compared
-MOST_ROLLBACKS = 10                                          # in one process; after so many the data are not the cause
+COMPARE_AFTER = 200                                          # after this number of steps the plan is compared with measurements
+MOST_ROLLBACKS = 10                                          # more in one process are not due to single bad batches: the run ends
 
 
 class Trainer:
     """Trains the networks of one stage, through all its phases (picture sizes), to the end of its schedule."""
 
     def __init__(self, stage: Stage, context: RunContext, last: Path | None = None, skipped_batches: int = 0):
-        """last: the checkpoint to continue from. skipped_batches: how many batches rollbacks have skipped to get here."""
+        """last: the checkpoint to continue from. skipped_batches: the number of batches that rollbacks have skipped so far."""
         self.stage, self.context, config = stage, context, stage.config
         self.learner = Learner(stage.trained, stage.objective, stage.settings, stage.world, context.device, stage.average)
         state = self.learner.load(last) if last else {}
         if last:
             stage.check_resume(state)
         context.clock.at_least((state.get("schedule") or {}).get("running", 0.0))
-        self.step, self.phase_index = state.get("step", 0), state.get("stage_number", 0)
-        self.skipped_batches = max(skipped_batches, state.get("window", 0))
+        self.step, self.phase_index = state.get("step", 0), state.get("stage_number", 0)        # "stage_number" is the phase, and
+        self.skipped_batches = max(skipped_batches, state.get("window", 0))                     # "window" the skipped batches
         self.timing = Timing(context._replace(world=stage.world), stage.fractions, stage.costs)
         self.timing.schedule = make_schedule(stage.settings, state.get("schedule"), self.timing.running, self.timing.now)
         main = stage.world.main
@@ -90,11 +90,11 @@ class Trainer:
 
     @property
     def position(self) -> int:
-        """Which global batch comes next: rollbacks skip batches, so it can run ahead of the step."""
+        """The index of the next global batch. It is larger than the step after a rollback, which skips batches."""
         return self.step + self.skipped_batches
 
     def train(self) -> None:
-        """All phases, to the end of the schedule."""
+        """Run all phases, to the end of the schedule."""
         stage, self.first_step, first = self.stage, self.step, self.phase_index
         total, size = self.timing.schedule.total, stage.settings.batch_size
         self.bar = ProgressBar(stage.title, self.step, total, size, self.context.device, stage.world.main)
@@ -108,18 +108,18 @@ class Trainer:
                     self.note("stage", self.step + 1, f"from here on {resolution} px", resolution=resolution)
                 self.bar.flops = stage.costs[self.phase_index]
                 self.train_phase(stage.begin_phase(self.phase_index))
-        finally:                                                # also waits for the checkpoint that is being written
+        finally:                                                # closing the writer waits for an unfinished checkpoint
             self.bar.close(), self.writer.close(), self.tracker.close()
 
     def train_phase(self, phase: Phase) -> None:
-        """One picture size, until it has had its fraction of the training."""
+        """Train at one picture size, until its fraction of the training is over."""
         stage, learner, timing, device, run = self.stage, self.learner, self.timing, self.context.device, phase.config.run
         objective, batch_size, world = stage.objective, stage.settings.batch_size, stage.world
         micro_batches = self.cut_batches(phase)
         timing.timer.restart()
 
         def next_batch(position: int) -> NamedTuple:
-            samples = next(loader)                              # this process's part of a global batch
+            samples = next(loader)                              # this process's part of the global batch
             random = generator(stage.stream, run.seed, position)
             return objective.draw(samples, random, batch_size, phase.part, device)      # noise, times, dropped captions
 
@@ -128,34 +128,35 @@ class Trainer:
             while not (timing.done(self.step) or timing.phase_over(self.step, self.phase_index)):
                 batch, upcoming, log_due = upcoming, None, (self.step + 1) % run.log_every == 0
                 progress, updates = timing.progress(self.step), {}
-                for turn in turns_at(objective, self.step):                             # one, or generator and discriminator ...
-                    for trial in micro_batches.attempts():                              # one; another if memory runs out
-                        with trial:
+                for turn in turns_at(objective, self.step):                             # one, or generator and discriminator
+                    for trial in micro_batches.attempts():                              # runs once; again if memory ran out
+                        with trial:                                                     # catches out-of-memory errors only
                             for micro in split(batch, trial.count):
                                 with autocast(device, run.dtype):
                                     losses = objective.losses(turn, phase.networks, micro, progress)    # [micro-batch]
-                                (losses.sum() / batch_size).backward()                  # a mean over the whole global batch
+                                (losses.sum() / batch_size).backward()                  # sums to the mean over the global batch
                                 learner.meters[turn.name].add(losses, 1 / batch_size, getattr(micro, "t", None))
                     if upcoming is None:
-                        upcoming = next_batch(self.position + 1)    # the CPU makes it while the device still computes
+                        upcoming = next_batch(self.position + 1)    # prepared on the CPU while the device still computes
                     # No DDP wrapper: gradients are summed once, after the last micro-batch, so there is no no_sync() and no
                     # .module. The price: the sum does not overlap with the backward pass, as DDP's buckets do.
-                    world.sum(learner.to_sum(turn))
+                    world.sum(learner.to_sum(turn))                                     # gradients, and the measured losses
                     norm = clip(learner.weights(turn), stage.settings.grad_clip)
-                    updates[turn.name] = learner.update(turn, norm, timing.factor(self.step), log_due)  # AdamW, Muon
+                    updates[turn.name] = learner.update(turn, norm, timing.factor(self.step), log_due)  # step, zero_grad
                 learner.average(self.step + 1)                                          # EMA
-                objective.after_step(self.step + 1)
+                objective.after_step(self.step + 1)             # moving target networks, for objectives that have them
                 self.step += 1
                 self.count_step(updates.get(learner.main_turn))
                 self.write_log(updates.get(learner.main_turn), log_due)
-                self.do_what_is_due(phase)                      # validation, pictures, checkpoint; leaves after a signal
+                self.do_what_is_due(phase)                      # validation, pictures, checkpoint; raises Interrupted after a signal
 
-    # ---------------------------------------------------------------- beside the step
+    # ---------------------------------------------------------------- parts of a step that are rare or not about training
 
     def cut_batches(self, phase: Phase) -> MicroBatches:
-        """How this phase's batches are cut; after out of memory into twice as many micro-batches, so the global batch stays."""
+        """The number of micro-batches per step. When memory runs out it doubles, so the global batch stays the same. After every
+        attempt timing.agree() tells all processes whether any ran out of memory, and reads the clock and signals."""
         world, resolution = self.stage.world, phase.config.data.resolution
-        most = self.stage.settings.batch_size // world.size     # of one sample or more, on every process
+        most = self.stage.settings.batch_size // world.size     # so that every process has at least one sample in each micro-batch
 
         def start_over(count: int) -> None:
             self.learner.drop_gradients()
@@ -170,12 +171,12 @@ class Trainer:
             "fewer pixels"), retry=not phase.config.run.fsdp)
 
     def note(self, event: str, step: int, text: str, **more) -> None:
-        """An event in the log."""
+        """Write an event to the log."""
         self.log.write(stage=self.stage.name, step=step, event=event, **more, text=text)
 
     def count_step(self, update: Update | None) -> None:
-        """The step is over. Updates that were left out and spikes are noted; a loss that has diverged rolls back, where that is
-        wanted. update: of the main turn, None in steps without it."""
+        """Count a finished step, log a skipped update or a loss spike, and raise Diverged where --rollback is on and the loss has
+        diverged. update: that of the main turn; None in steps without it."""
         self.timing.timer.step()
         self.bar.update()
         self.writer.raise_failure()
@@ -189,7 +190,7 @@ class Trainer:
             raise Diverged(self.step - RECENT, self.step, self.skipped_batches)
 
     def write_log(self, update: Update | None, due: bool) -> None:
-        """Every --log-every steps a row of log.jsonl, and the same on the bar; once, how the run compares with its plan."""
+        """If due (every --log-every steps), write a row to log.jsonl and show it on the bar. Once, compare the run with its plan."""
         if due:
             factor, row = self.timing.factor(self.step - 1), self.learner.log_row()
             ratio = {"update_ratio": update.ratio} if update and update.ratio is not None else {}
@@ -199,10 +200,11 @@ class Trainer:
             self.compare_with_plan()
 
     def do_what_is_due(self, phase: Phase) -> None:
-        """Validation, sample grid, and then the checkpoint that says they are done. Interrupted after a signal."""
+        """Validation and sample grid, and after them the checkpoint, so that a resumed run does not repeat them. Raises Interrupted
+        after a signal."""
         step, run, stage, ema = self.step, phase.config.run, self.stage, self.learner.ema
         finished, signal = self.timing.done(step), self.timing.signal
-        optional = attempt if not run.fsdp else lambda what, work: work()               # sharded networks fail together
+        optional = attempt if not run.fsdp else lambda what, work: work()               # with sharded networks an error ends the run
         aside = self.timing.timer.outside_steps
         if phase.validation and (finished or run.val_every and step % run.val_every == 0):
             with aside("validation"):
@@ -214,16 +216,16 @@ class Trainer:
             with aside("the checkpoint"):
                 self.save(finished)
         if signal and not finished:
-            self.context.signals.received = signal              # it may have reached another process only
+            self.context.signals.received = signal              # perhaps only another process received it
             raise Interrupted
 
     def save(self, finished: bool) -> None:
-        """A checkpoint, which counts as the end of everything before it: the plan is revised and the log flushed first."""
+        """Write a checkpoint. Before that, revise the plan and flush the log, because a resumed run begins after this point."""
         self.note_plan(self.revise_plan())
         self.log.flush()
         schedule = self.timing.schedule
         self.learner.save(self.writer, self.stage.name, self.step, {
-            "finished": finished and self.stage.checkpoint_at_end,              # of the run: its model can be drawn with
+            "finished": finished and self.stage.checkpoint_at_end,              # whether the whole run is finished
             **self.stage.state(), "stage_number": self.phase_index, "window": self.skipped_batches,
             "schedule": None if schedule.max_steps else schedule.state()})
         if finished:
@@ -234,7 +236,7 @@ class Trainer:
     # ---------------------------------------------------------------- the plan
 
     def revise_plan(self) -> Revision | None:
-        """With a budget: what the measured speed makes of the planned number of steps."""
+        """With a budget: update the planned number of steps from the measured speed. -> what has changed, if anything."""
         revision = self.timing.revise(self.step, self.phase_index)
         self.bar.plan(self.timing.schedule.total)
         return revision
@@ -245,7 +247,7 @@ class Trainer:
                       decay_from=self.timing.schedule.decay_from, finish=self.timing.finish(self.step, self.phase_index))
 
     def compare_with_plan(self) -> None:
-        """Plan and measurement side by side, once there is something to compare."""
+        """Print the plan and the measurements side by side."""
         if not self.timing.schedule.total:
             self.note_plan(self.revise_plan())
         seconds, stage, config = self.timing.timer.seconds, self.stage, self.stage.phases[self.phase_index]
@@ -260,7 +262,8 @@ class Trainer:
 
 
 def train_all(config: Config, context: RunContext) -> None:
-    """Both stages, from the newest checkpoint on. With --rollback the second may begin again at an older one."""
+    """Train both stages, from the newest checkpoint on: prepare_latents() trains the first one (make_vae) unless RUN/vae exists.
+    With --rollback the second stage may return to an older checkpoint."""
     world, run = context.world, context.folder
     last = checkpoint.to_resume(config.run, run) if world.main else None
     last, skipped = world.broadcast([str(last or ""), skipped_before(run, last)])
@@ -292,14 +295,14 @@ def train_all(config: Config, context: RunContext) -> None:
 
 
 def prepare_run(config: Config) -> None:
-    """The run folder, new or resumed, with the resolved config in it."""
+    """Make or reopen the run folder, lock it, and write the resolved config into it."""
     run = Path(config.run.out)
     if config.run.resume == "no" and ((run / "vae").exists() or checkpoint.names(run)):
         raise ValueError(f"{run} holds a run already: continue it with --resume auto, or name another folder with --out")
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.lock(run)
     if config.run.resume == "no":
-        (run / "running.json").unlink(missing_ok=True)          # of a run that ended before its first checkpoint
+        (run / "running.json").unlink(missing_ok=True)          # left by a run that ended before its first checkpoint
     write_file(run / "config.json", json.dumps(flatten(config) | {"resume": "no"}, indent=1))
     write_file(run / "launch", launch())
     print(f"run folder {run}, configuration in {run / 'config.json'}")

@@ -1,8 +1,8 @@
-"""A week in minutes: train.py with a budget, interrupted and killed at random moments, with pauses that must not count.
+"""A week in minutes: train.py with a budget, interrupted and killed at random moments; the pauses must not count as running time.
 
     python benchmarks/accelerated_week.py --budget 20m --kills 3 --stops 2
 
-Prints a line per process, then how near to its budget the run ended, where the learning rate was then, and what was lost.
+Prints a line per process, then the running time as a fraction of the budget, the last learning rate, and the revised plans.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-from tinyldm.durations import seconds
+from tinyldm.durations import parse_duration
 from tinyldm.training.log import read
 
 
-def clock(run: Path) -> float:
+def running_time(run: Path) -> float:
+    """Seconds in RUN/running.json; 0 where there is none yet."""
     file = run / "running.json"
     return json.loads(file.read_text())["seconds"] if file.exists() else 0.0
 
@@ -35,24 +36,25 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=15, help="seconds between a process's end and the next one")
     parser.add_argument("--out", default="runs/accelerated_week")
     args, rest = parser.parse_known_args()
-    run, budget, rng = Path(args.out), seconds(args.budget), random.Random(0)
+    run, budget, rng = Path(args.out), parse_duration(args.budget), random.Random(0)
     shutil.rmtree(run, ignore_errors=True)
     ends = [signal.SIGKILL] * args.kills + [signal.SIGTERM] * args.stops
     rng.shuffle(ends)
-    moments = sorted(rng.uniform(0.05, 0.97) * budget for _ in ends)        # of running time
+    moments = sorted(rng.uniform(0.05, 0.97) * budget for _ in ends)        # in seconds of running time
     begun, wall = time.monotonic(), 0.0
     for end, moment in [*zip(ends, moments), (None, float("inf"))]:
         resume = ["--resume", "auto"] if (run / "config.json").exists() else ["--preset", args.preset, "--budget", args.budget, *rest]
         started = time.monotonic()
         job = subprocess.Popen([sys.executable, "train.py", "--out", str(run), *resume], stderr=subprocess.DEVNULL)
-        before = clock(run)
+        before = running_time(run)
         while job.poll() is None and before + time.monotonic() - started < moment:
             time.sleep(0.1)
         if job.poll() is None:
             job.send_signal(end)
             sent = time.monotonic()
             job.wait()
-            print(f"{end.name} at {before + sent - started:.0f} s of running time, gone after {time.monotonic() - sent:.1f} s", flush=True)
+            took = time.monotonic() - sent
+            print(f"{end.name} at {before + sent - started:.0f} s of running time, ended {took:.1f} s later", flush=True)
             wall += time.monotonic() - started
             time.sleep(args.pause)
         else:
@@ -61,9 +63,10 @@ def main() -> None:
             break
     rows = [row for row in read(run / "log.jsonl") if row["stage"] == "step"]
     last = [row for row in rows if "loss" in row][-1]
-    print(f"budget {budget:.0f} s; running time as counted {clock(run):.1f} s ({clock(run) / budget - 1:+.2%}), as seen from outside "
-          f"{wall:.1f} s ({wall / budget - 1:+.2%}); from first to last {time.monotonic() - begun:.0f} s")
-    print(f"{max(row['step'] for row in rows)} steps; the last row of the log has {last['lr_factor']:.3f} of the learning rate")
+    counted = running_time(run)
+    print(f"budget {budget:.0f} s; running time as counted {counted:.1f} s ({counted / budget - 1:+.2%}), as measured from outside "
+          f"{wall:.1f} s ({wall / budget - 1:+.2%}); with the pauses {time.monotonic() - begun:.0f} s")
+    print(f"{max(row['step'] for row in rows)} steps; the learning-rate factor in the last row of the log is {last['lr_factor']:.3f}")
     for row in rows:
         if row.get("event") == "plan":
             print(f"  step {row['step']}: {row['text']}")

@@ -1,4 +1,4 @@
-"""Decoding pictures to squares: tinyldm.data.decoding beside Pillow alone, in 1 and 2 threads of one process.
+"""Decoding pictures to squares: tinyldm.data.decoding compared with Pillow alone, in 1 and 2 threads of one process.
 
     python benchmarks/decoding.py [--data photos.tar] [--resolution 256] [--pictures 100] [--rounds 5]
 
@@ -99,10 +99,10 @@ def draft_quality(ours: Decode, pictures: list[bytes]) -> str:
     draft = JpegImagePlugin.JpegImageFile.draft
     JpegImagePlugin.JpegImageFile.draft = lambda *_: None
     try:
-        whole = [ours(data) for data in pictures]
+        undrafted = [ours(data) for data in pictures]
     finally:
         JpegImagePlugin.JpegImageFile.draft = draft
-    errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(drafted, whole)]
+    errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(drafted, undrafted)]
     if not any(errors):
         return "exact"
     decibels = [10 * np.log10(255 ** 2 / max(error, 1e-3)) for error in errors]
@@ -164,7 +164,7 @@ def main() -> None:
     r = args.resolution
     same = photos(args.data, args.pictures) if args.data else random_pictures(args.pictures, r)
     some = same[:max(1, len(same) // 2)]                        # fewer pictures for the larger sizes
-    cases = {f"same size, JPEG ({r} px)" if not args.data else "as they are, JPEG": same,
+    cases = {f"same size, JPEG ({r} px)" if not args.data else "the files unchanged, JPEG": same,
              f"{2 * r} -> {r}, JPEG": at_size(some, 2 * r, "JPEG"), f"{4 * r} -> {r}, JPEG": at_size(some, 4 * r, "JPEG"),
              f"{r}, PNG": at_size(same, r, "PNG"), f"{2 * r} -> {r}, PNG": at_size(some, 2 * r, "PNG")}
     ours, theirs = (lambda data: decode(data, Framing(r))), pillow_alone(r)
@@ -175,9 +175,10 @@ def main() -> None:
         pairs = [rates(ours, theirs, pictures, threads, args.rounds) for threads in (1, 2)]
         cells = " | ".join(f"{a:.0f} | {b:.0f} | {a / b:.2f}" for a, b in pairs)
         print(f"| {name} | {draft_quality(ours, pictures)} | {cells} |", flush=True)
-    whole, bare, alone = preparing(same, r, args.rounds)
+    complete, unconverted, alone = preparing(same, r, args.rounds)
     print("\n| prepare.py with a VAE that does nothing | pictures/s | of Pillow alone |\n|---|---:|---:|")
-    for name, rate in (("the whole job", whole), ("without turning pixels into floats, which a GPU does", bare), ("Pillow alone", alone)):
+    for name, rate in (("the complete job", complete), ("without converting pixels to floats, which a GPU does", unconverted),
+                       ("Pillow alone", alone)):
         print(f"| {name} | {rate:.0f} | {rate / alone:.2f} |", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""Forward passes of Stable Diffusion 1's networks, ours and the peers' with the same weights, interleaved in one process.
+"""Times forward passes of Stable Diffusion 1's networks, ours and diffusers' or transformers', with the same weights in one process.
 
     python benchmarks/forward.py [--scale full|small] [--rounds 7]
 
-U-Net: 32x32 latents, batch 2; VAE: decoding to 256x256; text: CLIP ViT-L/14's, 8 captions of 77 tokens. Each with
-torch's default attention, with which sample.py draws, and with plain products, with which train.py trains on a CPU:
-the switch is torch's, so it changes the peer too. Medians.
+U-Net: 32x32 latents, batch 2; VAE: decoding to 256x256; text: CLIP ViT-L/14's, 8 captions of 77 tokens. Each is timed with
+torch's default attention, which sample.py uses, and with attention as plain matrix products, which train.py uses on a CPU. The
+switch is torch's own, so it also applies to the peer. The two take turns; medians.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ def seconds(forward: Forward, device: torch.device) -> float:
 
 
 def medians(one: Forward, two: Forward, rounds: int, device: torch.device) -> tuple[float, float]:
-    """Milliseconds of ours and theirs; the first of a pair changes from round to round."""
+    """Median milliseconds of ours and theirs; which one runs first alternates."""
     times: list[list[float]] = [[], []]
     for i in range(rounds + 1):
         for which in (0, 1)[::1 - 2 * (i % 2)]:
             took = seconds((one, two)[which], device)
-            if i:                                               # the first round warms up
+            if i:                                               # the first round is a warm-up
                 times[which].append(1e3 * took)
     return statistics.median(times[0]), statistics.median(times[1])
 

@@ -1,4 +1,4 @@
-"""How fast the loader reads a cache in shuffled order, and what ten million samples cost to open.
+"""How fast the loader reads a cache in shuffled order, and how long opening ten million samples takes.
 
     python benchmarks/loader.py [--samples 200000] [--rounds 5] [--folder /tmp]
 

@@ -1,4 +1,4 @@
-"""Loading Stable Diffusion 1's networks from diffusers' layout: seconds and peak memory, ours and the peers'.
+"""Loading Stable Diffusion 1's networks from diffusers' layout: seconds and peak memory, of tinyldm and of diffusers or transformers.
 
     python benchmarks/loading.py [--scale full|small] [--rounds 5] [--folder /tmp]
 
@@ -30,7 +30,7 @@ from tinyldm.files import read_json
 from tinyldm.folders.build import build_network
 from tinyldm.folders.save import write_part
 from tinyldm.folders.weights import find_weights, open_weights
-from tinyldm.model import KINDS
+from tinyldm.model import architecture
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
@@ -50,7 +50,7 @@ def meta(network: type, config) -> torch.nn.Module:
 
 
 def write(folder: Path, configs: dict) -> None:
-    """A part folder of random weights for every network and dtype stored."""
+    """Write a part folder with random weights for every network and every dtype on disk."""
     for network, config in configs.items():
         module = meta(network, config)
         weights = {name: torch.randn(p.shape) * 0.02 for name, p in module.state_dict().items()}
@@ -60,9 +60,9 @@ def write(folder: Path, configs: dict) -> None:
 
 
 def ours(path: Path, network: str, dtype: torch.dtype):
-    kind = KINDS[NETWORKS[network]]
-    config = kind.from_config(read_json(path / "config.json", "run this script from the start"))
-    return build_network(NETWORKS[network], config, open_weights(find_weights(path, kind.stem)), "cpu", dtype)
+    row = architecture(NETWORKS[network])
+    config = row.from_config(read_json(path / "config.json", "run this script from the start"))
+    return build_network(NETWORKS[network], config, open_weights(find_weights(path, row.stem)), "cpu", dtype)
 
 
 def peer(network: str):
@@ -114,7 +114,7 @@ def table(folder: Path, rounds: int) -> None:
             file.read_bytes()                                   # read the file into the page cache
         runs = {"ours": [], "peer": []}
         for i in range(rounds):
-            for who in ("ours", "peer")[::1 - 2 * (i % 2)]:     # which one begins alternates
+            for who in ("ours", "peer")[::1 - 2 * (i % 2)]:     # which one runs first alternates
                 runs[who].append(run(who, str(folder), *case))
         one, two = ({key: statistics.median(r[key] for r in found) for key in found[0]} for found in runs.values())
         print(f"| {case[0]}, {case[1]} -> {case[2]} | {one['size'] / 1e9:.2f} | {one['load']:.2f} | {two['load']:.2f} "

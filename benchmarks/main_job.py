@@ -1,4 +1,4 @@
-"""The main job as whole processes: `--help`, train.py --preset tiny from nothing, sample.py, evaluate.py.
+"""Times the main job as complete processes: `--help`, train.py --preset tiny from an empty folder, sample.py, evaluate.py.
 
     python benchmarks/main_job.py [--preset tiny] [--out runs/benchmark] [--keep]
 

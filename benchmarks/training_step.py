@@ -1,4 +1,4 @@
-"""One training step of the `tiny` networks, ours and diffusers' at the same widths, interleaved in one process.
+"""Times one training step of the `tiny` networks, ours and diffusers' at the same widths, taking turns in one process.
 
     python benchmarks/training_step.py [--batch-size 64] [--rounds 15]
 
@@ -14,8 +14,9 @@ import time
 import diffusers
 import torch
 
-from tinyldm.config import PRESETS, build
+from tinyldm.config import PRESETS
 from tinyldm.device import autocast, pick_device, prefer_plain_attention
+from tinyldm.lookup import build_dataclass
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
@@ -27,9 +28,9 @@ def pairs(batch_size: int, device: torch.device) -> dict:
     """name -> (our step, their step), each a function without arguments."""
     row = PRESETS["tiny"]
     width = row["text"]["width"]
-    vae_config = build(VAEConfig, row["vae"], "vae")
+    vae_config = build_dataclass(VAEConfig, row["vae"], "vae")
     channels = dict(in_channels=vae_config.latent_channels, out_channels=vae_config.latent_channels, context_dim=width)
-    unet_config = build(UNetConfig, row["unet"] | channels, "unet")
+    unet_config = build_dataclass(UNetConfig, row["unet"] | channels, "unet")
     ours, our_vae = UNet(unet_config).to(device), AutoencoderKL(vae_config).to(device)
     theirs = diffusers.UNet2DConditionModel.from_config(unets.to_config(unet_config)).to(device)
     their_vae = diffusers.AutoencoderKL.from_config(vaes.to_config(vae_config)).to(device)

@@ -135,5 +135,5 @@ def randomise(module, seed=0):
 def small_text():
     """A tokenizer trained on two captions, PROMPT among them, and the config of a small text tower for it."""
     tokenizer = Tokenizer.train([PROMPT, "a small green triangle"] * 3, vocab_size=600, context_length=16)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     return tokenizer, CLIPTextConfig(vocab_size=len(tokenizer), width=32, layers=2, heads=2, mlp_width=64, context_length=16, **ids)

@@ -22,7 +22,8 @@ def test_what_is_no_duration_is_refused_with_examples(text):
 
 
 @pytest.mark.parametrize("seconds, shown", [(0.2, "0 s"), (0, "0 s"), (7, "7 s"), (9.4, "9 s"), (1203, "20 m 3 s"), (1800, "30 m 0 s"),
-                                            (3900, "1 h 5 m"), (4500, "1 h 15 m"), (273_600, "3 d 4 h"), (604_800, "7 d 0 h"), (396_000, "4 d 14 h")])
+                                            (3900, "1 h 5 m"), (4500, "1 h 15 m"), (273_600, "3 d 4 h"), (604_800, "7 d 0 h"),
+                                            (396_000, "4 d 14 h")])
 def test_durations_are_shown_in_their_two_largest_units(seconds, shown):
     assert show_duration(seconds) == shown
 

@@ -256,10 +256,10 @@ def test_the_model_card_tells_what_is_known_of_the_training(make_run, exported, 
     text = (exported(make_run("flow", {"shift": 3.0}, "flow"), "--sampler", "unipc") / "README.md").read_text()
     rows = dict(row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ") and len(row) > 5)
     told = (exported(exported(make_run(name="other"), name="mine"), name="copy") / "README.md").read_text()     # no run around it
-    assert "trained along" not in told and "trained first" not in told and "| process | scaled_linear" in told
+    assert "trained with the network" not in told and "trained first" not in told and "| process | scaled_linear" in told
     count = sum(p.numel() for p in parts.net.parameters()) / 1e6
     assert rows == {
-        "preset": "tiny", "network": f"UNet, {count:.1f} million parameters", "text encoder": "trained along, 0.0 million parameters",
+        "preset": "tiny", "network": f"UNet, {count:.1f} million parameters", "text encoder": "trained with the network, 0.0 million parameters",
         "autoencoder": "trained first, 0.2 million parameters", "data": "toyworld", "process": "flow (shift 3)", "prediction": "flow",
         "steps": "6", "pictures per step": "64", "optimizer": "muon", "learning rate": "0.004", "caption dropout": "0.1",
         "EMA decay": "0.995", "seed": "0", "sampler": "unipc, 4 steps, guidance 3"}
@@ -337,7 +337,7 @@ def test_a_full_size_stable_diffusion_1_fits_into_one_file_and_deviations_do_not
             text_encoders = TextEncoders([TextEncoder(CLIPText(CLIPTextConfig(**text)), parts.tokenizer)] * encoders)
             return Model(network or UNet(UNetConfig(**unet)), AutoencoderKL(VAEConfig(**vae)), text_encoders, *learned, config, {})
     assert why_not_one_file(whole()) is None and why_not_one_file(export.public(whole(), "dpmpp_2m")) is None
-    assert why_not_one_file(whole(unet={"sample_size": 32}, text={"pad_token_id": 0})) is None     # which no weight depends on
+    assert why_not_one_file(whole(unet={"sample_size": 32}, text={"bos_token_id": 0})) is None     # which no weight depends on
     for change, reason in (({"network": parts.dit}, "U-Net"), ({"unet": {"widths": (192, 384, 768, 768)}}, "U-Net"),
                            ({"unet": {"linear_projection": True}}, "U-Net"), ({"vae": {"scaling_factor": 0.13025}}, "VAE"),
                            ({"text": {"activation": "gelu"}}, "quick_gelu"), ({"text": {"layers": 11}}, "CLIP-L"),

@@ -78,8 +78,8 @@ def test_thirty_kills_in_both_stages_and_in_preparing_change_nothing(tmp_path):
         with tarfile.open(tmp_path / f"s-{i}.tar", "w") as tar:
             for file in files[i * len(files) // 5:(i + 1) * len(files) // 5]:
                 tar.add(file, file.name)
-    words = ["train.py", *SMALL, "--data", tmp_path / "s-*.tar", "--resolution", 32, "--vae-steps", 60, "--max-steps", 150, "--save-every", 5,
-             "--keep-last", 2, "--keep-every", 50, "--sample-every", 25, "--val-every", 10, "--ema-widths", "0.05", "0.1"]
+    words = ["train.py", *SMALL, "--data", tmp_path / "s-*.tar", "--resolution", 32, "--vae-steps", 60, "--max-steps", 150,
+             "--save-every", 5, "--keep-last", 2, "--keep-every", 50, "--sample-every", 25, "--val-every", 10, "--ema-widths", "0.05", "0.1"]
     done = script(*words, "--out", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     assert run_with_kills(words, tmp_path / "run", kills=30, seed=0) > 20

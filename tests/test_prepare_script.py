@@ -104,7 +104,7 @@ def test_an_interrupted_preparation_says_how_to_go_on(vae, tmp_path):
         time.sleep(0.02)
     job.send_signal(signal.SIGINT)
     out, error = job.communicate()
-    assert job.returncode == 130 and "the same command goes on" in out and "Traceback" not in error
+    assert job.returncode == 130 and "the same command continues" in out and "Traceback" not in error
     assert not list(tmp_path.glob("cache/shards/.writing-*"))
 
 

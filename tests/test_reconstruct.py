@@ -177,7 +177,7 @@ def test_the_misfit_is_the_distance_between_the_weightings():
 
 @pytest.mark.parametrize("words, message", [
     (["--width", 0.3], "between 0 and 0.288"), (["--width", 0], "between 0 and 0.288"), (["--width", "wide"], "--width"),
-    (["--width", 0.08, "--step", 401], "after the last whole checkpoint of {run}, at step 400"),
+    (["--width", 0.08, "--step", 401], "after the last undamaged checkpoint of {run}, at step 400"),
     (["--width", 0.08, "--step", 0], "averages begin at step 1"), ([], "--width")])
 def test_mistakes_are_one_line(make_run, made, capsys, words, message):
     run = make_run()
@@ -202,7 +202,7 @@ def test_what_is_no_run_with_averages_is_refused(make_run, made, tmp_path, capsy
     assert "train with --ema-widths" in refusal(run, preset="tiny")
     assert "averages.safetensors does not hold 0.2/net." in refusal(run, preset="tiny", ema_widths=["0.05", "0.2"])
     (run / "checkpoints" / "step-000100" / "state.json").unlink()
-    assert "no whole checkpoint" in refusal(run)
+    assert "no undamaged checkpoint" in refusal(run)
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "something").touch()
     assert "not empty" in refusal(run)

@@ -15,7 +15,7 @@ from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.pictures.animation import even, write_animation
+from tinyldm.pictures.animation import even_fractions, write_animation
 from tinyldm.pictures.pixels import to_bytes, to_pixels
 from tinyldm.pipeline import Canvas, Morph, decode, draw, draw_settings, encode, encode_prompts
 from tinyldm.text.encoders import TextEncoder, TextEncoders
@@ -28,7 +28,7 @@ PROMPT, OTHER = "a red square on the left of a blue circle", "a small green tria
 
 def make(prediction="v", process="scaled_linear", options={}, channels=4):
     tokenizer = Tokenizer.train([PROMPT, OTHER] * 3, vocab_size=600, context_length=16)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     text = CLIPTextConfig(vocab_size=len(tokenizer), width=32, layers=2, heads=2, mlp_width=64, context_length=16, **ids)
     unet = UNetConfig(widths=(16, 32), depth=1, attention=(True, False), heads=(4, 4), context_dim=32, groups=8, sample_size=16,
                       out_channels=channels)
@@ -164,7 +164,7 @@ def test_parentheses_are_text_unless_weights_are_asked_for(model):
 
 def test_slerp_keeps_noise_noise_and_its_ends():
     a, b = initial_noise((4, 16, 16), make_generators([1, 2])).split(1)
-    path = slerp(a, b, torch.tensor(even(9)).view(-1, 1, 1, 1), (1, 2, 3))
+    path = slerp(a, b, torch.tensor(even_fractions(9)).view(-1, 1, 1, 1), (1, 2, 3))
     torch.testing.assert_close(path[0], a[0])
     torch.testing.assert_close(path[-1], b[0])
     assert (path.std((1, 2, 3)) - 1).abs().max() < 0.05 and torch.lerp(a, b, torch.tensor(0.5)).std() < 0.75
@@ -176,7 +176,7 @@ def test_slerp_keeps_noise_noise_and_its_ends():
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_morph_begins_and_ends_at_the_two_pictures_and_moves_evenly(model, sampler):
     how = draw_settings(model, sampler=sampler)
-    frames = drawn(model, how, [PROMPT] * 9, [3] * 9, morph=Morph(OTHER, 3 if sampler == "ddpm" else 5, even(9)))
+    frames = drawn(model, how, [PROMPT] * 9, [3] * 9, morph=Morph(OTHER, 3 if sampler == "ddpm" else 5, even_fractions(9)))
     assert abs(frames[0] - drawn(model, how)[0]).max() <= 1
     assert abs(frames[-1] - drawn(model, how, [OTHER], [3 if sampler == "ddpm" else 5])[0]).max() <= 1
     whole, moves = abs(frames[0] - frames[-1]).mean(), [abs(a - b).mean() for a, b in zip(frames, frames[1:])]

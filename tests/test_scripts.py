@@ -105,7 +105,7 @@ OBJECTIVES = [
 
 
 UNSAFE = [
-    ("--process ve --prediction v --zero-terminal-snr", "--zero-terminal-snr is for tables, not for ve"),
+    ("--process ve --prediction v --zero-terminal-snr", "--zero-terminal-snr is for tables of betas, not for ve"),
     ("--process linear --prediction eps --zero-terminal-snr", "pure noise"),
     ("--process flow --prediction eps", "pure noise"),
     ("--learned-variance", "use scaled_linear, linear, cosine or betas"),
@@ -132,7 +132,8 @@ def test_unsafe_objectives_are_refused_early_with_the_reason(words, expected):
                                    for i, words in enumerate(OBJECTIVES)])
 def test_every_objective_trains_goes_on_and_draws(run, tmp_path, words, monkeypatch):
     folder = tmp_path / "run"
-    short = ["--vae-weights", str(run / "checkpoints" / "step-000006" / "model"), "--max-steps", "4", "--sample-every", "0", "--log-every", "2"]
+    model = str(run / "checkpoints" / "step-000006" / "model")
+    short = ["--vae-weights", model, "--max-steps", "4", "--sample-every", "0", "--log-every", "2"]
     train_here(load_script("train"), ["--out", str(folder), *SMALL, *words.split(), *short], monkeypatch)
     assert all(np.isfinite(row["loss"]) for row in lines(folder))
     whole = weights(folder / "checkpoints" / "step-000004")
@@ -195,7 +196,7 @@ def refusal(name, words, capsys) -> str:
     (["--max-steps", "0", "--deadline", "2001-01-01T00:00"], "--deadline 2001-01-01T00:00 has passed"),
     (["--ema-widths", "0.05", "0.4"], "must lie between 0 and 0.288"),
     (["--ema-widths", "wide"], "numbers between 0 and 0.288"),
-    (["--fsdp"], "name one with --text-weights"),
+    (["--fsdp"], "name a pretrained one with --text-weights"),
     (["--track", "tensorbord"], "did you mean 'tensorboard'"),
     (["--stages", "256"], "--stages 256=0.8 512=0.2"),
 ])

@@ -24,7 +24,8 @@ def torchrun(processes: int, *words) -> subprocess.CompletedProcess:
 
 
 def losses(run: Path) -> list[float]:
-    return [row[name] for row in read(run / "log.jsonl") if row["stage"] == "step" for name in ("loss", "val_raw", "val_ema") if name in row]
+    rows = [row for row in read(run / "log.jsonl") if row["stage"] == "step"]
+    return [row[name] for row in rows for name in ("loss", "val_raw", "val_ema") if name in row]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,8 @@ def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(alone, tmp_path)
     run = tmp_path / "run"
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 3, "train.py", *WORDS, "--out", run,
              "--vae-weights", alone / "vae", "--max-steps", 60, "--save-every", 10]
-    job = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
     while not checkpoint.names(run):
         assert job.poll() is None, job.communicate()
         time.sleep(0.05)

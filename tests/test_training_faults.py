@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import SMALL, load_script, log_without_timing, train_here, weights
 
-from tinyldm.objectives import denoising
+from tinyldm.objectives.denoising import Denoising
 from tinyldm.training import checkpoint, loss_monitor, second_stage
 from tinyldm.training.log import read
 
@@ -33,13 +33,13 @@ def events(run) -> list[dict]:
 
 def spoil(monkeypatch, change):
     """Let `change` (loss, call) -> loss stand between the objective and training."""
-    calls, real = [], denoising.sample_losses
+    calls, real = [], Denoising.losses
 
-    def losses(*batch, **settings):
-        calls.append(batch[1].shape[0])
-        return change(real(*batch, **settings), len(calls))
+    def losses(self, turn, networks, batch, progress):
+        calls.append(len(batch.x0))
+        return change(real(self, turn, networks, batch, progress), len(calls))
 
-    monkeypatch.setattr(denoising, "sample_losses", losses)
+    monkeypatch.setattr(Denoising, "losses", losses)
     return calls
 
 
@@ -64,6 +64,20 @@ def test_k_unequal_micro_batches_train_as_one_batch(vae, tmp_path, monkeypatch, 
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_the_objective_is_told_how_much_of_the_training_is_over(vae, tmp_path, monkeypatch, train):
+    passed, real = [], Denoising.losses
+
+    def losses(self, turn, networks, batch, progress):
+        passed.append(progress)
+        return real(self, turn, networks, batch, progress)
+
+    monkeypatch.setattr(Denoising, "losses", losses)
+    words = quick(vae, tmp_path / "run", "--val-samples", 0, "--grad-accum", 2, "--stages", "16=0.5", "32=0.5")
+    train_here(train, words, monkeypatch, stop_after=4)
+    train_here(load_script("train"), ["--out", str(tmp_path / "run"), "--resume", "auto"], monkeypatch)
+    assert passed == [step / 6 for step in range(6) for _ in range(2 if step < 3 else 4)]      # larger pictures, more micro-batches
+
+
 def test_ten_in_a_row_stop_the_run_and_what_was_saved_stays(vae, tmp_path, monkeypatch, train):
     spoil(monkeypatch, lambda loss, call: loss * (float("inf") if call > 3 else 1))
     with pytest.raises(ValueError, match="not finite in 10 steps in a row, up to step 12"):
@@ -73,15 +87,15 @@ def test_ten_in_a_row_stop_the_run_and_what_was_saved_stays(vae, tmp_path, monke
 
 
 def test_out_of_memory_halves_the_micro_batch_and_the_batch_stays(vae, tmp_path, monkeypatch, train):
-    real = denoising.sample_losses
+    real = Denoising.losses
 
-    def losses(net, x0, *rest, **settings):
-        if len(x0) > 1:
+    def losses(self, turn, networks, batch, progress):
+        if len(batch.x0) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(net, x0, *rest, **settings)
+        return real(self, turn, networks, batch, progress)
 
     train_here(train, quick(vae, tmp_path / "whole", "--val-samples", 0), monkeypatch)
-    monkeypatch.setattr(denoising, "sample_losses", losses)
+    monkeypatch.setattr(Denoising, "losses", losses)
     train_here(train, quick(vae, tmp_path / "run", "--val-samples", 0), monkeypatch)
     one, two = ([row["loss"] for row in read(tmp_path / name / "log.jsonl") if "loss" in row] for name in ("whole", "run"))
     assert one == pytest.approx(two, rel=1e-4)
@@ -90,19 +104,19 @@ def test_out_of_memory_halves_the_micro_batch_and_the_batch_stays(vae, tmp_path,
 
 
 def test_out_of_memory_with_a_single_picture_is_an_error(vae, tmp_path, monkeypatch, train):
-    def losses(*batch, **settings):
+    def losses(*batch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(denoising, "sample_losses", losses)
+    monkeypatch.setattr(Denoising, "losses", losses)
     with pytest.raises(ValueError, match="out of memory with a single picture of 16 px"):
         train_here(train, quick(vae, tmp_path / "run"), monkeypatch)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(vae, tmp_path, monkeypatch, train):
-    def losses(*batch, **settings):
+    def losses(*batch):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(denoising, "sample_losses", losses)
+    monkeypatch.setattr(Denoising, "losses", losses)
     with pytest.raises(RuntimeError, match="mat1"):
         train_here(train, quick(vae, tmp_path / "run"), monkeypatch)
 
@@ -123,7 +137,7 @@ def note_positions(monkeypatch, train) -> list[int]:
     """-> the positions of the batches that are trained on, in their order. (They are drawn one step ahead, and one that was drawn
     when the loss diverged is drawn again.)"""
     drawn, positions, trained = [], {}, []
-    generator, draw, losses = train.generator, denoising.Denoising.draw, denoising.sample_losses
+    generator, draw, losses = train.generator, Denoising.draw, Denoising.losses
 
     def noted_generator(stream, seed, position):
         drawn.append(position)
@@ -134,13 +148,13 @@ def note_positions(monkeypatch, train) -> list[int]:
         positions[float(batch.eps.sum())] = drawn[-1]
         return batch
 
-    def noted_losses(net, x0, eps, *rest, **settings):
-        trained.append(positions[float(eps.sum())])
-        return losses(net, x0, eps, *rest, **settings)
+    def noted_losses(self, turn, networks, batch, progress):
+        trained.append(positions[float(batch.eps.sum())])
+        return losses(self, turn, networks, batch, progress)
 
     monkeypatch.setattr(train, "generator", noted_generator)
-    monkeypatch.setattr(denoising.Denoising, "draw", noted_draw)
-    monkeypatch.setattr(denoising, "sample_losses", noted_losses)
+    monkeypatch.setattr(Denoising, "draw", noted_draw)
+    monkeypatch.setattr(Denoising, "losses", noted_losses)
     return trained
 
 
@@ -168,7 +182,8 @@ def test_before_the_first_checkpoint_there_is_nothing_to_roll_back_to(vae, tmp_p
     monkeypatch.setattr(loss_monitor, "WARMUP", 20)
     spoil(monkeypatch, lambda loss, call: loss * (20 if call >= 50 else 1))
     with pytest.raises(ValueError, match="before the first checkpoint"):
-        train_here(train, quick(vae, tmp_path / "run", "--max-steps", 100, "--save-every", 90, "--rollback", "--val-samples", 0), monkeypatch)
+        words = quick(vae, tmp_path / "run", "--max-steps", 100, "--save-every", 90, "--rollback", "--val-samples", 0)
+        train_here(train, words, monkeypatch)
 
 
 def test_checkpointed_blocks_and_averages_of_two_widths_go_on_bit_for_bit(vae, tmp_path, monkeypatch, train):

@@ -1,7 +1,7 @@
-"""What the scripts share at the keyboard: one way to parse, one way to fail.
+"""The command line of all scripts: parsing flags and reporting errors.
 
-An error is one line that says what is wrong and how to mend it, with exit code 2. Set TINYLDM_TRACEBACK=1 to
-see the traceback behind it.
+An error is printed as one line that says what is wrong and how to fix it, and the exit code is 2. Set TINYLDM_TRACEBACK=1 to see
+the traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tinyldm.lookup import nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes `-` and `_` alike, no abbreviations, and answers a misspelt flag with the nearest one."""
+    """argparse that treats `-` and `_` alike, allows no abbreviations, and suggests the nearest flag for a misspelt one."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
-    """How to draw, for every script that draws: what pipeline.draw_settings takes. All are None unless typed."""
+    """Add the flags of every script that draws pictures, the arguments of pipeline.draw_settings. Their default is None."""
     add = parser.add_argument
     add("--cfg", "--guidance-scale", "--scale", type=float, metavar="W", help="guidance scale, 1 is none (default: the model's)")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
@@ -48,13 +48,13 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def fail(message: str) -> None:
-    """Print one line and leave with exit code 2."""
+    """Print one line and exit with code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Run a script: errors that a person can mend become one line, a closed pipe becomes silence."""
+    """Run a script. Errors that its user can fix are printed as one line; a closed output pipe ends it silently."""
     try:
         main()
     except BrokenPipeError:
@@ -70,8 +70,7 @@ def guard(main: Callable[[], None]) -> None:
 
 
 class BestEffortStream:
-    """A stream whose reader may go away (a closed terminal, a broken pipe): what cannot be written then is dropped, so that a
-    long run goes on."""
+    """A stream that drops what it cannot write, so that a long run survives a closed terminal or a broken pipe."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream

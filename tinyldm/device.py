@@ -1,4 +1,4 @@
-"""Which device to run on, and in which precision."""
+"""Chooses the device and the precision."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tinyldm.lookup import lookup
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. ValueError where the one asked for is not there."""
+    """The device of this name; auto: CUDA, else Apple's MPS, else the CPU. ValueError where this machine does not have it."""
     if name == "auto":
-        if torch.cuda.is_available():                          # torchrun numbers the processes of a host
+        if torch.cuda.is_available():                          # LOCAL_RANK is torchrun's number of a process on its host
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     lookup(dict.fromkeys(("auto", "cpu", "cuda", "mps")), name.partition(":")[0], "--device")
     device = torch.device(name)
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
-    if not there():
-        raise ValueError(f"--device {name}: this machine has none that torch {torch.__version__} can see; use --device cpu")
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
+    if not available():
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds no such device on this machine; use --device cpu")
     return device
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware. Elsewhere it is emulated, and slower than float32."""
+    """Whether the device multiplies bfloat16 matrices in hardware. Other devices emulate it, slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
@@ -40,36 +40,36 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What to load weights in for drawing. auto: on CUDA bf16, or fp16 where bf16 is emulated; elsewhere fp32."""
+    """The dtype of weights for drawing. auto: on CUDA bf16, or fp16 where bf16 is emulated; on other devices fp32."""
     if name == "auto":
         return DTYPES["fp32" if device.type != "cuda" else "bf16" if native_bf16(device) else "fp16"]
     return lookup(DTYPES, name, "--dtype")
 
 
 def autocast(device: torch.device, dtype: str = "auto") -> AbstractContextManager:
-    """bf16 autocast where it is native (auto), always (bf16) or never (fp32)."""
+    """An autocast context: bf16 where the hardware has it (auto), always (bf16) or never (fp32)."""
     lookup(dict.fromkeys(("auto", "bf16", "fp32")), dtype, "--dtype")
     enabled = native_bf16(device) if dtype == "auto" else dtype == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=True)
 
 
 def deterministic() -> None:
-    """Only algorithms that give the same bits every time, on CUDA too; RuntimeError from an operation that has none. To be
-    called before the GPU is first used."""
+    """Use only algorithms that give the same bits every time, on CUDA too; an operation without one raises a RuntimeError. Call
+    this before the GPU is first used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
 
 
 def prefer_plain_attention() -> None:
-    """For training on CPUs: attention over a few dozen tokens runs several times faster (backward, bf16) as plain matrix
-    products than through the fused kernel. Drawing does not: forward alone, and over many tokens, the fused kernel
-    wins. This switch, in spite of its name, governs the CPU's too."""
+    """For training on CPUs: attention over a few dozen tokens runs several times faster (backward pass, bf16) as plain matrix
+    products than through the fused kernel. For drawing the fused kernel is faster: forward passes only, and over many tokens.
+    In spite of its name, this switch also applies to the CPU."""
     torch.backends.cuda.enable_flash_sdp(False)
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most that was in use at once, in GB: on the GPU, or by this process. 0: not known here."""
+    """The peak memory in GB: of the GPU, else of this process. 0: this system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

@@ -1,4 +1,4 @@
-"""Durations and dates, as people type and read them: 7d, 1h30m, 2030-01-31T18:00."""
+"""Parses and formats durations and dates: 7d, 1h30m, 2030-01-31T18:00."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DURATION = re.compile("".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in U
 
 
 def parse_duration(text: str) -> float:
-    """"7d", "1d12h", "1.5h", "20m", "90s" -> seconds. ValueError for anything else, and for nothing."""
+    """"7d", "1d12h", "1.5h", "20m", "90s" -> seconds. ValueError for anything else, and for "" or 0."""
     found = DURATION.fullmatch(text.strip().lower())
     result = sum(float(number or 0) * size for number, size in zip(found.groups(), UNITS.values())) if found else 0.0
     if not 0 < result < math.inf:
@@ -29,7 +29,7 @@ def parse_date(text: str) -> float:
 
 
 def show_duration(seconds: float) -> str:
-    """Seconds -> 3 d 4 h, 1 h 5 m, 20 m 3 s, 7 s: its two largest units."""
+    """Seconds -> 3 d 4 h, 1 h 5 m, 20 m 3 s, 7 s: the two largest units."""
     left, parts = round(seconds), []
     for unit, size in UNITS.items():
         count, left = divmod(left, size)
@@ -39,5 +39,5 @@ def show_duration(seconds: float) -> str:
 
 
 def show_date(seconds: float) -> str:
-    """The date that lies so many seconds ahead, in local time: Fri 27 Nov 14:05."""
+    """The date in this number of seconds from now, in local time: Fri 27 Nov 14:05."""
     return time.strftime("%a %d %b %H:%M", time.localtime(time.time() + min(seconds, 1e9)))

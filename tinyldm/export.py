@@ -1,4 +1,4 @@
-"""Give a trained model away.
+"""Exports a trained model as a folder or file to publish.
 
     python -m tinyldm.export runs/tiny my-model/                       a folder that sample.py and diffusers open
     python -m tinyldm.export runs/tiny my-model/ --dtype fp16          half the size
@@ -64,7 +64,7 @@ from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders import pipelines, scheduler
 
-SAME_STEPS = {"euler": "ddim"}              # a scheduler's name for one is as good as for the other
+SAME_STEPS = {"euler": "ddim"}              # samplers that take the same steps, so their schedulers are interchangeable
 
 
 @torch.no_grad()
@@ -86,8 +86,8 @@ def without_shift(vae: nn.Module) -> nn.Module:
 
 
 def without_projection(text: nn.Module) -> nn.Module:
-    """The same tower without the projection of its pooled feature, which a U-Net does not read and which makes
-    StableDiffusionPipeline take that feature for the caption."""
+    """The same text encoder without the projection of its pooled feature. A U-Net does not read that feature, and with the
+    projection StableDiffusionPipeline would use it in place of the token features."""
     if not isinstance(text, CLIPText) or text.projection is None:
         return text
     with torch.device("meta"):
@@ -97,39 +97,39 @@ def without_projection(text: nn.Module) -> nn.Module:
 
 
 def for_stable_diffusion(model: Model) -> Model:
-    """The same model as StableDiffusionPipeline computes it. ValueError, with the reason, where it cannot."""
+    """The same model in a form that StableDiffusionPipeline computes correctly. ValueError, with the reason, where none exists."""
     if model.net.config.out_channels == 2 * model.net.config.in_channels:
         raise ValueError("this model cannot be exported: it learned its variance, and of diffusers' schedulers only "
-                         "DDPMScheduler takes the channels that say it. sample.py draws with its run folder")
+                         "DDPMScheduler reads the channels for it. sample.py draws with its run folder")
     if reason := scheduler.why_not_public(*scheduler.read_process(model.scheduler)):
         raise ValueError(f"this model cannot be exported: {reason}. sample.py draws with its run folder")
     encoders = [TextEncoder(without_projection(module), tokenizer) for module, tokenizer in model.text.encoders]
     return replace(model, vae=without_shift(model.vae), text=TextEncoders(encoders, model.text.join))
 
 
-ADAPT = {pipelines.STABLE_DIFFUSION: for_stable_diffusion}      # published pipelines, and what a model must become for them
+ADAPT = {pipelines.STABLE_DIFFUSION: for_stable_diffusion}      # published pipeline -> function that adapts a model to it
 
 
 def public(model: Model, sampler: str | None) -> Model:
-    """The model as published classes can hold it, with a scheduler config that draws with `sampler`."""
+    """The model in a form that published classes can hold, with a scheduler config that draws with `sampler`."""
     learned = scheduler.read_process(model.scheduler)
     name = architecture(model.net).pipeline
     if name == pipelines.STABLE_DIFFUSION and [type(module) for module in model.text.modules.values()] != [CLIPText]:
-        name = pipelines.OWN                                    # that pipeline has one text encoder, CLIP's
+        name = pipelines.OWN                                    # StableDiffusionPipeline has exactly one text encoder, CLIP's
     pipeline = pipelines.PIPELINES[name]
     if adapt := ADAPT.get(name):
         model = adapt(model)
     wanted = sampler or model.defaults.get("sampler")
     fits = pipeline.flow_match or model.scheduler["_class_name"] != scheduler.FLOW_MATCH
     config = model.scheduler if not wanted and fits else scheduler.to_config(*learned, wanted, flow_match=pipeline.flow_match)
-    asked = draw_settings(model, sampler=wanted).sampler
-    drawn_with = scheduler.sampling(config).sampler if adapt else asked                     # sample.py has all samplers
-    if SAME_STEPS.get(asked, asked) == SAME_STEPS.get(drawn_with, drawn_with):
-        drawn_with = asked
+    requested = draw_settings(model, sampler=wanted).sampler
+    drawn_with = scheduler.sampling(config).sampler if adapt else requested                 # sample.py has all samplers
+    if SAME_STEPS.get(requested, requested) == SAME_STEPS.get(drawn_with, drawn_with):
+        drawn_with = requested
     elif sampler:
         raise ValueError(f"no scheduler of diffusers runs sampler '{sampler}' on this model's process: the nearest is {drawn_with}")
     else:
-        print(f"no scheduler of diffusers runs the model's sampler {asked} on its process: the folder names {drawn_with}")
+        print(f"no scheduler of diffusers runs the model's sampler {requested} on its process: the folder names {drawn_with}")
     defaults = model.defaults | {"sampler": drawn_with}
     if data := defaults.get("data"):
         defaults["data"] = " ".join(map(portable, data.split()))
@@ -158,7 +158,7 @@ def trained_here(source: Path | str) -> bool:
 
 
 def facts(model: Model, source: Path | str) -> dict[str, str]:
-    """What is known of the training: from the run around the model folder, where there is one."""
+    """Facts about the model and, where its folder is inside a run folder, about its training: name -> text."""
     file = Path(source).resolve().parents[2] / "config.json" if trained_here(source) else None
     config = json.loads(file.read_text()) if file else {}
     came_from = lambda part, else_: (portable(config.get(f"{part}_weights", "")) or else_) + ", " if file else ""
@@ -168,7 +168,7 @@ def facts(model: Model, source: Path | str) -> dict[str, str]:
     named = {
         "preset": model.defaults.get("preset"),
         "network": f"{type(model.net).__name__}, {millions(model.net)}",
-        "text encoder": came_from("text", "trained along") + " and ".join(map(millions, model.text.modules.values())),
+        "text encoder": came_from("text", "trained with the network") + " and ".join(map(millions, model.text.modules.values())),
         "autoencoder": came_from("vae", "trained first") + millions(model.vae),
         "data": model.defaults.get("data"),
         "picture size": model.defaults.get("resolution"),
@@ -186,7 +186,7 @@ def facts(model: Model, source: Path | str) -> dict[str, str]:
 
 
 def card(model: Model, source: Path | str, folder: Path) -> str:
-    """README.md of the exported folder."""
+    """The text of README.md in the exported folder, its model card."""
     settings = draw_settings(model)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts(model, source).items())
     with_diffusers = f"""```python
@@ -228,7 +228,7 @@ def main() -> None:
     source = find_model(args.run)
     dtype = lookup(DTYPES, args.dtype, "--dtype")
     model = public(load_model(source, ema=not args.no_ema, tokenizer=args.tokenizer, prediction=args.prediction), args.sampler)
-    for part in model.modules.values():                         # last, so that what is folded is rounded once
+    for part in model.modules.values():                         # after public(), so that the weights it changes are rounded once
         part.to(dtype)
     if args.single_file and (reason := why_not_one_file(model)):
         raise ValueError(f"--single-file: {reason}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-INCOMPLETE = "copy or download it again, or export it anew"
+INCOMPLETE = "copy or download it again, or export it again"
 
 
 def flush(path: Path) -> None:

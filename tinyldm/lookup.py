@@ -1,4 +1,4 @@
-"""Names a person typed, looked up in the tables that know them."""
+"""Looks up names that a user typed, and suggests the nearest one for a misspelt name."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"did you mean 'euler'? " for a near miss, "" where nothing is near."""
+    """"did you mean 'euler'? " for a misspelt name; "" where no known name is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"did you mean '{near[0]}'? " if near else ""
 
 
 def build_dataclass(kind: type[T], values: Mapping[str, Any], what: str) -> T:
-    """A dataclass from values by field name; lists become tuples. ValueError, with the nearest name, for an unknown field."""
+    """A dataclass from a dict of its fields; lists become tuples. ValueError, with the nearest name, for an unknown field."""
     known = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
         lookup(known, name, f"{what} field")

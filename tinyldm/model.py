@@ -1,7 +1,8 @@
 """The parts of a model, and the tables of the networks that can be its parts.
 
-One row of a table says all that the rest of the library asks about a class of network. Nobody else asks for a class or
-compares a name: to add a network, write it, add a row, and it is planned, trained, sharded, saved, loaded and drawn with.
+One row of a table holds everything that the rest of the library needs to know about a class of network; no other code checks
+classes or compares names. To add a network, write it and add a row: it can then be planned, trained, sharded, saved, loaded and
+drawn with.
 """
 
 from __future__ import annotations
@@ -25,52 +26,53 @@ from tinyldm.vendor_loaders import clip, dit, pipelines, taesd, unet, vae
 from tinyldm.vendor_loaders.layout import Layout
 
 StateDict = Mapping[str, Tensor]
-NON_EMA = "non_ema"                     # the variant of a weights file that holds the raw weights beside their averages
+NON_EMA = "non_ema"                     # the variant of the weights file that holds the raw weights, not the averaged ones
 WEIGHTS = "diffusion_pytorch_model"
 
 
 class NetworkShapes(NamedTuple):
-    """What the other parts of a model decide about its network."""
+    """The shapes of a network that the other parts of its model determine."""
 
-    in_channels: int                # of the latents
-    out_channels: int               # the same, or twice as many where the variance is learned
+    in_channels: int                # channels of the latents
+    out_channels: int               # the same number, or twice as many where the variance is learned
     text: TextWidths
-    sample_size: int                # height and width of the latents it is trained at
+    sample_size: int                # height and width of the latents that it is trained on
 
 
 class Architecture(NamedTuple):
-    """A class of network, and all that the rest of the library asks about it."""
+    """A row of a table: a class of network, and everything that the rest of the library needs to know about it."""
 
-    module: type[nn.Module]                     # its constructor takes the config
+    module: type[nn.Module]                     # the class; its constructor takes the config
     config: type                                # a dataclass
-    # How it is stored. What is written has the first of its layouts.
-    folder: str                                 # in a model folder
-    stem: str                                   # of the weights file
+    # How it is stored:
+    folder: str                                 # its folder in a model folder
+    stem: str                                   # name of its weights file without the extension
     classes: tuple[str, ...]                    # its published names in config.json; the first is written
-    layouts: Mapping[str, Layout]
+    layouts: Mapping[str, Layout]               # its published layouts of tensors; the first is written
     to_config: Callable[[Any], dict]            # config -> config.json
-    from_config: Callable[[dict], Any]          # and back
-    # How it is trained.
-    blocks: tuple[type[nn.Module], ...] = ()    # the repeated blocks: checkpointed, and sharded, one at a time
-    inner: tuple[str, ...] = ()                 # where in its parameters' names the repeated blocks are: Muon's matrices
-    # Only of networks that denoise latents:
-    fields: Callable[[NetworkShapes], dict] = lambda shapes: {}     # the fields of its config that the other parts decide
-    divisor: Callable[[Any], int] = lambda config: 1                # config -> the latents' sides are multiples of this
-    trained_size: Callable[[Any], int | None] = lambda config: None     # config -> latent size it was trained at, if it says
+    from_config: Callable[[dict], Any]          # config.json -> config
+    # How it is trained:
+    blocks: tuple[type[nn.Module], ...] = ()    # the repeated blocks, for gradient checkpointing and sharding
+    inner: tuple[str, ...] = ()                 # parts of parameter names that mark repeated blocks, whose matrices Muon trains
+    # For networks that denoise latents:
+    fields: Callable[[NetworkShapes], dict] = lambda shapes: {}     # the fields of its config that the other parts determine
+    divisor: Callable[[Any], int] = lambda config: 1                # config -> height and width of latents are multiples of this
+    trained_size: Callable[[Any], int | None] = lambda config: None     # config -> latent size in training; None: not noted in it
     conditions: frozenset[str] = frozenset({"context"})             # the fields of Cond that it reads
-    pipeline: str = pipelines.OWN               # the published pipeline that its folder is written for
-    # Only of text encoders:
+    pipeline: str = pipelines.OWN               # the published pipeline that its model folder is written for
+    # For text encoders:
     widths: Callable[[Any], TextWidths] = lambda config: TextWidths(config.width, config.width)
 
 
-NETWORKS: dict[str, Architecture] = {           # by their names on the command line
+NETWORKS: dict[str, Architecture] = {           # keyed by the name on the command line
     "unet": Architecture(
         UNet, UNetConfig, "unet", WEIGHTS, (unet.CLASS,), unet.LAYOUTS, unet.to_config, unet.from_config,
         blocks=(ResBlock, SpatialTransformer), inner=("down.", "middle.", "up."),
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels,
                                    context_dim=shapes.text.context, sample_size=shapes.sample_size),
         divisor=lambda config: 2 ** (len(config.widths) - 1), trained_size=lambda config: config.sample_size,
-        pipeline=pipelines.STABLE_DIFFUSION),   # which attends to the padding: a mask would be lost in the export
+        # Its conditions have no mask: StableDiffusionPipeline attends to the padding, so an exported model would lose it.
+        pipeline=pipelines.STABLE_DIFFUSION),
     "dit": Architecture(
         DiT, DiTConfig, "transformer", WEIGHTS, (dit.CLASS,), dit.LAYOUTS, dit.to_config, dit.from_config,
         blocks=(DiTBlock,), inner=("blocks.",),
@@ -82,7 +84,7 @@ AUTOENCODERS: dict[str, Architecture] = {
                        inner=("down.", "middle.", "up.")),
     "taesd": Architecture(TAESD, TAESDConfig, "vae", WEIGHTS, taesd.CLASSES, taesd.LAYOUTS, taesd.to_config, taesd.from_config),
 }
-TEXT_ENCODERS: dict[str, Architecture] = {      # their published names are the "architectures" of config.json
+TEXT_ENCODERS: dict[str, Architecture] = {      # their published names are in "architectures" of config.json
     "clip": Architecture(CLIPText, CLIPTextConfig, "text_encoder", "model", ("CLIPTextModel", "CLIPTextModelWithProjection"),
                          clip.LAYOUTS, clip.to_config, clip.from_config, inner=("layers.",),
                          widths=lambda config: TextWidths(config.width, config.projection_dim or config.width)),
@@ -90,7 +92,7 @@ TEXT_ENCODERS: dict[str, Architecture] = {      # their published names are the 
 
 
 def architecture(module: nn.Module | type[nn.Module]) -> Architecture:
-    """The row of a network or of its class. ValueError for one that is in no table."""
+    """The table row of a network or of its class. ValueError for one that is in no table."""
     kind = module if isinstance(module, type) else type(module)
     rows = {row.module: row for row in (*NETWORKS.values(), *AUTOENCODERS.values(), *TEXT_ENCODERS.values())}
     for known in kind.__mro__:              # FSDP2 gives a sharded network a new class, derived from its own
@@ -102,18 +104,19 @@ def architecture(module: nn.Module | type[nn.Module]) -> Architecture:
 def network_config(name: str, settings: Mapping[str, Any], shapes: NetworkShapes | None = None) -> Any:
     """The dataclass config of a network by name. ValueError for an unknown name or field, and for values that do not fit.
 
-    shapes: what the other parts decide; None: where only what the settings say matters, such as its divisor."""
+    shapes: given by the other parts of the model; None: the fields for them keep their defaults, for uses that do not depend on
+    them, such as `divisor`."""
     row = lookup(NETWORKS, name, "network")
     return build_dataclass(row.config, {**settings, **(row.fields(shapes) if shapes else {})}, f"--{name}")
 
 
 def build_network(name: str, settings: Mapping[str, Any], shapes: NetworkShapes) -> nn.Module:
-    """A network by name, with new weights."""
+    """A network by name, with newly initialised weights."""
     return lookup(NETWORKS, name, "network").module(network_config(name, settings, shapes))
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks inside a network, outermost first; none for a module that is in no table."""
+    """The repeated blocks inside a network, outermost first; [] for a module that is in no table."""
     try:
         kinds = architecture(module).blocks
     except ValueError:
@@ -129,7 +132,7 @@ def muon_matrices(modules: Mapping[str, nn.Module]) -> set[str]:
             inner = architecture(module).inner
         except ValueError:
             continue
-        found |= {f"{part}.{name}" for name, p in module.named_parameters() if p.ndim in (2, 4) and any(place in name for place in inner)}
+        found |= {f"{part}.{name}" for name, p in module.named_parameters() if p.ndim in (2, 4) and any(key in name for key in inner)}
     return found
 
 
@@ -142,15 +145,15 @@ class Model:
     text: TextEncoders
     process: Process
     prediction: str
-    scheduler: dict         # scheduler_config.json as it was read: save_model takes it back
-    defaults: dict          # tinyldm.json, {} where there is none
+    scheduler: dict         # content of scheduler_config.json; save_model writes it
+    defaults: dict          # content of tinyldm.json; {} where there is none
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """Its networks by part name: net, vae, text, text_2 ..."""
+        """Part name -> network: net, vae, text, text_2 ..."""
         return {"net": self.net, "vae": self.vae, **self.text.modules}
 
     @property
     def divisor(self) -> int:
-        """Width and height of pictures, in pixels, are multiples of this: the VAE's downscale times what the network divides by."""
+        """Width and height of pictures, in pixels, must be multiples of this: the VAE's downscale times the network's divisor."""
         return self.vae.config.downscale * architecture(self.net).divisor(self.net.config)

@@ -1,4 +1,4 @@
-"""From prompts to pictures: text encoders, sampler with guidance, VAE decoder. What every script draws with."""
+"""Draws pictures from prompts, for all scripts: text encoders, sampler with guidance, VAE decoder."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from tinyldm.models.tiling import decode_tiled, tiled
 from tinyldm.pictures.pixels import to_bytes
 from tinyldm.vendor_loaders.scheduler import Sampling, sampling
 
-ONE_BY_ONE, TILED = 512 * 512, 1024 * 1024      # pixels of a picture above which the VAE decodes singly, and in tiles
+ONE_BY_ONE, TILED = 512 * 512, 1024 * 1024      # above these pixels per picture the VAE decodes one by one, or in tiles
 
 
 class DrawSettings(NamedTuple):
-    """How to draw, beside what. The first five have defaults of the model's own."""
+    """How to draw pictures. The first five have defaults that depend on the model."""
 
-    sampler: str            # as typed or by default, for people to read
-    schedule: str
+    sampler: str            # name as typed or by default, for messages
+    schedule: str           # name of the grid of noise levels
     steps: int
-    cfg: float
-    sampling: Sampling
-    rescale: float = 0.0    # in [0, 1]: `guidance.cfg`
-    interval: tuple[float, float] | None = None     # of sigma / alpha in which there is guidance: `guidance.interval`
-    weighted: bool = False  # captions hold weights, as in "a (fox:1.3)": text/prompt_weights.py
+    cfg: float              # guidance scale; 1: no guidance
+    sampling: Sampling      # sampler and grid with their options
+    rescale: float = 0.0    # in [0, 1], for guidance.cfg
+    interval: tuple[float, float] | None = None     # the range of sigma / alpha with guidance, for guidance.interval; None: all
+    weighted: bool = False  # captions contain weights, as in "a (fox:1.3)": text/prompt_weights.py
 
 
 def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | None = None, steps: int | None = None,
                   cfg: float | None = None) -> DrawSettings:
-    """Fill what is None: from the model's own defaults (tinyldm.json), else as diffusers draws with such a folder: the
-    scheduler that its config names, 50 steps, guidance 7.5. 'dpmpp_2m_karras' names sampler and schedule at once.
+    """Settings, where None is replaced by the model's own default (tinyldm.json), else by diffusers' default for such a folder: the
+    scheduler that its config names, 50 steps, guidance 7.5. 'dpmpp_2m_karras' names both a sampler and a schedule.
 
     ValueError for unknown names and for steps and schedules that do not fit the model's process.
     """
@@ -59,57 +59,58 @@ def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | N
 
 
 class Morph(NamedTuple):
-    """The picture that others are on their way to, and how far each of them is."""
+    """The end of an interpolation between two pictures, and the fraction at which each drawn picture lies."""
 
     prompt: str
     seed: int
-    fractions: Sequence[float]          # one per picture: 0 is the picture itself, 1 the one it turns into
+    fractions: Sequence[float]          # one per picture: at 0 it is the first picture, at 1 that of this prompt and seed
 
 
 class Canvas(NamedTuple):
     """A picture to start from, and where to draw on it."""
 
     pixels: Tensor                  # [1, 3, h, w] in [-1, 1]
-    strength: float                 # in (0, 1]: the share of the steps that is run, so how much may change
+    strength: float                 # in (0, 1]: the fraction of the steps that is run, so how much may change
     mask: Tensor | None = None      # [1, 1, h, w] in [0, 1], 1 where to draw; None: everywhere
-    shows: str | None = None        # its caption: start from the noise that it is drawn from, found by inversion; "": the prompt
+    shows: str | None = None        # its caption: start from its own noise, found by inversion; "": the prompt; None: random noise
 
 
 def encode_prompts(model: Model, prompts: Sequence[str], weighted: bool = False) -> Cond:
-    """Prompts -> Cond on the network's device. Padding is attended to, or not, as in training."""
+    """Prompts -> Cond on the network's device. Padding is masked if it was in training."""
     device = next(model.net.parameters()).device
     return model.text.encode(prompts, device, model.defaults.get("mask_padding", False), weighted)
 
 
 def between(start: Cond, end: Cond, fractions: Tensor) -> Cond:
-    """Conditions that lie `fractions` [b] of the way from start to end, every token along its own arc."""
+    """Conditions at `fractions` [b] between start and end; every token is interpolated spherically."""
     arc = lambda a, b: None if a is None else slerp(a.float(), b.float(), fractions.view(-1, *[1] * (a.dim() - 1))).to(a.dtype)
     mask = None if start.mask is None else start.mask | end.mask
     extra = {name: arc(value, end.extra[name]) for name, value in start.extra.items()}
     return Cond(arc(start.context, end.context), mask, arc(start.pooled, end.pooled), extra)
 
 
-def guide(ask: Callable[[Cond], Denoiser], cond: Cond, negative: Cond, settings: DrawSettings, prediction: str) -> Denoiser:
-    """The denoiser with the guidance that the settings ask for; `ask` makes a plain one for a condition."""
-    denoise = guided(ask(cond.cat(negative)), settings.cfg, settings.rescale, prediction)
-    return denoise if settings.interval is None else interval(denoise, ask(cond), *settings.interval)
+def guide(conditional: Callable[[Cond], Denoiser], cond: Cond, negative: Cond, settings: DrawSettings, prediction: str) -> Denoiser:
+    """A denoiser with the guidance of the settings. conditional: condition -> denoiser without guidance."""
+    denoise = guided(conditional(cond.cat(negative)), settings.cfg, settings.rescale, prediction)
+    return denoise if settings.interval is None else interval(denoise, conditional(cond), *settings.interval)
 
 
 @torch.no_grad()
 def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: DrawSettings, *, negative: str = "", width: int = 0,
          height: int = 0, eta: float | None = None, canvas: Canvas | None = None, morph: Morph | None = None,
          on_step: Callable[[Tensor], None] = lambda x0: None) -> np.ndarray:
-    """One picture per (prompt, seed), as one batch -> uint8 [b, height, width, 3].
+    """Draw one picture per (prompt, seed), as one batch -> uint8 [b, height, width, 3].
 
-    Image i's noise is a function of seeds[i] alone, never of the batch. width and height default to the canvas's, or
-    the model's own. on_step is called after every step with the current guess of the clean latents [b, c, h, w].
-    morph: pictures on their way to another; give all the same seed, and the noise that random samplers add is the same.
+    Image i's noise is a function of seeds[i] alone, never of the batch. width and height default to those of the canvas, else of
+    the model. on_step: called after every step with the current prediction of the clean latents [b, c, h, w].
+    morph: interpolate towards another picture. Pass the same seed for all, so that stochastic samplers add the same noise to all.
     """
     width, height = picture_size(model, width, height) if canvas is None else canvas.pixels.shape[:1:-1]
     check_size(model, width, height)
-    parameter, how = next(model.net.parameters()), settings.sampling
-    options = how.options | ({} if eta is None else {"eta": eta})
-    levels = grid(model.process, settings.steps, how.schedule, strength=1.0 if canvas is None else canvas.strength, **how.grid)
+    parameter, chosen = next(model.net.parameters()), settings.sampling
+    options = chosen.options | ({} if eta is None else {"eta": eta})
+    strength = 1.0 if canvas is None else canvas.strength
+    levels = grid(model.process, settings.steps, chosen.schedule, strength=strength, **chosen.grid)
     generators, f = make_generators(seeds), model.vae.config.downscale
     noise = initial_noise((model.vae.config.latent_channels, height // f, width // f), generators).to(parameter.device)
 
@@ -121,20 +122,21 @@ def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: D
         cond = between(cond, encode_prompts(model, [morph.prompt], settings.weighted), fractions)
 
     net = lambda x, t, cond: model.net(x.to(parameter.dtype), t, cond)
-    make = denoiser_with_variance if how.sampler == "ddpm" else denoiser        # ddpm alone uses a learned variance
-    ask = lambda cond: make(net, cond, model.prediction)
-    denoise = ask(cond)
+    make = denoiser_with_variance if chosen.sampler == "ddpm" else denoiser     # only ddpm uses a learned variance
+    conditional = lambda cond: make(net, cond, model.prediction)
+    denoise = conditional(cond)
     if settings.cfg != 1:
-        denoise = guide(ask, cond, encode_prompts(model, [negative] * len(seeds), settings.weighted), settings, model.prediction)
+        unwanted = encode_prompts(model, [negative] * len(seeds), settings.weighted)
+        denoise = guide(conditional, cond, unwanted, settings, model.prediction)
     if canvas is None:
-        x = levels[0].sigma * noise if how.start_at_sigma else noise
+        x = levels[0].sigma * noise if chosen.start_at_sigma else noise
     else:
         plain = lambda captions: denoiser(net, encode_prompts(model, captions, settings.weighted), model.prediction)
         x, known = start_from(model, canvas, levels, noise, prompts, plain, on_step)
         if canvas.mask is not None:
             cells = torch.nn.functional.max_pool2d(canvas.mask.to(x), f)                # a latent that the mask touches is drawn
             denoise = inpaint(denoise, known, cells)
-    for x, x0 in find_sampler(how.sampler)(denoise, x, levels, generators=generators, **options):
+    for x, x0 in find_sampler(chosen.sampler)(denoise, x, levels, generators=generators, **options):
         on_step(x0)
     pixels = decode(model.vae, x)
     if canvas is not None and canvas.mask is not None:
@@ -143,20 +145,21 @@ def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: D
 
 
 def start_from(model: Model, canvas: Canvas, levels: Sequence[Level], noise: Tensor, prompts: Sequence[str],
-               ask: Callable[[Sequence[str]], Denoiser], on_step: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
-    """A picture brought to the first level, with the noise given or with its own, found by inversion -> (x, clean latents)."""
+               captioned: Callable[[Sequence[str]], Denoiser], on_step: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
+    """The canvas's picture at the first noise level, with the given noise or with its own, found by inversion. -> (noisy latents,
+    clean latents)."""
     known = encode(model.vae, canvas.pixels.to(noise.device))                           # [1, c, h, w]
     if canvas.shows is None:
         return levels[0].alpha * known + levels[0].sigma * noise, known
     captions = [canvas.shows] if canvas.shows else prompts
     known = x = known.expand(len(captions), -1, -1, -1)
-    for x, x0 in invert(ask(captions), known, levels):
+    for x, x0 in invert(captioned(captions), known, levels):
         on_step(x0.expand_as(noise))
     return x.expand_as(noise), known
 
 
 def picture_size(model: Model, width: int = 0, height: int = 0) -> tuple[int, int]:
-    """(width, height) in pixels; 0 is replaced by the size that the model was trained at."""
+    """(width, height) in pixels, where 0 is replaced by the size that the model was trained at."""
     latent = architecture(model.net).trained_size(model.net.config)
     trained = latent * model.vae.config.downscale if latent else model.vae.config.sample_size
     own = model.defaults.get("resolution", trained)
@@ -164,7 +167,7 @@ def picture_size(model: Model, width: int = 0, height: int = 0) -> tuple[int, in
 
 
 def check_size(model: Model, width: int, height: int) -> None:
-    """ValueError for sizes that the model cannot draw, and for networks that draw only with more than noise and text."""
+    """ValueError for sizes that the model cannot draw, and for networks that need inputs other than noise and text."""
     f = model.divisor
     for size in (width, height):
         if size % f:
@@ -175,8 +178,8 @@ def check_size(model: Model, width: int, height: int) -> None:
 
 
 def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Pixels [b, 3, h, w] in [-1, 1] -> standardised latents [b, c, h/f, w/f], float32: the posterior's mean."""
-    means, f = lambda some: vae.encode(some).mean, vae.config.downscale
+    """Pixels [b, 3, h, w] in [-1, 1] -> standardised latents [b, c, h/f, w/f], float32: the mean of the posterior."""
+    means, f = lambda part: vae.encode(part).mean, vae.config.downscale
     pixels = pixels.to(next(vae.parameters()).dtype)
     large = pixels.shape[2] * pixels.shape[3] > TILED
     z = tiled(means, pixels, 1 / f, tile=64 * f, overlap=16 * f) if large else means(pixels)
@@ -184,9 +187,9 @@ def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def decode(vae: nn.Module, x: Tensor) -> Tensor:
-    """Standardised latents -> pixels, in one pass where they are small, else one by one, else in tiles.
+    """Standardised latents -> pixels: small pictures in one batch, larger ones one by one, the largest in tiles.
 
-    ValueError where they are not finite, which would be drawn as black.
+    ValueError where the pixels are not finite (they would be written as black).
     """
     z = vae.from_latents(x).to(next(vae.parameters()).dtype)
     area = z.shape[2] * z.shape[3] * vae.config.downscale**2

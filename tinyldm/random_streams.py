@@ -1,7 +1,7 @@
-"""Random numbers as pure functions of (stream, seed, position): nothing is remembered, so a run resumes at any step.
+"""Random numbers as pure functions of (stream, seed, position): there is no state to save, so a run resumes at any step.
 
-Every use of random numbers in training has a stream of its own in the table below. Two uses that shared a number would see
-the same bits. The numbers are part of the meaning of a run: another number means other noise, so they never change.
+Every use of random numbers in training has a stream of its own in the table below. Two uses with the same number would get
+the same bits. A number must never change: the same seed would then give other noise.
 Only the initial weights are drawn from torch's global generator: seed for the autoencoder, seed + 1 for the network.
 """
 
@@ -14,22 +14,22 @@ import torch
 
 
 class Stream(IntEnum):
-    SAMPLE_ORDER = 0        # data/order.py: which sample stands at which place of an epoch
+    SAMPLE_ORDER = 0        # data/order.py: the order of the samples in an epoch
     BATCH_ORDER = 1         # data/order.py: the order of batches where pictures have several sizes
     NOISE = 2               # noise, times and dropped captions of a training step
-    POSTERIOR = 3           # the autoencoder's sampled latents in a training step
+    POSTERIOR = 3           # noise with which the autoencoder samples latents in a training step
     VALIDATION_NOISE = 4
-    LOADER = 5              # data/loader.py: which view and which caption of a sample, and its sampled latents
-    CROPS = 6               # which pictures, and which part of each, the autoencoder sees in a training step
+    LOADER = 5              # data/loader.py: the view and the caption of a sample, and the noise of its sampled latents
+    CROPS = 6               # the pictures that the autoencoder is trained on in a step, and the position of their crops
     VALIDATION_TIMES = 7
 
 
 def seed_sequence(stream: Stream, seed: int, *position: int) -> np.random.SeedSequence:
-    """What numpy's generators are made from. position: whatever tells the draws of one stream apart, such as the step."""
+    """The seed of a numpy generator. position: numbers that distinguish the draws of one stream, such as the step."""
     return np.random.SeedSequence((seed, int(stream), *position))
 
 
 def generator(stream: Stream, seed: int, *position: int) -> torch.Generator:
-    """torch's generator, on the CPU, so that every device trains on the same numbers."""
+    """A torch generator, always on the CPU, so that every device trains on the same numbers."""
     state = seed_sequence(stream, seed, *position).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -1,11 +1,11 @@
-"""Averaged weights of any width, after training: post-hoc EMA (arXiv:2312.02696, Sec. 3.2).
+"""Reconstructs averaged weights of any width after training: post-hoc EMA (arXiv:2312.02696, Sec. 3.2).
 
-    python -m tinyldm.reconstruct runs/mine --width 0.08 --out my-model/                 between --ema-widths 0.05 0.1, say
-    python -m tinyldm.reconstruct runs/mine --width 0.08 --step 20000 --out my-model/    as it was then
+    python -m tinyldm.reconstruct runs/mine --width 0.08 --out my-model/                 a run with --ema-widths 0.05 0.1, say
+    python -m tinyldm.reconstruct runs/mine --width 0.08 --step 20000 --out my-model/    the average after 20000 steps
 
-For runs with --ema-widths: each checkpoint that is kept holds the averages of those widths, and a sum of them all comes
-near any other. More checkpoints (--keep-every) come nearer, at and before the step of the last one. The folder holds what
-the newest checkpoint's does, with other weights. Then: python sample.py "a red fox" --model my-model/
+For runs with --ema-widths: each checkpoint that is kept holds the averages of those widths, and a weighted sum of all of them
+approximates an average of any other width. More checkpoints (--keep-every) approximate it better, for steps up to that of the
+last one. The folder is the newest checkpoint's model with other weights. Then: python sample.py "a red fox" --model my-model/
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tinyldm.cli import Parser, fail, guard
 
-FAR = 0.1                                                      # of a reconstruction's weighting: worth a remark
-WIDEST = 12 ** -0.5                                            # the width of the plain mean of all steps
+LARGE_MISFIT = 0.1                                             # a misfit above this is mentioned, with advice
+MAX_WIDTH = 12 ** -0.5                                         # the width of the plain mean of all steps, 0.289
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -27,7 +27,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("run", metavar="RUN", help="run folder, of a training with --ema-widths")
     add("--width", type=float, required=True, metavar="SIGMA",
         help="standard deviation of the steps' weights in the average over the number of steps: 0.05 or 0.1, say")
-    add("--step", type=int, metavar="N", help="as the average was after so many steps (default: the last checkpoint's)")
+    add("--step", type=int, metavar="N", help="the average after this step (default: the last checkpoint's)")
     add("--out", required=True, metavar="FOLDER", help="where to write; must not exist yet, or be empty")
     args = parser.parse_args(argv)
     file, folder = Path(args.run) / "config.json", Path(args.out)
@@ -38,8 +38,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not isinstance(args.config, dict) or "preset" not in args.config:
         fail(f"{args.run} is no run folder: its config.json cannot be read")
     if not args.config.get("ema_widths"):
-        fail(f"{args.run} has kept one average of a fixed decay, of which no other can be made: train with --ema-widths 0.05 0.1")
-    if not 0 < args.width < WIDEST:
+        fail(f"{args.run} has one average with a fixed decay, from which no other can be made: train with --ema-widths 0.05 0.1")
+    if not 0 < args.width < MAX_WIDTH:
         fail(f"--width {args.width:g} must lie between 0 and 0.288, which is the plain mean of all steps")
     if args.step is not None and args.step < 1:
         fail(f"--step {args.step}: averages begin at step 1")
@@ -65,28 +65,28 @@ from tinyldm.training.ema import coefficients, overlap, reconstruct, to_gamma
 
 
 class Stored(Mapping[str, Tensor]):
-    """Tensors in files: name -> (file, its name there). Each is read when it is asked for."""
+    """A mapping of names to tensors in files. locations: name -> (file, name in that file). A tensor is read on each access."""
 
-    def __init__(self, places: dict[str, tuple[Path, str]]):
-        self.places = places
+    def __init__(self, locations: dict[str, tuple[Path, str]]):
+        self.locations = locations
 
     def __getitem__(self, name: str) -> Tensor:
-        file, inside = self.places[name]
+        file, stored_name = self.locations[name]
         try:
             with safe_open(file, "pt") as tensors:
-                return tensors.get_tensor(inside)
+                return tensors.get_tensor(stored_name)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} does not hold {inside} ({error}): is config.json of another run?") from None
+            raise ValueError(f"{file} does not hold {stored_name} ({error}): is config.json of another run?") from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.locations)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
 
-def whole_checkpoints(run: Path) -> dict[int, Path]:
-    """Step -> checkpoint, in order. ValueError where there is none."""
+def undamaged_checkpoints(run: Path) -> dict[int, Path]:
+    """Step -> checkpoint of the second stage, in order. ValueError where there is none."""
     found = {}
     for folder in checkpoint.names(run):
         if fault := checkpoint.find_damage(folder):
@@ -94,7 +94,7 @@ def whole_checkpoints(run: Path) -> dict[int, Path]:
         elif (state := checkpoint.read_state(folder))["stage"] == "step":
             found[state["step"]] = folder
     if not found:
-        raise ValueError(f"{run} has no whole checkpoint of its network: train on with --resume auto")
+        raise ValueError(f"{run} has no undamaged checkpoint of its network: continue training with --resume auto")
     return found
 
 
@@ -103,44 +103,45 @@ def trained_parts(model: Model, config: dict) -> list[str]:
 
 
 def part_folder(part: str, module: nn.Module) -> str:
-    """Where a part of a model is in its folder: text_2 -> text_encoder_2."""
+    """The folder of a part in a model folder: text_2 -> text_encoder_2."""
     return part.replace("text", "text_encoder") if part.startswith("text") else architecture(module).folder
 
 
 def stored(folder: Path, model: Model, config: dict) -> list[tuple[float, Stored]]:
-    """The averages in a checkpoint, with their widths: "part.name" -> tensor."""
+    """The averages in a checkpoint, as (width, {"part.name": tensor})."""
     first, *others = map(float, config["ema_widths"])
-    own, places = [], {}
+    names, locations = [], {}
     for part in trained_parts(model, config):
         module = model.modules[part]
         file = folder / "model" / part_folder(part, module) / weights_name(architecture(module), None)
         for name, published in published_names(module.state_dict(), written_rules(module)).items():
-            own.append(f"{part}.{name}")
-            places[own[-1]] = file, published
-    beside = folder / "averages.safetensors"
-    return [(first, Stored(places)), *((width, Stored({name: (beside, f"{width}/{name}") for name in own})) for width in others)]
+            names.append(f"{part}.{name}")
+            locations[names[-1]] = file, published
+    file = folder / "averages.safetensors"
+    return [(first, Stored(locations)), *((width, Stored({name: (file, f"{width}/{name}") for name in names})) for width in others)]
 
 
 def misfit(snapshots: list[tuple[int, float]], sigma_rel: float, step: int) -> float:
-    """How far the best sum of the weightings of [(step, sigma_rel)] is from the wanted one, relative to its length (the
-    root of the integral of the square): 0 to about 1."""
-    shares = np.append(coefficients(snapshots, sigma_rel, step), -1.0)
-    places = [(at, to_gamma(width)) for at, width in [*snapshots, (step, sigma_rel)]]
-    steps, gammas = (np.array(values, dtype=np.float64) for values in zip(*places))
+    """The distance of the best sum of the snapshots' weightings of past steps from the wanted weighting, relative to the norm of
+    the wanted one (the root of the integral of its square): 0 to about 1. snapshots: [(step, sigma_rel)]."""
+    factors = np.append(coefficients(snapshots, sigma_rel, step), -1.0)
+    weightings = [(at, to_gamma(width)) for at, width in [*snapshots, (step, sigma_rel)]]
+    steps, gammas = (np.array(values, dtype=np.float64) for values in zip(*weightings))
     products = overlap(steps[:, None], gammas[:, None], steps, gammas)
-    return float(max(shares @ products @ shares, 0.0) / products[-1, -1]) ** 0.5
+    return float(max(factors @ products @ factors, 0.0) / products[-1, -1]) ** 0.5
 
 
 def main() -> None:
     args, run = ARGS, Path(ARGS.run)
-    found = whole_checkpoints(run)
+    found = undamaged_checkpoints(run)
     last, newest = list(found.items())[-1]
     step = args.step or last
     if step > last:
-        raise ValueError(f"--step {step:,} lies after the last whole checkpoint of {run}, at step {last:,}: leave it out for that one")
+        raise ValueError(f"--step {step:,} is after the last undamaged checkpoint of {run}, at step {last:,}: leave it out to use "
+                         "that one")
     model = load_model(newest / "model")
     snapshots = [(at, width, tensors) for at, folder in found.items() for width, tensors in stored(folder, model, args.config)]
-    off = misfit([(at, width) for at, width, _ in snapshots], args.width, step)
+    distance = misfit([(at, width) for at, width, _ in snapshots], args.width, step)
     averages = reconstruct(snapshots, args.width, step)
     own = lambda part: {name.removeprefix(f"{part}."): x for name, x in averages.items() if name.startswith(f"{part}.")}
     parts = {part: (model.modules[part], own(part)) for part in trained_parts(model, args.config)}
@@ -152,7 +153,8 @@ def main() -> None:
         scheduler=model.scheduler, defaults=model.defaults | {"step": step, "ema_width": args.width}))
     widths = ", ".join(f"{float(width):g}" for width in args.config["ema_widths"])
     print(f"width {args.width:g} at step {step:,}, from the averages of width {widths} at step {', '.join(f'{at:,}' for at in found)}: "
-          f"{off:.1%} off its weighting of the steps" + ", which more checkpoints (--keep-every) would lower" * (off > FAR))
+          f"{distance:.1%} off its weighting of the steps" + ", which more checkpoints (--keep-every) would lower"
+          * (distance > LARGE_MISFIT))
     print(f"{args.out}: python sample.py \"a red fox\" --model {args.out}")
 
 

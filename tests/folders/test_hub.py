@@ -237,7 +237,7 @@ def test_without_hub_and_cache_the_error_says_what_to_do(server, monkeypatch, no
 def test_a_cache_that_holds_only_another_part_is_said_to_be_partial(server, monkeypatch, no_hub):
     load_vae(ID)
     no_hub(server, monkeypatch)
-    assert f"{ID} is in the cache only in part" in refusal(load_model, ID)
+    assert f"{ID} is incomplete in the cache" in refusal(load_model, ID)
 
 
 def test_a_file_that_is_lost_from_the_cache_is_named_offline_and_comes_back_online(server, folder, monkeypatch):
@@ -253,7 +253,7 @@ def test_a_file_that_is_lost_from_the_cache_is_named_offline_and_comes_back_onli
 def test_a_download_that_breaks_off_is_an_error_and_is_taken_up_again(server, folder):
     file = "unet/diffusion_pytorch_model.safetensors"
     server.fault[file] = (501, b"", {"X": "y"})
-    assert "only in part" in refusal(load_model, ID)
+    assert "incomplete in the cache" in refusal(load_model, ID)
     server.fault.clear()
     assert same(load_model(ID).net, load_model(folder).net)
     assert server.fetched.count(file) == 1 and server.fetched.count("vae/config.json") == 1

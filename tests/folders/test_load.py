@@ -30,7 +30,7 @@ def pipeline(tokenizer, second):
         attention_head_dim=[2, 4] if second else 4, use_linear_projection=second, upcast_attention=second)
     vae = diffusers.AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=32,
                                   down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
         max_position_embeddings=16, hidden_act="gelu" if second else "quick_gelu", **ids))
@@ -139,7 +139,7 @@ def test_text_towers_of_every_age_of_transformers_load(published, tmp_path, pref
 
 def test_an_open_clip_folder_holds_the_same_tower(tmp_path):
     there = randomise(CLIPText(CLIPTextConfig(width=64, layers=2, heads=1, mlp_width=256, context_length=16,
-                                              activation="gelu", pad_token_id=0, projection_dim=24)))
+                                              activation="gelu", projection_dim=24)))
     tensors = export_renamed(there.state_dict(), clip.OPEN_CLIP_RULES)
     assert tensors["transformer.resblocks.0.attn.in_proj_weight"].shape == (192, 64) and tensors["text_projection"].shape == (64, 24)
     beside = {"logit_scale": torch.ones(()), "visual.transformer.resblocks.0.attn.in_proj_weight": torch.zeros(3, 1), "attn_mask": torch.ones(16, 16)}

@@ -36,13 +36,13 @@ def sd(tmp_path_factory):
     tokenizer = Tokenizer.train([PROMPT] * 3, vocab_size=540, context_length=16)
     tokenizer.save(folder := tmp_path_factory.mktemp("sd") / "tokenizer")
     text = CLIPTextConfig(vocab_size=len(tokenizer), width=128, layers=2, heads=2, mlp_width=64, context_length=16,
-                          **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+                          **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")})
     net = UNetConfig(widths=(32, 64), depth=1, attention=(True, False), heads=(8, 8), context_dim=128)
     autoencoder = randomise(AutoencoderKL(VAEConfig(widths=(32, 64), depth=1)), 3)
     one = SimpleNamespace(net=randomise(UNet(net), 1), vae=autoencoder, text=randomise(CLIPText(text), 2))
     two = SimpleNamespace(
         net=randomise(UNet(replace(net, widths=(64, 128), heads=(1, 2), linear_projection=True, upcast_attention=True, sample_size=96)), 4),
-        vae=autoencoder, tower=randomise(CLIPText(replace(text, layers=3, activation="gelu", pad_token_id=0, projection_dim=128)), 5))
+        vae=autoencoder, tower=randomise(CLIPText(replace(text, layers=3, activation="gelu", projection_dim=128)), 5))
     one.tensors = (published(one.net, unet.LAYOUTS["CompVis"], NET) | published(one.vae, vae.LAYOUTS["CompVis"], VAE)
                    | published(one.text, clip.LAYOUTS["transformers"], TEXT1)
                    | {f"{TEXT1}text_model.embeddings.position_ids": torch.arange(16.0)[None]} | BESIDE)

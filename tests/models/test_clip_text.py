@@ -6,7 +6,7 @@ import torch
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 
 TINY = dict(vocab_size=100, width=64, layers=3, heads=4, mlp_width=160, context_length=16,
-            bos_token_id=98, eos_token_id=99, pad_token_id=99)
+            bos_token_id=98, eos_token_id=99)
 
 
 def build(**changes) -> CLIPText:

@@ -56,7 +56,7 @@ def rules():
 def encoder(caption, seed, length=64, **changes):
     """A tower whose tokenizer knows the words of one caption and spells all others."""
     tokenizer = Tokenizer.train([caption] * 3, vocab_size=600, context_length=length)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     config = CLIPTextConfig(vocab_size=len(tokenizer), layers=2, heads=2, mlp_width=64, context_length=length, **ids | changes)
     return TextEncoder(randomise(CLIPText(config), seed), tokenizer)
 

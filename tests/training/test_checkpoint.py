@@ -62,6 +62,17 @@ def test_a_foreign_optimizer_file_is_refused_with_its_name(tmp_path):
         checkpoint.load_optimizers(tmp_path / "o.safetensors", optimizers_of(other, "adamw"), other)
 
 
+def test_older_checkpoints_of_the_first_stage_name_parameters_without_their_part(tmp_path):
+    one, two = small(), small()
+    bare, named = dict(one.named_parameters()), {f"vae.{name}": p for name, p in two.named_parameters()}
+    optimizers, restored = optimizers_of(bare, "adamw"), optimizers_of(named, "adamw")
+    trained(one, 2, optimizers)
+    checkpoint.save_optimizers(tmp_path / "o.safetensors", optimizers, bare)
+    checkpoint.load_optimizers(tmp_path / "o.safetensors", restored, named)
+    before, after = checkpoint.optimizer_tensors(optimizers, bare), checkpoint.optimizer_tensors(restored, named)
+    assert len(before) == 3 * len(bare) and all(torch.equal(after[f"vae.{name}"], value) for name, value in before.items())
+
+
 def put(run, stage, step, word="x", keep=9, keep_every=0):
     return checkpoint.write(run, stage, step, lambda folder: (folder / "x").write_text(word), {"word": word}, keep, keep_every)
 

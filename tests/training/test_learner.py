@@ -100,14 +100,16 @@ class Two(Objective):
     def __init__(self):
         torch.manual_seed(1)
         self.networks = {"critic": nn.Linear(4, 1), "teacher": nn.Linear(4, 1)}
-        self.turns = (Turn("student", ("net",), 2), Turn("critic", ("critic",), optimisation=OptimisationConfig(optimizer="adamw", lr=0.5)))
+        own = OptimisationConfig(optimizer="adamw", lr=0.5)
+        self.turns = (Turn("student", ("net",), 2), Turn("critic", ("critic",), optimisation=own))
 
 
 def test_each_turn_moves_its_own_networks_with_its_own_learning_rate():
     own = learner(objective=Two())
     student, critic = own.objective.turns
     assert {name.partition(".")[0] for name in own.parameters} == {"net", "critic"}           # the teacher stays as it is
-    assert set(own.named(critic)) == {"critic.weight", "critic.bias"} and set(own.named(student)) == set(own.parameters) - set(own.named(critic))
+    assert set(own.named(critic)) == {"critic.weight", "critic.bias"}
+    assert set(own.named(student)) == set(own.parameters) - set(own.named(critic))
     assert [group["peak_lr"] for optimizer in own.optimizers["critic"] for group in optimizer.param_groups] == [0.5]
     before = {name: p.detach().clone() for name, p in own.parameters.items()}
     for p in own.weights(critic):

@@ -18,7 +18,7 @@ from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.vendor_loaders.clip import LAYOUTS, from_config, to_config
 
 PLAIN = CLIPTextConfig(vocab_size=104, width=64, layers=3, heads=4, mlp_width=160, context_length=16,
-                       bos_token_id=98, eos_token_id=99, pad_token_id=99, norm_eps=1e-3)     # 1e-5 hardly shows
+                       bos_token_id=98, eos_token_id=99, norm_eps=1e-3)     # 1e-5 hardly shows
 PROJECTED = replace(PLAIN, projection_dim=24)
 CONFIGS = [replace(config, activation=activation, eos_token_id=eos)
            for config, activation, eos in product((PLAIN, PROJECTED), ("quick_gelu", "gelu"), (99, 2))]
@@ -182,7 +182,7 @@ def test_configs_survive_the_round_trip_through_the_published_layout():
 def test_the_published_configs_of_whole_clip_models_are_read():
     whole = {"architectures": ["CLIPModel"], "projection_dim": 768, "vision_config": {},
              "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "eos_token_id": 2}}
-    assert from_config(whole) == CLIPTextConfig(projection_dim=768, eos_token_id=2, pad_token_id=1)
+    assert from_config(whole) == CLIPTextConfig(projection_dim=768, eos_token_id=2)
 
 
 def test_an_unknown_activation_is_refused_by_name():

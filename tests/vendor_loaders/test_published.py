@@ -32,7 +32,7 @@ NETWORKS = {unet: UNet, vae: AutoencoderKL, clip: CLIPText}
 
 # What a published file may hold beside the network that is read from it.
 BESIDE = r"vision_model\..*|visual_projection\..*|visual\..*|logit_scale|(.*\.)?position_ids|text_projection"
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+IDS = ("bos_token_id", "eos_token_id")
 SCHEDULE = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
             "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
             "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"}

@@ -1,1 +1,1 @@
-"""A model on disk: folders read and written, single files, the hub."""
+"""Models on disk: reading and writing model folders, single files, the hub."""

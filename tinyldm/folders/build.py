@@ -1,4 +1,4 @@
-"""Networks made with the weights of a file, and weights read into networks that are there."""
+"""Builds networks with the weights of a file, and reads weights into existing networks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tinyldm.folders.rename import apply, load_renamed, recognise
-from tinyldm.folders.weights import Weights, named, open_weights
+from tinyldm.folders.weights import Weights, errors_about, open_weights
 from tinyldm.model import architecture
 
 
 class WithoutInitialWeights(TorchFunctionMode):
-    """Inside, torch.nn.init draws nothing: on the meta device it has no effect, and yet it imports torch's compiler (1 s)."""
+    """Inside, torch.nn.init draws no random weights: on the meta device that has no effect but to import torch's compiler (1 s)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         drawing = getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_")
@@ -24,8 +24,8 @@ class WithoutInitialWeights(TorchFunctionMode):
 
 def build_network(network: type[nn.Module], config: Any, weights: Weights, device: str | torch.device,
                   dtype: torch.dtype) -> Any:
-    """A network with these weights, made on its device in its dtype; eval mode, without gradients."""
-    with torch.device("meta"), WithoutInitialWeights():       # no memory and no time for weights that are replaced at once
+    """A network with these weights, on this device in this dtype; in eval mode, without gradients."""
+    with torch.device("meta"), WithoutInitialWeights():       # spends no memory or time on initial weights
         module = network(config)
     _fill(module, weights, device, dtype)
     return module.eval().requires_grad_(False)
@@ -38,6 +38,6 @@ def _fill(module: nn.Module, weights: Weights, device: str | torch.device = "cpu
 
 
 def load_weights(module: nn.Module, file: str | Path) -> None:
-    """Read one weights file, in any published layout, into module; strict. On the meta device it comes to the CPU."""
-    with named(Path(file)):
+    """Read one weights file, in any published layout, into module; strict. A module on the meta device is moved to the CPU."""
+    with errors_about(Path(file)):
         _fill(module, open_weights(file))

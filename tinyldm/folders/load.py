@@ -1,8 +1,8 @@
-"""Loading: a whole model, a VAE, a text encoder or a tokenizer, from wherever it is published.
+"""Loads a whole model, a VAE, a text encoder or a tokenizer, in the formats in which they are published.
 
-A source is a model folder in diffusers' layout (save.py says what lies where), the folder of one part, a hub id
-(hub.py), or one file: a Stable Diffusion checkpoint in CompVis' layout (single_file.py) or a VAE alone. Layouts
-are told apart by the names of the tensors. Weights go straight from the mapped file to their device and dtype.
+A source is a model folder in diffusers' layout (described in save.py), the folder of one part, a hub id (hub.py), or one file: a
+Stable Diffusion checkpoint in CompVis' layout (single_file.py) or a VAE alone. The names of the tensors show which layout a file
+has. Weights are copied from the memory-mapped file straight to their device and dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tinyldm.folders.build import build_network
 from tinyldm.folders.rename import recognise
 from tinyldm.folders.save import weights_name
 from tinyldm.folders.single_file import load_checkpoint
-from tinyldm.folders.weights import INCOMPLETE, PICKLES, Weights, find_weights, named, open_weights
+from tinyldm.folders.weights import INCOMPLETE, PICKLES, Weights, errors_about, find_weights, open_weights
 from tinyldm.model import AUTOENCODERS, NETWORKS, NON_EMA, TEXT_ENCODERS, Architecture, Model
 from tinyldm.models.taesd import TAESD
 from tinyldm.text.encoders import TextEncoder, TextEncoders
@@ -32,7 +32,7 @@ from tinyldm.vendor_loaders import scheduler as schedulers
 from tinyldm.vendor_loaders.layout import Layout
 
 FILES = (".safetensors", *PICKLES)
-SDXL_SCALING = 0.13025                  # its VAE has Stable Diffusion 1's shape; only the checkpoint around it tells
+SDXL_SCALING = 0.13025                  # SDXL's VAE has the shapes of Stable Diffusion 1's, so only the rest of a checkpoint shows it
 
 
 def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
@@ -43,12 +43,12 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     ema         False: the raw weights, where a folder has both
     variant     such as "fp16": which weights files of a published folder (default: full precision where there is one)
     tokenizer   for a single-file checkpoint, which holds none: a tokenizer's folder or hub id
-    prediction  instead of what the source says or, for a single Stable Diffusion 2 file, instead of the guess
+    prediction  replaces the one in the source's scheduler config or, for a single Stable Diffusion 2 file, the guessed one
 
-    The VAE stays in float32 where dtype is float16, in which it can overflow. ValueError, with what to do, for a
+    The VAE stays in float32 where dtype is float16, in which it can overflow. ValueError, with advice, for a
     source that is missing, incomplete, damaged or of another architecture.
     """
-    path = hub.locate(source, needed.of_index)              # of a hub repository first only what says what it is
+    path = hub.locate(source, needed.of_index)              # from the hub, at first only model_index.json
     if path.is_file():
         if variant or not ema:
             raise ValueError(f"{path} is one file, with one set of weights: leave out {'--variant' if variant else '--no-ema'}")
@@ -74,13 +74,13 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     config = read_json(path / "scheduler" / "scheduler_config.json", INCOMPLETE)
     if prediction:
         config |= {"prediction_type": schedulers.PREDICTION_TYPES[prediction]}
-    with named(path / "scheduler"):
+    with errors_about(path / "scheduler"):
         process, predicted = schedulers.from_config(config)
     return Model(net, vae, text, process, predicted, config, defaults)
 
 
 def part_folders(path: Path, network: Architecture) -> list[tuple[str, Architecture]]:
-    """The folders of networks in a model folder, and the row of a table for each."""
+    """The folders of networks in a model folder, each with its row in the tables of model.py."""
     clip_row = TEXT_ENCODERS["clip"]
     return [(network.folder, network), ("vae", AUTOENCODERS["kl"]),
             *((folder.name, clip_row) for folder in sorted(path.glob("text_encoder*")))]
@@ -96,20 +96,20 @@ def load_text_encoders(path: Path, join: str, tokenizer: str | None, load: Calla
             continue
         if not words.is_dir():
             raise ValueError(f"{path} has no {words.name}/: {INCOMPLETE}")
-        with named(words):
+        with errors_about(words):
             encoders.append(TextEncoder(module, Tokenizer.load(words)))
     return TextEncoders(encoders, join)
 
 
 def load_vae(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A VAE from its part folder, the model folder around it, a hub id of either, or a file (with config.json beside it
-    where there is one); TAESD also from the folder of its two files. Eval mode, without gradients."""
+    """A VAE from its part folder, the model folder around it, a hub id of either, or a file (whose config.json, if any, lies beside
+    it); TAESD also from the folder of its two files. In eval mode, without gradients."""
     path = locate_part(source, AUTOENCODERS.values())
     if path.is_file():
         return _load_vae_file(path, device, dtype)
     path = path / "vae" if (path / "vae").is_dir() else path
     if not (path / "config.json").exists() and (weights := _taesd_halves(path)):
-        with named(path):
+        with errors_about(path):
             return build_network(TAESD, taesd.LAYOUTS["original"].config_of(weights.shapes), weights, device, dtype)
     return load_part(path, AUTOENCODERS.values(), device, dtype)
 
@@ -124,18 +124,18 @@ def load_text(source: str | Path, device: str | torch.device = "cpu", dtype: tor
 
 
 def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tokenizer:
-    """A CLIP tokenizer from its folder, the model folder around it, a vocabulary file or a hub id. Padding is its
-    publisher's where that is known (clip.SOURCES), else what its folder says."""
+    """A CLIP tokenizer from its folder, the model folder around it, a vocabulary file or a hub id. The padding token is its
+    publisher's where that is known (clip.SOURCES), else that of the folder's tokenizer_config.json."""
     path = hub.locate(source, needed.of_tokenizer)
     path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     origin = hub.hub_id(source) or (_origin(path.parent) if path.is_file() else _origin(path))
     known = clip.known_source(origin)
-    with named(path):
+    with errors_about(path):
         return Tokenizer.load(path, context_length, known.pad_token if known else None)
 
 
 def locate_part(source: str | Path, rows: Iterable[Architecture]) -> Path:
-    """The local path of a part's source; from the hub its config and weights are downloaded, if they are not yet."""
+    """The local path of a part's source; for a hub id, its config and weights are downloaded unless they are cached."""
     return hub.locate(source, lambda names: needed.of_part(names, rows))
 
 
@@ -143,13 +143,13 @@ def load_part(path: Path, rows: Iterable[Architecture], device: str | torch.devi
               must: bool = False, origin: str | None = None) -> Any:
     """A network from its folder, of the class that config.json names, or else of the first of the rows.
 
-    must: a missing variant is an error rather than a reason to take the usual file. origin: the hub id it came from."""
+    must: a missing variant is an error; otherwise the file without variant is read instead. origin: the hub id it came from."""
     rows = list(rows)
     file = next((path / name for name in needed.CONFIGS if (path / name).exists()), path / needed.CONFIGS[0])
     config = read_json(file, INCOMPLETE)
     names = [config.get("_class_name"), *(config.get("architectures") or [])]
     row = next((row for row in rows if any(name in row.classes for name in names)), rows[0])
-    with named(path):
+    with errors_about(path):
         config = row.from_config(config | ({"_name_or_path": origin} if origin else {}))
     weights = find_weights(path, row.stem, variant)
     if variant and weights is None:
@@ -157,13 +157,13 @@ def load_part(path: Path, rows: Iterable[Architecture], device: str | torch.devi
             raise ValueError(f"{path} has no raw weights ({weights_name(row, variant)}): leave out --no-ema (ema=True) for the "
                              "averaged ones")
         weights = find_weights(path, row.stem)
-    weights = weights or path / weights_name(row, None)          # the error names what is expected
-    with named(weights):
+    weights = weights or path / weights_name(row, None)          # if there are none, the error names this file
+    with errors_about(weights):
         return build_network(row.module, config, open_weights(weights), device, dtype)
 
 
 def _taesd_halves(folder: Path) -> Weights | None:
-    """TAESD as it was first published: the encoder in one file, the decoder in another."""
+    """The weights of TAESD as it was first published, with encoder and decoder in two files; None where a folder lacks these."""
     files = {half: sorted(folder.glob(f"*{half}.*")) for half in ("encoder", "decoder")}
     if not all(files.values()):
         return None
@@ -171,14 +171,14 @@ def _taesd_halves(folder: Path) -> Weights | None:
         if len({file.stem for file in found}) > 1:
             raise ValueError(f"{folder} holds several autoencoders ({', '.join(file.name for file in found)}): copy the two "
                              f"files of one to a folder of their own")
-    encoder, decoder = (open_weights(found[-1]).renamed(lambda name, half=half: f"{half}.{name}")      # safetensors last
-                        for half, found in files.items())
+    # In alphabetical order .safetensors comes after .pth, so the last file is the preferred one.
+    encoder, decoder = (open_weights(found[-1]).renamed(lambda name, half=half: f"{half}.{name}") for half, found in files.items())
     return encoder.joined(decoder)
 
 
 def _load_vae_file(file: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     weights, beside = open_weights(file), file.parent / "config.json"
-    with named(file):
+    with errors_about(file):
         row, layout, own = _recognise_vae(weights)
         if layout.infer is None or beside.exists():
             config = row.from_config(read_json(beside, "a VAE in this layout needs its config.json beside it"))
@@ -194,11 +194,11 @@ def _recognise_vae(weights: Weights) -> tuple[Architecture, Layout, Weights]:
         for layout in row.layouts.values():
             if any(re.fullmatch(layout.mark, name) for name in weights.shapes):
                 return row, *recognise(weights, {"": layout})
-    recognise(weights, AUTOENCODERS["kl"].layouts)              # the error says what is there instead
+    recognise(weights, AUTOENCODERS["kl"].layouts)              # raises an error that lists the tensors found
     raise AssertionError("unreachable")
 
 
 def _origin(folder: Path) -> str | None:
-    """The hub id that a config of the folder says it came from."""
+    """The hub id of origin that the folder's config.json notes, if it does."""
     file = folder / "config.json"
     return read_json(file, INCOMPLETE).get("_name_or_path") if file.exists() else None

@@ -1,4 +1,5 @@
-"""Which files of a hub repository are needed: all file names -> those to download, [] where it is of another kind."""
+"""Selects the files of a hub repository to download. Each function gets all file names; [] means that the repository does not
+hold what is asked for."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ INDEX = r"(?P<stem>[a-z_]+)(\.(?P<before>\w+))?\.(?P<kind>safetensors|bin)\.inde
 
 
 def of_index(names: set[str]) -> list[str]:
-    """Of a model, the one file that says what the others are."""
+    """Of a whole model: the file that describes the others."""
     return sorted(names & {"model_index.json"})
 
 
 def of_model(names: set[str], variant: str | None = None) -> list[str]:
-    """Of a whole model: every part, and what describes them."""
+    """Of a whole model: every part, and the files that describe them."""
     if "model_index.json" not in names:
         return []
     kinds = {row.folder: row for row in (*NETWORKS.values(), *AUTOENCODERS.values(), *TEXT_ENCODERS.values())}
@@ -31,9 +32,9 @@ def of_model(names: set[str], variant: str | None = None) -> list[str]:
 
 
 def of_part(names: set[str], rows: Iterable[Architecture], variant: str | None = None) -> list[str]:
-    """A part's config and weights, from its folder in a model's repository or from a repository of its own.
+    """Of one part: its config and weights, from its folder in a model's repository or from a repository of its own.
 
-    rows: what the part may be; all of them have the same folder and name of weights file."""
+    rows: the architectures that the part may have; all have the same folder and the same name of the weights file."""
     row = next(iter(rows))
     return of_folder(names, row.folder if f"{row.folder}/config.json" in names else "", row, variant)
 
@@ -54,7 +55,7 @@ def of_tokenizer(names: set[str]) -> list[str]:
 
 
 def _shards(weights: str, names: set[str]) -> list[str]:
-    """The shards of an index: of its stem, kind and variant; none for a whole file."""
+    """The shards of an index file: those with its stem, kind and variant. [] for a file that is no index."""
     if (index := re.fullmatch(INDEX, weights)) is None:
         return []
     variant = index["before"] or index["after"]

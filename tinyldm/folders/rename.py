@@ -1,17 +1,17 @@
-"""Names: our state-dict keys to those of a published layout, and back.
+"""Renames our state-dict keys to those of a published layout, and back.
 
 A table is `list[(regex, replacement)]`, applied in order with re.sub to *our* key. Our keys are known from
 the module, so each is renamed once and the resulting dict reads in both directions: there is no second,
-inverse table. Loading is strict; a tensor that finds no place, or a place that finds no tensor, is an error.
+inverse table. Loading is strict: a published tensor that is not used, or one of ours that is not loaded, is an error.
 
-Where a published tensor is stored otherwise than ours, its name ends in how:
+Where a published tensor is stored differently from ours, a suffix of its name in the table says how:
 
     name@1/3    ours is the second of three equal parts along the first axis (open_clip fuses q, k and v)
     name@T      stored transposed
     name@1x1    a matrix stored as a 1x1 convolution
 
-A `Layout` is such a table and how to recognise files it is for: by a name that only they have, never by the
-file's own name.
+A `Layout` is such a table, and the way to recognise the files that it is for: by a tensor name that only they contain, never by
+the file's own name.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def load_renamed(module: nn.Module, weights: Weights | Mapping[str, Tensor], rul
     weights = weights if isinstance(weights, Weights) else Weights.of(weights)
     own = module.state_dict()
     _check(type(module).__name__, weights.shapes, own, rules)
-    places: dict[str, list[tuple[str, str]]] = {}               # published name -> our keys in it, and how
+    places: dict[str, list[tuple[str, str]]] = {}               # published name -> (how it is stored, our key) of each part
     for key, published in published_names(own, rules).items():
         name, how = _place(published)
         places.setdefault(name, []).append((how, key))

@@ -1,12 +1,12 @@
 """The model folder: what training exports, what sampling reads and what the hub publishes, one layout for all.
 
     model_index.json           which part is which class
-    tinyldm.json               how to sample by default (sampler, steps, ...); other libraries ignore it
+    tinyldm.json               defaults for sampling (sampler, steps, ...); other libraries ignore it
     unet/ or transformer/      config.json, diffusion_pytorch_model.safetensors
     vae/                       config.json, diffusion_pytorch_model.safetensors
     text_encoder/              config.json, model.safetensors
     tokenizer/                 vocab.json, merges.txt, ...
-    scheduler/                 scheduler_config.json: what the network learned (scheduler.py)
+    scheduler/                 scheduler_config.json: the process and prediction that the network learned (scheduler.py)
 
 The weights of the network and the text encoder are the averaged ones (EMA); where raw ones are saved too they
 lie beside them as the variant `non_ema`, as Stable Diffusion 1.5's do. The folder is diffusers': model_index.json
@@ -35,7 +35,7 @@ from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders import pipelines
 from tinyldm.vendor_loaders.layout import Rules
 
-Part = nn.Module | tuple[nn.Module, StateDict] | str | Path     # a module, one with other weights, a written folder
+Part = nn.Module | tuple[nn.Module, StateDict] | str | Path     # a module; a module and weights to use instead; a written folder
 
 
 def save_model(path: str | Path, *, net: nn.Module | tuple[nn.Module, StateDict], vae: Part, texts: Sequence[Part],
@@ -43,15 +43,15 @@ def save_model(path: str | Path, *, net: nn.Module | tuple[nn.Module, StateDict]
                non_ema: Mapping[str, StateDict] | None = None) -> None:
     """Write a whole model folder to path, which must not exist yet, and flush it to the disk.
 
-    net, vae, texts   a module, or (module, state_dict) to write other weights such as an EMA's; all but net also as the path of
-                      a part folder written earlier, which is hard-linked: what is frozen is stored once
-    texts, tokenizers one for each text encoder
+    net, vae, texts   a module, or (module, state_dict) to write other weights such as an EMA's. vae and texts may also be the path
+                      of a part folder written earlier, which is hard-linked, so that frozen networks are stored once
+    texts, tokenizers lists with one entry for each text encoder
     scheduler         from scheduler.to_config
     defaults          anything JSON can hold
     non_ema           {"net": state_dict, "text": state_dict, ...}, raw weights to store beside the averaged ones
 
-    FileExistsError, OSError (a full disk among them); ValueError where a state dict is not its module's.
-    A crash leaves half a folder: write to a temporary name and rename it.
+    FileExistsError; OSError, for a full disk too; ValueError where a state dict is not its module's.
+    A crash leaves an incomplete folder: write to a temporary name and rename it (files.replace_folder).
     """
     path, raw = Path(path), dict(non_ema or {})
     path.mkdir(parents=True)
@@ -80,7 +80,8 @@ def save_vae(path: str | Path, vae: nn.Module, state_dict: StateDict | None = No
 
 
 def write_part(path: str | Path, module: nn.Module, state_dict: StateDict | None = None) -> None:
-    """config.json and weights of any network in the tables of model.py, under published names. state_dict: other weights, same keys."""
+    """Write config.json and weights of any network in the tables of model.py, under published names. state_dict: weights to write
+    instead of the module's own, with the same keys."""
     path, row = Path(path), architecture(module)
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", row.to_config(module.config))
@@ -88,7 +89,7 @@ def write_part(path: str | Path, module: nn.Module, state_dict: StateDict | None
 
 
 def save_weights(file: str | Path, module: nn.Module, state_dict: StateDict | None = None) -> None:
-    """One safetensors file of module's weights, or of state_dict in their place. OSError where it cannot be written."""
+    """Write one safetensors file of module's weights, or of state_dict instead. OSError where it cannot be written."""
     own = module.state_dict()
     tensors = own if state_dict is None else state_dict
     if tensors.keys() != own.keys():
@@ -96,12 +97,12 @@ def save_weights(file: str | Path, module: nn.Module, state_dict: StateDict | No
         raise ValueError(f"the state dict is not of this {type(module).__name__}: {len(odd)} names differ ({odd[0]}, "
                          f"for example). Pass the raw module's, not a compiled or wrapped one's")
     file = Path(file)
-    file.unlink(missing_ok=True)        # other folders may be linked to the old contents
+    file.unlink(missing_ok=True)        # do not overwrite it in place: other folders may hold hard links to it
     write_weights(file, export_renamed(tensors, written_rules(module)))
 
 
 def written_rules(module: nn.Module) -> Rules:
-    """Our names of a network's tensors -> those that its file has."""
+    """The rename rules with which a network is written: our tensor names -> those in its file."""
     return next(iter(architecture(module).layouts.values())).rules(module.config)
 
 
@@ -137,12 +138,12 @@ def _model_index(path: Path, row: Architecture, scheduler: dict) -> dict:
 
 def _write_json(file: Path, content: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)        # as in save_weights
+    file.unlink(missing_ok=True)        # do not overwrite it in place: other folders may hold hard links to it
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for every file of a folder; copies where the file system has no hard links."""
+    """Hard-link every file of a folder into a new folder; copy them where the file system has no hard links."""
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder: pass a part folder written earlier")
     target.mkdir()

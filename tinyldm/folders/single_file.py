@@ -1,8 +1,8 @@
 """Stable Diffusion as one file: the checkpoints of CompVis, read (SD 1 and 2) and written (SD 1).
 
 One `.safetensors` or `.ckpt` holds the U-Net (`model.diffusion_model.`), the VAE (`first_stage_model.`) and the
-text encoder (`cond_stage_model.`), and no config: shapes tell Stable Diffusion 1 from 2. What they cannot tell is
-the tokenizer, which is CLIP's, and whether a Stable Diffusion 2 predicts eps (the 512 px base models) or v (768 px).
+text encoder (`cond_stage_model.`), and no config: the shapes show whether it is Stable Diffusion 1 or 2. They do not show the
+tokenizer, which is CLIP's, nor whether a Stable Diffusion 2 predicts eps (the 512 px base models) or v (768 px).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from tinyldm.folders import hub, needed
 from tinyldm.folders.build import build_network
 from tinyldm.folders.rename import export_renamed, recognise
-from tinyldm.folders.weights import Weights, named, open_weights, write_weights
+from tinyldm.folders.weights import Weights, errors_about, open_weights, write_weights
 from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.unet import UNet, UNetConfig
@@ -31,7 +31,7 @@ from tinyldm.vendor_loaders import vae as vaes
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 PREFIXES = {"net": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
-TEXT = "cond_stage_model."              # Stable Diffusion 2's tower lies elsewhere below it
+TEXT = "cond_stage_model."              # read with this shorter prefix: Stable Diffusion 2's text encoder has other names below it
 BASE_STEPS = 875_000                    # `global_step` of Stable Diffusion 2's base model, which predicts eps
 
 # The scheduler_config.json that Stable Diffusion 1 and 2 are published with.
@@ -47,37 +47,38 @@ OTHERS = {r"conditioner\.embedders\.": "Stable Diffusion XL", r"model\.diffusion
 def load_checkpoint(file: Path, device: str | torch.device, dtype: torch.dtype, tokenizer: str | None = None,
                     prediction: str | None = None) -> Model:
     """A Stable Diffusion 1 or 2 checkpoint. ValueError for other models, with their name where it is known."""
-    whole = open_weights(file)
+    weights = open_weights(file)
     for pattern, name in OTHERS.items():
-        if any(re.match(pattern, key) for key in whole.shapes):
+        if any(re.match(pattern, key) for key in weights.shapes):
             raise ValueError(f"{file} holds {name}: only whole checkpoints of Stable Diffusion 1 and 2 can be read")
-    if not any(key.startswith(PREFIXES["net"]) for key in whole.shapes):
+    if not any(key.startswith(PREFIXES["net"]) for key in weights.shapes):
         raise ValueError(f"{file} holds no {PREFIXES['net']}*: it is no checkpoint of a whole Stable Diffusion")
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
-    with named(file):
-        layout, own = recognise(_below(whole, PREFIXES["net"]), {"CompVis": unets.LAYOUTS["CompVis"]})
+    with errors_about(file):
+        layout, own = recognise(_with_prefix(weights, PREFIXES["net"]), {"CompVis": unets.LAYOUTS["CompVis"]})
         config = layout.config_of(own.shapes)
         second = config.linear_projection
         if prediction is None:
-            prediction = "v" if second and whole.facts.get("global_step") != BASE_STEPS else "eps"
+            prediction = "v" if second and weights.facts.get("global_step") != BASE_STEPS else "eps"
         size = 96 if second and prediction == "v" else 64
         net = build_network(UNet, replace(config, sample_size=size), own, device, dtype)
-        layout, own = recognise(_below(whole, PREFIXES["vae"]), {"CompVis": vaes.LAYOUTS["CompVis"]})
+        layout, own = recognise(_with_prefix(weights, PREFIXES["vae"]), {"CompVis": vaes.LAYOUTS["CompVis"]})
         vae = build_network(AutoencoderKL, layout.config_of(own.shapes), own, device, vae_dtype)
-        text = _load_text(_below(whole, TEXT), device, dtype)
+        text = _load_text(_with_prefix(weights, TEXT), device, dtype)
     config = (SD2 if second else SD1) | {"prediction_type": schedulers.PREDICTION_TYPES[prediction]}
     encoder = TextEncoder(text, _load_tokenizer(tokenizer, "!" if second else EOS, text.config.context_length))
     return Model(net, vae, TextEncoders([encoder]), *schedulers.from_config(config), config, {})
 
 
-def _below(whole: Weights, prefix: str) -> Weights:
-    """One part's tensors: others have the same layout (a ControlNet beside the U-Net, for one)."""
-    return whole.renamed(lambda name: name if name.startswith(prefix) else "")
+def _with_prefix(weights: Weights, prefix: str) -> Weights:
+    """The tensors of one part. Without this, another part with the same layout could be read (a ControlNet instead of the U-Net)."""
+    return weights.renamed(lambda name: name if name.startswith(prefix) else "")
 
 
-def _load_text(whole: Weights, device: str | torch.device, dtype: torch.dtype) -> CLIPText:
-    """Stable Diffusion 2 reads the last layer but one: its last is left out, as in the published folder."""
-    layout, own = recognise(whole, clip.LAYOUTS)
+def _load_text(weights: Weights, device: str | torch.device, dtype: torch.dtype) -> CLIPText:
+    """The text encoder. Stable Diffusion 2 uses the output of the last layer but one, so the last layer is left out, as in the
+    published folder."""
+    layout, own = recognise(weights, clip.LAYOUTS)
     config = layout.config_of(own.shapes)
     if layout is clip.LAYOUTS["open_clip"]:
         config = replace(config, layers=config.layers - 1)
@@ -95,10 +96,10 @@ def _load_tokenizer(source: str | None, pad_token: str, context_length: int) -> 
 
 
 def why_not_one_file(model: Model) -> str | None:
-    """Why other programs would not load the model from one file as a Stable Diffusion 1: they build that network and
-    sampler without asking. None where they would."""
+    """Why other programs would not load the model correctly from one file, which has no config: they build the networks and
+    scheduler of Stable Diffusion 1. None where these are the model's."""
     texts = [module.config for module in model.text.modules.values()]
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), 0)
     sized = lambda config, like: replace(like, sample_size=getattr(config, "sample_size", None)) == config
     reasons = {
         "a U-Net of Stable Diffusion 1's shape": sized(model.net.config, UNetConfig()),
@@ -108,7 +109,7 @@ def why_not_one_file(model: Model) -> str | None:
         "the scaled_linear process and eps-prediction": schedulers.read_process(model.scheduler)
         == schedulers.read_process(SD1 | {"prediction_type": "epsilon"}),
     }
-    lacking = [name for name, there in reasons.items() if not there]
+    lacking = [name for name, present in reasons.items() if not present]
     return f"one-file checkpoints are read as Stable Diffusion 1, which has {lacking[0]}" if lacking else None
 
 
@@ -121,7 +122,7 @@ def checkpoint_tensors(model: Model) -> dict[str, Tensor]:
 
 
 def save_checkpoint(file: str | Path, model: Model) -> None:
-    """Write the model as one file. ValueError where it is no Stable Diffusion 1; OSError where it cannot be written."""
+    """Write the model as one file. ValueError where it is not a Stable Diffusion 1; OSError where it cannot be written."""
     if reason := why_not_one_file(model):
         raise ValueError(reason)
     write_weights(Path(file), checkpoint_tensors(model))

@@ -1,9 +1,8 @@
-"""Weight files: what is in them, without reading it, and then one tensor after the other.
+"""Opens weight files: names and shapes first, without reading the data, and then one tensor after the other.
 
-A `Weights` is names and shapes, and a way to stream the tensors. Files stay on the disk, memory-mapped, until
-the moment a tensor is copied to where it belongs, so loading a model takes the memory of that model and hardly
-more. Safetensors is preferred to pickle; pickles (.ckpt, .bin, .pt, .pth) are opened with weights_only=True,
-which runs no code from the file.
+A `Weights` holds names and shapes, and a way to stream the tensors. Files are memory-mapped, and a tensor is read only when it is
+copied to its destination, so loading a model takes hardly more memory than the model itself. Safetensors is preferred to pickle;
+pickles (.ckpt, .bin, .pt, .pth) are opened with weights_only=True, which runs no code from the file.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ from tinyldm.vendor_loaders.layout import Shape
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 ALSO_CALLED = {"model": ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")}
-WINDOW = 16 * 2**20                     # bytes of a mapped file that may stay resident
+MAX_RESIDENT = 16 * 2**20               # bytes of a mapped file that may stay in memory
 
 Stream = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Named tensors, not in memory yet."""
+    """Named tensors that are not in memory yet."""
 
     shapes: Mapping[str, Shape]
-    stream: Callable[[], Stream]        # (name, tensor), each name of `shapes` once; tensors may be views of a file
-    facts: Mapping[str, object]         # numbers that a pickle holds beside tensors, such as global_step
+    stream: Callable[[], Stream]        # yields (name, tensor), each name of `shapes` once; tensors may be views of a file
+    facts: Mapping[str, object]         # numbers that a pickle holds in addition to tensors, such as global_step
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
-        """Tensors that are in memory already."""
+        """From tensors that are in memory already."""
         return cls({name: tuple(t.shape) for name, t in tensors.items()}, lambda: iter(tensors.items()), {})
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
-        """Under other names; '' leaves a tensor out. ValueError where two get the same name."""
+        """The same tensors under the names that `rename` returns; '' leaves a tensor out. ValueError where two get the same name."""
         names = {name: new for name in self.shapes if (new := rename(name))}
         if len(set(names.values())) < len(names):
             taken: dict[str, str] = {}
@@ -56,7 +55,7 @@ class Weights:
                        lambda: ((names[name], tensor) for name, tensor in self.stream() if name in names), self.facts)
 
     def joined(self, other: Weights) -> Weights:
-        """Both together, as shards are; they share no name."""
+        """The tensors of both, as of two shards. They must have no name in common."""
         def stream() -> Stream:
             yield from self.stream()
             yield from other.stream()
@@ -65,8 +64,9 @@ class Weights:
 
 
 @contextmanager
-def named(path: str | Path) -> Iterator[None]:
-    """Errors inside say which file or folder they are about; a config's value of a wrong type or size is one of them."""
+def errors_about(path: str | Path) -> Iterator[None]:
+    """Inside, errors become ValueErrors that name this file or folder, also those that a config's value of a wrong type or size
+    causes."""
     try:
         yield
     except ValueError as error:
@@ -78,14 +78,14 @@ def named(path: str | Path) -> Iterator[None]:
 
 
 def write_weights(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """One safetensors file, readable as other new files are; `metadata` goes into its header. OSError where it cannot be written."""
-    try:    # the note: published files carry it, and transformers 4 refused files that do not
+    """Write one safetensors file with the umask's permissions; `metadata` goes into its header. OSError where that fails."""
+    try:    # published files have {"format": "pt"}, and transformers 4 refuses files without it
         save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"cannot write {file}: {error} (is the disk full?)") from error
     mask = os.umask(0)
     os.umask(mask)
-    file.chmod(0o666 & ~mask)                   # safetensors lets nobody but the owner read it
+    file.chmod(0o666 & ~mask)                   # safetensors makes files that only their owner may read
 
 
 def open_weights(file: str | Path) -> Weights:
@@ -111,8 +111,8 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path | 
 
 
 def choose(names: set[str], stem: str, variant: str | None = None) -> str | None:
-    """The file among `names` that holds a network's weights: safetensors before pickle, whole before sharded, and
-    full precision before fp16 unless a variant is asked for."""
+    """The file among `names` that holds a network's weights. Preferred are safetensors over pickle, one file over shards, and
+    full precision over fp16 unless a variant is asked for."""
     stems = ALSO_CALLED.get(stem, (stem,))
     variants = (variant,) if variant else (None, "fp16")
     for kind in ("safetensors", "bin"):
@@ -137,29 +137,29 @@ def _open_safetensors(file: Path) -> Weights:
         shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in _in_order(handle)}
 
     def stream() -> Stream:
-        # Every page that was read stays resident until the mapping goes: map anew after each window.
-        handle, seen = opened(), 0
+        # Pages that were read stay in memory as long as the file is mapped: map it again after every MAX_RESIDENT bytes.
+        handle, resident = opened(), 0
         for name in shapes:
             tensor = handle.get_tensor(name)
-            if seen + tensor.nbytes > WINDOW:
+            if resident + tensor.nbytes > MAX_RESIDENT:
                 del handle, tensor
-                handle, seen = opened(), 0
+                handle, resident = opened(), 0
                 tensor = handle.get_tensor(name)
             yield name, tensor
-            seen += tensor.nbytes
+            resident += tensor.nbytes
 
     return Weights(shapes, stream, {})
 
 
 def _in_order(handle: safe_open) -> list[str]:
-    """The names as their tensors lie in the file, which older versions of safetensors do not tell."""
+    """The tensors' names in the order of their data in the file; in any order with old versions of safetensors."""
     return getattr(handle, "offset_keys", handle.keys)()
 
 
 def _open_pickle(file: Path) -> Weights:
     try:
         content = _unpickle(file)
-    except Exception as error:          # of a damaged pickle: any type
+    except Exception as error:          # a damaged pickle can raise an exception of any type
         raise ValueError(_unreadable(file, error)) from error
     while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = {**{name: value for name, value in content.items() if isinstance(value, int)}, **content["state_dict"]}
@@ -176,11 +176,11 @@ def _unpickle(file: Path) -> object:
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        return torch.load(file, map_location="cpu", weights_only=True)      # written before torch 1.6
+        return torch.load(file, map_location="cpu", weights_only=True)      # files of torch before 1.6 cannot be mapped
 
 
 def _unreadable(file: Path, error: Exception) -> str:
-    """Why torch refuses, without its advice to open the file all the same."""
+    """The reason why torch refuses a file, without its advice to open the file nevertheless."""
     instead = "Use a .safetensors file of the same weights"
     if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (f"{file} is refused: it is a pickle that holds more than tensors ({foreign[1]}), and opening it could run "
@@ -199,15 +199,15 @@ def _open_shards(index: Path) -> Weights:
         raise ValueError(f"{index} is damaged ({_first_line(error)}): {INCOMPLETE}") from error
     if odd := [name for name in names if Path(name).name != name or not name.endswith((".safetensors", *PICKLES))]:
         raise ValueError(f"{index} names {odd[0]}, which is not a weights file beside it: the folder is refused")
-    whole = Weights({}, lambda: iter(()), {})
+    joined = Weights({}, lambda: iter(()), {})
     for name in names:
         shard = open_weights(index.parent / name)
-        if twice := whole.shapes.keys() & shard.shapes.keys():
+        if twice := joined.shapes.keys() & shard.shapes.keys():
             raise ValueError(f"{index.parent / name} holds {len(twice)} tensors of an earlier shard ({min(twice)}): {INCOMPLETE}")
-        whole = whole.joined(shard)
-    if lost := listed.keys() - whole.shapes.keys():
+        joined = joined.joined(shard)
+    if lost := listed.keys() - joined.shapes.keys():
         raise ValueError(f"{index} lists {len(lost)} tensors that no shard holds ({min(lost)}): {INCOMPLETE}")
-    return whole
+    return joined
 
 
 def _first_line(error: object) -> str:

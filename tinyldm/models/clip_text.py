@@ -32,7 +32,6 @@ class CLIPTextConfig:
     activation: str = "quick_gelu"      # or "gelu"
     bos_token_id: int = 49406
     eos_token_id: int = 49407           # the token to pool at; 2 means the largest id, as in old published configs
-    pad_token_id: int = 49407           # Stable Diffusion 1 pads with EOS, Stable Diffusion 2 with 0
     projection_dim: int | None = None   # width of the projected pooled feature; None: no projection
     norm_eps: float = 1e-5
 

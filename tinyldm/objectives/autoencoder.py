@@ -1,4 +1,4 @@
-"""The loss of the first stage: an autoencoder learns to give pictures back through few numbers."""
+"""The loss of the first stage: an autoencoder learns to reconstruct pictures from small latents."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tinyldm.pictures.pixels import to_pixels
 
 class AutoencoderBatch(NamedTuple):
     pixels: Tensor      # [b, 3, h, w] in [-1, 1]
-    noise: Tensor       # [b, c, h / f, w / f], of the sampled latents
+    noise: Tensor       # [b, c, h / f, w / f], standard normal, for sampling from the posterior
 
 
 class AutoencoderObjective(Objective):
-    """L1 + MSE + a small KL term (arXiv:2112.10752, Eq. 25 without the adversary)."""
+    """L1 + MSE + a small KL term (arXiv:2112.10752, Eq. 25 without the adversarial loss)."""
 
     def __init__(self, settings: AutoencoderConfig, latent_channels: int, downscale: int):
         self.settings, self.channels, self.downscale = settings, latent_channels, downscale

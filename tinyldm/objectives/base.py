@@ -1,11 +1,11 @@
-"""What an objective is: the thing that a training step minimises.
+"""The base class of objectives. An objective is what a training step minimises.
 
-    draw      what the loader read -> a batch with all that is random in it: noise, times, dropped captions
+    draw      samples from the loader -> a batch, with everything random in it: noise, times, dropped captions
     losses    networks and a micro-batch -> one loss per sample [b]
 
 The trainer (train.py) does the rest: micro-batches, autocast, gradients summed over processes, clipping, optimizers, averages,
-checkpoints. An objective names the networks that it trains, and brings along those that stand beside the model's: a teacher,
-a discriminator, a critic, a frozen feature tower.
+checkpoints. An objective names the networks that it trains, and holds further networks that are not part of the model: a teacher,
+a discriminator, a critic, a frozen feature extractor.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ class Turn(NamedTuple):
 
     name: str
     trains: tuple[str, ...]                             # part names: the model's, or the objective's own
-    every: int = 1                                      # it is taken in every so-manyth step
+    every: int = 1                                      # 5 means: it takes part in every fifth step
     optimisation: OptimisationConfig | None = None      # its learning rates; None: the run's
 
 
 class Objective:
     """Base class of all rows of OBJECTIVES. A subclass defines `turns`, `draw` and `losses`.
 
-    networks    networks beside the model's, by part name: moved to the device, in training mode where a turn trains them
-    saved       the names of those that a checkpoint holds; a frozen teacher is loaded anew instead
+    networks    part name -> further network, which is not part of the model. They are moved to the device; those that a turn trains
+                are in training mode
+    saved       the names of those networks that a checkpoint holds; a frozen teacher is loaded from its source instead
     """
 
     turns: Sequence[Turn] = ()
@@ -47,13 +48,14 @@ class Objective:
         """ValueError, before anything is loaded, for settings that cannot work."""
 
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice, device: torch.device) -> NamedTuple:
-        """samples, this process's part of a global batch of `batch_size`, as the loader gives them -> a batch: a NamedTuple of
-        tensors [b, ...]. Random numbers are drawn for the whole global batch, then cut to `part`, so that neither the number
-        of processes nor that of micro-batches changes them."""
+        """A batch, as a NamedTuple of tensors [b, ...] on the device.
+
+        samples: from the loader, this process's part of a global batch of `batch_size`. Random numbers are drawn for the whole
+        global batch, then cut to `part`, so that they depend neither on the number of processes nor on that of micro-batches."""
         raise TypeError(f"{type(self).__name__} does not say how a batch is drawn: give it a method draw()")
 
     def to_device(self, batch: NamedTuple, device: torch.device) -> NamedTuple:
-        """A batch on the device; an objective may leave on the CPU what it only needs there."""
+        """Move a batch to the device. An objective may leave tensors on the CPU that it only needs there."""
         return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
     def losses(self, turn: Turn, networks: Networks, batch: NamedTuple, progress: float) -> Tensor:
@@ -67,17 +69,17 @@ class Objective:
         return None
 
     def begin_phase(self, config: Config, model: Any) -> None:
-        """Training begins at a picture size (anew): `config` and `model` are those of this phase."""
+        """Called before each phase (picture size), with the config and the model of that phase."""
 
     def after_step(self, step: int) -> None:
-        """After every optimizer step, on all processes: where a moving target follows the network, for example."""
+        """Called after every optimizer step, on all processes; a moving target network is updated here, for example."""
 
 
 def split(batch: NamedTuple, parts: int) -> list[NamedTuple]:
-    """Micro-batches, of nearly equal sizes."""
+    """Cut a batch into micro-batches of nearly equal sizes."""
     return [type(batch)(*micro) for micro in zip(*(tensor.tensor_split(parts) for tensor in batch))]
 
 
 def turns_at(objective: Objective, step: int) -> list[Turn]:
-    """The turns of optimizer step `step` (0-based)."""
+    """The turns that take part in optimizer step `step` (0-based)."""
     return [turn for turn in objective.turns if step % turn.every == 0]

@@ -1,6 +1,6 @@
-"""The diffusion loss: a network learns to tell x0 and eps apart, at noise levels drawn at random.
+"""The diffusion loss: a network learns to separate x0 and eps in noisy latents, at random noise levels.
 
-The mathematics is in diffusion/loss.py; here are its settings, its random numbers, and the captions.
+The mathematics is in diffusion/loss.py; this file has its settings, its random numbers, and the captions.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tinyldm.random_streams import Stream, generator
 
 class DenoisingBatch(NamedTuple):
     x0: Tensor          # [b, c, h, w], standardised latents
-    eps: Tensor         # [b, c, h, w], the noise that the target is made of
+    eps: Tensor         # [b, c, h, w], the noise in the target
     t: Tensor           # [b] in [0, 1)
     mixed: Tensor       # [b, c, h, w], the noise in x_t: eps, or eps and a perturbation
     tokens: Tensor      # [b, n] token ids of all text encoders, on the CPU
 
 
 class Denoising(Objective):
-    """Eq. 14 of arXiv:2006.11239 and its relatives. The text encoders learn along where they are not frozen."""
+    """Eq. 14 of arXiv:2006.11239 and its variants. Text encoders that are not frozen are trained with the network."""
 
     def __init__(self, config: Config, model: Model, trained: tuple[str, ...]):
-        """trained: the model's parts that learn, such as ("net", "text")."""
+        """trained: the names of the model's parts that are trained, such as ("net", "text")."""
         self.turns = (Turn("denoising", trained),)
         # Without guidance a model is asked for the picture of no caption in particular. That is the *encoded* empty string, not
         # zeros, because sampling encodes the empty negative prompt too: what is trained is what is asked for.
@@ -65,7 +65,7 @@ class Denoising(Objective):
         return self.to_device(DenoisingBatch(x0, noise.eps[part], t[part], noise.mixed[part], tokens), device)
 
     def to_device(self, batch: DenoisingBatch, device: torch.device) -> DenoisingBatch:
-        """All but the token ids: equal captions are looked for on the CPU."""
+        """Move everything but the token ids, which encode_ids needs on the CPU to find equal captions."""
         return super().to_device(batch, device)._replace(tokens=batch.tokens)
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
@@ -74,7 +74,7 @@ class Denoising(Objective):
                              **self.loss_settings)
 
     def validation_batch(self, latents: Tensor, tokens: Tensor, seed: int) -> DenoisingBatch:
-        """Times lie evenly in [0, 1), so that levels which training draws seldom can be compared too; no caption is dropped."""
+        """Times are evenly spaced in [0, 1), so that rare noise levels are measured as well; no caption is dropped."""
         n = len(latents)
         eps = make_noise(latents.shape, generator(Stream.VALIDATION_NOISE, seed)).eps
         t = (torch.randperm(n, generator=generator(Stream.VALIDATION_TIMES, seed)) + 0.5) / n
@@ -82,7 +82,7 @@ class Denoising(Objective):
 
 
 def loss_settings(settings: ObjectiveConfig, process: Process) -> dict[str, Any]:
-    """What sample_losses takes: prediction, weight, loss. ValueError for weights that do not fit the process."""
+    """Keyword arguments of sample_losses: prediction, weight, loss, huber_c. ValueError for weights that do not fit the process."""
     name = "min_snr" if settings.min_snr_gamma and settings.loss_weight == "none" else settings.loss_weight
     gamma = settings.p2_gamma if name == "p2" else settings.min_snr_gamma or None
     return dict(prediction=settings.prediction, weight=make_weight(name, settings.prediction, gamma, process), loss=settings.loss,
@@ -95,11 +95,13 @@ def process_of(settings: ObjectiveConfig) -> Process:
 
 
 def process_options(settings: ObjectiveConfig) -> dict[str, Any]:
-    """What make_process takes: --shift and --zero-terminal-snr where the process has them, and --process-options."""
+    """Keyword arguments of make_process: --shift and --zero-terminal-snr where the process has them, and --process-options."""
     takes: Mapping[str, Any] = inspect.signature(lookup(PROCESSES, settings.process, "process")).parameters
     if settings.zero_terminal_snr and "zero_snr" not in takes:
-        raise ValueError(f"--zero-terminal-snr is for tables, not for {settings.process}: leave it out (flow ends in pure noise by itself)")
+        raise ValueError(f"--zero-terminal-snr is for tables of betas, not for {settings.process}: leave it out (flow always ends in "
+                         "pure noise)")
     if settings.process == "betas" and not settings.process_options.get("betas"):
-        raise ValueError("--process betas needs them: --process-options betas=0.0001,0.0002,... from the cleanest level to the noisiest")
+        raise ValueError("--process betas needs the betas, from the cleanest level to the noisiest: --process-options "
+                         "betas=0.0001,0.0002,...")
     named = {"shift": settings.shift, "zero_snr": settings.zero_terminal_snr}
     return {name: value for name, value in named.items() if name in takes} | settings.process_options

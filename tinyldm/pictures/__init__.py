@@ -1,1 +1,1 @@
-"""Pictures as arrays and files, and many of them in one."""
+"""Pictures as arrays and files, grids of pictures, and animations."""

@@ -1,4 +1,4 @@
-"""From one picture to another: noises and captions in between, and the file that shows the way."""
+"""Animations that change one picture into another: the fractions of the frames, and the file."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from PIL import Image
 
 FORMATS = (".webp", ".gif")
-FRAME, REST = 80, 700                   # milliseconds: a frame, and each end of the way
-EXIF, COMMENT = 0x8769, 0x9286          # Exif's own block, and UserComment in it: where AUTOMATIC1111 writes and looks
+FRAME, PAUSE = 80, 700                  # milliseconds that a frame is shown, and that the first and last are
+EXIF, COMMENT = 0x8769, 0x9286          # the Exif block and its field UserComment, which AUTOMATIC1111 writes and reads
 
 
-def even(frames: int) -> list[float]:
-    """The shares of so many frames, both ends among them."""
+def even_fractions(frames: int) -> list[float]:
+    """Evenly spaced fractions from 0 to 1, one per frame."""
     return [i / (frames - 1) for i in range(frames)]
 
 
 def write_animation(file: Path, images: Sequence[np.ndarray], text: str = "") -> None:
-    """Pictures, uint8 [h, w, 3] each, as an animated WebP or GIF that starts over; `text` goes into its metadata."""
+    """Write pictures, uint8 [h, w, 3] each, as an animated WebP or GIF that loops; `text` goes into its metadata."""
     frames = [Image.fromarray(image) for image in images]
-    durations = [REST] + [FRAME] * (len(frames) - 2) + [REST]
+    durations = [PAUSE] + [FRAME] * (len(frames) - 2) + [PAUSE]
     if file.suffix.lower() == ".gif":
         about = {"comment": text.encode()}
     else:

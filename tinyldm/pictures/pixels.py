@@ -1,4 +1,4 @@
-"""Pictures as bytes, as numbers for networks, and as files."""
+"""Converts pictures between bytes and a network's pixel values, writes them, and compares them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def to_pixels(images: np.ndarray | Tensor) -> Tensor:
 
 
 def write_picture(file: Path, image: np.ndarray) -> None:
-    """uint8 [h, w, 3] -> a PNG, written whole or not at all."""
+    """Write uint8 [h, w, 3] as a PNG, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".tmp")
     Image.fromarray(image).save(partial, format="PNG")
@@ -34,6 +34,6 @@ def write_picture(file: Path, image: np.ndarray) -> None:
 
 
 def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each picture in dB, 100 at most: uint8 [b, h, w, 3] twice -> float64 [b]."""
+    """Peak signal-to-noise ratio of each picture in dB, 100 at most. Both uint8 [b, h, w, 3] -> float64 [b]."""
     error = (((images.astype(float) - originals) / 255) ** 2).mean((1, 2, 3))
     return -10 * np.log10(error.clip(1e-10))

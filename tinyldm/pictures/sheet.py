@@ -1,4 +1,4 @@
-"""Many pictures as one: a plain grid, and a grid with a few lines of text under each picture."""
+"""Puts many pictures into one: a plain grid, and a grid with lines of text under each picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INK, RED = (44, 36, 60), (200, 40, 50)
 
 
 def tile(images: np.ndarray, columns: int = 0, gap: int = 2) -> np.ndarray:
-    """uint8 [n, h, w, 3] -> one picture, row by row on white; columns: about the square root of n by default."""
+    """uint8 [n, h, w, 3] -> one picture with all of them, row by row on white. columns: 0 means about the square root of n."""
     n, h, w, _ = images.shape
     columns = min(columns or int(np.ceil(np.sqrt(n))), n)
     rows = -(-n // columns)
@@ -25,7 +25,7 @@ def tile(images: np.ndarray, columns: int = 0, gap: int = 2) -> np.ndarray:
 
 def captioned(images: Sequence[np.ndarray], captions: Sequence[Sequence[tuple[str, RGB]]], columns: int = 6,
               side: int = 192) -> Image.Image:
-    """Pictures, uint8 [h, w, 3] each, enlarged to `side` pixels without smoothing; two lines of (text, colour) each."""
+    """A grid of pictures, uint8 [h, w, 3] each, enlarged to `side` pixels without smoothing, with lines of (text, colour) below."""
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 36)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -38,6 +38,6 @@ def captioned(images: Sequence[np.ndarray], captions: Sequence[Sequence[tuple[st
 
 
 def two_lines(caption: str, words: int = 6) -> list[tuple[str, RGB]]:
-    """A caption broken after so many words, for `captioned`."""
+    """A caption as two lines for `captioned`, broken after this number of words."""
     parts = caption.split()
     return [(" ".join(parts[:words]), INK), (" ".join(parts[words:]), INK)]

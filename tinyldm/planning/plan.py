@@ -137,7 +137,7 @@ def plan_network_phase(config: Config, networks: Networks) -> PlannedPhase:
     batch = config.optimisation.batch_size
     return PlannedPhase(f"{side} px", config, batch, -(-batch // config.optimisation.grad_accum), trained,
                    size(*networks) - size(*trained.values()), flops, saved, casts,
-                   cache_bytes=2 * (latent + text.config.context_length))                           # latents in fp16, token ids of 16 bits
+                   cache_bytes=2 * (latent + text.config.context_length))                   # latents in fp16, token ids of 16 bits
 
 
 def check_fit(config: Config, phase: PlannedPhase, index: int) -> None:
@@ -154,6 +154,7 @@ def check_fit(config: Config, phase: PlannedPhase, index: int) -> None:
     found = next(((flag, micro) for flag, micro in options if phase.memory_gb(micro) <= config.plan.gpu_gb), None)
     or_checkpointing = " or --grad-checkpointing" if index >= 0 and not config.network.grad_checkpointing else ""
     advice = (f"{found[0]} would fit, at {phase.memory_gb(found[1]):.1f} GB" if found else
-              f"single images need {phase.memory_gb(1):.1f} GB, so shrink it (--{'vae' if index < 0 else config.network.name}{or_checkpointing})")
+              f"single images need {phase.memory_gb(1):.1f} GB, so shrink it (--{'vae' if index < 0 else config.network.name}"
+              f"{or_checkpointing})")
     raise ValueError(f"micro-batch {phase.micro} at {phase.name} needs {phase.memory_gb():.1f} GB "
                      f"(estimate), the GPU has {config.plan.gpu_gb:g} (--gpu-gb): {advice}")

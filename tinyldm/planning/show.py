@@ -70,7 +70,7 @@ class Measured(NamedTuple):
 
     seconds_per_step: float
     images_per_second: float
-    mfu: float | None               # share of peak_flops; None: not known
+    mfu: float | None               # model FLOPs utilisation, a fraction of peak_flops; None: not known
     memory_gb: float | None         # the largest so far, 10^9 bytes
     steps: int                      # in all, all planned
     finish: str

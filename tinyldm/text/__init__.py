@@ -1,1 +1,1 @@
-"""From captions to what a network is conditioned on: tokenizers, prompt weights, text encoders."""
+"""Turns captions into a network's conditions: tokenizers, prompt weights, text encoders."""

@@ -1,8 +1,8 @@
-"""A model's text encoders, each with its tokenizer, and the rule that joins their answers into what the network sees.
+"""A model's text encoders, each with its tokenizer, and the rule that joins their outputs into the network's condition.
 
     token ids [b, L1 + L2 ...]  ->  one Encoded per encoder  ->  join  ->  Cond
 
-CLIP alone, as in Stable Diffusion 1 and 2, is the list of one. A text encoder is any module with `config.context_length`,
+With CLIP alone, as in Stable Diffusion 1 and 2, it is a list of one. A text encoder is any module with `config.context_length`,
 `module(ids [b, n]) -> (hidden [b, n, d], pooled [b, p])` and `module.ends(ids) -> [b]`, the position of each caption's end.
 """
 
@@ -26,7 +26,7 @@ class TextEncoder(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What one text encoder makes of a batch of captions."""
+    """The features that one text encoder gives for a batch of captions."""
 
     context: Tensor             # [b, n, d], one vector per token
     mask: Tensor | None         # [b, n], True up to each caption's end; None: padding is attended to
@@ -34,20 +34,20 @@ class Encoded(NamedTuple):
 
 
 class TextWidths(NamedTuple):
-    """Widths of the features that reach the network."""
+    """Widths of text features: of one encoder's, or of the joined ones that the network gets."""
 
     context: int
     pooled: int
 
 
 class Join(NamedTuple):
-    """A rule that joins the answers of several text encoders."""
+    """A rule that joins the outputs of several text encoders."""
 
     conds: Callable[[Sequence[Encoded]], Cond]
-    widths: Callable[[Sequence[TextWidths]], TextWidths]        # of the encoders -> of what reaches the network
+    widths: Callable[[Sequence[TextWidths]], TextWidths]        # widths of each encoder -> widths that the network gets
 
 
-JOINS: dict[str, Join] = {"single": Join(lambda answers: Cond(*answers[0]), lambda widths: widths[0])}
+JOINS: dict[str, Join] = {"single": Join(lambda outputs: Cond(*outputs[0]), lambda widths: widths[0])}
 
 
 class TextEncoders:
@@ -66,7 +66,7 @@ class TextEncoders:
         return [encoder.tokenizer for encoder in self.encoders]
 
     def widths(self, encoders: Sequence[TextWidths]) -> TextWidths:
-        """Of every encoder's features -> of what reaches the network."""
+        """Widths of each encoder's features -> widths of the joined features that the network gets."""
         return JOINS[self.join].widths(encoders)
 
     def train(self, mode: bool = True) -> None:
@@ -78,15 +78,16 @@ class TextEncoders:
         return torch.cat([torch.from_numpy(tokenizer.encode(list(captions))) for tokenizer in self.tokenizers], dim=1)
 
     def truncated(self, caption: str) -> str:
-        """The end of a caption that no encoder reads; "" where at least one reads all of it."""
+        """The end of a caption that is cut off by every encoder; "" where at least one encoder reads the whole caption."""
         return min((tokenizer.cut(caption) for tokenizer in self.tokenizers), key=len)
 
     def encode_ids(self, ids: Tensor, device: torch.device, mask_padding: bool = False, trim: bool = False) -> Cond:
         """Token ids [b, L1 + L2 ...] on the CPU -> Cond on the device. Equal captions are encoded once.
 
-        mask_padding: the network attends to a caption up to its end token. Only then may `trim` shorten all rows to about the
-        longest caption (CLIP's attention is causal, so the result stays): to a multiple of 16, so that few shapes are compiled,
-        and to the same for all encoders, because a rule may lay their features side by side.
+        mask_padding: the network attends to a caption only up to its end token. trim: shorten all rows to about the longest
+        caption, which is possible only with mask_padding (CLIP's attention is causal, so the features stay the same). The length
+        is a multiple of 16, so that few shapes are compiled, and the same for all encoders, because a rule may concatenate their
+        features.
         """
         distinct, inverse = ids.unique(dim=0, return_inverse=True)
         lengths = [tokenizer.context_length for tokenizer in self.tokenizers]
@@ -95,34 +96,34 @@ class TextEncoders:
         if mask_padding and trim:
             longest = max(int(module.ends(own).max()) for module, own in pairs) + 1
             length = -(-longest // 16) * 16
-        answers = [encode(module, own[:, :length], inverse, device, mask_padding) for module, own in pairs]
-        return JOINS[self.join].conds(answers)
+        outputs = [encode(module, own[:, :length], inverse, device, mask_padding) for module, own in pairs]
+        return JOINS[self.join].conds(outputs)
 
     def encode(self, prompts: Sequence[str], device: torch.device, mask_padding: bool = False, weighted: bool = False) -> Cond:
         """Prompts -> Cond on the device. mask_padding: as in training.
 
-        weighted: prompts hold weights, as in "a (red:1.4) fox". A token's features are multiplied by its weight, nothing else
-        changes, `pooled` neither. (AUTOMATIC1111's "No norm". Its "Original" then scales all features by one number to restore
-        their mean, which may be anywhere near 0.)
+        weighted: prompts contain weights, as in "a (red:1.4) fox". A token's features are multiplied by its weight; nothing else
+        changes, not even `pooled`. (This is AUTOMATIC1111's "No norm". Its "Original" then scales all features by one number to
+        restore their mean, which can be close to 0.)
         """
         if not weighted:
             return self.encode_ids(self.tokenize(prompts), device, mask_padding)
         distinct, inverse = self.tokenize([plain(prompt) for prompt in prompts]).unique(dim=0, return_inverse=True)
-        answers, lengths = [], [tokenizer.context_length for tokenizer in self.tokenizers]
+        outputs, lengths = [], [tokenizer.context_length for tokenizer in self.tokenizers]
         for (module, tokenizer), own in zip(self.encoders, distinct.split(lengths, dim=1)):
-            answer = encode(module, own, inverse, device, mask_padding)
-            weights = torch.tensor([token_weights(tokenizer, prompt) for prompt in prompts]).to(answer.context)     # [b, n]
-            answers.append(answer._replace(context=answer.context * weights[..., None]))
-        return JOINS[self.join].conds(answers)
+            output = encode(module, own, inverse, device, mask_padding)
+            weights = torch.tensor([token_weights(tokenizer, prompt) for prompt in prompts]).to(output.context)     # [b, n]
+            outputs.append(output._replace(context=output.context * weights[..., None]))
+        return JOINS[self.join].conds(outputs)
 
 
 def part_name(i: int) -> str:
-    """The name of a model's text encoder number i (from 0) among its parts."""
+    """The part name of a model's i-th text encoder, counted from 0: text, text_2 and so on."""
     return "text" if i == 0 else f"text_{i + 1}"
 
 
 def encode(module: nn.Module, distinct: Tensor, inverse: Tensor, device: torch.device, mask_padding: bool) -> Encoded:
-    """Distinct captions' ids [k, n], and which of them each sample has [b] -> features of every sample."""
+    """Features of every sample. distinct: token ids of the k different captions [k, n]; inverse: each sample's index in it [b]."""
     mask = None
     if mask_padding:
         mask = torch.arange(distinct.shape[1]) <= module.ends(distinct)[:, None]            # [k, n]

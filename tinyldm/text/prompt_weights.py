@@ -1,8 +1,8 @@
 """Prompt weights: `a (red:1.4) fox` -> the plain caption, and one weight per token.
 
-The syntax is AUTOMATIC1111's: (x) weighs 1.1, [x] 1 / 1.1, (x:1.3) 1.3; nested weights multiply, a parenthesis that is
-never closed reaches to the end, one that was never opened is text, and so is one behind a backslash. Its other
-inventions (prompt editing, AND, BREAK) are text here.
+The syntax is AUTOMATIC1111's: (x) has weight 1.1, [x] 1 / 1.1, (x:1.3) 1.3, and nested weights multiply. A parenthesis that is
+never closed reaches to the end; one that was never opened is text, as is one after a backslash. AUTOMATIC1111's other syntax
+(prompt editing, AND, BREAK) is treated as text.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ SYMBOLS = re.compile(r"\\(?P<escaped>[\\()\[\]])|(?P<open>[(\[])|:\s*(?P<weight>
 
 
 def parse_weights(text: str) -> list[tuple[str, float]]:
-    """The pieces of the plain caption in order, neighbours of the same weight joined; "" is one piece."""
+    """The plain caption as (piece, weight) in order, where neighbours have different weights; "" is one piece."""
     pieces: list[tuple[str, float]] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}       # the piece with which each began
+    opened: dict[str, list[int]] = {"(": [], "[": []}       # for each open bracket, the index of the first piece inside it
 
     def weigh(bracket: str, factor: float) -> None:
         start = opened[bracket].pop()
@@ -52,7 +52,7 @@ def plain(text: str) -> str:
 
 
 def token_weights(tokenizer: Tokenizer, text: str) -> list[float]:
-    """One weight per position of `tokenizer.encode([plain(text)])`: that of the token's first letter, 1 for BOS, EOS
-    and padding. The caption is tokenised as a whole, so that weights of 1 change nothing."""
+    """One weight for each position of `tokenizer.encode([plain(text)])`: the weight of the token's first letter; 1 for BOS, EOS
+    and padding. The plain caption is tokenised in one piece, so that weights of 1 change nothing."""
     letters = [weight for piece, weight in parse_weights(text) for _ in piece]
     return [letters[start] if end > start else 1.0 for start, end in tokenizer.spans(plain(text))]

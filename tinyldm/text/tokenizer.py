@@ -1,9 +1,9 @@
 """CLIP's tokenizer: captions in, rows of token ids out, with OpenAI's vocabulary or one trained here.
 
-Byte-level BPE with an end-of-word mark (arXiv:1508.07909; arXiv:2103.00020, Sec. 2.4). Text is composed
-(NFC), its white space collapsed, lower-cased, and split into words by one regular expression; every rule
-is the one that transformers' CLIPTokenizer applies, so a folder written by `save` opens there and gives
-the same ids. (OpenAI's own code also repairs mojibake with ftfy; transformers does not, nor do we.)
+Byte-level BPE with an end-of-word mark (arXiv:1508.07909; arXiv:2103.00020, Sec. 2.4). Text is normalised to NFC and lower case,
+its white space is collapsed, and one regular expression splits it into words. All rules are those of transformers' CLIPTokenizer,
+so a folder written by `save` opens there and gives the same ids. (OpenAI's own code also repairs mojibake with ftfy;
+transformers does not, nor does this.)
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Merges = list[tuple[str, str]]
 
 
 class Tokenizer:
-    """BPE over `vocab` (symbol -> id) by `merges`, best first; rows are `context_length` ids long.
+    """BPE over `vocab` (symbol -> id) with `merges` in order of priority; rows are `context_length` ids long.
 
-    pad_token: what fills a row behind its EOS. Stable Diffusion 1 uses EOS itself, Stable Diffusion 2 "!"
-    (which transformers then also reads as a token of its own wherever a prompt contains it; so do we).
+    pad_token: fills a row after its EOS. Stable Diffusion 1 uses EOS itself, Stable Diffusion 2 "!" (which transformers then also
+    treats as a special token wherever a prompt contains it; so does this class).
     """
 
     def __init__(self, vocab: dict[str, int], merges: Merges, context_length: int = 77, pad_token: str = EOS):
@@ -43,7 +43,7 @@ class Tokenizer:
         self._bpe.add_special_tokens(list(dict.fromkeys([BOS, EOS, pad_token])))
         self._bpe.post_processor = tk.processors.RobertaProcessing(
             (EOS, vocab[EOS]), (BOS, vocab[BOS]), trim_offsets=False, add_prefix_space=False)
-        self._bpe.enable_truncation(context_length)      # keeps BOS and EOS
+        self._bpe.enable_truncation(context_length)      # truncated rows still have BOS and EOS
         self._bpe.enable_padding(length=context_length, pad_id=vocab[pad_token], pad_token=pad_token)
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of all that decides which ids a caption gets: vocabulary, merges, context length, padding."""
+        """sha256 (hex) of everything that determines a caption's ids: vocabulary, merges, context length, padding."""
         content = [sorted(self.vocab.items()), self.merges, self.context_length, self.pad_token]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -64,26 +64,26 @@ class Tokenizer:
         return np.array(rows, dtype=np.int64).reshape(-1, self.context_length)
 
     def cut(self, text: str) -> str:
-        """The end of `text` that `encode` leaves out, '' when all of it fits: for a warning."""
-        beyond = self._bpe.encode(text).overflowing
-        return text[beyond[0].offsets[1][0]:].strip() if beyond else ""     # offsets[0] is BOS
+        """The end of `text` that `encode` cuts off; '' where all of it fits."""
+        overflowing = self._bpe.encode(text).overflowing
+        return text[overflowing[0].offsets[1][0]:].strip() if overflowing else ""       # offsets[0] is that of BOS
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where in `text` every position of its row comes from, as [start, end); (0, 0) for BOS, EOS and padding."""
+        """For each position of the row, the characters [start, end) of `text` that it stands for; (0, 0) for BOS, EOS and padding."""
         return self._bpe.encode(text).offsets
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, context_length: int = 77, pad_token: str = EOS) -> Tokenizer:
         """A vocabulary of at most `vocab_size` ids from captions; the same captions always give the same one.
 
-        Ids run as in CLIP: 256 byte symbols, the same 256 ending a word, one per merge, BOS, EOS. There are
-        fewer than asked for when no pair of symbols is left that occurs twice: size networks by len().
+        Ids are ordered as in CLIP: 256 byte symbols, the same 256 at the end of a word, one per merge, BOS, EOS. There are
+        fewer than vocab_size where no pair of symbols is left that occurs twice: give networks len(tokenizer) embeddings.
         """
         symbols = _symbols()
         if vocab_size < len(symbols) + 2:
             raise ValueError(f"vocab_size {vocab_size} is below the {len(symbols) + 2} that every text needs")
-        # Passing all 512 symbols as "special" fixes their ids: an initial alphabet would leave out the half
-        # with </w>, and what it leaves out is numbered in the order of a hash table, which breaks ties at random.
+        # Passing all 512 symbols as special tokens fixes their ids. An initial alphabet could not contain the half
+        # with </w>, whose ids would then follow the order of a hash table, and ties between merges would be broken at random.
         trainer = tk.trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=symbols, min_frequency=2,
                                          end_of_word_suffix=END, show_progress=False)
         bpe = _pipeline({}, [])
@@ -94,17 +94,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, context_length: int | None = None, pad_token: str | None = None) -> Tokenizer:
-        """From a folder with tokenizer.json, or vocab.json + merges.txt, or OpenAI's .txt.gz (or that file's path).
+        """Read a folder with tokenizer.json, or vocab.json and merges.txt, or OpenAI's .txt.gz (or the path of that file).
 
-        The two options default to what the folder's tokenizer_config.json says, and else to 77 and EOS.
+        context_length and pad_token default to those of the folder's tokenizer_config.json, else to 77 and EOS.
         """
         path = Path(path)
         folder, openai = (path, path / OPENAI_FILE) if path.is_dir() else (path.parent, path)
         if path.is_dir() and (path / "tokenizer.json").exists():
-            model = _read_json(path / "tokenizer.json")["model"]
+            model = _read_optional_json(path / "tokenizer.json")["model"]
             vocab, merges = model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
         elif path.is_dir() and (path / "vocab.json").exists() and (path / "merges.txt").exists():
-            vocab = _read_json(path / "vocab.json")
+            vocab = _read_optional_json(path / "vocab.json")
             merges = _parse_merges((path / "merges.txt").read_text(encoding="utf-8"))
         elif openai.exists() and openai.suffix == ".gz":
             symbols = _symbols()
@@ -113,21 +113,22 @@ class Tokenizer:
         else:
             raise FileNotFoundError(f"{path} holds no tokenizer: name a folder with tokenizer.json, or vocab.json and merges.txt, "
                                     f"or {OPENAI_FILE}")
-        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-        published = config.get("pad_token") or EOS       # a name, or its description
+        config = _read_optional_json(folder / "special_tokens_map.json") | _read_optional_json(folder / "tokenizer_config.json")
+        published = config.get("pad_token") or EOS       # the token, or a dict with the token as "content"
         pad_token = pad_token or (published["content"] if isinstance(published, dict) else published)
         length = int(config.get("model_max_length") or 77)
-        return cls(vocab, merges, context_length or (77 if length > 1e6 else length), pad_token)    # 1e30: "unknown"
+        length = 77 if length > 1e6 else length          # transformers writes 1e30 for an unknown length
+        return cls(vocab, merges, context_length or length, pad_token)
 
     def save(self, folder: str | Path) -> None:
-        """Write the files from which `load` and transformers' CLIPTokenizer.from_pretrained read it back."""
+        """Write the files that `load` and transformers' CLIPTokenizer.from_pretrained read."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad_token}
         config = names | {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length}
-        whole = json.loads(self._bpe.to_str()) | {"truncation": None, "padding": None}    # the caller's choice there
+        tokenizer = json.loads(self._bpe.to_str()) | {"truncation": None, "padding": None}      # set by the caller in transformers
         vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
-        files = {"vocab": vocab, "tokenizer": whole, "tokenizer_config": config, "special_tokens_map": names}
+        files = {"vocab": vocab, "tokenizer": tokenizer, "tokenizer_config": config, "special_tokens_map": names}
         for name, content in files.items():
             (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
@@ -147,16 +148,16 @@ def _pipeline(vocab: dict[str, int], merges: Merges) -> tk.Tokenizer:
 
 
 def _symbols() -> list[str]:
-    """A printable stand-in for each of the 256 bytes (printable bytes first), then the same ending a word."""
+    """A printable character for each of the 256 bytes (printable bytes first), then the same 256 with the end-of-word mark."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     return symbols + [symbol + END for symbol in symbols]
 
 
 def _parse_merges(text: str) -> Merges:
-    """One pair a line, best first, under a header line; a longer line's surplus is not a merge."""
+    """The merges of merges.txt: after a header line, one pair per line in order of priority. Other lines are ignored."""
     return [(pair[0], pair[1]) for line in text.split("\n")[1:] if len(pair := line.split()) == 2]
 
 
-def _read_json(file: Path) -> dict:
+def _read_optional_json(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -299,5 +299,6 @@ def to_resume(config: RunConfig, run: Path) -> Path | None:
         return None
     last = newest_undamaged(run)
     if last is None and names(run):
-        raise ValueError(f"every checkpoint in {run} is damaged: start another run with --out (its latents can be used again with --cache)")
+        raise ValueError(f"every checkpoint in {run} is damaged: start another run with --out (its latents can be used again "
+                         "with --cache)")
     return last

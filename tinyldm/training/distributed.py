@@ -169,8 +169,8 @@ def connect(device: torch.device) -> World:
     try:
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         # A prefix for each restart: without it the processes find the addresses of those that died (torch 2.13).
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=size, timeout=TIMEOUT)
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except RuntimeError as error:
         raise ValueError(f"process {rank} cannot reach the {size - 1} others at {os.environ.get('MASTER_ADDR')}:"
                          f"{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}") from error

@@ -93,9 +93,9 @@ def make_optimizers(parameters: Mapping[str, nn.Parameter], matrices: Collection
                     settings: OptimisationConfig) -> list[torch.optim.Optimizer]:
     """[AdamW] or, for --optimizer muon, [AdamW, Muon], together covering parameters (name -> parameter) once each.
 
-    matrices: the names of the parameters that Muon may train (model.muon_matrices). Muon's update of a matrix has the root mean square that
-    AdamW's would have at 0.2 of the learning rate, whatever its shape, so the two learning rates are of one order; they are
-    separate settings because the best one for embeddings, norms and biases need not be the best for matrices.
+    matrices: the names of the parameters that Muon may train (model.muon_matrices). Muon's update of a matrix has the root mean
+    square that AdamW's would have at 0.2 of the learning rate, whatever its shape, so the two learning rates are of the same order;
+    they are separate settings because the best one for embeddings, norms and biases need not be the best for matrices.
     """
     inner = [p for name, p in parameters.items() if settings.optimizer == "muon" and name in matrices]
     chosen = set(map(id, inner))

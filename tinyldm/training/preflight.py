@@ -75,7 +75,7 @@ def check_parts(config: Config) -> Config:
         vae = load_vae(config.autoencoder.weights)
         for phase in phases(config):
             if phase.data.resolution % (divisor := picture_divisor(phase, vae)) and not phase.data.buckets:
-                raise ValueError(f"resolution {phase.data.resolution} is not a multiple of {divisor}, which this VAE and network divide by")
+                raise ValueError(f"resolution {phase.data.resolution} is not a multiple of {divisor}, as this VAE and network need")
         for phase in phases(config) if config.data.cache else []:
             adopted = flatten(adopt(phase, Cache(Path(phase.data.cache[0])), vae))
             kept = ("resolution", "stages", "cache", "grad_accum", "shift")     # settings of the run that a phase has changed

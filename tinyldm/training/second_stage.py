@@ -128,7 +128,7 @@ def build_text_encoders(config: Config, captions: Iterable[str], last: Path | No
     length = settings.fields.get("context_length", 77)
     tokenizer = Tokenizer.load(last / "model" / "tokenizer") if last else Tokenizer.train(captions, settings.vocab_size, length)
     row = lookup(TEXT_ENCODERS, settings.encoder, "text encoder")
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     module = row.module(build_dataclass(row.config, settings.fields | ids | {"vocab_size": len(tokenizer)}, "--text"))
     return TextEncoders([TextEncoder(module, tokenizer)], settings.join)
 

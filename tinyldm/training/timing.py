@@ -55,7 +55,7 @@ class Timing:
         return self.schedule.resume(step, self.running, self.now)
 
     def revise(self, step: int, phase: int) -> Revision | None:
-        """With a budget: plan the number of steps anew, from the measured speed. -> what has changed, if anything."""
+        """With a budget: update the planned number of steps from the measured speed. -> what has changed, if anything."""
         rate, reserve = self.context.world.all_reduce_max(self.seconds_per_step(step, phase), sum(self.timer.costs.values()))
         return self.schedule.revise(step, self.running, rate, reserve, self.now)
 

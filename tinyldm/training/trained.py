@@ -56,7 +56,8 @@ class TrainedModel:
     def write(self, folder: Path, stored: Stored, step: int) -> None:
         model = self.model()
         shapes = model.modules | ({"net": self.plain} if self.plain is not None else {})
-        texts = [(shapes[part], stored.averaged[part]) if part in self.modules else module for part, module in model.text.modules.items()]
+        texts = [(shapes[part], stored.averaged[part]) if part in self.modules else module
+                 for part, module in model.text.modules.items()]
         save_model(folder / "model", net=(shapes["net"], stored.averaged["net"]), vae=self.vae, texts=texts,
                    tokenizers=model.text.tokenizers, non_ema=stored.raw, scheduler=model.scheduler,
                    defaults=model.defaults | {"step": step})

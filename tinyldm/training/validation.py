@@ -24,7 +24,7 @@ class Validation:
         self.batch, self.micro_batch, self.device, self.losses, self.to_device = batch, micro_batch, device, losses, to_device
 
     def measure(self, ema: EMA | PowerEMA) -> dict[str, Any]:
-        """Entries of a log row: val_raw, the loss of the raw weights; val_ema, that of the averages; val_bins, val_ema by noise level."""
+        """Entries of a log row: val_raw, the loss of the raw weights; val_ema, that of the averages; val_bins, the latter by t."""
         raw = self()
         with ema.applied():
             averaged = self()

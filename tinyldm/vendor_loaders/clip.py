@@ -60,10 +60,10 @@ def open_clip_tidy(config: CLIPTextConfig) -> Rules:
 
 
 def infer_open_clip(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
-    """The config of open_clip weights. open_clip uses gelu and pads with 0 unless told otherwise."""
+    """The config of open_clip weights. open_clip uses gelu unless its config says otherwise."""
     config = _config_from_shapes(shapes, r"transformer\.resblocks\.(\d+)\.", "token_embedding.weight", "positional_embedding",
                                  "transformer.resblocks.0.mlp.c_fc.weight")
-    return replace(config, activation="gelu", pad_token_id=0)
+    return replace(config, activation="gelu")
 
 
 def infer_openai(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
@@ -71,7 +71,7 @@ def infer_openai(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
     prefix = "text_model." if any(name.startswith("text_model.") for name in shapes) else ""
     config = _config_from_shapes(shapes, rf"{prefix}encoder\.layers\.(\d+)\.", f"{prefix}embeddings.token_embedding.weight",
                                  f"{prefix}embeddings.position_embedding.weight", f"{prefix}encoder.layers.0.mlp.fc1.weight")
-    return replace(config, activation="quick_gelu", pad_token_id=config.eos_token_id)
+    return replace(config, activation="quick_gelu")
 
 
 def _config_from_shapes(shapes: Mapping[str, Shape], layer: str, tokens: str, positions: str, mlp: str) -> CLIPTextConfig:
@@ -128,7 +128,6 @@ FIELDS = {
     "activation": ("hidden_act", "quick_gelu"),
     "bos_token_id": ("bos_token_id", 49406),
     "eos_token_id": ("eos_token_id", 49407),
-    "pad_token_id": ("pad_token_id", 1),
     "norm_eps": ("layer_norm_eps", 1e-5),
 }
 
@@ -150,8 +149,8 @@ def from_config(config: dict, origin: str | None = None) -> CLIPTextConfig:
     """A published config.json, of CLIPTextModel, CLIPTextModelWithProjection, CLIPModel or open_clip -> our config.
 
     origin: the hub id of the repository that holds the config. ValueError for a config whose activation is not the one with
-    which this source was trained. Pad with the tokenizer's pad token, not with pad_token_id: published configs often state
-    an id that was never used for padding.
+    which this source was trained. pad_token_id is not read: padding is the tokenizer's
+    business, and published configs often state an id that was never used for it.
     """
     if "model_cfg" in config:
         return _from_open_clip(config["model_cfg"])
@@ -177,5 +176,5 @@ def _from_open_clip(config: dict) -> CLIPTextConfig:
         vocab_size=text["vocab_size"], width=text["width"], layers=text["layers"], heads=text["heads"],
         mlp_width=int(text["width"] * text.get("mlp_ratio", 4)), context_length=text["context_length"],
         activation="quick_gelu" if config.get("quick_gelu") else "gelu",
-        bos_token_id=text["vocab_size"] - 2, eos_token_id=text["vocab_size"] - 1, pad_token_id=0,
+        bos_token_id=text["vocab_size"] - 2, eos_token_id=text["vocab_size"] - 1,
         projection_dim=config["embed_dim"])

@@ -1,0 +1,197 @@
+"""The diffusion loss as an objective: what is drawn depends on the global batch alone, and the loss is that of the formula."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import PROMPT, randomise, small_text
+
+from tinyldm.config import make_config
+from tinyldm.diffusion.loss import make_noise, sample_t
+from tinyldm.diffusion.process import make_process
+from tinyldm.model import Model
+from tinyldm.models.clip_text import CLIPText
+from tinyldm.models.dit import DiT, DiTConfig
+from tinyldm.objectives import OBJECTIVES, split, turns_at
+from tinyldm.objectives.base import Objective, Turn
+from tinyldm.objectives.denoising import Denoising, process_options
+from tinyldm.random_streams import Stream, generator
+from tinyldm.text.encoders import TextEncoder, TextEncoders
+
+BATCH, CPU = 7, torch.device("cpu")
+CAPTIONS = [PROMPT, "a small green triangle", "a red square", "", PROMPT, "blue", "a circle"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A small network and its text encoder."""
+    tokenizer, config = small_text()
+    net = randomise(DiT(DiTConfig(width=32, layers=1, heads=2, mlp_width=32, context_dim=32, time_dim=16)))
+    return net, TextEncoders([TextEncoder(randomise(CLIPText(config)), tokenizer)])
+
+
+def make(parts, **settings) -> tuple[Denoising, Model]:
+    config = make_config(**settings)
+    process = make_process(config.objective.process, **process_options(config.objective))
+    model = Model(parts[0], None, parts[1], process, config.objective.prediction, {}, {})
+    return Denoising(config, model, ("net", "text")), model
+
+
+def samples_of(parts, part=slice(None)):
+    latents = torch.randn(BATCH, 4, 4, 4, generator=torch.Generator().manual_seed(9))
+    return SimpleNamespace(latents=latents[part], tokens=parts[1].tokenize(CAPTIONS)[part])
+
+
+def drawn(parts, objective, seed=0, position=3, part=slice(None)):
+    return objective.draw(samples_of(parts, part), generator(Stream.NOISE, seed, position), BATCH, part, CPU)
+
+
+def same(one, two) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+SETTINGS = [{}, dict(noise_offset=0.1, input_perturbation=0.2, stratified_times=True, caption_dropout=0.5),
+            dict(process="cosine", prediction="v", times="uniform", caption_dropout=0.5)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_what_is_drawn_is_a_function_of_seed_and_position(parts, settings):
+    objective, _ = make(parts, **settings)
+    one, again = drawn(parts, objective), drawn(parts, make(parts, **settings)[0])
+    assert same(one, again) and one.x0 is not one.eps
+    for other in (drawn(parts, objective, seed=1), drawn(parts, objective, position=4)):
+        assert not torch.equal(one.eps, other.eps) and not torch.equal(one.t, other.t) and not torch.equal(one.mixed, other.mixed)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_parts_of_several_processes_together_are_what_one_process_draws(parts, settings, processes):
+    objective, _ = make(parts, **settings)
+    whole, edges = drawn(parts, objective), [BATCH * i // processes for i in range(processes + 1)]
+    several = [drawn(parts, objective, part=slice(begin, end)) for begin, end in zip(edges, edges[1:])]
+    assert same(whole, [torch.cat(fields) for fields in zip(*several)])
+
+
+def test_noise_times_and_dropped_captions_are_drawn_in_this_order_from_one_stream(parts):
+    objective, model = make(parts, noise_offset=0.1, input_perturbation=0.2, caption_dropout=0.5, times_mean=0.3)
+    batch, random = drawn(parts, objective), generator(Stream.NOISE, 0, 3)
+    noise = make_noise((BATCH, 4, 4, 4), random, 0.1, 0.2)
+    t = sample_t("logit_normal", BATCH, random, 0.3, None, model.process, False)
+    dropped = torch.rand(BATCH, generator=random) < 0.5
+    assert torch.equal(batch.eps, noise.eps) and torch.equal(batch.mixed, noise.mixed) and torch.equal(batch.t, t)
+    assert 0 < dropped.sum() < BATCH and torch.equal(batch.x0, samples_of(parts).latents)
+    changed = (batch.tokens != samples_of(parts).tokens).any(1)
+    assert torch.equal(changed, dropped & torch.tensor([caption != "" for caption in CAPTIONS]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_dropped_captions_become_the_encoded_empty_string(parts, share):
+    objective, _ = make(parts, caption_dropout=share)
+    empty, tokens = parts[1].tokenize([""])[0], samples_of(parts).tokens
+    assert not (empty == 0).all()                              # it has a start and an end
+    dropped = 0
+    for position in range(60):
+        rows = drawn(parts, objective, position=position).tokens
+        gone = (rows == empty).all(1)
+        assert torch.equal(rows[~gone], tokens[~gone])
+        dropped += int(gone[torch.tensor([caption != "" for caption in CAPTIONS])].sum())
+    assert dropped / 360 == pytest.approx(share, abs=0.08) and (dropped in (0, 360)) == (share in (0, 1))
+
+
+def test_a_batch_goes_to_the_device_but_for_the_token_ids(parts):
+    objective, _ = make(parts)
+    batch = objective.draw(samples_of(parts), generator(Stream.NOISE, 0, 1), BATCH, slice(None), torch.device("meta"))
+    assert [tensor.device.type for tensor in batch] == ["meta"] * 4 + ["cpu"]
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@torch.no_grad()
+def test_the_loss_of_flow_is_that_of_the_formula(parts):
+    objective, model = make(parts)
+    batch = drawn(parts, objective)
+    losses = objective.losses(objective.turns[0], {"net": model.net}, batch, 0.0)
+    t = batch.t[:, None, None, None]
+    cond = model.text.encode_ids(batch.tokens, CPU)
+    answer = model.net((1 - t) * batch.x0 + t * batch.eps, 1000 * batch.t, cond)
+    assert losses.shape == (BATCH,) and losses.dtype == torch.float32
+    torch.testing.assert_close(losses, (answer - (batch.eps - batch.x0)).square().mean((1, 2, 3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, dict(network="dit", mask_padding=True), dict(loss="huber", times="uniform", noise_offset=0.1)])
+def test_the_losses_of_micro_batches_are_those_of_the_batch(parts, settings):
+    objective, model = make(parts, **settings)
+    batch = drawn(parts, objective)
+    turn, networks = objective.turns[0], {"net": model.net}
+    whole = objective.losses(turn, networks, batch, 0.0)
+    micro = split(batch, 3)
+    assert [len(part.t) for part in micro] == [3, 2, 2] and all(type(part) is type(batch) for part in micro)
+    torch.testing.assert_close(torch.cat([objective.losses(turn, networks, part, 0.0) for part in micro]), whole)
+
+
+@torch.no_grad()
+def test_padding_is_masked_where_that_is_asked_for(parts):
+    seen = []
+
+    def net(x, t, cond):
+        seen.append(cond)
+        return torch.zeros_like(x)
+
+    for masked in (False, True):
+        objective, _ = make(parts, mask_padding=masked)
+        objective.losses(objective.turns[0], {"net": net}, drawn(parts, objective), 0.0)
+    assert seen[0].mask is None and seen[1].mask.shape == seen[1].context.shape[:2] and not seen[1].mask.all()
+
+
+def test_gradients_reach_the_network_that_is_handed_in_and_the_text_encoder(parts):
+    objective, model = make(parts)
+    assert objective.turns == (Turn("denoising", ("net", "text")),) and not objective.networks
+    calls = []
+
+    def compiled(*inputs):
+        calls.append(inputs)
+        return model.net(*inputs)
+
+    objective.losses(objective.turns[0], {"net": compiled}, drawn(parts, objective), 0.0).sum().backward()
+    assert len(calls) == 1                                     # the compiled handle is called, not the model's own
+    for module in (model.net, model.text.modules["text"]):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+        module.zero_grad(set_to_none=True)
+
+
+def test_a_phase_has_its_own_process(parts):
+    objective, model = make(parts)
+    before = drawn(parts, objective)
+    config = make_config(shift=3.0, caption_dropout=1.0)
+    later = Model(model.net, None, model.text, make_process("flow", shift=3.0), "flow", {}, {})
+    objective.begin_phase(config, later)
+    losses = [each.losses(each.turns[0], {"net": lambda x, t, cond: x}, before, 0.0) for each in (objective, make(parts)[0])]
+    assert not torch.allclose(*losses) and (drawn(parts, objective).tokens == parts[1].tokenize([""])).all()
+
+
+def test_validation_has_times_all_over_and_whole_captions(parts):
+    objective, _ = make(parts, caption_dropout=1.0, noise_offset=0.5, input_perturbation=0.5)
+    samples = samples_of(parts)
+    one, again, other = (objective.validation_batch(samples.latents, samples.tokens, seed) for seed in (3, 3, 4))
+    assert same(one, again) and not torch.equal(one.eps, other.eps)
+    assert torch.equal(one.tokens, samples.tokens) and torch.equal(one.eps, one.mixed) and torch.equal(one.x0, samples.latents)
+    assert sorted(one.t.tolist()) == pytest.approx([(i + 0.5) / BATCH for i in range(BATCH)])
+
+
+# ---------------------------------------------------------------- objectives in general
+
+
+def test_turns_are_taken_every_so_many_steps():
+    objective = Objective()
+    objective.turns = (Turn("student", ("net",), every=5), Turn("critic", ("critic",)))
+    assert [[turn.name for turn in turns_at(objective, step)] for step in (0, 1, 4, 5)] == [
+        ["student", "critic"], ["critic"], ["critic"], ["student", "critic"]]
+
+
+def test_an_objective_that_lacks_a_method_is_named():
+    assert OBJECTIVES["denoising"] is Denoising
+    for call in (lambda: Objective().draw(None, None, 1, slice(0, 1), CPU), lambda: Objective().losses(None, {}, None, 0.0)):
+        with pytest.raises(TypeError, match="Objective does not say .*: give it a method"):
+            call()
