@@ -18,11 +18,12 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyldm.cli import BestEffortStream, guard
+from tinyldm.cli import BestEffortStream, best_effort, guard
 from tinyldm.config import Config, flatten, parse
 
 FLAGS = {"--dry-run": dict(action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")}
@@ -50,7 +51,7 @@ from tinyldm.training.loss_monitor import RECENT, LossMonitor
 from tinyldm.training.micro_batches import MicroBatches
 from tinyldm.training.preflight import check_names, check_run
 from tinyldm.training.progress import ProgressBar
-from tinyldm.training.report import attempt, refresh_report
+from tinyldm.training.report import refresh_report
 from tinyldm.training.rollback import Diverged, skipped_before
 from tinyldm.training.schedule import Revision, make_schedule
 from tinyldm.training.second_stage import LatentStage
@@ -73,18 +74,18 @@ class Trainer:
         state = self.learner.load(last) if last else {}
         if last:
             stage.check_resume(state)
-        context.clock.at_least((state.get("schedule") or {}).get("running", 0.0))
         self.step, self.phase_index = state.get("step", 0), state.get("stage_number", 0)        # "stage_number" is the phase, and
         self.skipped_batches = max(skipped_batches, state.get("window", 0))                     # "window" the skipped batches
+        context.clock.at_least((state.get("schedule") or {}).get("running", 0.0))       # running.json can be lost, or not copied along
+        # The first stage is trained by the main process alone, in a world of its own.
         self.timing = Timing(context._replace(world=stage.world), stage.fractions, stage.costs)
         self.timing.schedule = make_schedule(stage.settings, state.get("schedule"), self.timing.running, self.timing.now)
         main = stage.world.main
         self.tracker = Tracker(config.run.track if main and stage.planned else "", context.folder, flatten(config), self.step)
-        stage.on_picture = lambda file, step: self.tracker.picture("samples", file, step)
         self.log = Log(context.folder / "log.jsonl" if main else None, stage.name, self.step, self.tracker.row)
         self.writer = checkpoint.Writer(context.folder, config.run.keep_last, config.run.keep_every)
         self.note_plan(self.timing.resume(self.step) if last else None)
-        if skipped_batches > state.get("window", 0):
+        if skipped_batches > state.get("window", 0):            # a rollback led here
             text = f"back to step {self.step}: {skipped_batches:,} batches skipped so far"
             self.note("rollback", self.step, text, window=skipped_batches)
 
@@ -100,14 +101,15 @@ class Trainer:
         self.bar = ProgressBar(stage.title, self.step, total, size, self.context.device, stage.world.main)
         self.bar.peak = stage.peak
         try:
-            for self.phase_index in range(first, len(stage.phases)):
-                if self.timing.done(self.step) or self.timing.phase_over(self.step, self.phase_index):
+            for index, config in enumerate(stage.phases[first:], first):
+                self.phase_index, resolution = index, config.data.resolution
+                if self.timing.done(self.step) or self.timing.phase_over(self.step, index):
                     continue
-                if self.phase_index > first:
-                    resolution, self.learner.monitor = stage.phases[self.phase_index].data.resolution, LossMonitor()
+                if index > first:                               # the log's word for a change of the picture size is "stage"
                     self.note("stage", self.step + 1, f"from here on {resolution} px", resolution=resolution)
-                self.bar.flops = stage.costs[self.phase_index]
-                self.train_phase(stage.begin_phase(self.phase_index))
+                    self.learner.monitor = LossMonitor()        # other pictures, another loss
+                self.bar.flops = stage.costs[index]
+                self.train_phase(stage.begin_phase(index))
         finally:                                                # closing the writer waits for an unfinished checkpoint
             self.bar.close(), self.writer.close(), self.tracker.close()
 
@@ -127,23 +129,26 @@ class Trainer:
             upcoming = next_batch(self.position)
             while not (timing.done(self.step) or timing.phase_over(self.step, self.phase_index)):
                 batch, upcoming, log_due = upcoming, None, (self.step + 1) % run.log_every == 0
-                progress, updates = timing.progress(self.step), {}
-                for turn in turns_at(objective, self.step):                             # one, or generator and discriminator
-                    for trial in micro_batches.attempts():                              # runs once; again if memory ran out
-                        with trial:                                                     # catches out-of-memory errors only
-                            for micro in split(batch, trial.count):
-                                with autocast(device, run.dtype):
+                progress, updates = timing.progress(self.step), {}      # progress: for loss terms that end during the training
+                # A turn is one update, with parameters, optimizers and a loss of its own: one here, two with a discriminator.
+                for turn in turns_at(objective, self.step):
+                    for attempt in micro_batches.attempts():            # runs once; again, in smaller micro-batches, if memory ran out
+                        with attempt:                                   # catches out-of-memory errors only
+                            for micro in split(batch, attempt.count):
+                                with autocast(device, run.dtype):       # networks["net"] is compiled, its gradients are the net's
                                     losses = objective.losses(turn, phase.networks, micro, progress)    # [micro-batch]
                                 (losses.sum() / batch_size).backward()                  # sums to the mean over the global batch
                                 learner.meters[turn.name].add(losses, 1 / batch_size, getattr(micro, "t", None))
-                    if upcoming is None:
-                        upcoming = next_batch(self.position + 1)    # prepared on the CPU while the device still computes
+                        attempt.failed = timing.read_clock(attempt.failed)      # time, signals, memory: all processes know the same
+                    if upcoming is None:                                # in the first turn: the CPU works while the device computes
+                        upcoming = next_batch(self.position + 1)
                     # No DDP wrapper: gradients are summed once, after the last micro-batch, so there is no no_sync() and no
                     # .module. The price: the sum does not overlap with the backward pass, as DDP's buckets do.
                     world.sum(learner.to_sum(turn))                                     # gradients, and the measured losses
                     norm = clip(learner.weights(turn), stage.settings.grad_clip)
-                    updates[turn.name] = learner.update(turn, norm, timing.factor(self.step), log_due)  # step, zero_grad
-                learner.average(self.step + 1)                                          # EMA
+                    # Optimizer step, unless loss or norm is not finite, then zero_grad. This is where the device is waited for.
+                    updates[turn.name] = learner.update(turn, norm, timing.factor(self.step), log_due)
+                learner.average(self.step + 1)                                          # EMA; updates count from 1
                 objective.after_step(self.step + 1)             # moving target networks, for objectives that have them
                 self.step += 1
                 self.count_step(updates.get(learner.main_turn))
@@ -153,9 +158,8 @@ class Trainer:
     # ---------------------------------------------------------------- parts of a step that are rare or not about training
 
     def cut_batches(self, phase: Phase) -> MicroBatches:
-        """The number of micro-batches per step. When memory runs out it doubles, so the global batch stays the same. After every
-        attempt timing.agree() tells all processes whether any ran out of memory, and reads the clock and signals."""
-        world, resolution = self.stage.world, phase.config.data.resolution
+        """The number of micro-batches per step. When memory runs out it doubles, so the global batch stays the same."""
+        world, sample = self.stage.world, f"a picture of {phase.config.data.resolution} px"
         most = self.stage.settings.batch_size // world.size     # so that every process has at least one sample in each micro-batch
 
         def start_over(count: int) -> None:
@@ -166,9 +170,7 @@ class Trainer:
             print(f"\n{text}", flush=True)
             self.note("memory", self.step + 1, text)
 
-        return MicroBatches(phase.micro_batches, most, self.timing.agree, start_over, lambda: ValueError(
-            f"out of memory with a single picture of {resolution} px: use a smaller network, --grad-checkpointing, or --stages of "
-            "fewer pixels"), retry=not phase.config.run.fsdp)
+        return MicroBatches(phase.micro_batches, most, sample, start_over, retry=not phase.config.run.fsdp)
 
     def note(self, event: str, step: int, text: str, **more) -> None:
         """Write an event to the log."""
@@ -204,20 +206,22 @@ class Trainer:
         after a signal."""
         step, run, stage, ema = self.step, phase.config.run, self.stage, self.learner.ema
         finished, signal = self.timing.done(step), self.timing.signal
-        optional = attempt if not run.fsdp else lambda what, work: work()               # with sharded networks an error ends the run
-        aside = self.timing.timer.outside_steps
         if phase.validation and (finished or run.val_every and step % run.val_every == 0):
-            with aside("validation"):
-                optional("validation", lambda: self.log.write(stage=stage.name, step=step, **phase.validation.measure(ema)))
+            self.optional("validation", lambda: self.log.write(stage=stage.name, step=step, **phase.validation.measure(ema)))
         if finished or run.sample_every and step % run.sample_every == 0:
-            with aside("the sample grid"):
-                optional("the sample grid", lambda: stage.draw_samples(ema, step))
+            self.optional("the sample grid", lambda: self.tracker.picture("samples", stage.draw_samples(ema, step), step))
         if finished and stage.checkpoint_at_end or signal or step % run.save_every == 0:
-            with aside("the checkpoint"):
+            with self.timing.timer.outside_steps("the checkpoint"):
                 self.save(finished)
         if signal and not finished:
             self.context.signals.received = signal              # perhaps only another process received it
             raise Interrupted
+
+    def optional(self, what: str, work: Callable[[], None]) -> None:
+        """Do what the run can do without: a failure is printed. With sharded networks it ends the run, since the other processes
+        would wait for this one."""
+        with self.timing.timer.outside_steps(what):
+            work() if self.stage.config.run.fsdp else best_effort(what, work)
 
     def save(self, finished: bool) -> None:
         """Write a checkpoint. Before that, revise the plan and flush the log, because a resumed run begins after this point."""
@@ -227,7 +231,7 @@ class Trainer:
         self.learner.save(self.writer, self.stage.name, self.step, {
             "finished": finished and self.stage.checkpoint_at_end,              # whether the whole run is finished
             **self.stage.state(), "stage_number": self.phase_index, "window": self.skipped_batches,
-            "schedule": None if schedule.max_steps else schedule.state()})
+            "schedule": None if schedule.max_steps else schedule.state()})      # counted in steps, nothing depends on the clock
         if finished:
             self.writer.wait()
         if self.stage.world.main:
@@ -255,29 +259,23 @@ class Trainer:
         mfu = speed * self.bar.flops / self.bar.peak if self.bar.peak else None
         measured = Measured(seconds, speed, mfu, memory_gb(self.context.device) or None, self.timing.schedule.total,
                             self.timing.finish(self.step, self.phase_index))
-        attempt("the comparison with the plan", lambda: print("\n" + compare(config, measured, stage.config, COMPARE_AFTER), flush=True))
+        best_effort("the comparison with the plan",
+                    lambda: print("\n" + compare(config, measured, stage.config, COMPARE_AFTER), flush=True))
 
 
 # ---------------------------------------------------------------- the run
 
 
 def train_all(config: Config, context: RunContext) -> None:
-    """Train both stages, from the newest checkpoint on: prepare_latents() trains the first one (make_vae) unless RUN/vae exists.
-    With --rollback the second stage may return to an older checkpoint."""
+    """Both stages, from the newest checkpoint on. With --rollback the second may return to an older checkpoint."""
     world, run = context.world, context.folder
     last = checkpoint.to_resume(config.run, run) if world.main else None
     last, skipped = world.broadcast([str(last or ""), skipped_before(run, last)])
     last = Path(last) if last else None
     begun = last is not None and last.name.startswith("step")
 
-    def make_vae() -> None:
-        if config.autoencoder.weights:
-            return copy_pretrained(config, context)
-        stage = AutoencoderStage(config, context, training_pictures(config, context))
-        Trainer(stage, context, last).train()
-        stage.finish()
-
-    vae, caches = prepare_latents(config, context, make_vae, begun)
+    first_stage(config, context, last)
+    vae, caches = prepare_latents(config, context, begun)
     last = last if begun else None
     for _ in range(MOST_ROLLBACKS):
         trainer = Trainer(LatentStage(config, context, vae, caches, last), context, last, skipped)
@@ -292,6 +290,19 @@ def train_all(config: Config, context: RunContext) -> None:
         last = Path(last)
     raise ValueError(f"the loss diverged {MOST_ROLLBACKS} times, so the data are not the cause: lower --lr and --muon-lr, or lengthen "
                      "--warmup-steps")
+
+
+def first_stage(config: Config, context: RunContext, last: Path | None) -> None:
+    """RUN/vae, unless it is there: pretrained, or trained by the main process alone, while the others wait."""
+    while not (context.folder / "vae").is_dir():
+        if not context.world.main:
+            context.check(), time.sleep(0.5)
+        elif config.autoencoder.weights:
+            copy_pretrained(config, context)
+        else:
+            stage = AutoencoderStage(config, context, training_pictures(config, context))
+            Trainer(stage, context, last).train()
+            stage.finish()
 
 
 def prepare_run(config: Config) -> None:
@@ -314,7 +325,7 @@ def main() -> None:
         check_names(config)
         return print_plan(config)
     rank, processes = launched()
-    sys.stdout, sys.stderr = BestEffortStream(sys.stdout), BestEffortStream(sys.stderr)
+    sys.stdout, sys.stderr = BestEffortStream(sys.stdout), BestEffortStream(sys.stderr)        # a closed terminal ends no run
     if rank:
         sys.stdout = open(os.devnull, "w")                      # the main process prints for all
     device = pick_device(config.run.device)

@@ -108,7 +108,7 @@ def test_out_of_memory_with_a_single_picture_is_an_error(vae, tmp_path, monkeypa
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(Denoising, "losses", losses)
-    with pytest.raises(ValueError, match="out of memory with a single picture of 16 px"):
+    with pytest.raises(ValueError, match="out of memory with a picture of 16 px alone"):
         train_here(train, quick(vae, tmp_path / "run"), monkeypatch)
 
 

@@ -86,3 +86,11 @@ class BestEffortStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def best_effort(what: str, work: Callable[[], Any]) -> None:
+    """Do something that a long run can do without: if it fails, print why and go on."""
+    try:
+        work()
+    except Exception as error:
+        print(f"{what} failed, training goes on: {' '.join(str(error).split())[:200]}", flush=True)

@@ -12,7 +12,7 @@ class Log:
 
     def __init__(self, count: int, most: int, fits: int, elsewhere=(), **options):
         self.fits, self.elsewhere, self.asked, self.restarts = fits, list(elsewhere), [], []
-        self.parts = MicroBatches(count, most, self.agree, self.restarts.append, lambda: ValueError("give up"), **options)
+        self.parts = MicroBatches(count, most, "a picture of 16 px", self.restarts.append, **options)
 
     def agree(self, failed: bool) -> bool:
         self.asked.append(failed)
@@ -26,6 +26,7 @@ class Log:
                 counts.append(attempt.count)
                 if attempt.count < self.fits:
                     raise error("out of memory")
+            attempt.failed = self.agree(attempt.failed)
         return counts
 
 
@@ -46,9 +47,9 @@ def test_a_process_that_has_memory_starts_over_with_the_others():
 
 
 @pytest.mark.parametrize("elsewhere", [[], [True] * 9])
-def test_where_single_samples_do_not_fit_the_caller_s_error_is_raised(elsewhere):
+def test_where_single_samples_do_not_fit_the_error_says_what_to_do(elsewhere):
     log = Log(2, 4, fits=1 if elsewhere else 99, elsewhere=elsewhere)
-    with pytest.raises(ValueError, match="give up"):
+    with pytest.raises(ValueError, match="out of memory with a picture of 16 px alone: use a smaller network"):
         log.step()
     assert log.restarts == [4]                                 # nothing is dropped for an attempt that will not be made
 

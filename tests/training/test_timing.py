@@ -32,9 +32,9 @@ def timing(world, running=5.0, fractions=(1.0,), costs=(1.0,), signal=0, **sched
 def test_all_processes_use_the_latest_clock_and_hear_of_every_signal_and_failure():
     late = time.time() + 1000
     own = timing(Other(7.0, late, False, 15))
-    assert (own.running, own.now, own.signal) == (7.0, late, 15) and own.agree(False) is False and own.agree(True) is True
+    assert (own.running, own.now, own.signal) == (7.0, late, 15) and own.read_clock(False) is False and own.read_clock(True) is True
     own.context = own.context._replace(world=Other(3.0, 0.0, True, 0))
-    assert own.agree() is True and own.running == 5.0 and own.signal == 0
+    assert own.read_clock() is True and own.running == 5.0 and own.signal == 0
     assert timing(World(), signal=2).signal == 2
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from torch import nn
 
@@ -14,16 +13,11 @@ from tinyldm.folders.load import load_vae
 from tinyldm.training.context import RunContext
 
 
-def prepare_latents(config: Config, context: RunContext, make_vae: Callable[[], None], begun: bool) -> tuple[nn.Module, list[Cache]]:
-    """The frozen VAE, and for each phase the latents of all pictures. What exists already is not made again. All processes encode
-    together; the main process alone trains or copies the VAE (make_vae).
+def prepare_latents(config: Config, context: RunContext, begun: bool) -> tuple[nn.Module, list[Cache]]:
+    """The frozen VAE in RUN/vae, and for each phase the latents of all pictures. All processes encode together, and what exists
+    already is not made again.
 
     begun: the second stage has begun, so its latents are used as they are, even if the pictures have changed since."""
-    while not (context.folder / "vae").is_dir():
-        if context.world.main:
-            make_vae()
-        else:
-            context.check(), time.sleep(0.5)
     vae, caches = load_vae(context.folder / "vae", context.device), []
     for phase, folder in phase_folders(config, context.folder / "latents"):
         if not config.data.cache and not begun:

@@ -39,6 +39,8 @@ class Learner:
     def __init__(self, trained: Trained, objective: Objective, settings: OptimisationConfig, world: World, device: torch.device,
                  average: bool = True):
         self.trained, self.objective, self.world, self.device = trained, objective, world, device
+        if all(turn.every > 1 for turn in objective.turns):
+            raise ValueError(f"{type(objective).__name__}: at least one turn must be taken in every step (every=1)")
         own = {part: module for part, module in objective.networks.items() if any(part in turn.trains for turn in objective.turns)}
         modules = trained.modules | own
         self.parameters = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}

@@ -11,31 +11,31 @@ class MicroBatches:
     """The number of micro-batches per step. It doubles when memory runs out, so the global batch stays the same.
 
         for attempt in micro_batches.attempts():        # runs once; again with smaller micro-batches when memory has run out
-            with attempt:
+            with attempt:                               # catches out-of-memory errors only
                 ...                                     # forward and backward passes of `attempt.count` micro-batches
+            attempt.failed = ...                        # whether that happened in any process: all must use the same count
 
     count       number of micro-batches at first
     most        the largest possible number: one sample each, of this process's part of the batch
-    agree       a process's own result -> whether any process ran out of memory; all processes must use the same count
+    sample      what a single sample is, for the error message: "a picture of 256 px"
     start_over  called with the new count before another attempt: drops gradients, prints a message
-    give_up     makes the exception for when even single samples do not fit
     retry       False: out of memory ends the run (with a sharded network the other processes would wait forever)
     """
 
-    def __init__(self, count: int, most: int, agree: Callable[[bool], bool], start_over: Callable[[int], None],
-                 give_up: Callable[[], Exception], retry: bool = True):
-        self.count, self.most = count, most
-        self.agree, self.start_over, self.give_up, self.retry = agree, start_over, give_up, retry
+    def __init__(self, count: int, most: int, sample: str, start_over: Callable[[int], None], retry: bool = True):
+        self.count, self.most, self.sample, self.start_over, self.retry = count, most, sample, start_over, retry
         self.failed = False
 
     def attempts(self) -> Iterator[MicroBatches]:
+        """ValueError where even single samples do not fit."""
         while True:
             self.failed = False
             yield self
-            if not self.agree(self.failed):
+            if not self.failed:
                 return
             if self.count == self.most:
-                raise self.give_up()
+                raise ValueError(f"out of memory with {self.sample} alone: use a smaller network, --grad-checkpointing, or --stages of "
+                                 "fewer pixels")
             self.count = min(2 * self.count, self.most)
             self.start_over(self.count)
 

@@ -25,6 +25,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
+from tinyldm.cli import best_effort
 from tinyldm.config import PRESETS, AutoencoderConfig, flatten, make_config
 from tinyldm.config.fields import SETTINGS
 from tinyldm.durations import parse_date, parse_duration
@@ -265,15 +266,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def attempt(what: str, work: Callable[[], Any]) -> None:
-    """Do work that a run can do without: its error is printed, and training goes on."""
-    try:
-        work()
-    except Exception as error:
-        print(f"{what} failed, training goes on: {' '.join(str(error).split())[:200]}", flush=True)
-
-
 def refresh_report(run: Path) -> None:
     """Write RUN/report.html during training; a failure does not end the run."""
-    attempt("report.html", lambda: write_report(run, {"Python": platform.python_version(), "torch": torch.__version__,
+    best_effort("report.html", lambda: write_report(run, {"Python": platform.python_version(), "torch": torch.__version__,
                                                       "machine": platform.platform()}))

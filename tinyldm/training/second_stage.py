@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,10 @@ class LatentStage(Stage):
 
     name, stream, planned = "step", Stream.NOISE, True
 
-    def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None,
-                 on_picture: Callable[[Path, int], None] = lambda file, step: None):
-        """last: the checkpoint to continue from. on_picture: called with the file and step of every sample grid that is written."""
+    def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None):
+        """last: the checkpoint to continue from."""
         torch.manual_seed(config.run.seed + 1)
-        self.config, self.context, self.caches, self.on_picture = config, context, caches, on_picture
+        self.config, self.context, self.caches = config, context, caches
         self.cache_digests = [cache.digest for cache in caches]
         self.settings, self.phases, self.world, self.title = config.optimisation, phases(config), context.world, config.network.name
         sizes = [float(fraction) for fraction in config.data.phases.values()] or [1.0]
@@ -99,7 +98,7 @@ class LatentStage(Stage):
             raise ValueError(f"{', '.join(str(cache.folder) for cache in self.caches)} has changed since the checkpoint of step "
                              f"{state['step']}: restore the latents that the run began with, or start another run with --out")
 
-    def draw_samples(self, ema: EMA | PowerEMA | None, step: int) -> None:
+    def draw_samples(self, ema: EMA | PowerEMA | None, step: int) -> Path | None:
         """Draw fixed prompts from fixed seeds, so that the grids of different steps and runs are comparable."""
         model, prompts = self.model, fixed_prompts(self.config, self.caches[0])
         repeated = [prompt for prompt in prompts for _ in range(2)]
@@ -109,10 +108,11 @@ class LatentStage(Stage):
                 images = draw(model, repeated, range(len(repeated)), draw_settings(model))
         finally:
             model.net.train(), model.text.train()
-        if self.world.main:
-            file = self.context.folder / "samples" / f"step-{step:06d}.png"
-            write_picture(file, tile(images, columns=8))
-            self.on_picture(file, step)
+        if not self.world.main:
+            return None
+        file = self.context.folder / "samples" / f"step-{step:06d}.png"
+        write_picture(file, tile(images, columns=8))
+        return file
 
 
 # ---------------------------------------------------------------- the model

@@ -7,6 +7,7 @@ which networks, which objective, which data, and what is done beside training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinyldm.config import Config, OptimisationConfig
@@ -59,5 +60,5 @@ class Stage:
         """The entries that this stage adds to a checkpoint's state.json."""
         return {}
 
-    def draw_samples(self, ema: EMA | PowerEMA | None, step: int) -> None:
-        """Draw the sample grid after `step` steps. A stage without one does nothing."""
+    def draw_samples(self, ema: EMA | PowerEMA | None, step: int) -> Path | None:
+        """Draw the sample grid after `step` steps -> its file, None in processes that do not write. A stage without one draws nothing."""

@@ -1,6 +1,7 @@
 """What depends on the clock in a run: the decay of the learning rate, the end, the change to the next picture size, the plan.
 
-All processes must take the same steps, so each step reads the clock once (agree), and all of them use the latest reading.
+All processes must take the same steps, so each step reads the clock (read_clock), and all of them use the latest
+reading.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Timing:
         self.ends = list(accumulate(fractions))
         self.timer, self.signal = StepTimer(), 0
         self.schedule: LearningRateSchedule | None = None
-        self.agree()
+        self.read_clock()
 
-    def agree(self, failed: bool = False) -> bool:
+    def read_clock(self, failed: bool = False) -> bool:
         """Read the clock and the received signal, as the maximum over all processes. -> whether `failed` is true in any of them."""
         self.running, self.now, anywhere, signal = self.context.world.all_reduce_max(
             self.context.clock.running(), time.time(), failed, self.context.signals.received)
