@@ -36,7 +36,7 @@ import torch
 
 from tinyldm.device import autocast, deterministic, memory_gb, pick_device, prefer_plain_attention
 from tinyldm.files import write_file
-from tinyldm.objectives import split, turns_at
+from tinyldm.objectives import Turn, split, turns_at
 from tinyldm.planning.show import Measured, compare, print_plan
 from tinyldm.random_streams import generator
 from tinyldm.training import checkpoint
@@ -53,7 +53,7 @@ from tinyldm.training.preflight import check_names, check_run
 from tinyldm.training.progress import ProgressBar
 from tinyldm.training.report import refresh_report
 from tinyldm.training.rollback import Diverged, skipped_before
-from tinyldm.training.schedule import Revision, make_schedule
+from tinyldm.training.schedule import Revision
 from tinyldm.training.second_stage import LatentStage
 from tinyldm.training.signals import Interrupted, Signals
 from tinyldm.training.stage import Phase, Stage
@@ -74,18 +74,18 @@ class Trainer:
         state = self.learner.load(last) if last else {}
         if last:
             stage.check_resume(state)
-        self.step, self.phase_index = state.get("step", 0), state.get("stage_number", 0)        # "stage_number" is the phase, and
-        self.skipped_batches = max(skipped_batches, state.get("window", 0))                     # "window" the skipped batches
+        # In state.json the phase is called stage_number, and the number of skipped batches window.
+        self.step, self.phase_index = state.get("step", 0), state.get("stage_number", 0)
+        self.skipped_batches = max(skipped_batches, state.get("window", 0))
         context.clock.at_least((state.get("schedule") or {}).get("running", 0.0))       # running.json can be lost, or not copied along
         # The first stage is trained by the main process alone, in a world of its own.
-        self.timing = Timing(context._replace(world=stage.world), stage.fractions, stage.costs)
-        self.timing.schedule = make_schedule(stage.settings, state.get("schedule"), self.timing.running, self.timing.now)
+        self.timing = Timing(context._replace(world=stage.world), stage.settings, state.get("schedule"), stage.fractions, stage.costs)
         main = stage.world.main
-        self.tracker = Tracker(config.run.track if main and stage.planned else "", context.folder, flatten(config), self.step)
+        self.tracker = Tracker(config.run.track if main and stage.reported else "", context.folder, flatten(config), self.step)
         self.log = Log(context.folder / "log.jsonl" if main else None, stage.name, self.step, self.tracker.row)
         self.writer = checkpoint.Writer(context.folder, config.run.keep_last, config.run.keep_every)
         self.note_plan(self.timing.resume(self.step) if last else None)
-        if skipped_batches > state.get("window", 0):            # a rollback led here
+        if skipped_batches > max(state.get("window", 0), skipped_before(context.folder, last)):     # a rollback led here just now
             text = f"back to step {self.step}: {skipped_batches:,} batches skipped so far"
             self.note("rollback", self.step, text, window=skipped_batches)
 
@@ -121,39 +121,48 @@ class Trainer:
         timing.timer.restart()
 
         def next_batch(position: int) -> NamedTuple:
-            samples = next(loader)                              # this process's part of the global batch
+            samples = next(loader)                              # this process's part of the global batch at this position
             random = generator(stage.stream, run.seed, position)
             return objective.draw(samples, random, batch_size, phase.part, device)      # noise, times, dropped captions
 
         with closing(phase.loader(self.position)) as loader:
             upcoming = next_batch(self.position)
             while not (timing.done(self.step) or timing.phase_over(self.step, self.phase_index)):
-                batch, upcoming, log_due = upcoming, None, (self.step + 1) % run.log_every == 0
-                progress, updates = timing.progress(self.step), {}      # progress: for loss terms that end during the training
+                batch, upcoming = upcoming, None
+                log_due, updates = (self.step + 1) % run.log_every == 0, {}
                 # A turn is one update, with parameters, optimizers and a loss of its own: one here, two with a discriminator.
-                for turn in turns_at(objective, self.step):
+                for turn in turns_at(objective, self.step):             # at least one
                     for attempt in micro_batches.attempts():            # runs once; again, in smaller micro-batches, if memory ran out
                         with attempt:                                   # catches out-of-memory errors only
-                            for micro in split(batch, attempt.count):
-                                with autocast(device, run.dtype):       # networks["net"] is compiled, its gradients are the net's
-                                    losses = objective.losses(turn, phase.networks, micro, progress)    # [micro-batch]
-                                (losses.sum() / batch_size).backward()                  # sums to the mean over the global batch
-                                learner.meters[turn.name].add(losses, 1 / batch_size, getattr(micro, "t", None))
-                        attempt.failed = timing.read_clock(attempt.failed)      # time, signals, memory: all processes know the same
+                            self.accumulate(phase, turn, split(batch, attempt.count))
+                        attempt.failed = timing.synchronise(attempt.failed)     # time, signals, memory: the same for all processes
                     if upcoming is None:                                # in the first turn: the CPU works while the device computes
                         upcoming = next_batch(self.position + 1)
                     # No DDP wrapper: gradients are summed once, after the last micro-batch, so there is no no_sync() and no
-                    # .module. The price: the sum does not overlap with the backward pass, as DDP's buckets do.
-                    world.sum(learner.to_sum(turn))                                     # gradients, and the measured losses
-                    norm = clip(learner.weights(turn), stage.settings.grad_clip)
-                    # Optimizer step, unless loss or norm is not finite, then zero_grad. This is where the device is waited for.
-                    updates[turn.name] = learner.update(turn, norm, timing.factor(self.step), log_due)
-                learner.average(self.step + 1)                                          # EMA; updates count from 1
-                objective.after_step(self.step + 1)             # moving target networks, for objectives that have them
+                    # .module. The price: the sum does not overlap with the backward pass, as DDP's buckets do. (Gradients that
+                    # --fsdp shards are summed as they arise; sum() leaves them alone.)
+                    world.sum(learner.to_sum(turn))                     # gradients, and the measured losses
+                    norm = clip(learner.weights(turn), stage.settings.grad_clip)        # here the device is waited for
+                    update = learner.update(turn, norm, timing.factor(self.step), measure=log_due)      # AdamW, Muon; zero_grad
+                    if update.skipped:                                  # the loss or the norm is not finite
+                        self.note_skipped(turn)
+                    updates[turn.name] = update
                 self.step += 1
-                self.count_step(updates.get(learner.main_turn))
+                learner.average(self.step)                              # EMA
+                objective.after_step(self.step)                         # moving targets, for objectives that have them
+                self.watch_loss(updates.get(learner.main_turn))
                 self.write_log(updates.get(learner.main_turn), log_due)
-                self.do_what_is_due(phase)                      # validation, pictures, checkpoint; raises Interrupted after a signal
+                self.do_what_is_due(phase)              # validation, pictures, checkpoint; raises Interrupted after a signal
+
+    def accumulate(self, phase: Phase, turn: Turn, micro_batches: list[NamedTuple]) -> None:
+        """Forward and backward passes: the gradients of all micro-batches add up in the parameters."""
+        objective, batch_size, run = self.stage.objective, self.stage.settings.batch_size, phase.config.run
+        progress = self.timing.progress(self.step)              # for terms of the loss that end during the training
+        for micro in micro_batches:
+            with autocast(self.context.device, run.dtype):      # a compiled network shares its parameters with the plain one
+                losses = objective.losses(turn, phase.networks, micro, progress)                # [micro-batch]
+            (losses.sum() / batch_size).backward()              # sums to the mean over the global batch, however it is cut
+            self.learner.meters[turn.name].add(losses, 1 / batch_size, getattr(micro, "t", None))
 
     # ---------------------------------------------------------------- parts of a step that are rare or not about training
 
@@ -165,7 +174,8 @@ class Trainer:
         def start_over(count: int) -> None:
             self.learner.drop_gradients()
             if self.context.device.type == "cuda":
-                torch.cuda.empty_cache(), torch.compiler.reset()
+                torch.cuda.empty_cache()
+                torch.compiler.reset()                          # otherwise torch.compile switches to dynamic shapes
             text = f"out of memory: micro-batch {-(-most // count)}, accumulation {count * world.size}"
             print(f"\n{text}", flush=True)
             self.note("memory", self.step + 1, text)
@@ -176,20 +186,23 @@ class Trainer:
         """Write an event to the log."""
         self.log.write(stage=self.stage.name, step=step, event=event, **more, text=text)
 
-    def count_step(self, update: Update | None) -> None:
-        """Count a finished step, log a skipped update or a loss spike, and raise Diverged where --rollback is on and the loss has
-        diverged. update: that of the main turn; None in steps without it."""
+    def note_skipped(self, turn: Turn) -> None:
+        """Log an update that was left out. ValueError after ten in a row: the run is not worth its electricity."""
+        text = self.learner.meters[turn.name].count_skipped(self.position, self.stage.config.run.seed)
+        self.note("skipped", self.step + 1, text)
+
+    def watch_loss(self, update: Update | None) -> None:
+        """After a step: a loss spike is logged; Diverged where --rollback is on and the loss has diverged. Errors of the checkpoint
+        that is being written are raised here. update: that of the main turn; None in steps without it."""
         self.timing.timer.step()
         self.bar.update()
         self.writer.raise_failure()
-        if update is None:
+        if update is None or update.skipped:
             return
-        if update.loss is None:
-            return self.note("skipped", self.step, self.learner.meter.skip(self.position - 1, self.stage.config.run.seed))
         if text := self.learner.monitor.observe(self.step, update.loss):
             self.note("spike", self.step, text)
         if self.stage.settings.rollback and self.learner.monitor.diverged:
-            raise Diverged(self.step - RECENT, self.step, self.skipped_batches)
+            raise Diverged(since=self.step - RECENT, step=self.step, skipped=self.skipped_batches)
 
     def write_log(self, update: Update | None, due: bool) -> None:
         """If due (every --log-every steps), write a row to log.jsonl and show it on the bar. Once, compare the run with its plan."""
@@ -198,7 +211,7 @@ class Trainer:
             ratio = {"update_ratio": update.ratio} if update and update.ratio is not None else {}
             shown = self.bar.report(row["loss"], self.stage.settings.lr * factor, self.timing.finish(self.step, self.phase_index))
             self.log.write(stage=self.stage.name, step=self.step, lr_factor=factor, **row, **ratio, running=self.timing.running, **shown)
-        if self.stage.planned and self.step - self.first_step == COMPARE_AFTER:
+        if self.stage.reported and self.step - self.first_step == COMPARE_AFTER:
             self.compare_with_plan()
 
     def do_what_is_due(self, phase: Phase) -> None:
@@ -206,11 +219,11 @@ class Trainer:
         after a signal."""
         step, run, stage, ema = self.step, phase.config.run, self.stage, self.learner.ema
         finished, signal = self.timing.done(step), self.timing.signal
-        if phase.validation and (finished or run.val_every and step % run.val_every == 0):
+        if phase.validation and (finished or (run.val_every and step % run.val_every == 0)):
             self.optional("validation", lambda: self.log.write(stage=stage.name, step=step, **phase.validation.measure(ema)))
-        if finished or run.sample_every and step % run.sample_every == 0:
+        if finished or (run.sample_every and step % run.sample_every == 0):
             self.optional("the sample grid", lambda: self.tracker.picture("samples", stage.draw_samples(ema, step), step))
-        if finished and stage.checkpoint_at_end or signal or step % run.save_every == 0:
+        if (finished and stage.checkpoint_at_end) or signal or step % run.save_every == 0:
             with self.timing.timer.outside_steps("the checkpoint"):
                 self.save(finished)
         if signal and not finished:
@@ -277,7 +290,7 @@ def train_all(config: Config, context: RunContext) -> None:
     first_stage(config, context, last)
     vae, caches = prepare_latents(config, context, begun)
     last = last if begun else None
-    for _ in range(MOST_ROLLBACKS):
+    for rollbacks in range(MOST_ROLLBACKS + 1):
         trainer = Trainer(LatentStage(config, context, vae, caches, last), context, last, skipped)
         try:
             with world.peer_errors():
@@ -285,11 +298,13 @@ def train_all(config: Config, context: RunContext) -> None:
         except Diverged as error:
             diverged = error.with_traceback(None)               # the traceback's frames would keep the old trainer's weights alive
         del trainer
+        if rollbacks == MOST_ROLLBACKS:
+            break
         torch.compiler.reset()
         last, skipped = world.broadcast(diverged.roll_back(run) if world.main else None)
         last = Path(last)
-    raise ValueError(f"the loss diverged {MOST_ROLLBACKS} times, so the data are not the cause: lower --lr and --muon-lr, or lengthen "
-                     "--warmup-steps")
+    raise ValueError(f"the loss diverged again after {MOST_ROLLBACKS} rollbacks, so the data are not the cause: lower --lr and "
+                     "--muon-lr, or lengthen --warmup-steps")
 
 
 def first_stage(config: Config, context: RunContext, last: Path | None) -> None:

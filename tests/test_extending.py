@@ -101,6 +101,26 @@ def test_a_turn_of_every_second_step_leaves_its_network_alone_in_the_others(tmp_
     assert same == [True, False]                                # step 2 has no turn for it, step 3 has
 
 
+def test_a_loss_of_a_second_turn_that_is_not_finite_costs_that_update_alone(tmp_path, train, monkeypatch, runs, extension):
+    real, calls = extension.WithProbe.losses, []
+
+    def losses(self, turn, networks, batch, progress):
+        calls.append(turn.name)
+        return real(self, turn, networks, batch, progress) * (float("nan") if calls.count("probe") in (3, 4) else 1)
+
+    monkeypatch.setattr(extension.WithProbe, "losses", losses)
+    words = [*WORDS, "--vae-weights", str(runs / "whole" / "vae"), "--save-every", "1", "--sample-every", "0", "--val-every", "0"]
+    train_here(train, ["--out", str(tmp_path / "run"), *words], monkeypatch)
+    events = [(row["event"], row["step"]) for row in read(tmp_path / "run" / "log.jsonl") if "event" in row]
+    assert events == [("skipped", 3)] and calls.count("probe") == 6          # of both micro-batches of steps 1, 3 and 5
+    states = [weights(tmp_path / "run" / "checkpoints" / f"step-{step:06d}") for step in (2, 3, 5)]
+    probe = [name for name in states[0] if name.startswith("objective.safetensors")]
+    same = [all((a[name] == b[name]).all() for name in probe) for a, b in zip(states, states[1:])]
+    assert same == [True, False]                                # left out in step 3, taken again in step 5
+    net = [name for name in states[0] if "model/transformer" in name]
+    assert any((states[0][name] != states[1][name]).any() for name in net)
+
+
 def test_a_model_of_additions_opens_as_what_it_is(runs, extension):
     model = load_model(runs / "whole" / "checkpoints" / "step-000006" / "model")
     assert type(model.net) is extension.ConvNet and type(model.text.modules["text"]) is extension.Bag

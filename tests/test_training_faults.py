@@ -47,7 +47,7 @@ def test_a_batch_that_is_not_finite_is_left_out_noted_and_survived(vae, tmp_path
     spoil(monkeypatch, lambda loss, call: loss * (float("nan") if call == 2 else 1))
     train_here(train, quick(vae, tmp_path / "run"), monkeypatch)
     assert [(row["event"], row["step"]) for row in events(tmp_path / "run")] == [("skipped", 2)]
-    assert "step 1" in events(tmp_path / "run")[0]["text"]                      # for a replay: as it was drawn
+    assert "batch 1" in events(tmp_path / "run")[0]["text"]                      # for a replay: as it was drawn
     assert [row["skipped"] for row in read(tmp_path / "run" / "log.jsonl") if "loss" in row] == [1, 1]
     assert all(np.isfinite(tensor).all() for tensor in weights(tmp_path / "run" / "checkpoints" / "step-000006").values())
 

@@ -82,7 +82,7 @@ def test_what_is_not_finite_changes_neither_weights_nor_moments(kind, bad):
     before = tensors_of(own)
     for poison in (float("nan"), float("inf")):
         assert step(poison) == (None, None) and all(p.grad is None for p in net.parameters())
-        own.meter.skip(1, 0)
+        own.meter.count_skipped(1, 0)
     assert same(before, tensors_of(own))
     update = step(1.0)
     assert update.loss is not None and update.ratio > 0 and not same(before, tensors_of(own))
@@ -121,6 +121,24 @@ def test_each_turn_moves_its_own_networks_with_its_own_learning_rate():
     assert moved == set(own.named(critic))
     assert own.main_turn == "student" and own.log_row() == {"loss": None, "loss_critic": 1.0, "grad_norm_critic": 1.0}
     assert own.update(student, 1.0, 1.0).loss == 3
+
+
+def test_gradients_that_a_turn_s_loss_leaves_on_other_networks_do_not_reach_their_own_turn():
+    own = learner(objective=Two())
+    student, critic = own.objective.turns
+    for p in own.parameters.values():                          # as of a student whose loss passes through the critic
+        p.grad = torch.ones_like(p)
+    own.meters["student"].add(torch.ones(2), 0.5)
+    own.update(student, 1.0, 1.0)
+    assert all(p.grad is None for p in own.weights(critic))
+
+
+def test_an_objective_without_a_turn_in_every_step_is_refused():
+    class Never(Objective):
+        turns = (Turn("one", ("net",), every=2), Turn("two", ("net",), every=3))
+
+    with pytest.raises(ValueError, match="at least one turn must be taken in every step"):
+        learner(objective=Never())
 
 
 def test_a_checkpoint_brings_back_networks_moments_and_meters_of_every_turn(tmp_path):

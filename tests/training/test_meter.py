@@ -30,26 +30,26 @@ def test_a_step_that_is_left_out_leaves_no_trace_in_the_means():
     meter.add(torch.ones(2), 0.5, torch.rand(2))
     meter.keep(1.0)
     meter.add(torch.full((2,), float("nan")), 0.5, torch.rand(2))
-    assert "seed 7, step 3" in meter.skip(3, 7).replace("--", "")
+    assert "seed 7, batch 3" in meter.count_skipped(3, 7).replace("--", "")
     assert meter.row()["loss"] == 1.0 and meter.skipped == 1 and meter.row()["skipped"] == 1
 
 
 def test_ten_in_a_row_stop_the_run_and_one_good_step_forgives_the_rest():
     meter = Meter(torch.device("cpu"))
     for _ in range(TOO_MANY - 1):
-        meter.skip(5, 0)
+        meter.count_skipped(5, 0)
     meter.keep(1.0)
     for _ in range(TOO_MANY - 1):
-        meter.skip(5, 0)
-    with pytest.raises(ValueError, match="10 steps in a row, up to step 5 .seed 0.*--resume auto"):
-        meter.skip(5, 0)
+        meter.count_skipped(5, 0)
+    with pytest.raises(ValueError, match="10 updates in a row, up to batch 5 .seed 0.*--resume auto"):
+        meter.count_skipped(5, 0)
 
 
 def test_the_sums_survive_a_checkpoint():
     one = Meter(torch.device("cpu"))
     one.add(torch.rand(4), 0.25, torch.rand(4))
     one.keep(0.3)
-    one.skip(1, 0)
+    one.count_skipped(1, 0)
     two = Meter(torch.device("cpu"))
     two.load(one.state())
     assert two.state() == one.state() and two.row() == one.row()

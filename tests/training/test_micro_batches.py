@@ -6,7 +6,7 @@ import torch
 from tinyldm.training.micro_batches import MicroBatches, out_of_memory
 
 
-class Log:
+class Steps:
     """Micro-batches whose steps run out of memory while there are fewer than `fits` of them. elsewhere: what happens in another
     process, attempt by attempt."""
 
@@ -31,35 +31,35 @@ class Log:
 
 
 def test_a_step_that_fits_is_attempted_once():
-    log = Log(3, 8, fits=1)
-    assert log.step() == [3] and log.asked == [False] and log.restarts == []
+    steps = Steps(3, 8, fits=1)
+    assert steps.step() == [3] and steps.asked == [False] and steps.restarts == []
 
 
 def test_micro_batches_are_doubled_up_to_single_samples_and_stay_so():
-    log = Log(1, 6, fits=6)
-    assert log.step() == [1, 2, 4, 6] and log.restarts == [2, 4, 6] and log.asked == [True, True, True, False]
-    assert log.step() == [6] and log.restarts == [2, 4, 6]
+    steps = Steps(1, 6, fits=6)
+    assert steps.step() == [1, 2, 4, 6] and steps.restarts == [2, 4, 6] and steps.asked == [True, True, True, False]
+    assert steps.step() == [6] and steps.restarts == [2, 4, 6]
 
 
 def test_a_process_that_has_memory_starts_over_with_the_others():
-    log = Log(2, 8, fits=1, elsewhere=[True, True, False])
-    assert log.step() == [2, 4, 8] and log.asked == [False] * 3 and log.restarts == [4, 8]
+    steps = Steps(2, 8, fits=1, elsewhere=[True, True, False])
+    assert steps.step() == [2, 4, 8] and steps.asked == [False] * 3 and steps.restarts == [4, 8]
 
 
 @pytest.mark.parametrize("elsewhere", [[], [True] * 9])
 def test_where_single_samples_do_not_fit_the_error_says_what_to_do(elsewhere):
-    log = Log(2, 4, fits=1 if elsewhere else 99, elsewhere=elsewhere)
+    steps = Steps(2, 4, fits=1 if elsewhere else 99, elsewhere=elsewhere)
     with pytest.raises(ValueError, match="out of memory with a picture of 16 px alone: use a smaller network"):
-        log.step()
-    assert log.restarts == [4]                                 # nothing is dropped for an attempt that will not be made
+        steps.step()
+    assert steps.restarts == [4]                                 # nothing is dropped for an attempt that will not be made
 
 
 @pytest.mark.parametrize("error, options", [(KeyError, {}), (torch.OutOfMemoryError, dict(retry=False))])
 def test_other_errors_and_those_of_sharded_networks_end_the_step(error, options):
-    log = Log(1, 8, fits=2, **options)
+    steps = Steps(1, 8, fits=2, **options)
     with pytest.raises(error, match="out of memory"):
-        log.step(error)
-    assert log.asked == [] and log.restarts == []
+        steps.step(error)
+    assert steps.asked == [] and steps.restarts == []
 
 
 @pytest.mark.parametrize("error, expected", [

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tinyldm.config import OptimisationConfig
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World
 from tinyldm.training.schedule import LearningRateSchedule
@@ -21,20 +22,21 @@ class Other(World):
         return [float(max(pair)) for pair in zip(values, self.values)]
 
 
-def timing(world, running=5.0, fractions=(1.0,), costs=(1.0,), signal=0, **schedule) -> Timing:
+def timing(world, running=5.0, fractions=(1.0,), costs=(1.0,), signal=0, budget=0.0) -> Timing:
+    """Of 100 steps; with a budget, of a run that began at running time 0."""
     signals = SimpleNamespace(received=signal)
     context = RunContext(None, None, world, signals, SimpleNamespace(running=lambda: running))
-    found = Timing(context, list(fractions), list(costs))
-    found.schedule = LearningRateSchedule(**dict(warmup=1, decay=0.5, max_steps=100) | schedule)
-    return found
+    settings = OptimisationConfig(warmup_steps=1, decay=0.5, max_steps=0 if budget else 100, budget=f"{budget:g}s" if budget else "")
+    saved = LearningRateSchedule(warmup=1, decay=0.5, budget=budget).state() if budget else None
+    return Timing(context, settings, saved, list(fractions), list(costs))
 
 
 def test_all_processes_use_the_latest_clock_and_hear_of_every_signal_and_failure():
     late = time.time() + 1000
     own = timing(Other(7.0, late, False, 15))
-    assert (own.running, own.now, own.signal) == (7.0, late, 15) and own.read_clock(False) is False and own.read_clock(True) is True
+    assert (own.running, own.now, own.signal) == (7.0, late, 15) and own.synchronise(False) is False and own.synchronise(True) is True
     own.context = own.context._replace(world=Other(3.0, 0.0, True, 0))
-    assert own.read_clock() is True and own.running == 5.0 and own.signal == 0
+    assert own.synchronise() is True and own.running == 5.0 and own.signal == 0
     assert timing(World(), signal=2).signal == 2
 
 
@@ -46,7 +48,7 @@ def test_every_phase_has_its_fraction_and_the_last_one_goes_on_to_the_end():
 
 
 def test_phases_of_a_budget_are_fractions_of_its_time():
-    own = timing(World(), running=60.0, fractions=(0.5, 0.5), costs=(1.0, 1.0), max_steps=0, budget=100.0)
+    own = timing(World(), running=60.0, fractions=(0.5, 0.5), costs=(1.0, 1.0), budget=100.0)
     assert own.phase_over(3, 0) and not own.phase_over(3, 1) and own.progress(3) == 0.6
     own.running = 40.0
     assert not own.phase_over(3, 0)

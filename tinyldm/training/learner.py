@@ -30,6 +30,10 @@ class Update(NamedTuple):
     loss: float | None          # None: the loss or the gradient was not finite, and the update was skipped
     ratio: float | None = None  # norm of the weights' change / norm of the weights; None: not measured
 
+    @property
+    def skipped(self) -> bool:
+        return self.loss is None
+
 
 class Learner:
     """The trained networks of a stage and of its objective, with their optimizers, averages, meters and loss monitor.
@@ -82,8 +86,10 @@ class Learner:
             meter.pending.zero_()
 
     def update(self, turn: Turn, norm: float, lr_factor: float, measure: bool = False) -> Update:
-        """One step of a turn's optimizers on summed and clipped gradients. norm: of the gradients before clipping. measure: the
-        update's ratio. Reading the loss waits for the device, which happens here once per update, not per micro-batch."""
+        """One step of a turn's optimizers on summed and clipped gradients, skipped where loss or norm is not finite. Then all
+        gradients are dropped, also those that this turn's loss left on networks that it does not train.
+
+        norm: of the gradients before clipping. measure: the update's ratio."""
         optimizers, meter, weights = self.optimizers[turn.name], self.meters[turn.name], [p.detach() for p in self.weights(turn)]
         before = [p.clone() for p in weights] if measure else []
         set_lr(optimizers, lr_factor)
@@ -93,8 +99,8 @@ class Learner:
             for optimizer in optimizers:
                 optimizer.step()
             meter.keep(norm)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters.values():
+            p.grad = None
         if not finite:
             return Update(None)
         return Update(loss, length(torch._foreach_sub(weights, before)) / max(length(before), 1e-12) if measure else None)

@@ -38,17 +38,17 @@ class Meter:
         self.pending.zero_()
         self.in_a_row = 0
 
-    def skip(self, step: int, seed: int) -> str:
-        """The update was skipped: drop its measurements. -> a message for the log. ValueError after TOO_MANY in a row.
+    def count_skipped(self, position: int, seed: int) -> str:
+        """The update on the batch at this position was skipped: drop its measurements. -> a message for the log.
 
-        step: the position of the batch, for the message."""
+        ValueError after TOO_MANY in a row, which ends the run."""
         self.pending.zero_()
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= TOO_MANY:
-            raise ValueError(f"loss or gradient was not finite in {TOO_MANY} steps in a row, up to step {step} (seed {seed}): the run is "
+            raise ValueError(f"loss or gradient was not finite in {TOO_MANY} updates in a row, up to batch {position} (seed {seed}): the run is "
                              "stopped. Continue from the last checkpoint with --resume auto and lower learning rates (--lr and "
                              "--muon-lr; --vae-lr and --vae-muon-lr), or --dtype fp32")
-        return f"the loss or the gradient was not finite: update skipped (--seed {seed}, step {step})"
+        return f"the loss or the gradient was not finite: update skipped (--seed {seed}, batch {position})"
 
     def row(self) -> dict[str, Any]:
         """The means since the last call, for a row of the log. Resets the sums."""

@@ -7,7 +7,7 @@ factor is the time left over the decay's time. A number of steps, fixed when the
 to 40 % of the run to any change of speed (10 % slower by then: 2 to 4 % late, or cut off before the rate is low);
 time left reaches 0 when the time does, whatever the speed, and no rate has to be measured for that. The price: the
 factor of a step is only known once it begins, so processes that train together must use the same `running` and `now`
-(Timing.agree). The number of steps is a plan for people, made from the measured rate until the decay begins.
+(Timing.synchronise). The number of steps is a plan for people, made from the measured rate until the decay begins.
 
 There are no clocks here: times are passed in, in seconds. `running` is the time the run's processes have been alive,
 all of them added up; `now` is time.time(), which only a deadline needs.

@@ -41,7 +41,7 @@ from tinyldm.vendor_loaders import pipelines, scheduler
 class LatentStage(Stage):
     """Trains a network, and the text encoders unless they are frozen, on cached latents."""
 
-    name, stream, planned = "step", Stream.NOISE, True
+    name, stream, reported = "step", Stream.NOISE, True
 
     def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None):
         """last: the checkpoint to continue from."""

@@ -6,7 +6,7 @@ which networks, which objective, which data, and what is done beside training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,9 @@ class Phase(NamedTuple):
     """The training of a stage at one picture size."""
 
     config: Config
-    loader: Callable[[int], Iterator[Any]]          # position of the first batch -> endless iterator of this process's samples
+    loader: Callable[[int], Generator[Any]]         # position of the first batch -> this process's samples, without end
     part: slice                                     # the indices of those samples in the global batch
-    networks: dict[str, Any]                        # part name -> what the objective calls; "net" is the compiled handle
+    networks: dict[str, Any]                        # part name -> network; "net" is the compiled handle
     micro_batches: int                              # per step and process, at first
     validation: Validation | None = None
 
@@ -44,7 +44,7 @@ class Stage:
     trained: Trained
     average = True                                  # whether the weights are averaged
     checkpoint_at_end = True                        # False for the first stage: its result is RUN/vae instead
-    planned = False                                 # whether --dry-run's plan is compared with what is measured
+    reported = False                                # whether it is compared with --dry-run's plan, and sent to --track
     fractions: list[float] = [1.0]                  # the fraction of the training that each phase has; they sum to 1
     costs: list[float] = [1.0]                      # FLOPs of training on one picture, for each phase; [1.0]: not needed
     peak: float | None = None                       # FLOP/s of all devices together; None: not known

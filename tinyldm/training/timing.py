@@ -1,6 +1,6 @@
 """What depends on the clock in a run: the decay of the learning rate, the end, the change to the next picture size, the plan.
 
-All processes must take the same steps, so each step reads the clock (read_clock), and all of them use the latest
+All processes must take the same steps, so each step reads the clock (synchronise), and all of them use the latest
 reading.
 """
 
@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import time
 from itertools import accumulate
+from typing import Any
 
+from tinyldm.config import OptimisationConfig
 from tinyldm.durations import show_date
 from tinyldm.training.clock import StepTimer
 from tinyldm.training.context import RunContext
-from tinyldm.training.schedule import LearningRateSchedule, Revision
+from tinyldm.training.schedule import Revision, make_schedule
 
 
 class Timing:
-    """A schedule, with the time that all processes agree on.
+    """A schedule, with the time that all processes have in common.
 
+    saved       the schedule in the checkpoint to continue from; None for a run that begins, or that counts steps
     fractions   of the training that each phase has, summing to 1
     costs       FLOPs of training on one picture, per phase, in any unit
     """
 
-    def __init__(self, context: RunContext, fractions: list[float], costs: list[float]):
+    def __init__(self, context: RunContext, settings: OptimisationConfig, saved: dict[str, Any] | None, fractions: list[float],
+                 costs: list[float]):
         self.context, self.fractions, self.costs = context, fractions, costs
         self.ends = list(accumulate(fractions))
         self.timer, self.signal = StepTimer(), 0
-        self.schedule: LearningRateSchedule | None = None
-        self.read_clock()
+        self.synchronise()
+        self.schedule = make_schedule(settings, saved, self.running, self.now)
 
-    def read_clock(self, failed: bool = False) -> bool:
+    def synchronise(self, failed: bool = False) -> bool:
         """Read the clock and the received signal, as the maximum over all processes. -> whether `failed` is true in any of them."""
         self.running, self.now, anywhere, signal = self.context.world.all_reduce_max(
             self.context.clock.running(), time.time(), failed, self.context.signals.received)

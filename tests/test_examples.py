@@ -1,0 +1,187 @@
+"""The examples run, and the documents describe the code as it is: quoted lines, tables, flags, files and links."""
+
+import ast
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, script
+from PIL import Image
+
+from tinyldm.data import toyworld
+from tinyldm.random_streams import Stream
+
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+WRITTEN_HERE = [README, *(DOCS / f"{name}.md" for name in ("architecture", "training", "glossary"))]
+SUBJECTS, SIDE, GAP = {"fox": "grass", "star": "sand", "boat": "sea", "house": "snow"}, 128, 2 * 4
+
+
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def table(path: Path, first: str) -> list[list[str]]:
+    """The cells of the table whose header begins with this cell, without the header."""
+    rows = text(path).split(f"\n| {first} |")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+# ---------------------------------------------------------------- examples/minimal.py
+
+
+def minimal(folder: Path, *words: object) -> str:
+    """Run the example -> what it printed. Its picture is folder/drawn.png."""
+    done = script("examples/minimal.py", "--out", folder / "drawn.png", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_minimal_example_writes_a_row_per_subject_and_a_column_per_colour(tmp_path):
+    printed = minimal(tmp_path, "--steps", 2)
+    assert re.search(r"step +2: loss \d", printed)
+    height, width = ((SIDE + GAP) * count - GAP for count in (len(SUBJECTS), len(toyworld.COLOURS)))
+    assert np.asarray(Image.open(tmp_path / "drawn.png")).shape == (height, width, 3)
+
+
+def test_every_row_of_the_minimal_example_has_a_pair_that_training_never_shows():
+    assert f"SHOWN = {SUBJECTS}".replace("'", '"') in text(ROOT / "examples" / "minimal.py")
+    for pair in (("purple", "fox"), ("blue", "star"), ("red", "boat"), ("orange", "house")):
+        assert pair in toyworld.HELD_OUT and pair not in toyworld.PAIRS["train"]
+    assert len([pair for pair in toyworld.HELD_OUT if pair[1] in SUBJECTS]) == 4
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_are_enough_to_see_what_was_learned(tmp_path):
+    """Of the 32 pairs of subject and colour, each picture is nearest to its own."""
+    minimal(tmp_path)
+    sheet = np.asarray(Image.open(tmp_path / "drawn.png"))[::4, ::4].astype(float)
+    step = (SIDE + GAP) // 4
+    drawn = [sheet[y * step:y * step + 32, x * step:x * step + 32] for y in range(len(SUBJECTS)) for x in range(len(toyworld.COLOURS))]
+    wanted = [np.mean([toyworld.draw(toyworld.Scene(subject, colour, background, "large", seed=i), 32) for i in range(20)], axis=0)
+              for subject, background in SUBJECTS.items() for colour in toyworld.COLOURS]
+    nearest = [int(np.argmin([np.square(picture - other).mean() for other in wanted])) for picture in drawn]
+    assert sum(i == found for i, found in enumerate(nearest)) >= 29
+
+
+# ---------------------------------------------------------------- what the documents quote
+
+
+def code(line: str) -> str:
+    """A line of Python without its indentation and comment."""
+    return re.sub(r"\s+#.*", "", line.strip())
+
+
+def test_the_code_in_the_training_document_stands_in_train_py():
+    blocks = re.findall(r"```python\n(.*?)```", text(DOCS / "training.md"), re.DOTALL)
+    assert len(blocks) > 5
+    for block in blocks:
+        lines = iter(map(code, text(ROOT / "train.py").splitlines()))       # read on, so the order of a block counts too
+        for line in filter(None, map(code, block.splitlines())):
+            assert line in lines, f"docs/training.md quotes a line that train.py does not have, or not in this order: {line}"
+
+
+def test_the_table_of_random_streams_is_that_of_the_code():
+    rows = {name.strip("`"): int(number) for name, number, *_ in table(DOCS / "training.md", "stream")}
+    assert rows == {stream.name: stream.value for stream in Stream}
+
+
+def test_the_tables_of_the_architecture_are_where_it_says():
+    rows = table(DOCS / "architecture.md", "table")
+    assert len(rows) > 15
+    for name, place, *_ in rows:
+        name, found = name.strip("`"), re.search(r"`([^`]+)`", place)[1]
+        files = (ROOT / "tinyldm" / found).glob("[a-z]*.py") if found.endswith("/") else [ROOT / "tinyldm" / found]
+        files = [file for file in files if found[-1] != "/" or file.stem not in ("layout", "pipelines", "scheduler", "scheduler_classes")]
+        for file in files:
+            assert re.search(rf"^{name}\b.* = ", text(file), re.MULTILINE), (name, file)
+
+
+# ---------------------------------------------------------------- what imports what
+
+
+def imported(file: Path) -> set[str]:
+    """Names in tinyldm/, packages or modules, that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(text(file))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tinyldm":
+            _, _, rest = node.module.partition(".")
+            names |= {rest.split(".")[0]} if rest else {alias.name for alias in node.names}
+    return names
+
+
+def test_each_line_of_the_architecture_imports_only_from_lines_above_it():
+    above: set[str] = set()
+    for names, _, matter in table(DOCS / "architecture.md", "in `tinyldm/`"):
+        names, matter = (re.findall(r"`(\w+)`", cell) for cell in (names, matter))
+        found = set()
+        for name in names:
+            folder = ROOT / "tinyldm" / name
+            files = folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]
+            found |= {other for file in files for other in imported(file)} - {name}
+        assert found <= above and set(matter) <= found, names
+        above |= set(names)
+    packages = {path.stem for path in (ROOT / "tinyldm").iterdir() if path.stem not in ("__init__", "__pycache__")}
+    assert above == packages
+
+
+# ---------------------------------------------------------------- files, links, flags
+
+
+@pytest.mark.parametrize("path", WRITTEN_HERE, ids=lambda path: path.stem)
+def test_links_and_files_are_there_and_lines_fit_the_page(path):
+    content = text(path)
+    assert not [line for line in content.splitlines() if len(line) > 135]
+    for link in re.findall(r"\]\(([^)\s]+)\)", content):
+        file, _, section = link.partition("#")
+        target = path.parent / file if file else path
+        assert link.startswith("http") or target.exists(), link
+        if section:
+            titles = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                      for line in text(target).splitlines() if line.startswith("#")]
+            assert section in titles, link
+    for name in re.findall(r"`((?:tinyldm|docs|examples|benchmarks|tests)/[\w/.]*)`", content):
+        assert (ROOT / name).exists(), name
+    if path.stem in ("architecture", "training", "glossary"):               # where a file may be named without tinyldm/
+        for name in re.findall(r"`([a-z_]+(?:/\w+)*\.py)`", content):
+            places = [ROOT / name, ROOT / "tinyldm" / name, *ROOT.glob(f"tinyldm/*/{name}")]
+            assert any(place.exists() for place in places), name
+
+
+@lru_cache
+def known_flags(words: tuple[str, ...]) -> set[str]:
+    done = script(*words, "--help")
+    assert done.returncode == 0, done.stderr
+    return set(re.findall(r"(?<!\S)(--?[a-z][\w-]*)", re.sub(r"[,\[\]|]", " ", done.stdout)))
+
+
+SCRIPTS = {"train.py": ("train.py",), "sample.py": ("sample.py",), "prepare.py": ("prepare.py",), "evaluate.py": ("evaluate.py",),
+           "tinyldm.export": ("-m", "tinyldm.export"), "tinyldm.reconstruct": ("-m", "tinyldm.reconstruct"),
+           "minimal.py": ("examples/minimal.py",)}
+
+
+def commands(content: str) -> list[tuple[str, list[str]]]:
+    """(script, its flags) of every command in a document's code."""
+    spans = [part.replace("\\\n", " ") for part in re.findall(r"```(?:sh)?\n(.*?)```", content, re.DOTALL)] + re.findall(r"`([^`\n]+)`", content)
+    found = []
+    for line in (line.partition(" # ")[0] for span in spans for line in span.splitlines()):
+        for name in SCRIPTS:
+            if re.search(rf"(^|[\s/]){re.escape(name)}\s", line):
+                rest = re.split(rf"{re.escape(name)}\s", line, maxsplit=1)[1]
+                found.append((name, re.findall(r"(?<!\S)(--?[a-z][\w-]*)", re.sub(r'"[^"]*"', "", rest))))
+    return found
+
+
+def test_every_command_in_the_documents_has_flags_that_its_script_knows():
+    found = [command for path in WRITTEN_HERE for command in commands(text(path))]
+    assert len(found) > 25 and {name for name, _ in found} >= SCRIPTS.keys() - {"minimal.py"}
+    for name, flags in found:
+        assert set(flags) <= known_flags(SCRIPTS[name]), (name, flags)
+
+
+def test_every_flag_that_the_documents_name_belongs_to_a_script():
+    known = set.union(*(known_flags(words) for words in SCRIPTS.values())) | {"--nproc-per-node", "--max-restarts", "--help"}
+    for path in WRITTEN_HERE:
+        named = {flag for span in re.findall(r"`([^`\n]+)`", text(path)) for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", span)}
+        assert named <= known, (path.name, named - known)
