@@ -218,9 +218,9 @@ class Trainer:
         """Validation and sample grid, and after them the checkpoint, so that a resumed run does not repeat them. Raises Interrupted
         after a signal."""
         step, run, stage, ema = self.step, phase.config.run, self.stage, self.learner.ema
-        finished, signal = self.timing.done(step), self.timing.signal
+        finished, signal, progress = self.timing.done(step), self.timing.signal, self.timing.progress(step)
         if phase.validation and (finished or (run.val_every and step % run.val_every == 0)):
-            self.optional("validation", lambda: self.log.write(stage=stage.name, step=step, **phase.validation.measure(ema)))
+            self.optional("validation", lambda: self.log.write(stage=stage.name, step=step, **phase.validation.measure(ema, progress)))
         if finished or (run.sample_every and step % run.sample_every == 0):
             self.optional("the sample grid", lambda: self.tracker.picture("samples", stage.draw_samples(ema, step), step))
         if (finished and stage.checkpoint_at_end) or signal or step % run.save_every == 0:

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from tinyldm.files import read_json
-from tinyldm.folders.build import build_network
+from tinyldm.folders.build import load_network
 from tinyldm.folders.save import write_part
 from tinyldm.folders.weights import find_weights, open_weights
 from tinyldm.model import architecture
@@ -62,7 +62,7 @@ def write(folder: Path, configs: dict) -> None:
 def ours(path: Path, network: str, dtype: torch.dtype):
     row = architecture(NETWORKS[network])
     config = row.from_config(read_json(path / "config.json", "run this script from the start"))
-    return build_network(NETWORKS[network], config, open_weights(find_weights(path, row.stem)), "cpu", dtype)
+    return load_network(NETWORKS[network], config, open_weights(find_weights(path, row.stem)), "cpu", dtype)
 
 
 def peer(network: str):

@@ -106,7 +106,8 @@ def test_a_loss_of_a_second_turn_that_is_not_finite_costs_that_update_alone(tmp_
 
     def losses(self, turn, networks, batch, progress):
         calls.append(turn.name)
-        return real(self, turn, networks, batch, progress) * (float("nan") if calls.count("probe") in (3, 4) else 1)
+        bad = turn.name == "probe" and calls.count("probe") in (3, 4)
+        return real(self, turn, networks, batch, progress) * (float("nan") if bad else 1)
 
     monkeypatch.setattr(extension.WithProbe, "losses", losses)
     words = [*WORDS, "--vae-weights", str(runs / "whole" / "vae"), "--save-every", "1", "--sample-every", "0", "--val-every", "0"]

@@ -80,7 +80,7 @@ def test_the_objective_is_told_how_much_of_the_training_is_over(vae, tmp_path, m
 
 def test_ten_in_a_row_stop_the_run_and_what_was_saved_stays(vae, tmp_path, monkeypatch, train):
     spoil(monkeypatch, lambda loss, call: loss * (float("inf") if call > 3 else 1))
-    with pytest.raises(ValueError, match="not finite in 10 steps in a row, up to step 12"):
+    with pytest.raises(ValueError, match="not finite in 10 updates in a row, up to batch 12"):
         train_here(train, quick(vae, tmp_path / "run", "--max-steps", 40, "--save-every", 3), monkeypatch)
     state = checkpoint.read_state(checkpoint.newest_undamaged(tmp_path / "run"))
     assert state["step"] == 12 and state["meter"]["in_a_row"] == 9

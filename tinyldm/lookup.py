@@ -14,7 +14,7 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     """`table[name]`, or a ValueError that names the nearest entry and all known ones."""
     if name in table:
         return table[name]
-    raise ValueError(f"unknown {what} '{name}': {nearest(name, table)}known: {', '.join(table)}")
+    raise ValueError(f"unknown {what} '{name}': {nearest(name, table)}known: {', '.join(table) or 'none'}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

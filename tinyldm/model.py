@@ -1,7 +1,8 @@
 """The parts of a model, and the tables of the networks that can be its parts.
 
-One row of a table holds everything that the rest of the library needs to know about a class of network; no other code checks
-classes or compares names. To add a network, write it and add a row: it can then be planned, trained, sharded, saved, loaded and
+One row of a table holds everything that the rest of the library needs to know about a class of network: training, planning,
+drawing and storing ask the row. (Single-file checkpoints and the export for StableDiffusionPipeline are about that one family,
+and name its classes.) To add a network, write it and add a row: it can then be planned, trained, sharded, saved, loaded and
 drawn with.
 """
 
@@ -22,6 +23,7 @@ from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import SpatialTransformer, UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.text.encoders import TextEncoders, TextWidths
+from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders import clip, dit, pipelines, taesd, unet, vae
 from tinyldm.vendor_loaders.layout import Layout
 
@@ -53,15 +55,16 @@ class Architecture(NamedTuple):
     from_config: Callable[[dict], Any]          # config.json -> config
     # How it is trained:
     blocks: tuple[type[nn.Module], ...] = ()    # the repeated blocks, for gradient checkpointing and sharding
-    inner: tuple[str, ...] = ()                 # parts of parameter names that mark repeated blocks, whose matrices Muon trains
+    inner: tuple[str, ...] = ()                 # substrings of parameter names: Muon trains the matrices whose names have one
     # For networks that denoise latents:
     fields: Callable[[NetworkShapes], dict] = lambda shapes: {}     # the fields of its config that the other parts determine
     divisor: Callable[[Any], int] = lambda config: 1                # config -> height and width of latents are multiples of this
-    trained_size: Callable[[Any], int | None] = lambda config: None     # config -> latent size in training; None: not noted in it
-    conditions: frozenset[str] = frozenset({"context"})             # the fields of Cond that it reads
+    trained_size: Callable[[Any], int | None] = lambda config: None     # config -> latent size in training; None: it has no such field
+    conditions: frozenset[str] = frozenset({"context"})             # the fields of Cond that training may give it
     pipeline: str = pipelines.OWN               # the published pipeline that its model folder is written for
     # For text encoders:
     widths: Callable[[Any], TextWidths] = lambda config: TextWidths(config.width, config.width)
+    tokenizer: type[Tokenizer] = Tokenizer      # of which one is trained for a new encoder
 
 
 NETWORKS: dict[str, Architecture] = {           # keyed by the name on the command line
@@ -110,7 +113,7 @@ def network_config(name: str, settings: Mapping[str, Any], shapes: NetworkShapes
     return build_dataclass(row.config, {**settings, **(row.fields(shapes) if shapes else {})}, f"--{name}")
 
 
-def build_network(name: str, settings: Mapping[str, Any], shapes: NetworkShapes) -> nn.Module:
+def new_network(name: str, settings: Mapping[str, Any], shapes: NetworkShapes) -> nn.Module:
     """A network by name, with newly initialised weights."""
     return lookup(NETWORKS, name, "network").module(network_config(name, settings, shapes))
 

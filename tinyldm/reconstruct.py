@@ -114,9 +114,10 @@ def stored(folder: Path, model: Model, config: dict) -> list[tuple[float, Stored
     for part in trained_parts(model, config):
         module = model.modules[part]
         file = folder / "model" / part_folder(part, module) / weights_name(architecture(module), None)
-        for name, published in published_names(module.state_dict(), written_rules(module)).items():
+        published = published_names(module.state_dict(), written_rules(module))
+        for name, _ in module.named_parameters():              # buffers are not averaged
             names.append(f"{part}.{name}")
-            locations[names[-1]] = file, published
+            locations[names[-1]] = file, published[name]
     file = folder / "averages.safetensors"
     return [(first, Stored(locations)), *((width, Stored({name: (file, f"{width}/{name}") for name in names})) for width in others)]
 
@@ -144,7 +145,7 @@ def main() -> None:
     distance = misfit([(at, width) for at, width, _ in snapshots], args.width, step)
     averages = reconstruct(snapshots, args.width, step)
     own = lambda part: {name.removeprefix(f"{part}."): x for name, x in averages.items() if name.startswith(f"{part}.")}
-    parts = {part: (model.modules[part], own(part)) for part in trained_parts(model, args.config)}
+    parts = {part: (module := model.modules[part], module.state_dict() | own(part)) for part in trained_parts(model, args.config)}
     source = newest / "model"
     texts = {part: source / part_folder(part, module) for part, module in model.text.modules.items()}
     replace_folder(Path(args.out).resolve(), lambda partial: save_model(

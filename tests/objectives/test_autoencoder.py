@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from preparing import make_vae
+from preparing import VAE, make_vae
 
 from tinyldm.config import make_config
 from tinyldm.objectives.autoencoder import AutoencoderBatch, AutoencoderObjective
@@ -14,7 +14,7 @@ BATCH, CPU = 5, torch.device("cpu")
 
 
 def make(kl=0.0) -> AutoencoderObjective:
-    return AutoencoderObjective(make_config(vae_kl=kl).autoencoder, 4, 2)
+    return AutoencoderObjective(make_config(vae_kl=kl).autoencoder, VAE)
 
 
 def pictures(count=BATCH) -> np.ndarray:

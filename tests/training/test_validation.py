@@ -49,7 +49,7 @@ def test_only_the_network_makes_a_difference(tmp_path):
     loader = Loader(cache, [TOKENIZER.fingerprint], batch_size=2, seed=0)
     loader.held_out = np.arange(2)
 
-    def losses(batch):
+    def losses(batch, progress):
         seen.append(batch)
         return batch.t * scale + batch.eps.mean((1, 2, 3))
 

@@ -93,6 +93,7 @@ class AutoencoderConfig:
 
     fields: dict = fixed({}, "VAEConfig fields, as key=value", flag="vae")
     weights: str = fixed("", "pretrained VAE; empty: train one first (stage 1)", flag="vae_weights")
+    objective: str = fixed("autoencoder", "stage 1: what a training step minimises: autoencoder", flag="vae_objective")
     steps: int = free(0, "stage 1: optimizer steps", flag="vae_steps")
     pictures: int = free(16_384, "stage 1: number of pictures it trains on, held in memory", flag="vae_pictures")
     batch_size: int = free(8, "stage 1: pictures (or crops) per step", flag="vae_batch_size")

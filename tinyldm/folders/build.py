@@ -22,7 +22,7 @@ class WithoutInitialWeights(TorchFunctionMode):
         return (args or (kwargs["tensor"],))[0] if drawing else func(*args, **(kwargs or {}))
 
 
-def build_network(network: type[nn.Module], config: Any, weights: Weights, device: str | torch.device,
+def load_network(network: type[nn.Module], config: Any, weights: Weights, device: str | torch.device,
                   dtype: torch.dtype) -> Any:
     """A network with these weights, on this device in this dtype; in eval mode, without gradients."""
     with torch.device("meta"), WithoutInitialWeights():       # spends no memory or time on initial weights

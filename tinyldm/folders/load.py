@@ -18,7 +18,7 @@ from torch import nn
 
 from tinyldm.files import read_json
 from tinyldm.folders import hub, needed
-from tinyldm.folders.build import build_network
+from tinyldm.folders.build import load_network
 from tinyldm.folders.rename import recognise
 from tinyldm.folders.save import weights_name
 from tinyldm.folders.single_file import load_checkpoint
@@ -26,7 +26,7 @@ from tinyldm.folders.weights import INCOMPLETE, PICKLES, Weights, errors_about, 
 from tinyldm.model import AUTOENCODERS, NETWORKS, NON_EMA, TEXT_ENCODERS, Architecture, Model
 from tinyldm.models.taesd import TAESD
 from tinyldm.text.encoders import TextEncoder, TextEncoders
-from tinyldm.text.tokenizer import Tokenizer
+from tinyldm.text.tokenizer import Tokenizer, open_tokenizer
 from tinyldm.vendor_loaders import clip, pipelines, taesd
 from tinyldm.vendor_loaders import scheduler as schedulers
 from tinyldm.vendor_loaders.layout import Layout
@@ -97,7 +97,7 @@ def load_text_encoders(path: Path, join: str, tokenizer: str | None, load: Calla
         if not words.is_dir():
             raise ValueError(f"{path} has no {words.name}/: {INCOMPLETE}")
         with errors_about(words):
-            encoders.append(TextEncoder(module, Tokenizer.load(words)))
+            encoders.append(TextEncoder(module, open_tokenizer(words)))
     return TextEncoders(encoders, join)
 
 
@@ -110,7 +110,7 @@ def load_vae(source: str | Path, device: str | torch.device = "cpu", dtype: torc
     path = path / "vae" if (path / "vae").is_dir() else path
     if not (path / "config.json").exists() and (weights := _taesd_halves(path)):
         with errors_about(path):
-            return build_network(TAESD, taesd.LAYOUTS["original"].config_of(weights.shapes), weights, device, dtype)
+            return load_network(TAESD, taesd.LAYOUTS["original"].config_of(weights.shapes), weights, device, dtype)
     return load_part(path, AUTOENCODERS.values(), device, dtype)
 
 
@@ -131,7 +131,7 @@ def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tok
     origin = hub.hub_id(source) or (_origin(path.parent) if path.is_file() else _origin(path))
     known = clip.known_source(origin)
     with errors_about(path):
-        return Tokenizer.load(path, context_length, known.pad_token if known else None)
+        return open_tokenizer(path, context_length, known.pad_token if known else None)
 
 
 def locate_part(source: str | Path, rows: Iterable[Architecture]) -> Path:
@@ -159,7 +159,7 @@ def load_part(path: Path, rows: Iterable[Architecture], device: str | torch.devi
         weights = find_weights(path, row.stem)
     weights = weights or path / weights_name(row, None)          # if there are none, the error names this file
     with errors_about(weights):
-        return build_network(row.module, config, open_weights(weights), device, dtype)
+        return load_network(row.module, config, open_weights(weights), device, dtype)
 
 
 def _taesd_halves(folder: Path) -> Weights | None:
@@ -186,7 +186,7 @@ def _load_vae_file(file: Path, device: str | torch.device, dtype: torch.dtype) -
             config = layout.config_of(own.shapes)
             if any(name.startswith("conditioner.embedders.") for name in weights.shapes):
                 config = replace(config, scaling_factor=SDXL_SCALING)
-        return build_network(row.module, config, weights, device, dtype)
+        return load_network(row.module, config, weights, device, dtype)
 
 
 def _recognise_vae(weights: Weights) -> tuple[Architecture, Layout, Weights]:

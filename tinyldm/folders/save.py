@@ -132,7 +132,9 @@ def _model_index(path: Path, row: Architecture, scheduler: dict) -> dict:
     index = {"_class_name": name, **pipelines.PIPELINES[name].index, "scheduler": listed("diffusers", scheduler["_class_name"])}
     for folder, text in texts.items():
         index[folder] = listed("transformers", pipelines.class_name(text))
-        index[folder.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+        words = folder.replace("text_encoder", "tokenizer")
+        kind = read_json(path / words / "tokenizer_config.json", INCOMPLETE).get("tokenizer_class", "CLIPTokenizer")
+        index[words] = listed("transformers", kind.removesuffix("Fast"))
     return index | {row.folder: listed("diffusers", row.classes[0]), "vae": listed("diffusers", vae["_class_name"])}
 
 

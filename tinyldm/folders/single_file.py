@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinyldm.folders import hub, needed
-from tinyldm.folders.build import build_network
+from tinyldm.folders.build import load_network
 from tinyldm.folders.rename import export_renamed, recognise
 from tinyldm.folders.weights import Weights, errors_about, open_weights, write_weights
 from tinyldm.model import Model
@@ -23,7 +23,7 @@ from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.text.encoders import TextEncoder, TextEncoders
-from tinyldm.text.tokenizer import EOS, Tokenizer
+from tinyldm.text.tokenizer import EOS, Tokenizer, open_tokenizer
 from tinyldm.vendor_loaders import clip
 from tinyldm.vendor_loaders import scheduler as schedulers
 from tinyldm.vendor_loaders import unet as unets
@@ -61,9 +61,9 @@ def load_checkpoint(file: Path, device: str | torch.device, dtype: torch.dtype, 
         if prediction is None:
             prediction = "v" if second and weights.facts.get("global_step") != BASE_STEPS else "eps"
         size = 96 if second and prediction == "v" else 64
-        net = build_network(UNet, replace(config, sample_size=size), own, device, dtype)
+        net = load_network(UNet, replace(config, sample_size=size), own, device, dtype)
         layout, own = recognise(_with_prefix(weights, PREFIXES["vae"]), {"CompVis": vaes.LAYOUTS["CompVis"]})
-        vae = build_network(AutoencoderKL, layout.config_of(own.shapes), own, device, vae_dtype)
+        vae = load_network(AutoencoderKL, layout.config_of(own.shapes), own, device, vae_dtype)
         text = _load_text(_with_prefix(weights, TEXT), device, dtype)
     config = (SD2 if second else SD1) | {"prediction_type": schedulers.PREDICTION_TYPES[prediction]}
     encoder = TextEncoder(text, _load_tokenizer(tokenizer, "!" if second else EOS, text.config.context_length))
@@ -83,7 +83,7 @@ def _load_text(weights: Weights, device: str | torch.device, dtype: torch.dtype)
     if layout is clip.LAYOUTS["open_clip"]:
         config = replace(config, layers=config.layers - 1)
         own = own.renamed(lambda name: "" if name.startswith(f"transformer.resblocks.{config.layers}.") else name)
-    return build_network(CLIPText, config, own, device, dtype)
+    return load_network(CLIPText, config, own, device, dtype)
 
 
 def _load_tokenizer(source: str | None, pad_token: str, context_length: int) -> Tokenizer:
@@ -92,7 +92,7 @@ def _load_tokenizer(source: str | None, pad_token: str, context_length: int) -> 
     except ValueError as error:
         raise ValueError(f"a single-file checkpoint holds no tokenizer: name CLIP's with --tokenizer, as a folder with "
                          f"vocab.json and merges.txt ({error})") from error
-    return Tokenizer.load(path / "tokenizer" if (path / "tokenizer").is_dir() else path, context_length, pad_token)
+    return open_tokenizer(path / "tokenizer" if (path / "tokenizer").is_dir() else path, context_length, pad_token)
 
 
 def why_not_one_file(model: Model) -> str | None:

@@ -1,8 +1,12 @@
-"""What a training step minimises, one file each; the table of those that train a model's network (--objective)."""
+"""What a training step minimises, one file each, and the tables of them."""
 
+from tinyldm.objectives.autoencoder import AutoencoderObjective
 from tinyldm.objectives.base import Objective, Turn, split, turns_at
 from tinyldm.objectives.denoising import Denoising
 
-OBJECTIVES: dict[str, type[Objective]] = {"denoising": Denoising}      # called with (config, model, names of the trained parts)
+# Of the network (--objective), called with (config, model, names of the trained parts), and of the autoencoder
+# (--vae-objective), called with (settings, vae).
+OBJECTIVES: dict[str, type[Objective]] = {"denoising": Denoising}
+FIRST_STAGE_OBJECTIVES: dict[str, type[Objective]] = {"autoencoder": AutoencoderObjective}
 
-__all__ = ["OBJECTIVES", "Objective", "Turn", "split", "turns_at"]
+__all__ = ["FIRST_STAGE_OBJECTIVES", "OBJECTIVES", "Objective", "Turn", "split", "turns_at"]

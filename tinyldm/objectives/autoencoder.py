@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyldm.config import AutoencoderConfig
 from tinyldm.objectives.base import Networks, Objective, Turn
@@ -21,8 +21,8 @@ class AutoencoderBatch(NamedTuple):
 class AutoencoderObjective(Objective):
     """L1 + MSE + a small KL term (arXiv:2112.10752, Eq. 25 without the adversarial loss)."""
 
-    def __init__(self, settings: AutoencoderConfig, latent_channels: int, downscale: int):
-        self.settings, self.channels, self.downscale = settings, latent_channels, downscale
+    def __init__(self, settings: AutoencoderConfig, vae: nn.Module):
+        self.settings, self.channels, self.downscale = settings, vae.config.latent_channels, vae.config.downscale
         self.turns = (Turn("autoencoder", ("vae",)),)
 
     def draw(self, samples: np.ndarray, generator: torch.Generator, batch_size: int, part: slice,

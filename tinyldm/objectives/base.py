@@ -28,18 +28,19 @@ class Turn(NamedTuple):
     name: str
     trains: tuple[str, ...]                             # part names: the model's, or the objective's own
     every: int = 1                                      # 5 means: it takes part in every fifth step
-    optimisation: OptimisationConfig | None = None      # its learning rates; None: the run's
+    optimisation: OptimisationConfig | None = None      # its optimizer, learning rates and weight decay; None: the run's
 
 
 class Objective:
     """Base class of all rows of OBJECTIVES. A subclass defines `turns`, `draw` and `losses`.
 
-    networks    part name -> further network, which is not part of the model. They are moved to the device; those that a turn trains
-                are in training mode
+    networks    part name -> further network, which is not part of the model. The trainer moves them to the device; whether they are
+                in training mode and require gradients is the objective's to decide
     saved       the names of those networks that a checkpoint holds; a frozen teacher is loaded from its source instead
     """
 
     turns: Sequence[Turn] = ()
+    options: Mapping[str, Any] = {}             # the names that --objective-options takes, and their defaults
     networks: Mapping[str, nn.Module] = {}
     saved: Sequence[str] = ()
 

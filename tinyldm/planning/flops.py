@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinyldm.config import Config, PlanConfig, phases
 from tinyldm.lookup import build_dataclass, lookup
-from tinyldm.model import TEXT_ENCODERS, Model, NetworkShapes, architecture, build_network
+from tinyldm.model import TEXT_ENCODERS, Model, NetworkShapes, architecture, new_network
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
@@ -48,18 +48,18 @@ def meta_networks(config: Config) -> Networks:
                            lookup(JOINS, config.text.join, "rule to join text encoders").widths([row.widths(text)]),
                            phases(config)[-1].data.resolution // vae.downscale)
     with torch.device("meta"):
-        net = build_network(config.network.name, config.network.settings, shapes)
+        net = new_network(config.network.name, config.network.settings, shapes)
         return Networks(net, (CLIPText if config.text.weights else row.module)(text), AutoencoderKL(vae))
 
 
-def forwards(networks: Networks, resolution: int, batch: int = 1) -> dict[str, Callable[[], object]]:
-    """For each part, a function that runs its forward pass on pictures of this size."""
+def forwards(networks: Networks, resolution: int, batch: int = 1, join: str = "single") -> dict[str, Callable[[], object]]:
+    """For each part, a function that runs its forward pass on pictures of this size. join: the rule for text encoders."""
     (net, text, vae), f = networks, networks.vae.config.downscale
     if resolution % f:
         raise ValueError(f"resolution {resolution} is not a multiple of the VAE's {f}: use {-(-resolution // f) * f}")
     x = empty(batch, vae.config.latent_channels, resolution // f, resolution // f)
     ids = empty(batch, text.config.context_length, dtype=torch.long)
-    widths = architecture(text).widths(text.config)
+    widths = JOINS[join].widths([architecture(text).widths(text.config)])
     cond = Cond(empty(*ids.shape, widths.context), pooled=empty(batch, widths.pooled))
     return {"net": lambda: net(x, empty(batch), cond), "text": lambda: text(ids),
             "encode": lambda: vae.encode(empty(batch, 3, resolution, resolution)), "decode": lambda: vae.decode(x)}
@@ -86,7 +86,7 @@ def useful_flops(config: Config, model: Model | None = None) -> int:
     if model:
         with torch.device("meta"):
             networks = Networks(*(type(module)(module.config) for module in (model.net, model.text.modules["text"], model.vae)))
-    calls = forwards(networks if model else meta_networks(config), config.data.resolution)
+    calls = forwards(networks if model else meta_networks(config), config.data.resolution, join=config.text.join)
     return sum(count_flops(calls[part]) * (1 if part == "text" and config.text.weights else 3) for part in ("net", "text"))
 
 

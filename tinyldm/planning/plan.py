@@ -129,7 +129,7 @@ def plan_vae_phase(config: Config, networks: Networks) -> PlannedPhase:
 
 def plan_network_phase(config: Config, networks: Networks) -> PlannedPhase:
     """Plan the second stage at one picture size."""
-    (net, text, vae), side, calls = networks, config.data.resolution, forwards(networks, config.data.resolution)
+    (net, text, vae), side, calls = networks, config.data.resolution, forwards(networks, config.data.resolution, join=config.text.join)
     trained = {"net": net} if config.text.weights else {"net": net, "text": text}
     flops = {part: (3 if part in trained else 1) * count_flops(call) for part, call in calls.items()}
     saved, casts = activations(config, *((module, calls[part]) for part, module in trained.items()))

@@ -8,8 +8,8 @@ With CLIP alone, as in Stable Diffusion 1 and 2, it is a list of one. A text enc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class Join(NamedTuple):
 
     conds: Callable[[Sequence[Encoded]], Cond]
     widths: Callable[[Sequence[TextWidths]], TextWidths]        # widths of each encoder -> widths that the network gets
+    calls: Sequence[Mapping[str, Any]] = ()     # keyword arguments for each encoder, such as CLIP's skip_last; (): none
 
 
 JOINS: dict[str, Join] = {"single": Join(lambda outputs: Cond(*outputs[0]), lambda widths: widths[0])}
@@ -64,6 +65,10 @@ class TextEncoders:
     @property
     def tokenizers(self) -> list[Tokenizer]:
         return [encoder.tokenizer for encoder in self.encoders]
+
+    @property
+    def calls(self) -> Sequence[Mapping[str, Any]]:
+        return JOINS[self.join].calls or [{}] * len(self.encoders)
 
     def widths(self, encoders: Sequence[TextWidths]) -> TextWidths:
         """Widths of each encoder's features -> widths of the joined features that the network gets."""
@@ -96,7 +101,8 @@ class TextEncoders:
         if mask_padding and trim:
             longest = max(int(module.ends(own).max()) for module, own in pairs) + 1
             length = -(-longest // 16) * 16
-        outputs = [encode(module, own[:, :length], inverse, device, mask_padding) for module, own in pairs]
+        outputs = [encode(module, own[:, :length], inverse, device, mask_padding, call)
+                   for (module, own), call in zip(pairs, self.calls)]
         return JOINS[self.join].conds(outputs)
 
     def encode(self, prompts: Sequence[str], device: torch.device, mask_padding: bool = False, weighted: bool = False) -> Cond:
@@ -110,8 +116,8 @@ class TextEncoders:
             return self.encode_ids(self.tokenize(prompts), device, mask_padding)
         distinct, inverse = self.tokenize([plain(prompt) for prompt in prompts]).unique(dim=0, return_inverse=True)
         outputs, lengths = [], [tokenizer.context_length for tokenizer in self.tokenizers]
-        for (module, tokenizer), own in zip(self.encoders, distinct.split(lengths, dim=1)):
-            output = encode(module, own, inverse, device, mask_padding)
+        for (module, tokenizer), own, call in zip(self.encoders, distinct.split(lengths, dim=1), self.calls):
+            output = encode(module, own, inverse, device, mask_padding, call)
             weights = torch.tensor([token_weights(tokenizer, prompt) for prompt in prompts]).to(output.context)     # [b, n]
             outputs.append(output._replace(context=output.context * weights[..., None]))
         return JOINS[self.join].conds(outputs)
@@ -122,11 +128,13 @@ def part_name(i: int) -> str:
     return "text" if i == 0 else f"text_{i + 1}"
 
 
-def encode(module: nn.Module, distinct: Tensor, inverse: Tensor, device: torch.device, mask_padding: bool) -> Encoded:
-    """Features of every sample. distinct: token ids of the k different captions [k, n]; inverse: each sample's index in it [b]."""
+def encode(module: nn.Module, distinct: Tensor, inverse: Tensor, device: torch.device, mask_padding: bool,
+           call: Mapping[str, Any]) -> Encoded:
+    """Features of every sample. distinct: token ids of the k different captions [k, n]; inverse: each sample's index in it [b].
+    call: further arguments of the encoder."""
     mask = None
     if mask_padding:
         mask = torch.arange(distinct.shape[1]) <= module.ends(distinct)[:, None]            # [k, n]
         mask = mask[inverse].to(device, non_blocking=True)
-    features, inverse = module(distinct.to(device, non_blocking=True)), inverse.to(device, non_blocking=True)
+    features, inverse = module(distinct.to(device, non_blocking=True), **call), inverse.to(device, non_blocking=True)
     return Encoded(features.hidden[inverse], mask, features.pooled[inverse])

@@ -135,6 +135,16 @@ class Tokenizer:
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+TOKENIZERS: dict[str, type[Tokenizer]] = {"CLIPTokenizer": Tokenizer}         # by tokenizer_class of tokenizer_config.json
+
+
+def open_tokenizer(path: str | Path, context_length: int | None = None, pad_token: str | None = None) -> Tokenizer:
+    """A tokenizer of the class that its folder names, CLIP's where it names none. Arguments as for Tokenizer.load."""
+    config = _read_optional_json(Path(path) / "tokenizer_config.json") if Path(path).is_dir() else {}
+    name = str(config.get("tokenizer_class", "CLIPTokenizer")).removesuffix("Fast")
+    return TOKENIZERS.get(name, Tokenizer).load(path, context_length, pad_token)
+
+
 def _pipeline(vocab: dict[str, int], merges: Merges) -> tk.Tokenizer:
     """Normaliser, splitter and BPE, without special tokens."""
     bpe = tk.Tokenizer(tk.models.BPE(vocab=vocab, merges=merges, unk_token=EOS, end_of_word_suffix=END))

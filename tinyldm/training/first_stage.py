@@ -17,7 +17,7 @@ from tinyldm.folders.load import load_vae
 from tinyldm.folders.save import save_vae
 from tinyldm.lookup import build_dataclass
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.objectives.autoencoder import AutoencoderObjective
+from tinyldm.objectives import FIRST_STAGE_OBJECTIVES
 from tinyldm.pictures.pixels import psnr, to_bytes, to_pixels, write_picture
 from tinyldm.pictures.sheet import tile
 from tinyldm.random_streams import Stream, seed_sequence
@@ -40,13 +40,15 @@ class AutoencoderStage(Stage):
         self.vae = AutoencoderKL(build_dataclass(VAEConfig, fields, "--vae")).to(context.device)
         self.config, self.context, self.images, self.world = config, context, images, World()
         self.settings, self.phases = optimisation(config), [change(config, stages={})]
-        self.objective = AutoencoderObjective(config.autoencoder, self.vae.config.latent_channels, self.vae.config.downscale)
+        self.objective = FIRST_STAGE_OBJECTIVES[config.autoencoder.objective](config.autoencoder, self.vae)
+        for network in self.objective.networks.values():
+            network.to(context.device)
         self.trained = TrainedAutoencoder(self.vae)
 
     def begin_phase(self, index: int) -> Phase:
         settings, seed = self.config.autoencoder, self.config.run.seed
         crops = lambda start: random_crops(self.images, settings.crop, settings.batch_size, seed, start)
-        return Phase(self.config, crops, slice(0, settings.batch_size), {"vae": self.vae}, 1)
+        return Phase(self.config, crops, slice(0, settings.batch_size), {"vae": self.vae, **self.objective.networks}, 1)
 
     def finish(self) -> None:
         """Measure the latents' mean and scale, make them part of the VAE, write RUN/vae and a picture that shows reconstructions.

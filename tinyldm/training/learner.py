@@ -147,7 +147,8 @@ class Learner:
         for part, module in self.trained.modules.items():
             load_whole(module, stored.raw[part])
             if self.ema is not None:
-                self.ema.load_state_dict(part, stored.averaged[part])
+                own = self.ema.state_dict(part)                                 # parameters alone; buffers are not averaged
+                self.ema.load_state_dict(part, {name: stored.averaged[part][name] for name in own})
         if self.further_averages():
             self.load_further_averages(load_file(last / "averages.safetensors"))
         if saved := self.objective_tensors():

@@ -17,7 +17,7 @@ from tinyldm.durations import parse_date
 from tinyldm.folders.load import load_text, load_tokenizer, load_vae
 from tinyldm.lookup import lookup
 from tinyldm.model import NETWORKS, TEXT_ENCODERS
-from tinyldm.objectives import OBJECTIVES
+from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
 from tinyldm.objectives.denoising import process_of
 from tinyldm.planning.flops import forwards, meta_networks
 from tinyldm.text.encoders import JOINS
@@ -50,7 +50,10 @@ def check_names(config: Config) -> None:
     row = lookup(NETWORKS, config.network.name, "network")
     lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
     lookup(JOINS, config.text.join, "rule to join text encoders")
-    lookup(OBJECTIVES, config.objective.name, "objective")
+    objective = lookup(OBJECTIVES, config.objective.name, "objective")
+    lookup(FIRST_STAGE_OBJECTIVES, config.autoencoder.objective, "objective of the autoencoder")
+    for name in config.objective.options:
+        lookup(objective.options, name, f"{config.objective.name} option")
     find_sampler(config.drawing.sampler)
     if config.objective.mask_padding and "mask" not in row.conditions:
         able = [name for name, other in NETWORKS.items() if "mask" in other.conditions]
@@ -89,7 +92,7 @@ def check_parts(config: Config) -> Config:
         networks = meta_networks(config)                        # shapes without values: indivisible sizes fail here, in a second
         sizes = {phase.data.resolution for phase in phases(config)}
         for size in sizes | {config.autoencoder.crop or config.data.resolution}:
-            for part, forward in forwards(networks, size).items():
+            for part, forward in forwards(networks, size, join=config.text.join).items():
                 if part != "net" or size in sizes:
                     forward()
     return config

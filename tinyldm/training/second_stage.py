@@ -19,7 +19,7 @@ from tinyldm.data.sources import parse_sources
 from tinyldm.device import autocast
 from tinyldm.folders.load import load_text, load_tokenizer
 from tinyldm.lookup import build_dataclass, lookup
-from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, build_network
+from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, new_network
 from tinyldm.objectives import OBJECTIVES
 from tinyldm.objectives.denoising import process_of, process_options
 from tinyldm.pictures.pixels import write_picture
@@ -28,7 +28,7 @@ from tinyldm.pipeline import draw, draw_settings
 from tinyldm.planning.flops import peak_flops, useful_flops
 from tinyldm.random_streams import Stream
 from tinyldm.text.encoders import TextEncoder, TextEncoders
-from tinyldm.text.tokenizer import Tokenizer
+from tinyldm.text.tokenizer import Tokenizer, open_tokenizer
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, shard
 from tinyldm.training.ema import EMA, PowerEMA
@@ -81,13 +81,12 @@ class LatentStage(Stage):
             torch.compiler.reset()              # otherwise torch.compile switches to dynamic shapes at the second picture size
             networks["net"] = torch.compile(self.model.net)
 
-        def losses(micro: Any) -> torch.Tensor:
+        def losses(micro: Any, progress: float) -> torch.Tensor:
             with autocast(device, config.run.dtype):
-                return objective.losses(objective.turns[0], networks, micro, 0.0)
+                return objective.losses(objective.turns[0], networks, micro, progress)
 
         held_out = held_out_batch(loader, objective, config.run.seed)
-        validation = None if held_out is None else Validation(held_out, -(-most // count), device, losses,
-                                                                    objective.to_device)
+        validation = held_out and Validation(held_out, -(-most // count), device, losses, objective.to_device)
         return Phase(config, loader.run, loader.part, networks, count, validation)
 
     def state(self) -> dict[str, Any]:
@@ -126,8 +125,9 @@ def build_text_encoders(config: Config, captions: Iterable[str], last: Path | No
         module = load_text(settings.weights)
         return TextEncoders([TextEncoder(module, load_tokenizer(settings.weights, module.config.context_length))], settings.join)
     length = settings.fields.get("context_length", 77)
-    tokenizer = Tokenizer.load(last / "model" / "tokenizer") if last else Tokenizer.train(captions, settings.vocab_size, length)
     row = lookup(TEXT_ENCODERS, settings.encoder, "text encoder")
+    tokenizer = (open_tokenizer(last / "model" / "tokenizer") if last else
+                 row.tokenizer.train(captions, settings.vocab_size, length))
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     module = row.module(build_dataclass(row.config, settings.fields | ids | {"vocab_size": len(tokenizer)}, "--text"))
     return TextEncoders([TextEncoder(module, tokenizer)], settings.join)
@@ -138,7 +138,7 @@ def build_model(config: Config, vae: nn.Module, text: TextEncoders) -> Model:
     channels, size = vae.config.latent_channels, phases(config)[-1].data.resolution // vae.config.downscale
     widths = text.widths([architecture(module).widths(module.config) for module in text.modules.values()])
     shapes = NetworkShapes(channels, channels * (1 + config.objective.learned_variance), widths, size)
-    net = build_network(config.network.name, config.network.settings, shapes)
+    net = new_network(config.network.name, config.network.settings, shapes)
     net.grad_checkpointing = config.network.grad_checkpointing
     return Model(net, vae, text, process_of(config.objective), config.objective.prediction, {}, {})
 

@@ -4,7 +4,7 @@
     write       writes the files of a checkpoint from tensors on the CPU: the weights and their averages
     read        reads those files
 
-The classes here train whole networks; adapters and embeddings will be other classes with the same three members.
+The classes here train whole networks. Adapters or embeddings are other classes with the members of Trained.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Stored(NamedTuple):
 
     raw: dict[str, StateDict]
     averaged: dict[str, StateDict]      # {}: there are no averages
+
+    def with_averages(self, part: str) -> StateDict:
+        """All tensors of a part: averages of its parameters, and its buffers, which are not averaged."""
+        return {**self.raw[part], **self.averaged[part]}
 
 
 class Trained(Protocol):
@@ -56,9 +60,9 @@ class TrainedModel:
     def write(self, folder: Path, stored: Stored, step: int) -> None:
         model = self.model()
         shapes = model.modules | ({"net": self.plain} if self.plain is not None else {})
-        texts = [(shapes[part], stored.averaged[part]) if part in self.modules else module
+        texts = [(shapes[part], stored.with_averages(part)) if part in self.modules else module
                  for part, module in model.text.modules.items()]
-        save_model(folder / "model", net=(shapes["net"], stored.averaged["net"]), vae=self.vae, texts=texts,
+        save_model(folder / "model", net=(shapes["net"], stored.with_averages("net")), vae=self.vae, texts=texts,
                    tokenizers=model.text.tokenizers, non_ema=stored.raw, scheduler=model.scheduler,
                    defaults=model.defaults | {"step": step})
 

@@ -16,27 +16,27 @@ from tinyldm.training.meter import Meter
 
 
 class Validation:
-    """batch: all held-out samples, on the CPU. losses: a micro-batch -> its weighted losses [b], as in training. to_device: moves
+    """batch: all held-out samples, on the CPU. losses: a micro-batch and the training's progress -> weighted losses [b], as in training. to_device: moves
     a micro-batch to the device (Objective.to_device)."""
 
-    def __init__(self, batch: NamedTuple, micro_batch: int, device: torch.device, losses: Callable[[NamedTuple], Tensor],
+    def __init__(self, batch: NamedTuple, micro_batch: int, device: torch.device, losses: Callable[[NamedTuple, float], Tensor],
                  to_device: Callable[[NamedTuple, torch.device], NamedTuple]):
         self.batch, self.micro_batch, self.device, self.losses, self.to_device = batch, micro_batch, device, losses, to_device
 
-    def measure(self, ema: EMA | PowerEMA) -> dict[str, Any]:
+    def measure(self, ema: EMA | PowerEMA, progress: float = 0.0) -> dict[str, Any]:
         """Entries of a log row: val_raw, the loss of the raw weights; val_ema, that of the averages; val_bins, the latter by t."""
-        raw = self()
+        raw = self(progress)
         with ema.applied():
-            averaged = self()
+            averaged = self(progress)
         return {"val_raw": raw["loss"], "val_ema": averaged["loss"], "val_bins": averaged.get("t_bins")}
 
     @torch.no_grad()
-    def __call__(self) -> dict[str, Any]:
+    def __call__(self, progress: float = 0.0) -> dict[str, Any]:
         """{"loss": mean loss, "t_bins": mean loss by noise level, if the batch has times}, of the current weights."""
         meter, n = Meter(self.device), len(self.batch[0])
         for micro in zip(*(tensor.split(self.micro_batch) for tensor in self.batch)):
             micro = self.to_device(type(self.batch)(*micro), self.device)
-            meter.add(self.losses(micro), 1 / n, getattr(micro, "t", None))
+            meter.add(self.losses(micro, progress), 1 / n, getattr(micro, "t", None))
         meter.keep(0.0)
         row = meter.row()
         return {name: row[name] for name in ("loss", "t_bins") if name in row}
