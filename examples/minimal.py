@@ -32,7 +32,7 @@ parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
 parser.add_argument("--out", type=Path, default=Path("minimal.png"), help="the picture to write")
 args = parser.parse_args()
 random = torch.Generator().manual_seed(0)
-torch.manual_seed(0)                                                    # of the initial weights
+torch.manual_seed(0)                                                    # for the initial weights
 
 # The data: four subjects in eight colours in front of five backgrounds, drawn by the library. One colour of each subject is left
 # out of its training set: there is no purple fox, no blue star, no red boat and no orange house.
@@ -51,8 +51,8 @@ scaling_factor = 1 / latents.std()
 latents = latents * scaling_factor
 decode = lambda x: F.conv_transpose2d(x / scaling_factor, kernel, stride=4) + mean
 
-# The captions: three words each. Every word has a vector, which is trained together with the network. Three times word 0 is the
-# empty caption.
+# The captions: three words each. Every word has a vector, which is trained together with the network. The empty caption is word 0,
+# three times.
 vocabulary = ["", *toyworld.COLOURS, *SHOWN, *toyworld.BACKGROUNDS]
 spell = lambda colour, subject, background: [vocabulary.index(word) for word in (colour, subject, background)]
 captions = torch.tensor([spell(scene.colour, scene.subject, scene.background) for scene in scenes])     # [n, 3]

@@ -96,6 +96,8 @@ def test_the_tables_of_the_architecture_are_where_it_says():
         files = [file for file in files if found[-1] != "/" or file.stem not in ("layout", "pipelines", "scheduler", "scheduler_classes")]
         for file in files:
             assert re.search(rf"^{name}\b.* = ", text(file), re.MULTILINE), (name, file)
+    sources = "".join(text(file) for file in ROOT.glob("tinyldm/**/*.py"))
+    assert set(re.findall(r"\blookup\(([A-Z_]+),", sources)) - {"DTYPES"} <= {name.strip("`") for name, *_ in rows}
 
 
 # ---------------------------------------------------------------- what imports what

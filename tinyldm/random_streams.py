@@ -2,6 +2,7 @@
 
 Every use of random numbers in training has a stream of its own in the table below. Two uses with the same number would get
 the same bits. A number must never change: the same seed would then give other noise.
+(data/order.py and data/loader.py pass their stream as a spawn key of numpy's SeedSequence: other bits again.)
 Only the initial weights are drawn from torch's global generator: seed for the autoencoder, seed + 1 for the network.
 """
 

@@ -84,7 +84,7 @@ def test_both_the_weights_and_their_averages_are_measured_and_an_objective_witho
     ema = EMA({"net": net}, 0.5)
     with torch.no_grad():
         net.weight.fill_(3.0), ema.shadow["net.weight"].fill_(5.0)
-    validate = Validation(Batch(torch.ones(4, 1)), 3, CPU, lambda batch: net(batch.x).flatten(), lambda batch, device: batch)
+    validate = Validation(Batch(torch.ones(4, 1)), 3, CPU, lambda batch, progress: net(batch.x).flatten(), lambda batch, device: batch)
     assert validate.measure(ema) == {"val_raw": 3.0, "val_ema": 5.0, "val_bins": None} and validate() == {"loss": 3.0}
 
 

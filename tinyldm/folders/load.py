@@ -61,7 +61,9 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     rows = [row for row in NETWORKS.values() if row.folder in index]
     if not rows:
         raise ValueError(f"{path / 'model_index.json'} names no network that can be read ({', '.join(NETWORKS)})")
-    if variant and not any(find_weights(path / name, row.stem, variant) for name, row in part_folders(path, rows[0])):
+    parts = [(folder, row) for row in (rows[0], *AUTOENCODERS.values(), *TEXT_ENCODERS.values())
+             for folder in path.glob(f"{row.folder}*")]
+    if variant and not any(find_weights(folder, row.stem, variant) for folder, row in parts):
         raise ValueError(f"{source} has no weights of variant '{variant}': leave it out for full precision")
     wanted = variant if ema else NON_EMA
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -77,13 +79,6 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     with errors_about(path / "scheduler"):
         process, predicted = schedulers.from_config(config)
     return Model(net, vae, text, process, predicted, config, defaults)
-
-
-def part_folders(path: Path, network: Architecture) -> list[tuple[str, Architecture]]:
-    """The folders of networks in a model folder, each with its row in the tables of model.py."""
-    clip_row = TEXT_ENCODERS["clip"]
-    return [(network.folder, network), ("vae", AUTOENCODERS["kl"]),
-            *((folder.name, clip_row) for folder in sorted(path.glob("text_encoder*")))]
 
 
 def load_text_encoders(path: Path, join: str, tokenizer: str | None, load: Callable[[Path], nn.Module]) -> TextEncoders:

@@ -9,7 +9,7 @@ from tinyldm.training.log import read
 
 
 class Diverged(Exception):
-    """Raised at `step`, when the loss has diverged. It began to at about step `since`. skipped: batches skipped so far."""
+    """Raised at `step`, when the loss has diverged. It began at about step `since`. skipped: batches skipped so far."""
 
     def __init__(self, since: int, step: int, skipped: int):
         super().__init__(f"the loss diverged at about step {since}")

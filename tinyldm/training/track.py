@@ -61,9 +61,10 @@ class Tracker:
         """Send a row of log.jsonl: numbers as curves STAGE/NAME, lists as one curve for each index, events as text."""
         self._attempt(lambda backend: send(backend, row))
 
-    def picture(self, name: str, file: Path, step: int) -> None:
-        """Send a picture file, drawn after `step` steps."""
-        self._attempt(lambda backend: backend.picture(name, file, step))
+    def picture(self, name: str, file: Path | None, step: int) -> None:
+        """Send a picture file, drawn after `step` steps; None where there is none."""
+        if file is not None:
+            self._attempt(lambda backend: backend.picture(name, file, step))
 
     def close(self) -> None:
         """Send what is left, and stop tracking."""

@@ -16,8 +16,8 @@ from tinyldm.training.meter import Meter
 
 
 class Validation:
-    """batch: all held-out samples, on the CPU. losses: a micro-batch and the training's progress -> weighted losses [b], as in training. to_device: moves
-    a micro-batch to the device (Objective.to_device)."""
+    """batch: all held-out samples, on the CPU. losses: a micro-batch and the progress of the training -> weighted losses [b], as in
+    training. to_device: moves a micro-batch to the device (Objective.to_device)."""
 
     def __init__(self, batch: NamedTuple, micro_batch: int, device: torch.device, losses: Callable[[NamedTuple, float], Tensor],
                  to_device: Callable[[NamedTuple, torch.device], NamedTuple]):
