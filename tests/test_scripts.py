@@ -244,12 +244,16 @@ def test_pretrained_parts_are_used_as_they_are(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, number):
     folder = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "train.py", "--out", folder, *SMALL, "--max-steps", "100000"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while not (folder / "checkpoints" / "step-000002").exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    # A shell's background job, which these tests may be part of, inherits that SIGINT is ignored.
+    process = subprocess.Popen([sys.executable, "train.py", "--out", folder, *SMALL, "--max-steps", "100000"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    try:
+        while not (folder / "checkpoints" / "step-000002").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number
     assert f"python train.py --out {folder} --resume auto" in out
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
