@@ -78,12 +78,12 @@ def test_thirty_kills_in_both_stages_and_in_preparing_change_nothing(tmp_path):
         with tarfile.open(tmp_path / f"s-{i}.tar", "w") as tar:
             for file in files[i * len(files) // 5:(i + 1) * len(files) // 5]:
                 tar.add(file, file.name)
-    words = ["train.py", *SMALL, "--data", tmp_path / "s-*.tar", "--resolution", 32, "--vae-steps", 60, "--max-steps", 150,
+    words = ["train.py", *SMALL, "--data", tmp_path / "s-*.tar", "--resolution", 32, "--vae-steps", 60, "--max-steps", 200,
              "--save-every", 5, "--keep-last", 2, "--keep-every", 50, "--sample-every", 25, "--val-every", 10, "--ema-widths", "0.05", "0.1"]
     done = script(*words, "--out", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     assert run_with_kills(words, tmp_path / "run", kills=30, seed=0) > 20
-    assert_same(tmp_path / "whole", tmp_path / "run", 150)
+    assert_same(tmp_path / "whole", tmp_path / "run", 200)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "state cut"])
