@@ -97,8 +97,9 @@ def test_mistakes_at_prepare_are_one_line_and_write_nothing(vae, tmp_path, capsy
 
 def test_an_interrupted_preparation_says_how_to_go_on(vae, tmp_path):
     words = ["prepare.py", "--data", "toyworld", "--scenes", 6000, "--vae-weights", vae, "--resolution", 32, "--out", tmp_path / "cache"]
+    # A shell's background job, which these tests may be part of, inherits that SIGINT is ignored.
     job = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           env=ENVIRONMENT, cwd=ROOT)
+                           env=ENVIRONMENT, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not list(tmp_path.glob("cache/shards/.writing-*")):
         assert job.poll() is None, job.communicate()
         time.sleep(0.02)
