@@ -130,6 +130,25 @@ def test_a_model_of_additions_opens_as_what_it_is(runs, extension):
     assert muon_matrices({"net": model.net}) == {f"net.blocks.{i}.conv_{end}.weight" for i in range(2) for end in ("in", "out")}
 
 
+def test_a_buffer_of_an_added_network_is_saved_beside_the_averages_and_comes_back(tmp_path, train, monkeypatch, runs, extension):
+    real = extension.ConvNet.__init__
+
+    def init(self, config):
+        real(self, config)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x, t, cond, original=extension.ConvNet.forward):
+        self.calls += self.training
+        return original(self, x, t, cond)
+
+    monkeypatch.setattr(extension.ConvNet, "__init__", init), monkeypatch.setattr(extension.ConvNet, "forward", forward)
+    words = [*WORDS, "--vae-weights", str(runs / "whole" / "vae"), "--sample-every", "0", "--val-every", "0", "--val-samples", "0"]
+    train_here(train, ["--out", str(tmp_path / "run"), *words], monkeypatch, stop_after=2)
+    train_here(train, ["--out", str(tmp_path / "run"), "--resume", "auto"], monkeypatch)
+    model = load_model(tmp_path / "run" / "checkpoints" / "step-000006" / "model")
+    assert model.net.calls.item() == 12                         # two micro-batches in each of six steps, two of them before
+
+
 def test_blocks_of_an_added_network_are_checkpointed_without_a_change_of_the_result(extension):
     torch.manual_seed(0)
     net, gradients = extension.ConvNet(extension.ConvNetConfig(context_dim=8, width=8)), []
@@ -180,6 +199,7 @@ def test_a_published_network_on_an_added_process_is_refused_for_export_with_the_
     (["--process", "arcs"], "did you mean 'arc'"),
     (["--network", "convnet", "--net", "widht=3"], "did you mean 'width'"),
     (["--network", "convnet", "--mask-padding"], "attend to the padding"),
+    (["--objective-options", "speed=2"], "unknown denoising option 'speed'"),
     (["--process", "arc", "--process-options", "speed=2"], "unknown arc option 'speed'"),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_written(words, reason, tmp_path, capsys):

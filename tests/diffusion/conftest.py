@@ -140,15 +140,15 @@ def curve_levels():
 
 @pytest.fixture(scope="session")
 def toy_network():
-    """A small nonlinear float32 network whose output is well scaled and depends on x and, smoothly, on t."""
+    """A small nonlinear network, computing in x's dtype, whose output is well scaled and depends on x and, smoothly, on t."""
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(4, 4, 3, 3, generator=generator) / 6
     bias = torch.randn(2, 4, generator=generator)
 
     def net(x: Tensor, t: Tensor, cond=None) -> Tensor:
-        angle = t.float().view(-1, 1) / 300
-        shift = angle.cos() * bias[0] + angle.sin() * bias[1]  # [b, c]
-        hidden = torch.nn.functional.conv2d(x, weight, padding=1)
+        angle = t.to(x.dtype).view(-1, 1) / 300
+        shift = angle.cos() * bias[0].to(x.dtype) + angle.sin() * bias[1].to(x.dtype)  # [b, c]
+        hidden = torch.nn.functional.conv2d(x, weight.to(x.dtype), padding=1)
         return 0.7 * x + torch.tanh(hidden + shift[:, :, None, None])
 
     return net

@@ -5,7 +5,7 @@ from torch import nn
 
 from tinyldm.config import PRESETS, preset_config
 from tinyldm.model import Model
-from tinyldm.planning.flops import Networks, count_flops, forwards, meta_networks, peak_flops, useful_flops
+from tinyldm.planning.flops import MetaNetworks, count_flops, forwards, meta_networks, peak_flops, useful_flops
 from tinyldm.planning.memory import empty
 from tinyldm.planning.plan import make_plan
 from tinyldm.text.encoders import TextEncoder, TextEncoders
@@ -40,7 +40,7 @@ def test_useful_flops_are_those_of_the_plan(preset):
 
 
 def test_useful_flops_follow_the_networks_they_are_given():
-    settings, real = config("tiny"), Networks(*(module.to_empty(device="cpu") for module in meta_networks(config("tiny"))))
+    settings, real = config("tiny"), MetaNetworks(*(module.to_empty(device="cpu") for module in meta_networks(config("tiny"))))
     deeper = meta_networks(config("tiny", text={**PRESETS["tiny"]["text"], "layers": 4}))
     assert useful_flops(settings, model_of(real)) == useful_flops(settings)
     assert useful_flops(settings, model_of(deeper)) > useful_flops(settings)

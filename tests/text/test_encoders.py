@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import randomise
+from helpers import PROMPT, randomise, small_text
 
 from tinyldm.folders import needed
 from tinyldm.folders.load import load_model
@@ -296,3 +296,15 @@ def test_every_encoder_has_a_say_in_the_picture(save, model, part):
     assert changed.context[own].all() and changed.pooled[own].all()
     assert changed.context.sum() == changed.context[own].numel() and changed.pooled.sum() == changed.pooled[own].numel()
     assert abs(drawn(loaded) - drawn(model)).mean() > 1
+
+
+def test_a_rule_says_how_each_encoder_is_called(monkeypatch):
+    tokenizer, config = small_text()
+    module = randomise(CLIPText(config))
+    single = JOINS["single"]
+    monkeypatch.setitem(JOINS, "last_but_one", Join(single.conds, single.widths, ({"skip_last": 1},)))
+    text, ids = TextEncoders([TextEncoder(module, tokenizer)], "last_but_one"), torch.from_numpy(tokenizer.encode([PROMPT]))
+    wanted = module(ids, skip_last=1).hidden
+    assert not torch.equal(wanted, module(ids).hidden)
+    for weighted in (False, True):
+        assert torch.equal(text.encode([PROMPT], torch.device("cpu"), weighted=weighted).context, wanted)

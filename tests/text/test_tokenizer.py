@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyldm.text.tokenizer import BOS, EOS, Tokenizer
+from tinyldm.text.tokenizer import BOS, EOS, TOKENIZERS, open_tokenizer, Tokenizer
 
 REAL = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "clip"    # OpenAI's files, where one has them
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"no CLIP vocabulary in {REAL}")
@@ -194,3 +194,18 @@ def test_errors_say_what_to_do(tmp_path, trained):
         Tokenizer({"a": 0}, [])
     with pytest.raises(TypeError, match="pass \\[text\\]"):
         trained.encode("a red circle")
+
+
+def test_a_folder_s_tokenizer_is_of_the_class_that_it_names(tmp_path, monkeypatch):
+    class Other(Tokenizer):
+        pass
+
+    monkeypatch.setitem(TOKENIZERS, "OtherTokenizer", Other)
+    tokenizer = Tokenizer.train(["a red fox"] * 3, vocab_size=540, context_length=16)
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    for name, kind in (("CLIPTokenizer", Tokenizer), ("OtherTokenizer", Other), ("OtherTokenizerFast", Other), ("Unknown", Tokenizer)):
+        file.write_text(json.dumps(config | {"tokenizer_class": name}))
+        assert type(open_tokenizer(tmp_path)) is kind
+    assert (open_tokenizer(tmp_path).encode(["a fox"]) == tokenizer.encode(["a fox"])).all()

@@ -40,7 +40,7 @@ def test_restored_optimizers_continue_bit_for_bit(tmp_path, memory_format):
     parameters = dict(one.named_parameters())
     optimizers = optimizers_of(parameters)
     trained(one, 3, optimizers)
-    checkpoint.save_optimizers(tmp_path / "o.safetensors", optimizers, parameters)
+    checkpoint.save_tensors(tmp_path / "o.safetensors", checkpoint.optimizer_tensors(optimizers, parameters))
 
     two = small(memory_format)
     two.load_state_dict(one.state_dict())
@@ -56,7 +56,7 @@ def test_a_foreign_optimizer_file_is_refused_with_its_name(tmp_path):
     parameters = dict(one.named_parameters())
     optimizers = optimizers_of(parameters, "adamw")
     trained(one, 1, optimizers)
-    checkpoint.save_optimizers(tmp_path / "o.safetensors", optimizers, parameters)
+    checkpoint.save_tensors(tmp_path / "o.safetensors", checkpoint.optimizer_tensors(optimizers, parameters))
     other = {"else": nn.Parameter(torch.zeros(3))}
     with pytest.raises(ValueError, match="o.safetensors"):
         checkpoint.load_optimizers(tmp_path / "o.safetensors", optimizers_of(other, "adamw"), other)
@@ -67,7 +67,7 @@ def test_older_checkpoints_of_the_first_stage_name_parameters_without_their_part
     bare, named = dict(one.named_parameters()), {f"vae.{name}": p for name, p in two.named_parameters()}
     optimizers, restored = optimizers_of(bare, "adamw"), optimizers_of(named, "adamw")
     trained(one, 2, optimizers)
-    checkpoint.save_optimizers(tmp_path / "o.safetensors", optimizers, bare)
+    checkpoint.save_tensors(tmp_path / "o.safetensors", checkpoint.optimizer_tensors(optimizers, bare))
     checkpoint.load_optimizers(tmp_path / "o.safetensors", restored, named)
     before, after = checkpoint.optimizer_tensors(optimizers, bare), checkpoint.optimizer_tensors(restored, named)
     assert len(before) == 3 * len(bare) and all(torch.equal(after[f"vae.{name}"], value) for name, value in before.items())
@@ -155,7 +155,7 @@ def test_a_copy_of_the_optimizers_is_what_is_saved(tmp_path):
     parameters = dict(one.named_parameters())
     optimizers = optimizers_of(parameters)
     trained(one, 2, optimizers)
-    checkpoint.save_optimizers(tmp_path / "one", optimizers, parameters)
+    checkpoint.save_tensors(tmp_path / "one", checkpoint.optimizer_tensors(optimizers, parameters))
     copy = checkpoint.host_copy(checkpoint.optimizer_tensors(optimizers, parameters))
     trained(one, 1, optimizers)
     checkpoint.save_tensors(tmp_path / "two", copy)

@@ -46,6 +46,7 @@ def check(config: Config) -> None:
 
 
 def check_objective(config: Config) -> None:
+    """Settings of the loss that exclude each other."""
     objective = config.objective
     low, high = (-1, 1.75) if objective.times == "mode" else (1e-9, 1e9)        # beyond 1.75, mode is no distribution
     if objective.times_scale is not None and not low <= objective.times_scale <= high:
@@ -56,6 +57,7 @@ def check_objective(config: Config) -> None:
 
 
 def check_data(config: Config) -> None:
+    """Captions, sizes and caches."""
     data = config.data
     split_weights(data.caption_key)
     if 0 < data.buckets < 1 or 0 < data.max_aspect < 1:

@@ -51,7 +51,7 @@ class SoftClamp(nn.Module):
         return 3 * torch.tanh(z / 3)
 
 
-class Block(nn.Module):
+class TAESDBlock(nn.Module):
     """Three convolutions around a shortcut: [b, width, h, w] -> the same shape, >= 0.
 
     normed: a 1x1 branch precedes them whose GroupNorm takes its statistics over the whole picture. Through it a block
@@ -78,7 +78,7 @@ def encoder(config: TAESDConfig) -> nn.Sequential:
     for level, depth in enumerate(config.blocks):
         if level > 0:
             layers += [conv3x3(width, width, stride=2, bias=False)]
-        layers += [Block(width, config.normed_middle and level == last) for _ in range(depth)]
+        layers += [TAESDBlock(width, config.normed_middle and level == last) for _ in range(depth)]
     return nn.Sequential(*layers, conv3x3(width, config.latent_channels))
 
 
@@ -89,7 +89,7 @@ def decoder(config: TAESDConfig) -> nn.Sequential:
     for level, depth in enumerate(reversed(config.blocks)):                    # coarsest first
         if level > 0:
             layers += [nn.Upsample(scale_factor=2), conv3x3(width, width, bias=False)]
-        layers += [Block(width, config.normed_middle and level == 0) for _ in range(depth)]
+        layers += [TAESDBlock(width, config.normed_middle and level == 0) for _ in range(depth)]
     return nn.Sequential(*layers, conv3x3(width, 3))
 
 

@@ -36,8 +36,8 @@ class Denoising(Objective):
     def __init__(self, config: Config, model: Model, trained: tuple[str, ...]):
         """trained: the names of the model's parts that are trained, such as ("net", "text")."""
         self.turns = (Turn("denoising", trained),)
-        # Without guidance a model is asked for the picture of no caption in particular. That is the *encoded* empty string, not
-        # zeros, because sampling encodes the empty negative prompt too: what is trained is what is asked for.
+        # Guidance compares the network's answers with and without the caption. "Without" means the *encoded* empty string, not
+        # zeros, because sampling encodes the empty negative prompt: the network has to be trained on what it is asked for.
         self.empty = model.text.tokenize([""])[0]                       # [n]
         self.begin_phase(config, model)
 

@@ -30,7 +30,7 @@ PEAKS = {
     r"\bH100 PCIe": 756e12, r"\bH100 NVL": 835e12, r"\bH100\b": 989e12, r"\bG?H200\b": 989e12, r"\bB200\b": 2250e12}
 
 
-class Networks(NamedTuple):
+class MetaNetworks(NamedTuple):
     """The networks of a model on the meta device."""
 
     net: nn.Module
@@ -38,7 +38,7 @@ class Networks(NamedTuple):
     vae: nn.Module
 
 
-def meta_networks(config: Config) -> Networks:
+def meta_networks(config: Config) -> MetaNetworks:
     """The networks that train.py would build or load. Pretrained weights are assumed to have Stable Diffusion 1's shapes."""
     vae = VAEConfig() if config.autoencoder.weights else build_dataclass(VAEConfig, config.autoencoder.fields, "--vae")
     row = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
@@ -49,10 +49,10 @@ def meta_networks(config: Config) -> Networks:
                            phases(config)[-1].data.resolution // vae.downscale)
     with torch.device("meta"):
         net = new_network(config.network.name, config.network.settings, shapes)
-        return Networks(net, (CLIPText if config.text.weights else row.module)(text), AutoencoderKL(vae))
+        return MetaNetworks(net, (CLIPText if config.text.weights else row.module)(text), AutoencoderKL(vae))
 
 
-def forwards(networks: Networks, resolution: int, batch: int = 1, join: str = "single") -> dict[str, Callable[[], object]]:
+def forwards(networks: MetaNetworks, resolution: int, batch: int = 1, join: str = "single") -> dict[str, Callable[[], object]]:
     """For each part, a function that runs its forward pass on pictures of this size. join: the rule for text encoders."""
     (net, text, vae), f = networks, networks.vae.config.downscale
     if resolution % f:
@@ -85,7 +85,7 @@ def useful_flops(config: Config, model: Model | None = None) -> int:
     model: the run's own, on any device (default: the networks that the config describes)"""
     if model:
         with torch.device("meta"):
-            networks = Networks(*(type(module)(module.config) for module in (model.net, model.text.modules["text"], model.vae)))
+            networks = MetaNetworks(*(type(module)(module.config) for module in (model.net, model.text.modules["text"], model.vae)))
     calls = forwards(networks if model else meta_networks(config), config.data.resolution, join=config.text.join)
     return sum(count_flops(calls[part]) * (1 if part == "text" and config.text.weights else 3) for part in ("net", "text"))
 

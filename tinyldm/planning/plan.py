@@ -14,7 +14,7 @@ from torch import nn
 
 from tinyldm.config import Config, change, phases
 from tinyldm.durations import parse_date, parse_duration
-from tinyldm.planning.flops import Networks, count_flops, forwards, meta_networks, size
+from tinyldm.planning.flops import MetaNetworks, count_flops, forwards, meta_networks, size
 from tinyldm.planning.memory import activations, memory
 
 ENCODE_UTILISATION = 0.4    # estimate: fraction of the GPU's peak that the VAE's encoder reaches
@@ -65,7 +65,7 @@ class PlannedPhase:
 
 class Plan(NamedTuple):
     config: Config
-    networks: Networks
+    networks: MetaNetworks
     phases: list[PlannedPhase]
     pictures: int                   # number of pictures in the data; 0: not known
     budget_hours: float             # 0: no budget
@@ -117,7 +117,7 @@ def share_out(config: Config, planned: list[PlannedPhase], hours: float) -> list
     return result
 
 
-def plan_vae_phase(config: Config, networks: Networks) -> PlannedPhase:
+def plan_vae_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
     """Plan the first stage: the VAE on crops."""
     settings, vae = config.autoencoder, networks.vae
     side, batch = min(settings.crop or config.data.resolution, config.data.resolution), settings.batch_size
@@ -127,7 +127,7 @@ def plan_vae_phase(config: Config, networks: Networks) -> PlannedPhase:
     return PlannedPhase(f"VAE, {side} px", config, batch, batch, {"vae": vae}, 0, flops, saved, casts, steps=settings.steps)
 
 
-def plan_network_phase(config: Config, networks: Networks) -> PlannedPhase:
+def plan_network_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
     """Plan the second stage at one picture size."""
     (net, text, vae), side, calls = networks, config.data.resolution, forwards(networks, config.data.resolution, join=config.text.join)
     trained = {"net": net} if config.text.weights else {"net": net, "text": text}

@@ -209,12 +209,8 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     write_weights(file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def save_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> None:
-    save_tensors(file, optimizer_tensors(optimizers, parameters))
-
-
 def load_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> None:
-    """Restore what save_optimizers() wrote. Moments get the memory layout of their parameter: fused AdamW silently corrupts
+    """Restore a file of optimizer_tensors(). Moments get the memory layout of their parameter: fused AdamW silently corrupts
     contiguous moments beside channels_last weights."""
     owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     try:
