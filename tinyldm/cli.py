@@ -1,4 +1,4 @@
-"""The command line of all scripts: parsing flags and reporting errors.
+"""The command line of all scripts: parsing flags, printing, and reporting errors.
 
 An error is printed as one line that says what is wrong and how to fix it, and the exit code is 2. Set TINYLDM_TRACEBACK=1 to see
 the traceback.
@@ -7,6 +7,7 @@ the traceback.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,9 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from tinyldm.lookup import nearest
+from tinyldm.unicode import check_unicode
+
+SIGPIPE = 13                            # Windows' signal module does not know it
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +27,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        print_anything()
         words = sys.argv[1:] if args is None else list(args)
         words = [flag.replace("_", "-") + equals + value if flag.startswith("--") else word
                  for word in words for flag, equals, value in [word.partition("=")]]
@@ -37,10 +42,33 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
+def print_anything() -> None:
+    """Let stdout and stderr show as an escape what their encoding lacks and what is no text at all. A caption or a file's name must
+    not end a script, least of all after its work, where the terminal, LANG=C or PYTHONIOENCODING knows few characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def caption(word: str) -> str:
+    """A caption that is typed, for argparse."""
+    try:
+        return check_unicode(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def check_seed(seed: int, flag: str = "--seed") -> None:
+    """ValueError for a seed that is too large: torch takes 64 bits with a sign, and pictures and stages have the seeds that follow."""
+    if seed >= 2**62:
+        raise ValueError(f"{flag} {seed} must be below 2^62")
+
+
 def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every script that draws pictures, the arguments of pipeline.draw_settings. Their default is None."""
     add = parser.add_argument
-    add("--cfg", "--guidance-scale", "--scale", type=float, metavar="W", help="guidance scale, 1 is none (default: the model's)")
+    add("--cfg", "--guidance-scale", "--scale", type=float, metavar="W", help="guidance scale; 1 or less is none, the prompt alone: "
+        "turbo models want 0 (default: the model's)")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
     add("--sampler", metavar="NAME", help="ddim, ddpm, euler, euler_a, heun, edm, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc, "
         "adaptive (default: the model's)")
@@ -48,17 +76,20 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def fail(message: str) -> None:
-    """Print one line and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """Print one line and exit with code 2, also where nobody can read the line."""
+    with suppress(OSError, ValueError):
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Run a script. Errors that its user can fix are printed as one line; a closed output pipe ends it silently."""
+    """Run a script. Errors that its user can fix are printed as one line. A closed output pipe ends it silently with 141, as a shell
+    reports SIGPIPE: what comes after `&&` must not take cut work for finished."""
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:
-        os._exit(0)
+        os._exit(128 + SIGPIPE)
     except (ValueError, OSError) as error:
         if os.environ.get("TINYLDM_TRACEBACK"):
             raise
@@ -86,6 +117,11 @@ class BestEffortStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def outlive_terminal() -> None:
+    """Let this process go on, printing to nobody, when its terminal is closed or the reader of its output ends."""
+    sys.stdout, sys.stderr = BestEffortStream(sys.stdout), BestEffortStream(sys.stderr)
 
 
 def best_effort(what: str, work: Callable[[], Any]) -> None:

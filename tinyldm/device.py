@@ -9,16 +9,16 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from tinyldm.lookup import lookup
+from tinyldm.lookup import device_name, dtype_name
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device of this name; auto: CUDA, else Apple's MPS, else the CPU. ValueError where this machine does not have it."""
+    name = device_name(name)
     if name == "auto":
         if torch.cuda.is_available():                          # LOCAL_RANK is torchrun's number of a process on its host
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    lookup(dict.fromkeys(("auto", "cpu", "cuda", "mps")), name.partition(":")[0], "--device")
     device = torch.device(name)
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
     if not available():
@@ -41,24 +41,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of weights for drawing. auto: on CUDA bf16, or fp16 where bf16 is emulated; on other devices fp32."""
-    if name == "auto":
-        return DTYPES["fp32" if device.type != "cuda" else "bf16" if native_bf16(device) else "fp16"]
-    return lookup(DTYPES, name, "--dtype")
+    if (name := dtype_name(name, ("auto", *DTYPES))) == "auto":
+        name = "fp32" if device.type != "cuda" else "bf16" if native_bf16(device) else "fp16"
+    return DTYPES[name]
 
 
 def autocast(device: torch.device, dtype: str = "auto") -> AbstractContextManager:
     """An autocast context: bf16 where the hardware has it (auto), always (bf16) or never (fp32)."""
-    lookup(dict.fromkeys(("auto", "bf16", "fp32")), dtype, "--dtype")
+    dtype = dtype_name(dtype)
     enabled = native_bf16(device) if dtype == "auto" else dtype == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=True)
 
 
 def deterministic() -> None:
-    """Use only algorithms that give the same bits every time, on CUDA too; an operation without one raises a RuntimeError. Call
-    this before the GPU is first used."""
+    """Use only algorithms that give the same bits every time; an operation without one raises a RuntimeError. Call this before
+    the GPU is first used.
+
+    CPUs need it too: without it, an indexed sum (index_put, the backward pass of x[indices]) adds in the order in which the threads
+    come, on as few as some thousand numbers.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False         # an aid for finding bugs that writes all memory once more
 
 
 def prefer_plain_attention() -> None:

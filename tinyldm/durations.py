@@ -24,8 +24,22 @@ def parse_date(text: str) -> float:
     """"2030-01-31T18:00", local time unless it names a zone -> seconds since 1970. ValueError for anything else."""
     try:
         return datetime.fromisoformat(text).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError, OSError):                # the last two: a year that the system's clock does not have
         raise ValueError(f"'{text}' is not a date and time: write it as in 2030-01-31T18:00") from None
+
+
+def with_zone(text: str) -> str:
+    """"2030-01-31T18:00" -> "2030-01-31T18:00-05:00" in New York: the same moment wherever it is read. Text that names its zone, or is
+    no date, stays as it is."""
+    try:
+        date = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return text
+    seconds = "auto" if date.second or date.microsecond else "minutes"
+    try:
+        return date.astimezone().isoformat(timespec=seconds) if date.tzinfo is None else text
+    except (ValueError, OverflowError, OSError):                # as in parse_date, which refuses it
+        return text
 
 
 def show_duration(seconds: float) -> str:

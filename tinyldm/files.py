@@ -6,6 +6,7 @@ content, the new content or nothing is found under the final name, never half of
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,17 +18,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 INCOMPLETE = "copy or download it again, or export it again"
+NO_FOLDER_FLUSH = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EISDIR}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+OUTPUT = ".tinyldm-output"              # an empty file in folders of pictures that the scripts have made
 
 
 def flush(path: Path) -> None:
-    """Flush a file to the disk (fsync), or a folder's list of names (Windows flushes that by itself and offers no call for it)."""
-    if path.is_dir() and os.name == "nt":
+    """Flush a file to the disk (fsync), or a folder's list of names (Windows flushes that by itself and offers no call for it).
+
+    Some file systems (network disks, WSL's, object stores) refuse to flush a folder, or to open one for it; that is no error, as in
+    PostgreSQL's fsync_fname. Everything else is: a full or broken disk may show itself only here."""
+    folder = path.is_dir()
+    if folder and os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        # Reading is enough on POSIX, where a file may be write-protected or another user's; Windows flushes only what may be written.
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not folder or error.errno not in NO_FOLDER_FLUSH:
+            raise
 
 
 def flush_folder(folder: Path) -> None:
@@ -66,6 +79,23 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     flush(folder.parent)
 
 
+def link(file: Path, new: Path) -> None:
+    """Give a file a second name; where the disk has no hard links, or forbids them, copy its content (permissions and times can be
+    refused there too)."""
+    try:
+        os.link(file, new)
+    except OSError:
+        shutil.copyfile(file, new)
+
+
+def make_output_folder(folder: Path) -> None:
+    """Make a folder for pictures that a script draws, with a mark, so that it is not read as data where it lies in a folder of
+    pictures. A folder that is there already may hold anything and gets no mark."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / OUTPUT).touch()
+
+
 def sha256(file: Path) -> str:
     """The SHA-256 of a file's contents, as 64 hex digits."""
     digest = hashlib.sha256()
@@ -78,12 +108,14 @@ def sha256(file: Path) -> str:
 class Claims:
     """Named pieces of work, each held by one process at a time, through locks on the bytes of one file.
 
-    The system releases a lock when its process ends, in whatever way; on a shared disk locks also hold between hosts.
+    The system releases a lock when its process ends, in whatever way; on a shared disk locks also hold between hosts. Some file systems
+    have no locks (Lustre mounted without them, mounts of object stores): there one process works with a warning, and several that were
+    started together to share the work (processes) are an OSError.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, processes: int = 1):
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(file, "ab")
+        self.file, self.processes, self.warned = open(file, "ab"), processes, False
 
     def take(self, name: str) -> bool:
         """Try to lock a piece of work, without waiting. -> whether this process now holds it."""
@@ -105,15 +137,29 @@ class Claims:
 
     def _lock(self, name: str, taken: bool) -> None:
         byte = zlib.crc32(name.encode())                       # the lock's offset; the file itself stays empty
-        if os.name == "nt":
-            import msvcrt
+        try:
+            if os.name == "nt":
+                import msvcrt
 
-            self.file.seek(byte)
-            msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK if taken else msvcrt.LK_UNLCK, 1)
-        else:
-            import fcntl
+                self.file.seek(byte)
+                msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK if taken else msvcrt.LK_UNLCK, 1)
+            else:
+                import fcntl
 
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB if taken else fcntl.LOCK_UN, 1, byte)
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB if taken else fcntl.LOCK_UN, 1, byte)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            self._go_without(error)
+
+    def _go_without(self, error: OSError) -> None:
+        problem = f"{self.file.name}: this file system has no locks ({error.strerror})"
+        if self.processes > 1:
+            raise OSError(f"{problem}, by which {self.processes} processes share the work: put the folder on another disk, mount this one "
+                          "with locks (Lustre: -o flock), or start a single process") from error
+        if not self.warned:
+            print(f"warning: {problem}: nothing stops a second process, so do not start one that writes here", flush=True)
+        self.warned = True
 
     def close(self) -> None:
         self.file.close()
