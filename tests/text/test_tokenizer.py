@@ -143,6 +143,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, without):
 
 def test_described_pad_tokens_and_unknown_lengths_of_published_folders_are_read(tmp_path, trained):
     trained.save(tmp_path)
+    (tmp_path / "special_tokens_map.json").unlink()
     config = {"model_max_length": 10**30, "pad_token": {"content": "!", "lstrip": False}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer.load(tmp_path)
@@ -194,6 +195,10 @@ def test_errors_say_what_to_do(tmp_path, trained):
         Tokenizer({"a": 0}, [])
     with pytest.raises(TypeError, match="pass \\[text\\]"):
         trained.encode("a red circle")
+    for call in (lambda text: trained.encode(["fine", text]), trained.cut, trained.spans):
+        for text in ("caf\udce9", "\ud83d"):
+            with pytest.raises(ValueError, match="is not valid UTF-8"):
+                call(text)
 
 
 def test_a_folder_s_tokenizer_is_of_the_class_that_it_names(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ class CLIPTextConfig:
     context_length: int = 77            # longest caption, BOS and EOS included
     activation: str = "quick_gelu"      # or "gelu"
     bos_token_id: int = 49406
-    eos_token_id: int = 49407           # the token to pool at; 2 means the largest id, as in old published configs
+    eos_token_id: int = 49407           # the token to pool at; 2, as in old published configs: the largest id
     projection_dim: int | None = None   # width of the projected pooled feature; None: no projection
     norm_eps: float = 1e-5
 
@@ -102,9 +102,10 @@ class CLIPText(nn.Module):
         return pooled if self.projection is None else self.projection(pooled)
 
     def ends(self, ids: Tensor) -> Tensor:
-        """The index of each caption's first EOS: ids [b, n] -> [b]. (An eos_token_id of 2 means the largest id.)"""
-        eos = self.config.eos_token_id
-        return (ids if eos == 2 else (ids == eos).int()).argmax(dim=1)        # argmax returns the first maximum
+        """The index of each caption's first EOS: ids [b, n] -> [b]. (An eos_token_id of 2 means the largest id of CLIP's own
+        vocabulary. transformers takes the largest of all there, and so pools at a token that was added to the vocabulary.)"""
+        eos, own = self.config.eos_token_id, ids < CLIPTextConfig.vocab_size
+        return (ids * own if eos == 2 else (ids == eos).int()).argmax(dim=1)        # argmax returns the first maximum
 
 
 class Layer(nn.Module):

@@ -55,7 +55,14 @@ class TextEncoders:
     """The text encoders of a model. `names` are those of its parts: "text", then "text_2" and so on."""
 
     def __init__(self, encoders: Iterable[TextEncoder], join: str = "single"):
+        """ValueError for an unknown rule, and for a tokenizer with ids that its text encoder has no embedding for."""
         self.encoders, self.join = list(encoders), join
+        for module, tokenizer in self.encoders:
+            rows, highest = getattr(module.config, "vocab_size", None), len(tokenizer) - 1
+            if rows is not None and highest >= rows:
+                added = f" ('{tokenizer.added[highest].content}')" if highest in tokenizer.added else ""
+                raise ValueError(f"the tokenizer has ids up to {highest}{added}, but the text encoder has embeddings only up to "
+                                 f"{rows - 1}: take both from the same model")
         lookup(JOINS, join, "rule to join text encoders")
 
     @property
@@ -137,4 +144,5 @@ def encode(module: nn.Module, distinct: Tensor, inverse: Tensor, device: torch.d
         mask = torch.arange(distinct.shape[1]) <= module.ends(distinct)[:, None]            # [k, n]
         mask = mask[inverse].to(device, non_blocking=True)
     features, inverse = module(distinct.to(device, non_blocking=True), **call), inverse.to(device, non_blocking=True)
-    return Encoded(features.hidden[inverse], mask, features.pooled[inverse])
+    # index_select, because the backward pass of hidden[inverse] adds in the order of the threads, and is slower on a CPU.
+    return Encoded(features.hidden.index_select(0, inverse), mask, features.pooled.index_select(0, inverse))

@@ -53,6 +53,8 @@ def plain(text: str) -> str:
 
 def token_weights(tokenizer: Tokenizer, text: str) -> list[float]:
     """One weight for each position of `tokenizer.encode([plain(text)])`: the weight of the token's first letter; 1 for BOS, EOS
-    and padding. The plain caption is tokenised in one piece, so that weights of 1 change nothing."""
-    letters = [weight for piece, weight in parse_weights(text) for _ in piece]
-    return [letters[start] if end > start else 1.0 for start, end in tokenizer.spans(plain(text))]
+    and padding. The plain caption is tokenised in one piece, so that weights of 1 change nothing. (White space is no letter: added
+    tokens may take in what is before them.)"""
+    letters = [(letter, weight) for piece, weight in parse_weights(text) for letter in piece]
+    return [next((weight for letter, weight in letters[start:end] if not letter.isspace()), 1.0)
+            for start, end in tokenizer.spans(plain(text))]

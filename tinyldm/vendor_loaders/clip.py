@@ -76,8 +76,9 @@ def infer_openai(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
 
 def _config_from_shapes(shapes: Mapping[str, Shape], layer: str, tokens: str, positions: str, mlp: str) -> CLIPTextConfig:
     """The fields that follow from the shapes: `layer` is the regex of a layer's names, the others are names of tensors.
-    CLIP's heads are 64 wide, and BOS and EOS are the last two tokens of its vocabulary."""
+    CLIP's heads are 64 wide, and BOS and EOS are the last two tokens of its vocabulary, behind which only added tokens come."""
     vocab_size, width = shapes[tokens]
+    own = min(vocab_size, CLIPTextConfig.vocab_size)
     return CLIPTextConfig(
         vocab_size=vocab_size,
         width=width,
@@ -85,8 +86,8 @@ def _config_from_shapes(shapes: Mapping[str, Shape], layer: str, tokens: str, po
         heads=max(1, width // 64),
         mlp_width=shapes[mlp][0],
         context_length=shapes[positions][0],
-        bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1,
+        bos_token_id=own - 2,
+        eos_token_id=own - 1,
     )
 
 
@@ -116,6 +117,8 @@ def known_source(*names: str | None) -> Source | None:
     return next((source for pattern, source in SOURCES.items() for name in names
                  if name and re.fullmatch(pattern, name, re.IGNORECASE)), None)
 
+
+PROJECTED = ("CLIPTextModelWithProjection", "CLIPModel")    # the published classes whose pooled output is projected
 
 # our field -> the published field, and the value that transformers assumes for a config.json without it
 FIELDS = {
@@ -154,8 +157,12 @@ def from_config(config: dict, origin: str | None = None) -> CLIPTextConfig:
     """
     if "model_cfg" in config:
         return _from_open_clip(config["model_cfg"])
-    architecture = (config.get("architectures") or ["CLIPTextModel"])[0]
+    architecture = (config.get("architectures") or ["CLIPTextModel"])[0].removeprefix("Flax")
+    if architecture not in ("CLIPTextModel", *PROJECTED):
+        raise ValueError(f"config.json describes a {architecture}: of text encoders, only CLIP's can be read")
     text = next((config[name] for name in ("text_config_dict", "text_config") if config.get(name) is not None), config)
+    if config.get("use_attention_mask"):
+        raise ValueError("the config says use_attention_mask: diffusers hides the padding from such a text encoder, and here it reads it")
     values = {ours: text.get(published, default) for ours, (published, default) in FIELDS.items()}
     if values["activation"] not in ACTIVATIONS:
         raise ValueError(f"hidden_act {values['activation']!r} is unknown: CLIP text encoders use "
@@ -165,8 +172,7 @@ def from_config(config: dict, origin: str | None = None) -> CLIPTextConfig:
         raise ValueError(f"the config says hidden_act={values['activation']!r}, but {origin or config.get('_name_or_path')} was "
                          f"trained with {source.activation!r}; the wrong one loads without an error and degrades the pictures. "
                          f"Correct config.json")
-    projected = architecture in ("CLIPTextModelWithProjection", "CLIPModel")
-    return CLIPTextConfig(**values, projection_dim=config.get("projection_dim", 512) if projected else None)
+    return CLIPTextConfig(**values, projection_dim=config.get("projection_dim", 512) if architecture in PROJECTED else None)
 
 
 def _from_open_clip(config: dict) -> CLIPTextConfig:
