@@ -11,7 +11,7 @@ from archives import encode, noise, smooth
 from PIL import Image, ImageFile
 
 from tinyldm.data import decoding
-from tinyldm.data.decoding import Framing, Unusable, decode
+from tinyldm.data.decoding import ENDINGS, Framing, Unusable, decode
 
 SQUARE = Framing(16)
 
@@ -76,7 +76,7 @@ def test_pillows_other_warnings_are_silent_and_ours_and_others_are_not(recwarn):
 
 
 FILES = {"JPEG": {"quality": 90}, "progressive": {"progressive": True}, "PNG": {}, "GIF": {}, "WEBP": {"quality": 80},
-         "BMP": {}, "TIFF": {"compression": "tiff_lzw"}}
+         "BMP": {}, "TIFF": {"compression": "tiff_lzw"}, "PPM": {}, **{name: {} for name in ("AVIF", "JPEG2000") if name in ENDINGS}}
 
 
 def broken_file(name) -> bytes:
@@ -95,7 +95,7 @@ def test_a_cut_file_is_unusable_or_whole_but_never_half_grey(name):
         except Unusable as error:
             assert error.reason in ("truncated", "unreadable") and not error.filtered and error.detail
             refused.add(error.reason)
-    assert "truncated" in refused or name in ("WEBP", "TIFF")
+    assert "truncated" in refused or name in ("WEBP", "TIFF", "JPEG2000")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -115,8 +115,9 @@ def test_flipped_bytes_give_a_picture_of_the_right_shape_or_a_reason(name, recwa
     assert ("picture" in results) == (name != "PNG"), "PNG has checksums"
 
 
-@pytest.mark.parametrize("data", [b"", b"text", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P6 1 1 255 abc",
-                                  encode(np.zeros((8, 8, 3), np.uint8), "PPM"), encode(np.zeros((16, 16, 3), np.uint8), "ICO")])
+@pytest.mark.parametrize("data", [b"", b"text", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"%PDF-1.7\n",
+                                  encode(np.zeros((8, 8, 3), np.uint8), "TGA"), encode(np.zeros((16, 16, 3), np.uint8), "ICO"),
+                                  encode(np.zeros((8, 8, 3), np.uint8), "EPS")])
 def test_other_formats_and_no_format_are_unreadable(data):
     assert reason(data) == ("unreadable", False)
 

@@ -123,6 +123,24 @@ def test_sixteen_bits_are_scaled_by_their_range_and_not_clipped(form):
     assert (decode(encode(image, form.split()[0]), SQUARE) == grey(np.floor(values / 257 + 0.5))).all()
 
 
+def test_rarer_formats_keep_their_colours_their_depth_and_their_transparency():
+    picture, values = noise(16, 16, 4), np.random.default_rng(0).integers(0, 65536, (16, 16)).astype("<u2")
+    deep = Image.frombytes("I;16", (16, 16), values.tobytes())
+    for form in [name for name in ("PPM", "JPEG2000") if name in decoding.ENDINGS]:
+        assert (decode(encode(picture[..., :3], form), SQUARE) == picture[..., :3]).all(), form
+        assert (decode(encode(deep, form), SQUARE) == grey(np.floor(values / 257 + 0.5))).all(), form
+    unit = (values / 65535).astype("<f4")
+    pfm = b"Pf\n16 16\n-1.0\n" + unit[::-1].tobytes()             # rows from the bottom up
+    assert (decode(pfm, SQUARE) == grey(np.floor(values / 257 + 0.5))).all()
+    if "JPEG2000" in decoding.ENDINGS:
+        assert (decode(encode(picture, "JPEG2000"), SQUARE) == on_white(picture[..., :3], picture[..., 3])).all()
+    if "AVIF" in decoding.ENDINGS:
+        flat = np.full((16, 16, 4), (200, 30, 30, 0), np.uint8)
+        flat[:8, :, 3] = 255
+        out = decode(encode(flat, "AVIF", quality=100, subsampling="4:4:4"), SQUARE).astype(int)
+        assert np.abs(out[:7] - (200, 30, 30)).max() <= 3 and np.abs(out[9:] - 255).max() <= 3
+
+
 def test_wide_integers_and_floats_are_scaled_alike_and_a_unit_range_is_recognised():
     values = np.random.default_rng(0).integers(0, 65536, (16, 16))
     assert (decode(encode(values.astype(np.int32), "TIFF"), SQUARE) == grey(np.floor(values / 257 + 0.5))).all()

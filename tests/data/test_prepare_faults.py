@@ -1,5 +1,6 @@
 """The job that encodes a data set, when pictures, shards, disks, networks or the job itself fail."""
 
+import errno
 import json
 import os
 import subprocess
@@ -301,3 +302,20 @@ def test_a_job_killed_at_any_file_operation_ends_with_the_same_bytes(tmp_path, k
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) >= min(times, 5)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_on_a_disk_without_locks_one_process_encodes_and_several_are_refused_before_they_do(tmp_path, encoded, monkeypatch):
+    def refuse(*words):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    config = spoilt(tmp_path)
+    run(config, tmp_path / "locked")
+    encoded.clear()
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", refuse)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OSError, match="by which 2 processes share the work"):
+        run(config, tmp_path / "cache")
+    assert not encoded
+    monkeypatch.delenv("WORLD_SIZE")
+    run(config, tmp_path / "cache")
+    assert contents(tmp_path / "cache") == contents(tmp_path / "locked")

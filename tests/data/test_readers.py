@@ -107,7 +107,8 @@ def test_a_key_that_comes_again_is_skipped(read):
 
 @pytest.mark.parametrize("extra", [("a.jpg", b"B"), ("a.txt", b"two"), ("a.TXT", b"two"), ("a.PNG", b"A")])
 def test_two_of_a_kind_in_one_sample_are_ambiguous(read, extra):
-    assert read(tar(*PAIR, extra, *TWO[2:])) == [Skip("a", "duplicate key"), Sample("b", b"B", {"txt": b"two"})]
+    skip, sample = read(tar(*PAIR, extra, *TWO[2:]))
+    assert skip[:2] == ("a", "duplicate key") and extra[0] in skip.detail and sample == Sample("b", b"B", {"txt": b"two"})
 
 
 def test_captions_far_from_their_picture_are_not_paired(read):

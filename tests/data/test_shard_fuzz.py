@@ -115,6 +115,17 @@ def test_no_damage_to_a_tar_gives_a_picture_the_caption_of_another(tmp_path):
     fuzz(tmp_path, drawn(), ROUNDS, seed=1)
 
 
+def test_no_damage_gives_a_mask_the_caption_of_its_picture(tmp_path):
+    masks = {f"{i:03d}.seg.png": b"mask %d" % i for i in range(12)}
+    files = sorted([*drawn(), *masks.items()])
+    data, rng, samples = packed(files)[0], random.Random(4), 0
+    for _ in range(ROUNDS):
+        out = [part for part in read_whole(tmp_path / "a.tar", hurt(data, rng)[0]) or [] if isinstance(part, Sample)]
+        samples += len(out)
+        assert not any(captions(sample) for sample in out if sample.picture in masks.values())
+    assert samples > 5 * ROUNDS
+
+
 def test_no_damage_to_a_real_tar_gives_a_picture_the_caption_of_another(tmp_path):
     fuzz(tmp_path, emoji(), ROUNDS // 3, seed=2)
 

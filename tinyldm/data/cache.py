@@ -65,7 +65,7 @@ def write_index(folder: Path, settings: dict, sources: list[dict]) -> None:
             raise ValueError(f"shard {name} holds latents of {shape} views, parts, channels; the shards before it, of {expected}: "
                              f"delete {folder / 'shards'} and run prepare.py again")
     content = {"settings": settings, "sources": indexed}
-    write_file(folder / "index.json", json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+    write_file(folder / "index.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def write_tokens(folder: Path, tokenizer, token_folder: Path | None = None) -> None:
@@ -81,7 +81,7 @@ def write_tokens(folder: Path, tokenizer, token_folder: Path | None = None) -> N
 
 
 def _write_tokens(shards: list[Path], tokenizer, token_folder: Path | None) -> None:
-    dtype = "<u2" if max(tokenizer.vocab.values()) < 1 << 16 else "<u4"
+    dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
     for shard in shards:
         if not (ends := shard / "ends.npy").exists():
             continue                                                    # a shard without samples has no captions

@@ -1,5 +1,7 @@
 """Decode the bytes of an untrusted picture file to an upright sRGB array of the right size, or raise the reason why not.
 
+Training's pictures and sample.py's --init-image and --mask all come through here.
+
 Notable: decompression bombs and pictures outside the user's limits are rejected by their header alone, before any pixel is
 decoded. Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size (libjpeg scales in the DCT domain), but never below twice the
 target size, so that the resampling filter still removes aliases. Crop and resize are one pass over a box with fractional edges.
@@ -13,13 +15,28 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401  without these two, Pillow would import all of its plugins
+from PIL import Image, UnidentifiedImageError, features
+from PIL import Jpeg2KImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401  without these, Pillow would import all of its plugins
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+from tinyldm.data.picture_metadata import without_metadata
+
+# The formats that are read, by Pillow's name, with the endings of their files. Only formats that are recognised by their first bytes
+# and decoded by compiled code, without another program; a file's contents, not its name, decide how it is decoded.
+ENDINGS = {"JPEG": ("jpg", "jpeg", "jpe", "jfif", "pjpeg", "pjp", "mpo"), "PNG": ("png", "apng"), "WEBP": ("webp",), "GIF": ("gif",),
+           "BMP": ("bmp",), "TIFF": ("tif", "tiff"), "PPM": ("ppm", "pgm", "pbm", "pnm", "pfm")}
+if features.check("jpg_2000"):
+    ENDINGS["JPEG2000"] = ("jp2", "j2k", "j2c", "jpc", "jpf", "jpx")
+if "avif" in features.modules and features.check("avif"):                   # since Pillow 11.3
+    from PIL import AvifImagePlugin  # noqa: F401
+
+    ENDINGS["AVIF"] = ("avif", "avifs")
+FORMATS = tuple(ENDINGS)
 MAX_PIXELS = 100_000_000
 FILTER = Image.Resampling.LANCZOS
 REASONS = ("unreadable", "truncated", "too many pixels", "too small", "too long")
@@ -30,6 +47,7 @@ _WITH_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}
+_SIDEWAYS = (5, 6, 7, 8)                                    # orientations with width and height exchanged
 _PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
@@ -85,7 +103,7 @@ def make_buckets(resolution: int, unit: int, max_aspect: float) -> tuple[tuple[i
 
 
 def decode(data: bytes | np.ndarray, framing: Framing) -> np.ndarray:
-    """The bytes of a PNG, JPEG, WebP, GIF, BMP or TIFF, or uint8 [h, w, 3] or [h, w] in sRGB -> uint8 [h, w, 3].
+    """The bytes of a picture in one of FORMATS, or uint8 [h, w, 3] or [h, w] in sRGB -> uint8 [h, w, 3].
 
     The result is upright, in sRGB, on white where the picture is transparent, and of the first of several frames. It is scaled
     to cover framing.size and cropped around the centre; a picture of exactly this size is not resampled. Raises Unusable.
@@ -93,24 +111,51 @@ def decode(data: bytes | np.ndarray, framing: Framing) -> np.ndarray:
     if isinstance(data, np.ndarray):
         image, extent, turn, profile = _from_array(data, framing), data.shape[1::-1], 1, None
     else:
-        try:
+        with _reasons():
             image, extent, turn = _load(data, framing)
             profile = image.info.get("icc_profile")
             image = _opaque(image)
-        except Unusable:
-            raise
-        except Image.DecompressionBombError as error:
-            raise Unusable(TOO_MANY_PIXELS, str(error)) from None
-        except Exception as error:                          # on broken files, Pillow's decoders raise nearly any exception
-            text = " ".join(f"{type(error).__name__} {error}".split())
-            raise Unusable(TRUNCATED if "truncated" in text.lower() else UNREADABLE, text[:200]) from None
         if image.mode == "CMYK":                            # averages of inks are not averages of colours: convert, then resize
             image, profile = _to_srgb(image, profile), None
-    image = _cover(image, extent, _target(extent, turn, framing))
+    image = _frame(image, extent, turn, framing)
     image = _to_srgb(image, profile)                        # after the resize, which leaves fewer pixels to convert
-    if turn in _TURNS:
-        image = image.transpose(_TURNS[turn])
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def decode_mask(data: bytes, framing: Framing) -> np.ndarray:
+    """The bytes of a picture that is a mask -> uint8 [h, w], scaled and cropped as `decode` does. Raises Unusable.
+
+    Of a picture with an alpha channel that is not opaque everywhere, the alpha channel is the mask, whatever the colours (as in
+    AUTOMATIC1111's create_binary_mask); of any other it is the luminance. The values are numbers, not colours: no profile is applied.
+    """
+    with _reasons():
+        image, extent, turn = _load(data, framing)
+        image = _alpha(image) or _opaque(image)
+    return np.array(_frame(image.convert("RGB").convert("L"), extent, turn, framing))
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels of a picture's bytes, upright. Raises Unusable."""
+    with _reasons():
+        image = _open(data, Framing(1))
+        image.load()                                        # turns a TIFF upright, and finds the orientation at the end of a PNG
+        return image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Turn whatever Pillow raises on broken files, which can be nearly any exception, into Unusable."""
+    try:
+        yield
+    except Unusable:
+        raise
+    except Image.DecompressionBombError as error:
+        raise Unusable(TOO_MANY_PIXELS, str(error)) from None
+    except UnidentifiedImageError:
+        raise Unusable(UNREADABLE, "not a picture in a format that is read") from None
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__} {error}".split())
+        raise Unusable(TRUNCATED if "truncated" in text.lower() else UNREADABLE, text[:200]) from None
 
 
 def _from_array(data: np.ndarray, framing: Framing) -> Image.Image:
@@ -120,13 +165,23 @@ def _from_array(data: np.ndarray, framing: Framing) -> Image.Image:
     return Image.fromarray(data)
 
 
-def _load(data: bytes, framing: Framing) -> tuple[Image.Image, tuple[float, float], int]:
-    """The decoded picture as stored, the (width, height) that the picture covers in its pixels, and its orientation (EXIF, 1..8)."""
+def _open(data: bytes, framing: Framing) -> Image.Image:
+    """The picture in the bytes of a file, within the limits; its pixels are not decoded yet."""
     if _PILLOWS_WARNINGS not in warnings.filters:           # catch_warnings is not thread-safe
         warnings.filterwarnings("ignore", module=r"PIL\.")
+    data, profile = without_metadata(data)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check(image.size, framing)
-    drafted = None
+    if profile:
+        image.info["icc_profile"] = profile
+    if not isinstance(image.info.get("xmp", b""), bytes):   # a TIFF may declare XMP as text or numbers, on which load() fails
+        del image.info["xmp"]
+    return image
+
+
+def _load(data: bytes, framing: Framing) -> tuple[Image.Image, tuple[float, float], int]:
+    """The decoded picture as stored, the (width, height) that the picture covers in its pixels, and its orientation (EXIF, 1..8)."""
+    image, drafted = _open(data, framing), None
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
         width, height = _target(image.size, _orientation(image), framing)
         drafted = image.draft("RGB", (2 * width, 2 * height))
@@ -161,7 +216,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _target(extent: tuple[float, float], turn: int, framing: Framing) -> tuple[int, int]:
     """Target (width, height) in the coordinates of the stored picture, which may be turned by 90 degrees."""
-    if turn in (5, 6, 7, 8):
+    if turn in _SIDEWAYS:
         return framing.size(extent[0], extent[1])
     height, width = framing.size(extent[1], extent[0])
     return width, height
@@ -190,6 +245,20 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         values[values == transparent] = 65535
     values *= 255 if image.mode == "F" and values.max() <= 1 else 255 / 65535
     return Image.fromarray((values + 0.5).astype(np.uint8))
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """The alpha channel; None where there is none, or where it is opaque everywhere."""
+    if not image.has_transparency_data or image.mode == "F" or image.mode.startswith("I"):
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _frame(image: Image.Image, extent: tuple[float, float], turn: int, framing: Framing) -> Image.Image:
+    """Scale and crop a stored picture to the framing's size, and turn it upright."""
+    image = _cover(image, extent, _target(extent, turn, framing))
+    return image.transpose(_TURNS[turn]) if turn in _TURNS else image
 
 
 def _cover(image: Image.Image, extent: tuple[float, float], target: tuple[int, int]) -> Image.Image:

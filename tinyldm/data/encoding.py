@@ -199,8 +199,9 @@ class Encoder:
 
 
 def encode_shard(shard: Shard, items: Callable[[Iterable], Iterator[Item]], make_encoder: Callable[[Path], Encoder],
-                 settings: str, folder: Path, tick: Callable[[], None]) -> None:
-    """Encode a shard into a new folder. settings: their digest. tick: called after every item.
+                 settings: str, folder: Path, tick: Callable[[], None], content: str = "") -> None:
+    """Encode a shard into a new folder. settings: their digest. tick: called after every item. content: the hash of the shard's
+    contents, "" where it is not known.
 
     A shard that is not an archive, or that turns out to be damaged as a whole (`Damaged`), is written without samples, and all
     samples that were read from it are logged with this reason.
@@ -228,7 +229,7 @@ def encode_shard(shard: Shard, items: Callable[[Iterable], Iterator[Item]], make
         encoder = make_encoder(folder)
         for key in keys or [""]:
             encoder.add(Item(key, reason="archive damaged", detail=str(error)))
-    facts = {"name": shard.name, "url": shard.url, "stamp": shard.stamp, "settings": settings} | encoder.close()
+    facts = {"name": shard.name, "url": shard.url, "stamp": shard.stamp, "content": content, "settings": settings} | encoder.close()
     (folder / "shard.json").write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
 
 

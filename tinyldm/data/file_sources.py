@@ -1,7 +1,7 @@
 """The sources that are files: what a path or a URL stands for, and its shards.
 
 Read are: WebDataset shards (.tar, .tar.gz, .tgz) and .npz arrays, by path, folder, glob or braces (`{000..045}`, `{a,b}`);
-folders of pictures, each with a .txt or .json caption of the same name, or with a metadata.jsonl or metadata.csv (Hugging Face's
+folders of pictures, each with a .txt, .caption or .json of the same name, or with a metadata.jsonl or metadata.csv (Hugging Face's
 imagefolder). All of them may be local or at any URL that fsspec opens. A new format of shard is a row of FORMATS.
 """
 
@@ -17,14 +17,20 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from fsspec import AbstractFileSystem
 
-from tinyldm.data import readers
-from tinyldm.data.readers import DUPLICATE, MISSING, UNREADABLE, UNSAFE_NAME, Entry, File, Sample, Skip
+from tinyldm.data import naming, readers
+from tinyldm.data.links import without_repeats
+from tinyldm.data.moved import hash_entries
+from tinyldm.data.naming import DUPLICATE, NO_PICTURE, composed
+from tinyldm.data.outputs import is_output, outputs
+from tinyldm.data.readers import MISSING, UNREADABLE, UNSAFE_NAME, Entry, File, Sample, Skip
 from tinyldm.data.remote import SourceLost, address, classify, find_fs, is_local, open_file
 from tinyldm.data.source_kind import ListOptions, NothingReadable, Shard, SourceKind
+from tinyldm.files import sha256
 
 
 class Format(NamedTuple):
@@ -112,8 +118,11 @@ def find(spec: str, chunk: int) -> list[Shard]:
     if not set(magic) & set(path) or os.path.exists(path):
         return at_path(fs, fs.info(path), chunk)
     shards: list[Shard] = []
-    for info in (resolve_link(fs, info) for _, info in sorted(fs.glob(path, detail=True).items())):
-        if info["type"] == "directory" or find_format(info["name"]):
+    # every path that matches is listed, through whichever links, before folders that were found twice are left out
+    infos = [info for _, info in sorted(fs.glob(path, detail=True, **({"once": False} if is_local(fs) else {})).items())]
+    for info in without_repeats(infos) if is_local(fs) else infos:
+        if info["type"] == "directory" and not is_output(map(posixpath.basename, fs.ls(info["name"], detail=False))) or (
+                find_format(info["name"])):
             shards += at_path(fs, info, chunk)
     if not shards:
         raise NothingReadable(f"--data {spec}: no shard or folder matches")
@@ -143,7 +152,8 @@ def at_path(fs: AbstractFileSystem, info: dict, chunk: int) -> list[Shard]:
     if found is None:
         problem = "parquet files are not read" if is_parquet(path) else "is not a file that is read"
         raise NothingReadable(f"--data {url}: {problem}")
-    return [Shard(shard_name(url), url, mark(info), not is_local(fs), partial(found.read, fs, path, info.get("size")))]
+    return [Shard(shard_name(url), url, mark(info), not is_local(fs), partial(found.read, fs, path, info.get("size")),
+                  partial(sha256, Path(path)) if is_local(fs) else None)]
 
 
 def shard_name(url: str, number: int | None = None) -> str:
@@ -163,14 +173,6 @@ def mark(info: dict) -> str:
     return f"{info.get('size')}-{next((str(info[key]) for key in MARKS if info.get(key) is not None), '')}"
 
 
-def resolve_link(fs: AbstractFileSystem, info: dict) -> dict:
-    """The information of a link's target, since listings give that of the link itself."""
-    try:
-        return fs.info(info["name"]) if info.get("islink") else info
-    except FileNotFoundError:
-        return info | {"type": "broken link"}
-
-
 # ---- folders
 
 
@@ -179,9 +181,11 @@ def in_folder(fs: AbstractFileSystem, root: str, chunk: int) -> list[Shard]:
     url = address(fs, root)
     fs.ls(root)                             # raises for a folder that may not be read, which find() would silently skip
     found = fs.find(root, detail=True, **({"on_error": "raise"} if is_local(fs) else {}))
-    files = {path[len(root):].lstrip("/"): resolve_link(fs, info) for path, info in sorted(found.items())}
-    files = {name: info for name, info in files.items() if info["type"] == "file" and not readers.HIDDEN.match(name)}
-    kinds = {readers.split(name)[1] for name in files}
+    files = {path[len(root):].lstrip("/"): info for path, info in sorted(found.items())}
+    own = outputs(files)                    # runs and drawn pictures inside the folder are no data
+    files = {name: info for name, info in files.items()
+             if info["type"] == "file" and not naming.HIDDEN.match(name) and not below(name, own)}
+    kinds = {found.kind for name in files if (found := naming.split(name))}
     tars = [info for name, info in files.items() if (row := find_format(name)) and row.in_folders]
     tables = [name for name in files if posixpath.basename(name) in TABLES]
     if tables and ("picture" in kinds or not tars):
@@ -195,11 +199,13 @@ def in_folder(fs: AbstractFileSystem, root: str, chunk: int) -> list[Shard]:
     elif tars:
         return [shard for info in tars for shard in at_path(fs, info, chunk)]
     else:
+        others = sorted({found.unread for name in files if (found := naming.split(name)) and found.unread})
         contents = "parquet files, which are not read" if any(map(is_parquet, files)) else (
-            f"{len(files)} files, but no picture and no shard")
+            f"{len(files)} files, but no picture and no shard" + (f": {', '.join(others)}: convert them" if others else ""))
         raise NothingReadable(f"--data {url} holds {contents}")
     return [Shard(shard_name(url, number), f"{url} [{number * chunk}:{number * chunk + len(part)}]",
-                  digest("\n".join(entry.stamp for entry in part)), not is_local(fs), partial(readers.read_files, fs, part))
+                  digest("\n".join(entry.stamp for entry in part)), not is_local(fs), partial(readers.read_files, fs, part),
+                  partial(hash_entries, part) if is_local(fs) else None)
             for number, part in enumerate(entries[i:i + chunk] for i in range(0, len(entries), chunk))]
 
 
@@ -222,26 +228,30 @@ def below(name: str, folders: set[str]) -> bool:
 
 
 def beside(files: dict[str, dict]) -> list[Entry]:
-    """A folder's pictures, each with the caption files of the same name. Two files of one kind and name are skipped as ambiguous."""
-    stems: dict[str, list[tuple[str, str]]] = {}            # {name without extension: [(kind, name), ...]}
-    for name in files:
-        stem, kind = readers.split(name)
-        if kind:
-            stems.setdefault(stem, []).append((kind, name))
-    entries = []
-    for name in files:
-        stem, kind = readers.split(name)
-        if kind == "picture":
-            parts = {kind: File(files[name]["name"], files[name].get("size")) for kind, name in stems[stem]}
-            reason = DUPLICATE if len(parts) < len(stems[stem]) else ""
-            stamp = " ".join(f"{name} {mark(files[name])}" for _, name in stems[stem])
-            entries.append(Entry(name, parts.pop("picture"), dict(parts), reason, stamp))
-    return entries
+    """A folder's pictures, each with the caption files of the same name. Two files of one kind and name are skipped as ambiguous.
+
+    What is no sample in another way comes last: the chunks of the samples, and their stamps, do not depend on it.
+    """
+    entries, others = [], []
+    for group in naming.samples((found, name) for name in files if (found := naming.split(name))):
+        stamp = " ".join(f"{name} {mark(files[name])}" for name in sorted(name for _, name in group.files()))
+        fields = {field: as_file(files[found[0][1]]) for field, found in group.fields.items()}
+        rows = [Entry(name, as_file(files[name]), fields, group.reason, stamp, group.detail) for _, name in group.pictures]
+        if group.reason == NO_PICTURE and group.detail:
+            rows = [Entry(group.files()[0][1], None, {}, NO_PICTURE, stamp, group.detail)]
+        (entries if group.reason in ("", DUPLICATE) else others).extend(rows)
+    return sorted(entries, key=lambda entry: entry.key) + sorted(others, key=lambda entry: entry.key)
+
+
+def as_file(info: dict) -> File:
+    return File(info["name"], info.get("size"))
 
 
 def from_table(fs: AbstractFileSystem, url: str, table: str, files: dict[str, dict]) -> list[Entry]:
     """The rows of a metadata file, each with the picture named in its column file_name."""
-    folder = posixpath.dirname(table)
+    folder, forms = posixpath.dirname(table), {}
+    for name in files:
+        forms.setdefault(composed(name), []).append(name)
     entries, named = [], 0
     for number, row in enumerate(rows(fs, files[table]), 1):
         name = row.get("file_name") if row else None
@@ -250,10 +260,12 @@ def from_table(fs: AbstractFileSystem, url: str, table: str, files: dict[str, di
         if not isinstance(name, str) or not name:
             entries.append(Entry(key, None, {}, UNREADABLE, key))
             continue
-        info = files.get(posixpath.normpath(posixpath.join(folder, name.replace("\\", "/"))))
-        reason = UNSAFE_NAME if readers.UNSAFE.match(name) else "" if info else MISSING
-        picture = None if reason else File(info["name"], info.get("size"))
-        entries.append(Entry(key, picture, row, reason, f"{key} {reason or mark(info)} {json.dumps(row)}"))
+        path = posixpath.normpath(posixpath.join(folder, name.replace("\\", "/")))
+        found = [path] if path in files else forms.get(composed(path), [])
+        reason = (UNSAFE_NAME if naming.UNSAFE.match(name) else MISSING if not found else DUPLICATE if len(found) > 1
+                  else parsed.unread if (parsed := naming.split(found[0])) else "")
+        picture = None if reason else as_file(files[found[0]])
+        entries.append(Entry(key, picture, row, reason, f"{key} {reason or mark(files[found[0]])} {json.dumps(row)}"))
     if not named:
         raise ValueError(f"--data {url}/{table} has no column file_name: name the pictures in one, relative to {url}/{folder}")
     return entries
@@ -286,5 +298,5 @@ def rows(fs: AbstractFileSystem, info: dict) -> Iterator[dict | None]:
                 yield dict(zip(heads, cells)) if len(cells) == len(heads) else None
 
 
-FILES = SourceKind("a folder of pictures with .txt or .json captions beside them or with a metadata.jsonl or metadata.csv, "
+FILES = SourceKind("a folder of pictures with .txt, .caption or .json captions beside them or with a metadata.jsonl or metadata.csv, "
                    "WebDataset shards (.tar, .tar.gz, .tgz), .npz arrays", lambda spec: True, list_files)

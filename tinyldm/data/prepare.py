@@ -29,6 +29,7 @@ from tqdm import tqdm
 from tinyldm.config import PRESETS, Config, DataConfig, change, phases, split_weights
 from tinyldm.data.cache import Cache, read_index, write_index
 from tinyldm.data.encoding import CHUNK, Encoder, Item, decoded, encode_shard, fingerprint, make_recipe, read_shard, workers
+from tinyldm.data.moved import by_content, content_of, reuse
 from tinyldm.data.readers import CUT, DAMAGED, Damaged
 from tinyldm.data.remote import SourceLost
 from tinyldm.data.sources import Shard, Source, list_shards, parse_sources
@@ -115,6 +116,13 @@ def settings_of(config: Config, vae: AutoencoderKL, device: torch.device = torch
     unit = picture_divisor(config, vae) if config.data.buckets else 0
     return {"format": FORMAT, "vae": fingerprint(vae), "dtype": "bf16" if bf16 else "fp32", "unit": unit,
             "caption_key": list(split_weights(config.data.caption_key))} | {name: getattr(config.data, name) for name in SHAPING}
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError for a folder that holds other files and no cache."""
+    if folder.exists() and not (folder / "settings.json").exists():
+        if others := {path.name for path in folder.iterdir()} - {".writing-settings.json", "claims", "decoded.png"}:
+            raise ValueError(f"{folder} holds other files ({', '.join(sorted(others)[:3])}) and no cache: name another folder")
 
 
 def open_folder(folder: Path, settings: dict[str, Any], made_by: str, rebuild: bool) -> None:
@@ -249,10 +257,8 @@ def prepare(config: Config, folder: Path, vae: AutoencoderKL, device: torch.devi
     check_size(torch.empty(1, 3, config.data.resolution, config.data.resolution, device="meta"), vae.config.downscale)
     settings = settings_of(config, vae, device)
     sources = find_shards(config.data, config.run.seed, finished(folder))
-    if folder.exists() and not (folder / "settings.json").exists():
-        if others := {path.name for path in folder.iterdir()} - {".writing-settings.json", "claims"}:
-            raise ValueError(f"{folder} holds other files ({', '.join(sorted(others)[:3])}) and no cache: name another folder")
-    claims = Claims(folder / "claims")
+    check_folder(folder)
+    claims = Claims(folder / "claims", int(os.environ.get("WORLD_SIZE", 1)))
     with claims.held("settings"):
         open_folder(folder, settings, config.autoencoder.weights, rebuild)
     shards, mark = [shard for _, found in sources for shard in found], digest(settings)
@@ -304,7 +310,7 @@ def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: tor
                    mark: str, check: Callable[[], None]) -> None:
     """Encode the missing shards that no other process has taken. ValueError, at the end, that names those that cannot be read."""
     encoder = lambda path: Encoder(config.data, config.run.dtype, vae, device, path)
-    recipe, facts, lost = make_recipe(config.data, picture_divisor(config, vae)), [], []
+    recipe, facts, lost, done = make_recipe(config.data, picture_divisor(config, vae)), [], [], by_content(folder, mark)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with claims.held("index"):
         (folder / "index.json").unlink(missing_ok=True)
@@ -313,14 +319,17 @@ def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: tor
             bar.update()
             check()
 
+        def fill(new_folder: Path) -> None:
+            if not ((content := content_of(shard)) in done and reuse(done[content], shard, new_folder)):
+                encode_shard(shard, lambda samples: decoded(samples, recipe, pool), encoder, mark, new_folder, tick, content)
+
         for i in sorted(range(len(missing)), key=lambda i: (i - rank) % world):        # this rank's own shards first
             shard = missing[i]
             if not claims.take(shard.name) or read_shard(folder, shard, mark):
                 continue
             bar.set_description(f"shard {i + 1} of {len(missing)}")
             try:
-                replace_folder(folder / "shards" / shard.name, lambda new_folder: encode_shard(
-                    shard, lambda samples: decoded(samples, recipe, pool), encoder, mark, new_folder, tick))
+                replace_folder(folder / "shards" / shard.name, fill)
             except SourceLost as error:
                 lost.append(str(error))
                 continue

@@ -1,7 +1,7 @@
 """Read captioned samples from shards: WebDataset tar archives, lists of picture files, .npz arrays.
 
 Notable: a reader yields, even from a broken shard, only samples and Skips (which give the reason), or it raises one of two
-errors about the shard as a whole. Pictures and captions are matched by name, never by position.
+errors about the shard as a whole. Pictures and captions are matched by name (`naming.py`), never by position.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import errno
 import gzip
 import itertools
 import json
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -18,17 +17,17 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from fsspec import AbstractFileSystem
 
+from tinyldm.data.naming import DUPLICATE, UNSAFE, Name, complete, composed, samples, split
 from tinyldm.data.remote import SourceLost, address, open_file, reading
 from tinyldm.data.tarshard import LIMIT, Flaw, Member, members
 
-KINDS = dict.fromkeys(("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"), "picture") | {"txt": "txt", "json": "json"}
-UNSAFE = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|\Z)", re.DOTALL)      # leads out of its folder
-HIDDEN = re.compile(r"(.*/)?\.[^/]", re.DOTALL)
-
-NO_PICTURE, MISSING, DUPLICATE, UNSAFE_NAME = "no picture", "picture file missing", "duplicate key", "unsafe name"
+MISSING, UNSAFE_NAME = "picture file missing", "unsafe name"
 CUT, NO_END, DAMAGED = "archive cut short", "archive has no end mark", "archive damaged"
 UNREADABLE, TOO_LARGE = "unreadable", "too large"
 NOT_UTF8, NO_JSON = "caption is not UTF-8", "json is not readable"
+USUAL = ("prompt", "caption", "text")       # keys of captions beside or inside a .json, the one that wins first
+MANY = 256                                  # members of one key that are held before they are sorted into samples
+Held = tuple[Name, bytes | None]            # a member; without data, it is too large
 
 
 class Sample(NamedTuple):
@@ -36,14 +35,14 @@ class Sample(NamedTuple):
 
     key: str                        # unique within its shard; used in messages
     picture: bytes | np.ndarray     # the bytes of a picture file, or pixels uint8 [h, w, 3]
-    fields: dict[str, object]       # "txt" and "json": the bytes of a file; columns of a metadata row: str or list[str]
+    fields: dict[str, object]       # "txt", "json" and NAME of a KEY.NAME.txt: the bytes of a file; of a metadata row: str or list[str]
 
 
 class Skip(NamedTuple):
     """A sample that cannot be used, or something in a shard that is not a sample."""
 
     key: str
-    reason: str                     # one of the constants above
+    reason: str                     # one of the constants above or in naming.py
     detail: str = ""
 
 
@@ -64,6 +63,7 @@ class Entry(NamedTuple):
     fields: dict[str, object]
     reason: str = ""                # the reason for a Skip, where the listing shows one
     stamp: str = ""                 # changes when one of the files does
+    detail: str = ""                # of the reason
 
 
 # ---- captions
@@ -72,18 +72,18 @@ class Entry(NamedTuple):
 def captions(sample: Sample, keys: Sequence[str] = ()) -> list[tuple[int, str]]:
     """The captions under each of `keys`, as (index into keys, caption), stripped of white space; empty ones are left out.
 
-    The key "txt" is the .txt file; any other key is looked up in the metadata row or the .json file, where its value is a
-    string or a list of strings. Without keys, the captions of the first key among txt, prompt, caption and text that has any,
-    as index 0. ValueError, whose message is the reason for a Skip: "caption is not UTF-8" or "json is not readable".
+    The key "txt" is the caption file; any other key NAME is looked up in KEY.NAME.txt or the metadata row, then in the .json file,
+    where its value is a string or a list of strings. Without keys, the captions of the first key among txt, prompt, caption and text
+    that has any, as index 0. ValueError, whose message is the reason for a Skip: "caption is not UTF-8" or "json is not readable".
     """
     if keys:
-        row = table(sample) if set(keys) - {"txt"} else {}
+        row = table(sample) if set(keys) - {"txt"} - plain(sample).keys() else sample.fields
         return [(index, text) for index, key in enumerate(keys)
                 for text in texts((sample.fields if key == "txt" else row).get(key))]
-    found = texts(sample.fields.get("txt"))
+    found = next(filter(None, (texts(sample.fields.get(key)) for key in ("txt", *USUAL))), None)
     if not found:
         row = table(sample)
-        found = next(filter(None, (texts(row.get(key)) for key in ("prompt", "caption", "text"))), [])
+        found = next(filter(None, (texts(row.get(key)) for key in USUAL)), [])
     return [(0, text) for text in found]
 
 
@@ -98,7 +98,12 @@ def table(sample: Sample) -> dict[str, object]:
         raise ValueError(NO_JSON) from None
     if not isinstance(row, dict):
         raise ValueError(NO_JSON)
-    return row | {name: value for name, value in sample.fields.items() if name != "json"}
+    return row | plain(sample)
+
+
+def plain(sample: Sample) -> dict[str, object]:
+    """A sample's fields without the .json file."""
+    return {name: value for name, value in sample.fields.items() if name != "json" or not isinstance(value, bytes)}
 
 
 def texts(value: object) -> list[str]:
@@ -120,9 +125,9 @@ def caption_keys(sample: Sample) -> list[str]:
     try:
         row = table(sample)
     except ValueError:
-        row = sample.fields
+        row = plain(sample)
     keys = {key for key, value in row.items() if key != "txt" and key and key.isprintable()
-            and (isinstance(value, str) or isinstance(value, list) and any(isinstance(word, str) for word in value))}
+            and (isinstance(value, (str, bytes)) or isinstance(value, list) and any(isinstance(word, str) for word in value))}
     return sorted(keys | {"txt"} & set(sample.fields))          # the key txt means the .txt file, not a field of the .json
 
 
@@ -163,45 +168,53 @@ def unpacked(stream: BinaryIO) -> Iterator[Member | Flaw]:
 
 
 def pair(parts: Iterable[Member | Flaw]) -> Iterator[Sample | Skip]:
-    """Group consecutive members by their key, which is their name without the last extension."""
-    key, group, reason = "", {}, ""
-    seen: set[str] = set()
+    """Sort members into samples. Those with one key make up a sample where they follow each other."""
+    group: list[Held] = []                      # members that are not in a sample yet
+    last, seen = None, set()                    # the name of the last member; the keys of all samples
     for part in itertools.chain(parts, [None]):
+        name = split(part.name) if part else None
         if isinstance(part, Flaw):
-            yield Skip(part.name or key, CUT if part.inside else NO_END if part.truncated else DAMAGED, part.detail)
-            if part.doubtful or part.name and split(part.name)[0] == key:       # the sample in progress is incomplete
-                group = {}
-            continue
-        stem, kind = split(part.name) if part else (None, "picture")
-        if kind is None:
-            continue
-        if kind == UNSAFE_NAME:
+            yield Skip(part.name or (last.stem if last else ""), CUT if part.inside else NO_END if part.truncated else DAMAGED, part.detail)
+            if part.doubtful or name and last and composed(name.key) == composed(last.key):     # the samples in progress are incomplete
+                seen |= {found.key for found in samples(group)}
+                group = []
+        elif part and UNSAFE.match(part.name):
             yield Skip(part.name, UNSAFE_NAME)
-            continue
-        if stem != key:
-            if group:
-                yield finish(key, group, reason)
-            key, group, reason = stem, {}, DUPLICATE if stem in seen else ""
-            seen.add(stem)
-        if part:
-            reason = reason or (DUPLICATE if kind in group else TOO_LARGE if part.data is None else "")
-            group[kind] = part.data
+        elif name or not part:
+            done, group = divide(group, name)
+            yield from finish(done, seen)
+            group += [(name, part.data)] if part else []
+            last = name
 
 
-def finish(key: str, group: dict[str, bytes], reason: str) -> Sample | Skip:
-    """The sample of a group of members, {kind: data}. reason: why it cannot be used, if it cannot."""
-    if reason or "picture" not in group:
-        return Skip(key, reason or NO_PICTURE)
-    return Sample(key, group.pop("picture"), group)
+def divide(group: list[Held], name: Name | None) -> tuple[list[Held], list[Held]]:
+    """The members that need not be held any longer when one with this name follows, and the others.
+
+    Held are those with the same key, and with one that the name begins with: 000, while 000.0.png follows. Memory does not grow with
+    the archive, even where all names begin alike: shot.a.jpg and its caption are complete when shot.b.jpg follows.
+    """
+    if not group or not name:
+        return group, []
+    last, key = group[-1][0], composed(name.key) + "."
+    if name.stem == last.stem:
+        return [], group
+    if len(group) >= MANY:
+        return group, []
+    over = last.stem if last.part and complete({held.kind for held, _ in group if held.stem == last.stem}) else None
+    waits = [key.startswith(composed(held.key) + ".") and held.stem != over for held, _ in group]
+    return [held for held, wait in zip(group, waits) if not wait], [held for held, wait in zip(group, waits) if wait]
 
 
-def split(name: str) -> tuple[str, str | None]:
-    """A file's key and its kind: "picture", "txt", "json" or UNSAFE_NAME; None for a file that is ignored."""
-    if UNSAFE.match(name):
-        return name, UNSAFE_NAME
-    stem, _, extension = name.rpartition(".")
-    kind = KINDS.get(extension.lower())
-    return stem, None if kind is None or HIDDEN.match(name) else kind
+def finish(group: list[Held], seen: set[str]) -> Iterator[Sample | Skip]:
+    """The samples among members; `seen` grows by their keys. A member without data was too large."""
+    for found in samples(group):
+        reason = DUPLICATE if found.key in seen else found.reason
+        reason = reason or (TOO_LARGE if any(data is None for _, data in found.files()) else "")
+        seen.add(found.key)
+        if reason:
+            yield Skip(found.key, reason, found.detail)
+        else:
+            yield Sample(found.key, found.pictures[0][1], {field: files[0][1] for field, files in found.fields.items()})
 
 
 # ---- files, arrays
@@ -214,7 +227,7 @@ def read_files(fs: AbstractFileSystem, entries: Sequence[Entry]) -> Iterator[Sam
         reason = entry.reason or (
             TOO_LARGE if any(isinstance(file, File) and (file.size or 0) > LIMIT for file in files) else "")
         if reason:
-            yield Skip(entry.key, reason)
+            yield Skip(entry.key, reason, entry.detail)
             continue
         try:
             picture, *values = (read_file(fs, file) if isinstance(file, File) else file for file in files)

@@ -17,6 +17,8 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from tinyldm.data.links import LinkedFileSystem
+
 BUFFER = 4 << 20            # bytes per request: large enough that its latency is negligible
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs",
             "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko", "ssh": "paramiko"}
@@ -175,7 +177,8 @@ def find_fs(spec: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a path or URL, and the path within it. ValueError where its package is not installed."""
     protocol = spec.partition("://")[0].split("::")[-1]
     try:
-        return url_to_fs(spec)
+        fs, path = url_to_fs(spec)
+        return (LinkedFileSystem() if type(fs) is LocalFileSystem else fs), path
     except ImportError as error:
         package = PACKAGES.get(protocol)
         how = f"pip install {package}" if package else "install it with pip"

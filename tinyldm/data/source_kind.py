@@ -21,6 +21,7 @@ class Shard:
     stamp: str                      # changes whenever the contents may have changed
     remote: bool
     read: Callable[[], Iterator[Sample | Skip]] = field(repr=False)
+    content: Callable[[], str] | None = field(default=None, repr=False)      # a hash of all that is read; None: unknown before reading
 
 
 class ListOptions(NamedTuple):
