@@ -1,4 +1,5 @@
-"""Whole pipelines: sample.py draws, from a folder that diffusers saved, the picture that diffusers draws from it.
+"""Whole pipelines: sample.py draws, from a folder that diffusers saved, the picture that diffusers draws from it. The constructors
+of its pipelines change the configs of their parts: that, what an absent field means, and every class that is read, is here too.
 
 To one 8-bit step: float32 rounds differently in the two. The networks are small and random, with well-scaled
 weights; the picture's contrast is checked, so that neither grey nor saturated pictures can agree by accident.
@@ -6,6 +7,7 @@ weights; the picture's contrast is checked, so that neither grey nor saturated p
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,12 @@ import transformers
 from helpers import randomise
 from PIL import Image
 
+from tinyldm.diffusion.noise import initial_noise, make_generators
+from tinyldm.folders.load import load_model
+from tinyldm.pictures.pixels import to_pixels
+from tinyldm.pipeline import Canvas, draw, draw_settings, picture_size
 from tinyldm.text.tokenizer import Tokenizer
+from tinyldm.vendor_loaders import pipelines
 
 ROOT = Path(__file__).parent.parent
 PROMPT, NEGATIVE = "a red square on the left of a blue circle", "a small green triangle"
@@ -124,3 +131,165 @@ def test_a_named_sampler_draws_what_its_class_made_from_the_folder_s_config_draw
     karras = {"use_karras_sigmas": True} if sampler.endswith("karras") else {}
     theirs.scheduler = getattr(diffusers, name).from_config(config, **karras)
     assert_same_picture(ours, drawn_by(theirs))
+
+
+# ---- what the constructors of diffusers' pipelines change
+
+
+@pytest.fixture
+def folder(pipeline, tmp_path):
+    """folder(changes to files, pipeline class) saves a model and then edits its JSON files: None removes a field."""
+    def make(edits={}, kind="StableDiffusionPipeline", scheduler="DDIMScheduler", which="sd1", **fields):
+        pipeline(which, scheduler, **fields).save_pretrained(tmp_path / "model")
+        for file, changes in (edits | {"model_index.json": {"_class_name": kind} | edits.get("model_index.json", {})}).items():
+            path = tmp_path / "model" / file
+            content = json.loads(path.read_text()) | changes
+            path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+        return tmp_path / "model"
+    return make
+
+
+def opened(kind, folder):
+    found = getattr(diffusers, kind).from_pretrained(folder)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def drawn_here(folder, steps=STEPS, cfg=SCALE, **options):
+    model = load_model(folder)
+    return draw(model, [PROMPT], [SEED], draw_settings(model, steps=steps, cfg=cfg), negative=NEGATIVE, **options)[0].astype(int)
+
+
+CONFIG = "scheduler/scheduler_config.json"
+REWRITTEN = [("DDIMScheduler", {"steps_offset": 0, "clip_sample": True}), ("DDIMScheduler", {"steps_offset": None, "clip_sample": None}),
+             ("DDIMScheduler", {"steps_offset": 7, "clip_sample": False}), ("DDPMScheduler", {"steps_offset": None, "clip_sample": None}),
+             *(("PNDMScheduler", {"steps_offset": offset, "skip_prk_steps": True}) for offset in (None, 5)),
+             ("HeunDiscreteScheduler", {"steps_offset": 3, "timestep_spacing": "leading", "clip_sample": True}),
+             *((name, {"steps_offset": offset, "timestep_spacing": "leading"}) for name in
+               ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "DPMSolverMultistepScheduler",
+                "UniPCMultistepScheduler") for offset in (None, 4))]
+RARE = {"LMSDiscreteScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler"}
+
+
+@pytest.mark.parametrize("name, fields", [pytest.param(*case, marks=pytest.mark.slow if case[0] in RARE else []) for case in REWRITTEN])
+def test_steps_offset_is_1_and_nothing_is_clipped_whatever_the_scheduler_s_file_says_or_leaves_out(folder, name, fields):
+    made = folder({CONFIG: fields}, scheduler=name)
+    assert_same_picture(drawn_here(made), drawn_by(opened("StableDiffusionPipeline", made)))
+
+
+def test_the_scheduler_s_class_is_the_one_that_model_index_json_names(folder):
+    made = folder({"model_index.json": {"scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"]}}, steps_offset=1)
+    theirs = opened("StableDiffusionPipeline", made)
+    assert type(theirs.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    assert json.loads((made / CONFIG).read_text())["_class_name"] == "DDIMScheduler"
+    assert_same_picture(drawn_here(made), drawn_by(theirs))
+
+
+@pytest.mark.parametrize("version, size, expected", [
+    ("0.6.0", 24, (128, 128)), ("0.8.1", 63, (128, 128)), ("0.6.0", 72, (144, 144)), ("0.9.0", 24, (48, 48)), ("0.10.2", 24, (48, 48)),
+    ("0.9.0.dev0", 24, (48, 48)), (None, 24, (48, 48)), (None, [24, 32], (48, 64)), (None, [16, 16], (32, 32)),
+    ("0.8.1", [24, 16], (48, 32))])
+def test_the_size_of_a_picture_is_that_of_the_u_net_s_config_and_of_old_ones_at_least_64(folder, version, size, expected):
+    made = folder({"unet/config.json": {"_diffusers_version": version, "sample_size": size}}, steps_offset=1, clip_sample=False)
+    theirs = opened("StableDiffusionPipeline", made)
+    latent = theirs.unet.config.sample_size
+    assert [side * theirs.vae_scale_factor for side in (latent if isinstance(latent, list) else [latent] * 2)] == list(expected)
+    assert picture_size(load_model(made)) == expected[::-1]     # width, height
+    if expected == (48, 64):
+        assert_same_picture(drawn_here(made), drawn_by(theirs))
+
+
+def test_stable_diffusion_s_pipeline_takes_no_account_of_a_shift_factor_and_neither_do_we(folder):
+    made = folder({"vae/config.json": {"shift_factor": 40.0}}, steps_offset=1, clip_sample=False)      # these latents are large
+    assert_same_picture(drawn_here(made), drawn_by(opened("StableDiffusionPipeline", made)))
+
+
+@pytest.mark.parametrize("scale", [-3.0, 0.0, 0.5, 1.0, 1.5])
+def test_a_guidance_scale_of_at_most_1_is_the_prompt_alone_as_in_diffusers(folder, scale):
+    made = folder(steps_offset=1, clip_sample=False)
+    theirs, generator = opened("StableDiffusionPipeline", made), torch.Generator().manual_seed(SEED)
+    image = theirs(PROMPT, negative_prompt=NEGATIVE, num_inference_steps=STEPS, guidance_scale=scale, generator=generator).images[0]
+    ours = drawn_here(made, cfg=scale)
+    assert_same_picture(ours, np.asarray(image).astype(int))
+    assert (abs(ours - drawn_here(made, cfg=1.0)).max() == 0) == (scale <= 1)
+
+
+# ---- folders that other pipelines saved
+
+
+def test_a_folder_of_the_pipeline_from_a_picture_draws_from_noise_and_from_a_picture(folder):
+    made = folder({CONFIG: {"steps_offset": None, "clip_sample": None}}, "StableDiffusionImg2ImgPipeline")
+    assert_same_picture(drawn_here(made), drawn_by(opened("StableDiffusionPipeline", made)))
+    picture = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    pixels = to_pixels(np.array(Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC))[None])
+    theirs = opened("StableDiffusionImg2ImgPipeline", made)
+    latent = theirs.vae.encode(pixels).latent_dist.mode() * theirs.vae.config.scaling_factor
+    image = theirs(PROMPT, image=latent, strength=0.5, negative_prompt=NEGATIVE, num_inference_steps=20, guidance_scale=SCALE,
+                   generator=torch.Generator().manual_seed(SEED)).images[0]
+    assert_same_picture(drawn_here(made, steps=20, canvas=Canvas(pixels, 0.5)), np.asarray(image).astype(int))
+
+
+def test_a_folder_of_the_inpainting_pipeline_with_an_ordinary_u_net_draws_what_it_draws_where_all_is_masked(folder):
+    """Its constructor leaves out PNDM's Runge-Kutta start, which the file's silence means."""
+    made = folder({CONFIG: {"steps_offset": None, "skip_prk_steps": None}}, "StableDiffusionInpaintPipeline", "PNDMScheduler")
+    noise = initial_noise((4, SIZE // 2, SIZE // 2), make_generators([SEED]))
+    white = Image.new("L", (SIZE, SIZE), 255)
+    image = opened("StableDiffusionInpaintPipeline", made)(
+        PROMPT, image=Image.new("RGB", (SIZE, SIZE)), mask_image=white, strength=1.0, latents=noise, height=SIZE, width=SIZE,
+        negative_prompt=NEGATIVE, num_inference_steps=STEPS, guidance_scale=SCALE).images[0]
+    assert_same_picture(drawn_here(made), np.asarray(image).astype(int))
+
+
+def test_what_an_inpainting_pipeline_would_clip_is_refused(folder):
+    made = folder({CONFIG: {"clip_sample": None}}, "StableDiffusionInpaintPipeline")
+    assert opened("StableDiffusionInpaintPipeline", made).scheduler.config.clip_sample is True
+    with pytest.raises(ValueError, match="clip_sample=True: clamping"):
+        drawn_here(made)
+
+
+def test_a_folder_of_the_safe_pipeline_is_drawn_with_as_the_plain_one_does_and_says_so(folder, capsys):
+    made = folder({CONFIG: {"steps_offset": None, "clip_sample": None}}, "StableDiffusionPipelineSafe")
+    assert_same_picture(drawn_here(made), drawn_by(opened("StableDiffusionPipeline", made)))
+    assert "without its guidance away from unsafe content" in capsys.readouterr().err
+
+
+REASONS = {"FlaxStableDiffusionPipeline": "msgpack", "OnnxStableDiffusionPipeline": "another runtime",
+           "StableDiffusionOnnxPipeline": "another runtime", "ORTStableDiffusionPipeline": "another runtime",
+           "StableDiffusionControlNetPipeline": "further network", "StableDiffusionXLPipeline": "second text encoder",
+           "StableDiffusionLatentUpscalePipeline": "more than noise", "StableDiffusionDepth2ImgPipeline": "more than noise",
+           "StableDiffusionInstructPix2PixPipeline": "more than noise", "LatentConsistencyModelPipeline": "guidance scale as an input",
+           "AltDiffusionPipeline": "not CLIP's", "StableDiffusion3Pipeline": "transformer", "DiTPipeline": "number of a class",
+           "StableDiffusionSAGPipeline": "write that _class_name into", "DDPMPipeline": "write that _class_name into", None: "_class_name"}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_folders_of_other_pipelines_are_refused_with_the_reason(folder, kind):
+    made = folder(kind=kind)
+    with pytest.raises(ValueError, match=REASONS[kind]) as error:
+        load_model(made)
+    assert f"{made} holds a {kind}, which cannot be read: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_with_its_own_code_is_refused_whatever_its_class_is_called(folder):
+    made = folder(kind=["pipeline", "StableDiffusionPipeline"])
+    with pytest.raises(ValueError, match="holds a pipeline StableDiffusionPipeline, which cannot be read: it may have the parts"):
+        load_model(made)
+
+
+def test_what_is_written_is_read_too_and_what_is_read_is_not_refused(monkeypatch):
+    monkeypatch.setitem(pipelines.PIPELINES, "NewPipeline", pipelines.PIPELINES[pipelines.OWN])    # one from outside
+    for kind in pipelines.PIPELINES:
+        assert pipelines.find({"_class_name": kind}, "x").written_as == kind
+    for kind, reading in pipelines.READ.items():
+        assert reading.written_as in pipelines.PIPELINES and not any(re.fullmatch(pattern, kind) for pattern in pipelines.REFUSED)
+
+
+@pytest.mark.parametrize("channels, needs", [(9, "a mask and the masked picture"), (5, "a depth map"), (8, "a picture to edit"),
+                                             (7, "to enlarge"), (6, "not of the same model")])
+def test_a_u_net_that_takes_more_than_noise_is_refused_with_what_it_needs(folder, parts, channels, needs):
+    made = folder(kind="StableDiffusionInpaintPipeline", clip_sample=False)
+    theirs = parts["sd1"]["unet"]
+    stated = {name: value for name, value in theirs.config.items() if name != "_use_default_values"}
+    type(theirs).from_config(stated | {"in_channels": channels}).save_pretrained(made / "unet")
+    with pytest.raises(ValueError, match=f"takes {channels} channels, the VAE makes 4: .*{needs}"):
+        drawn_here(made)

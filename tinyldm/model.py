@@ -59,7 +59,7 @@ class Architecture(NamedTuple):
     # For networks that denoise latents:
     fields: Callable[[NetworkShapes], dict] = lambda shapes: {}     # the fields of its config that the other parts determine
     divisor: Callable[[Any], int] = lambda config: 1                # config -> height and width of latents are multiples of this
-    trained_size: Callable[[Any], int | None] = lambda config: None     # config -> latent size in training; None: it has no such field
+    trained_size: Callable[[Any], int | tuple[int, int] | None] = lambda config: None   # config -> latent height and width in training
     conditions: frozenset[str] = frozenset({"context"})             # the fields of Cond that training may give it
     pipeline: str = pipelines.OWN               # the published pipeline that its model folder is written for
     # For text encoders:

@@ -9,10 +9,12 @@ noise included, and compared. Where this library does something else on purpose,
                     starts from the noisiest level. (DPM-Solver++ and UniPC make one time more and do the same as ours.)
   Trailing times    numpy's arange accumulates rounding: for n = 61, 103, 121, ... theirs has an n + 1st time of -1,
                     for n = 48, 96, 112, ... it rounds a half the wrong way. Ours has n times, halves to even.
-  Strength          theirs rounds 50 * 0.58 down to 28, ours to 29.
-  Clipping          where a config does not say clip_sample, DDIM, DDPM made from it clip x0 to [-1, 1]; ours never.
-  Variants          a sampler asked for by name is that sampler: solver_order, solver_type, algorithm_type and PNDM's
-                    Runge-Kutta start (also the default of a PNDM config without skip_prk_steps) are not taken over.
+  Strength          theirs rounds 50 * 0.58 down to 28, ours to 29. From the middle of their list LMS takes weights of full order
+                    for the single slope that it has, and PNDM takes a later step twice instead of the first; ours start anew.
+  Clipping          where a config of another class does not say clip_sample, DDIM and DDPM made from it clip x0 to
+                    [-1, 1]; ours, asked for by name, never.
+  Variants          a sampler asked for by name is that sampler: solver_order, solver_type, algorithm_type, lower_order_final,
+                    euler_at_final, disable_corrector and PNDM's Runge-Kutta start are not taken over.
   Zero SNR          Heun, LMS and PNDM made from a config with rescale_betas_zero_snr ignore it and sample on another
                     curve than the network's. Ours run on the right one, in coordinates that stay finite at alpha = 0.
   Flow              a config of a flow means its own times for every sampler. Theirs knows flows in FlowMatchEuler,
@@ -37,6 +39,7 @@ needs ends= and rounded=True.
 
 import importlib.util
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -187,6 +190,20 @@ FIELDS = [  # fields of some schedulers
     ("dpmpp_2m", {"solver_order": 1}),
     *[(name, {"final_sigmas_type": "sigma_min", "timestep_spacing": spacing})
       for name in ("dpmpp_2m", "unipc") for spacing in SPACINGS],
+    *[(name, {"final_sigmas_type": end} | fields) for end in ("zero", "sigma_min") for name, fields in (
+        ("dpmpp_2m", {"lower_order_final": False}), ("dpmpp_2m", {"euler_at_final": True}),
+        ("dpmpp_2m", {"lower_order_final": False, "euler_at_final": True}), ("dpmpp_2m", {"solver_type": "heun"}),
+        ("dpmpp_2m", {"solver_type": "heun", "lower_order_final": False}), ("dpmpp_2m", {"use_lu_lambdas": True}),
+        ("dpmpp_2m", {"use_lu_lambdas": True, "use_karras_sigmas": True}), ("dpmpp_2m", {"use_lu_lambdas": True, "solver_order": 1}),
+        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1, "lower_order_final": False}),
+        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "lower_order_final": False}),
+        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++", "euler_at_final": True}),
+        ("unipc", {"disable_corrector": [0, 3]}), ("unipc", {"use_karras_sigmas": True, "disable_corrector": [1]}))],
+    *[("dpmpp_2m", {"final_sigmas_type": "sigma_min", "lower_order_final": False, "timestep_spacing": spacing, "steps_offset": 1,
+                    "prediction_type": "v_prediction"}) for spacing in SPACINGS],
+    *[("unipc", {"final_sigmas_type": "sigma_min"} | fields) for fields in (         # to clean data theirs is not a number
+        {"solver_type": "bh1"}, {"solver_type": "bh1", "disable_corrector": [1]}, {"lower_order_final": False},
+        {"solver_type": "bh1", "lower_order_final": False, "use_karras_sigmas": True})],
 ]  # fmt: skip
 
 
@@ -194,6 +211,32 @@ FIELDS = [  # fields of some schedulers
 def test_a_field_that_changes_the_picture(name, fields, toy_network):
     for steps in (14, 15):  # dpmpp_2m: the last of fewer than 15 is of first order
         agrees(make(name, **fields), toy_network, steps)
+
+
+def ramp(x, t, cond=None):
+    """The network of diffusers' own tests of schedulers (tests/schedulers/test_schedulers.py), which is told whole times."""
+    t = t.long().view(-1, 1, 1, 1)
+    return x * t / (t + 1)
+
+
+@pytest.mark.parametrize("fields, mean", [
+    ({}, 0.3301), ({"prediction_type": "v_prediction"}, 0.2251),
+    ({"prediction_type": "v_prediction", "use_karras_sigmas": True}, 0.2096),
+])
+def test_the_values_of_diffusers_own_tests_of_dpm_solver_without_a_lower_order_at_the_end(fields, mean):
+    """The means that tests/schedulers/test_scheduler_dpm_multi.py states, of ten steps with its default config."""
+    config = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02,
+              "beta_schedule": "linear", "solver_order": 2, "prediction_type": "epsilon", "thresholding": False,
+              "sample_max_value": 1.0, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": False,
+              "euler_at_final": False, "lambda_min_clipped": -math.inf, "variance_type": None, "final_sigmas_type": "sigma_min"}
+    x = (torch.arange(3 * 8 * 8 * 4).reshape(3, 8, 8, 4) / (3 * 8 * 8 * 4)).permute(3, 0, 1, 2)
+    (process, prediction), found = from_config(config | fields), sampling(config | fields)
+    levels = grid(process, 10, found.schedule, **found.grid)
+    drawn = final(find_sampler(found.sampler)(denoiser(ramp, None, prediction), x, levels, **found.options))
+    assert abs(drawn.abs().mean().item() - mean) < 1e-3     # the bound there
+    if "use_karras_sigmas" not in fields:                   # whose last step has no length
+        lower = final(find_sampler(found.sampler)(denoiser(ramp, None, prediction), x, levels))
+        assert abs(lower.abs().mean().item() - mean) > 0.05
 
 
 SD15 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from tinyldm.diffusion.grids import SCHEDULES, Levels, curve, find_schedule, grid
+from tinyldm.diffusion.noise import initial_noise, make_generators
 from tinyldm.diffusion.process import CLEAN, PROCESSES, Discrete, Level, make_process
+from tinyldm.diffusion.samplers import SAMPLERS, final
 
 SD = make_process("scaled_linear")
 DISCRETE = [name for name in PROCESSES if isinstance(make_process(name), Discrete)]
@@ -157,6 +159,25 @@ def test_every_step_count_of_the_table_has_a_grid():
         for steps in [*range(1, 1000, 77), 999, 1000]:
             found = times(SD, steps, schedule)
             assert len(found) == steps + 1 and 0 <= min(found) and max(found) <= 999
+
+
+@pytest.mark.parametrize("schedule, steps, options, most", [
+    ("leading", 999, dict(offset=1, drop_last=True), 998), ("leading", 1000, dict(offset=1), 999), ("leading", 1000, dict(offset=3), 997),
+    ("karras", 5, dict(sigma_min=2.0, sigma_max=2.0), 1)])
+def test_steps_between_equal_levels_are_refused_with_the_largest_number_that_works(schedule, steps, options, most):
+    with pytest.raises(ValueError, match=f"^{steps} sampling steps with schedule '{schedule}' .*twice: use {most} or fewer$"):
+        grid(SD, steps, schedule, **options)
+    found = ratios(grid(SD, most, schedule, **options))
+    assert len(found) == most + 1 and all(a > b for a, b in zip(found, found[1:]))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values())
+def test_the_largest_numbers_of_steps_are_taken_by_every_sampler(sampler):
+    denoise = lambda x, level: x * level.alpha / (level.alpha**2 + level.sigma**2)              # exact for data of unit variance
+    for steps, options in ((998, dict(schedule="leading", offset=1, drop_last=True)), (1000, dict(schedule="leading")),
+                           (1000, dict(schedule="trailing"))):
+        levels, generators = grid(SD, steps, **options), make_generators([0])
+        assert 0.1 < final(sampler(denoise, initial_noise((1, 8, 8), generators), levels, generators=generators)).std() < 10
 
 
 def ratios(levels):

@@ -83,11 +83,17 @@ ORDERS = {
     "unipc": (3, FINE, 1),
     "dpmpp_sde eta=0": (2, COARSE, 0),
     "heun in x / alpha": (2, COARSE, 0),
+    "dpmpp_2m heun": (2, COARSE, 0),
+    "unipc of second order at the end": (3, FINE, 0),
+    "unipc bh1": (3, FINE, 1),
 }
 VARIANTS = {
     "pndm along v": partial(pndm, along="v"),
     "dpmpp_sde eta=0": partial(dpmpp_sde, eta=0.0),
     "heun in x / alpha": partial(heun, scale=signal),
+    "dpmpp_2m heun": partial(dpmpp_2m, solver_type="heun"),
+    "unipc of second order at the end": partial(unipc, lower_order_final=False),
+    "unipc bh1": partial(unipc, solver_type="bh1"),
 }
 
 
@@ -487,6 +493,17 @@ def test_every_step_yields_x_and_the_guess_on_the_way_and_ends_on_the_guess(name
         assert torch.equal(x0, image_mixture(start, level))
     if name not in ("lms", "pndm"):  # these two extrapolate in the last step as well
         torch.testing.assert_close(steps[-1][0], steps[-1][1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, solver_type", [("dpmpp_2m", "midpoint"), ("dpmpp_2m", "heun"), ("unipc", "bh1"), ("unipc", "bh2")])
+def test_a_last_step_of_no_length_changes_nothing(name, solver_type, image_mixture):
+    """Karras sigmas that end at sigma_min, where diffusers' final_sigmas_type is sigma_min too."""
+    x, levels = noise(2, (1, 1, 2)).double(), grid(SD, 5, "karras")[:-1]
+    levels.append(levels[-1])
+    *_, before, after = SAMPLERS[name](image_mixture, x, levels, lower_order_final=False, solver_type=solver_type)
+    if name == "dpmpp_2m":
+        torch.testing.assert_close(after[0], before[0], rtol=1e-12, atol=1e-12)
+    assert after[0].isfinite().all()                            # unipc corrects what it predicted before
 
 
 def test_pndm_takes_its_first_step_twice_and_unipc_corrects_without_another_call(image_mixture):

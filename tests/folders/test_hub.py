@@ -250,6 +250,38 @@ def test_a_file_that_is_lost_from_the_cache_is_named_offline_and_comes_back_onli
     assert same(load_model(ID).net, load_model(folder).net)
 
 
+@pytest.mark.parametrize("lost", ["tinyldm.json", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
+                                  "tokenizer/tokenizer.json", "scheduler/scheduler_config.json", "vae/config.json"])
+def test_a_small_file_that_is_lost_from_the_cache_is_never_replaced_by_a_default(server, monkeypatch, lost):
+    load_model(ID)
+    file = next(hub.Path(huggingface_hub.constants.HF_HUB_CACHE).rglob(f"snapshots/*/{lost}"))
+    file.unlink()
+    offline(server, monkeypatch)
+    assert f"{ID} is incomplete in the cache ({file} is missing)" in refusal(load_model, ID)
+    if lost.startswith("tokenizer"):
+        assert f"{file} is missing" in refusal(load_tokenizer, ID)
+
+
+@pytest.mark.parametrize("lost, kind", [("tinyldm.json", "TinyLDM"), ("tokenizer/tokenizer_config.json", "StableDiffusion")])
+def test_a_cache_without_a_listing_must_have_what_every_such_model_has(server, monkeypatch, lost, kind):
+    monkeypatch.setattr(hub, "_cached_listing", lambda repo_id, commit: None)              # as older versions of huggingface_hub leave it
+    for commit in server.repos[ID].commits.values():
+        commit["model_index.json"] = commit["model_index.json"].replace(b"StableDiffusionPipeline", f"{kind}Pipeline".encode())
+    load_model(ID)
+    offline(server, monkeypatch)
+    assert load_model(ID).defaults == {"steps": 20}
+    next(hub.Path(huggingface_hub.constants.HF_HUB_CACHE).rglob(f"snapshots/*/{lost}")).unlink()
+    assert lost in refusal(load_model, ID)
+
+
+def test_a_repository_without_a_tokenizer_config_is_complete_in_the_cache(server, folder, monkeypatch):
+    files = {file.name: file.read_bytes() for file in (folder / "tokenizer").iterdir() if file.name != "tokenizer_config.json"}
+    server.repos["someone/tokens"] = repository(files)
+    online = load_tokenizer("someone/tokens").encode(["a red fox"])
+    offline(server, monkeypatch)
+    assert (load_tokenizer("someone/tokens").encode(["a red fox"]) == online).all()
+
+
 def test_a_download_that_breaks_off_is_an_error_and_is_taken_up_again(server, folder):
     file = "unet/diffusion_pytorch_model.safetensors"
     server.fault[file] = (501, b"", {"X": "y"})

@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from tinyldm.diffusion.grids import grid
 from tinyldm.folders.load import load_model, load_vae
 from tinyldm.folders.rename import export_renamed
-from tinyldm.folders.save import write_part
-from tinyldm.folders.single_file import checkpoint_tensors, why_not_one_file
+from tinyldm.folders.save import save_model, write_part
+from tinyldm.folders.single_file import SD1, checkpoint_tensors, why_not_one_file
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.pipeline import draw_settings
 from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders import clip, taesd, unet, vae
 
@@ -109,6 +110,114 @@ def test_the_prediction_is_the_asked_one_else_that_of_the_training_step(sd, tmp_
     file = written(tmp_path / "sd.ckpt", getattr(sd, which).tensors, global_step=step)
     model = load_model(file, tokenizer=sd.tokenizer, prediction=asked)
     assert (model.prediction, model.net.config.sample_size) == (prediction, size)
+
+
+# ---- what a file, or a file beside it, says about the prediction
+
+EMPTY, V1 = torch.tensor([]), """model:
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    # parameterization: "eps"
+    parameterization: "v"
+    linear_start: 0.00085
+"""
+SILENT = "model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    linear_start: 0.00085\n"
+STATED = [  # model, keys, text of the .yaml beside it, texts of the header, --prediction -> prediction
+    ("one", {"v_pred": EMPTY}, "", {}, None, "v"), ("one", {"v_pred": EMPTY}, "", {}, "eps", "eps"),
+    ("two", {"v_pred": EMPTY}, "", {}, None, "v"), ("two", {}, SILENT, {}, None, "eps"),
+    ("one", {}, V1, {}, None, "v"), ("one", {}, V1, {}, "eps", "eps"), ("one", {}, V1.replace('"', "'"), {}, None, "v"),
+    ("one", {}, V1.replace('"v"', "v   # as in 2.1"), {}, None, "v"), ("one", {}, V1.replace("    para", "    #para"), {}, None, "eps"),
+    ("two", {}, V1.replace('"v"', '"eps"'), {}, None, "eps"), ("two", {"v_pred": EMPTY}, SILENT, {}, None, "v"),
+    ("two", {}, "caption: a red fox\n", {}, None, "v"), ("one", {}, V1.replace('"v"', '"x0"'), {}, None, "x0"),
+    ("one", {}, "", {"modelspec.prediction_type": "v"}, None, "v"), ("two", {}, "", {"modelspec.prediction_type": "epsilon"}, None, "eps"),
+    ("two", {}, V1, {"modelspec.prediction_type": "epsilon"}, None, "v"), ("one", {}, "", {"modelspec.prediction_type": "v"}, "eps", "eps"),
+    ("one", {}, "", {"modelspec.architecture": "stable-diffusion-v1"}, None, "eps"), ("two", {}, "", {"format": "pt"}, None, "v")]
+
+
+@pytest.mark.parametrize("which, keys, yaml, header, asked, prediction", STATED)
+def test_the_prediction_is_the_asked_one_else_what_the_file_s_keys_its_yaml_or_its_header_say(
+        sd, tmp_path, which, keys, yaml, header, asked, prediction):
+    file = tmp_path / "my model.v1.safetensors"
+    save_file({name: tensor.clone() for name, tensor in (getattr(sd, which).tensors | keys).items()}, file, metadata=header or None)
+    if yaml:
+        (tmp_path / "my model.v1.yaml").write_text(yaml)
+    (tmp_path / "my model.yaml").write_text("parameterization: nonsense")       # of another file
+    model = load_model(file, tokenizer=sd.tokenizer, prediction=asked)
+    assert model.prediction == prediction and not model.scheduler.get("rescale_betas_zero_snr")
+    assert model.net.config.sample_size == (96 if which == "two" and prediction == "v" else 64)
+
+
+@pytest.mark.parametrize("which", ["one", "two"])
+def test_a_key_says_that_the_curve_ends_at_pure_noise_and_the_last_entry_is_drawn_from(sd, tmp_path, which):
+    tensors = getattr(sd, which).tensors | {"v_pred": EMPTY, "ztsnr": EMPTY}
+    for file in (tmp_path / "sd.safetensors", tmp_path / "sd.ckpt"):
+        model = load_model(written(file, tensors), tokenizer=sd.tokenizer)
+        assert model.prediction == "v" and model.process.alpha[-1] == 0 and model.process.alpha[-2] > 0
+        found = draw_settings(model).sampling
+        assert (found.sampler, found.schedule) == ("ddim", "trailing")
+        assert grid(model.process, 5, found.schedule, **found.grid)[0].t == 999
+
+
+def test_a_curve_that_ends_at_pure_noise_needs_v(sd, tmp_path):
+    file = written(tmp_path / "sd.safetensors", sd.one.tensors | {"ztsnr": EMPTY})
+    assert f"{file} has zero terminal SNR" in (text := refusal(load_model, file, tokenizer=sd.tokenizer)) and "--prediction v" in text
+    assert load_model(file, tokenizer=sd.tokenizer, prediction="v").process.alpha[-1] == 0
+    assert "ztsnr" in refusal(load_model, written(file, sd.one.tensors | {"v_pred": EMPTY, "ztsnr": EMPTY}), tokenizer=sd.tokenizer,
+                              prediction="eps")
+
+
+@pytest.mark.parametrize("yaml, header, where", [("parameterization: mu\n", {}, "sd.yaml: parameterization 'mu'"),
+                                                 ("", {"modelspec.prediction_type": "rf"}, "modelspec.prediction_type 'rf'")])
+def test_a_prediction_that_is_not_known_is_refused_with_the_place_that_states_it(sd, tmp_path, yaml, header, where):
+    save_file({name: tensor.clone() for name, tensor in sd.one.tensors.items()}, tmp_path / "sd.safetensors", metadata=header or None)
+    if yaml:
+        (tmp_path / "sd.yaml").write_text(yaml)
+    text = refusal(load_model, tmp_path / "sd.safetensors", tokenizer=sd.tokenizer)
+    assert where in text and "epsilon, sample, v_prediction" in text
+    assert load_model(tmp_path / "sd.safetensors", tokenizer=sd.tokenizer, prediction="eps").prediction == "eps"
+
+
+# ---- parts that a file lacks
+
+
+def without(tensors, *prefixes):
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+
+
+IN_A_FOLDER = ("copy the model folder that it was trained from, and put this file there in the place of "
+               "unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("lacks, expected", [
+    ([VAE], "it holds no VAE (first_stage_model.*): put the file of one beside it, named sd.1.vae.safetensors"),
+    (["cond_stage_model."], f"it holds no text encoder (cond_stage_model.*): {IN_A_FOLDER}"),
+    ([VAE, "cond_stage_model."], f"it holds no VAE (first_stage_model.*) and no text encoder (cond_stage_model.*): {IN_A_FOLDER}"),
+    ([NET], "it holds no U-Net (model.diffusion_model.*)"),
+    ([NET, VAE, "cond_stage_model."], "no U-Net (model.diffusion_model.*) and no VAE (first_stage_model.*) and no text encoder"),
+])
+def test_a_checkpoint_that_lacks_a_part_says_which_and_what_to_do(sd, tmp_path, lacks, expected):
+    file = written(tmp_path / "sd.1.safetensors", without(sd.one.tensors, *lacks))
+    text = refusal(load_model, file, tokenizer=sd.tokenizer)
+    assert text.startswith(f"{file} is no checkpoint of a whole Stable Diffusion, ") and expected in text
+
+
+@pytest.mark.parametrize("end", [".safetensors", ".pt", ".ckpt"])
+def test_a_vae_beside_a_checkpoint_takes_the_place_of_its_own_or_of_the_one_that_it_lacks(sd, tmp_path, end):
+    other = randomise(AutoencoderKL(sd.one.vae.config), 9)
+    written(tmp_path / f"sd.1.vae{end}", published(other, vae.LAYOUTS["CompVis"]))
+    for tensors in (sd.one.tensors, without(sd.one.tensors, VAE)):
+        model = load_model(written(tmp_path / "sd.1.safetensors", tensors), tokenizer=sd.tokenizer)
+        assert same(model.vae, other.state_dict()) and same(model.net, sd.one.net.state_dict())
+    written(tmp_path / f"sd.1.vae{end}", {"decoder.conv_in.weight": torch.zeros(1)})
+    assert f"sd.1.vae{end}" in refusal(load_model, tmp_path / "sd.1.safetensors", tokenizer=sd.tokenizer)
+
+
+@pytest.mark.parametrize("lacks", [[VAE, "cond_stage_model."], [VAE], ["cond_stage_model."]])
+def test_a_file_of_a_u_net_in_the_place_of_a_folder_s_draws_as_the_advice_says(sd, tmp_path, lacks):
+    save_model(tmp_path / "model", net=randomise(UNet(sd.one.net.config), 7), vae=sd.one.vae, texts=[sd.one.text],
+               tokenizers=[sd.tokenizer], scheduler=SD1, defaults={})
+    written(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors", without(sd.one.tensors, *lacks))
+    assert same(load_model(tmp_path / "model").net, sd.one.net.state_dict())
 
 
 def test_text_towers_without_their_prefix_and_half_precision_are_read(sd, tmp_path):

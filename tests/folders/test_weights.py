@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pickle
 import random
 import struct
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from tinyldm.folders.weights import Weights, choose, find_weights, open_weights
+from tinyldm.folders.weights import Weights, choose, find_weights, open_weights, write_weights
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b.weight": torch.randn(300), "ids": torch.arange(4), "scalar": torch.tensor(2.0)}
 INDEX = "model.safetensors.index.json"
@@ -222,3 +223,16 @@ def test_loading_takes_the_memory_of_the_network_and_hardly_more(tmp_path, store
     peak, size = map(int, subprocess.run([sys.executable, "-c", MEASURE, tmp_path, dtype], capture_output=True, text=True,
                                          check=True, cwd=Path(__file__).parents[2]).stdout.split())
     assert size > 200e6 and size < peak < (1.15 * size if dtype == "float32" else 1.15 * size + 64 * 2**20)
+
+
+def test_weights_are_written_where_permissions_cannot_be_changed(tmp_path, monkeypatch):
+    def refuse(self, mode):
+        raise PermissionError(1, "Operation not permitted", str(self))
+
+    write_weights(tmp_path / "usual.safetensors", TENSORS)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert os.name == "nt" or (tmp_path / "usual.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    monkeypatch.setattr(Path, "chmod", refuse)                  # as CIFS and mounts of object stores do
+    write_weights(tmp_path / "model.safetensors", TENSORS)
+    assert equal(read(open_weights(tmp_path / "model.safetensors")), TENSORS)

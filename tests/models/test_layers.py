@@ -1,7 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 
-from tinyldm.models.layers import Cond
+from tinyldm.models.layers import Attention, Cond
 
 
 def cond(b: int, **extra) -> Cond:
@@ -26,3 +28,15 @@ def test_a_condition_of_text_alone_stays_one():
 def test_conditions_with_different_extras_cannot_be_joined():
     with pytest.raises(ValueError, match=r"extra \['scale'\] and \['sizes'\] cannot be joined: give both the same names"):
         cond(1, scale=torch.ones(1)).cat(cond(1, sizes=torch.ones(1, 6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_numbers_weighs_tokens(dtype):
+    torch.manual_seed(0)
+    attention, x, context = Attention(16, 2, context_dim=8).to(dtype), torch.randn(1, 3, 16, dtype=dtype), torch.randn(1, 4, 8, dtype=dtype)
+    weigh = lambda context, *weights: attention(x, context, torch.tensor([weights]))
+    close = partial(torch.testing.assert_close, **dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=0.02, atol=0.01))
+    close(weigh(context, 1.0, 1.0, 0.0, 1.0), weigh(context, True, True, False, True))
+    twice = torch.cat([context, context[:, :1]], 1)             # the first token again: half of it in each place is all of it
+    close(weigh(twice, 0.5, 1.0, 1.0, 1.0, 0.5), weigh(context, True, True, True, True))
+    close(weigh(twice, 0.25, 0.5, 0.5, 0.5, 0.25), weigh(context, True, True, True, True))

@@ -188,3 +188,14 @@ def test_the_published_configs_of_whole_clip_models_are_read():
 def test_an_unknown_activation_is_refused_by_name():
     with pytest.raises(ValueError, match="hidden_act"):
         from_config({"hidden_act": "relu"})
+
+
+@pytest.mark.parametrize("config, reason", [
+    ({"architectures": ["T5EncoderModel"]}, "describes a T5EncoderModel: of text encoders, only CLIP's"),
+    ({"architectures": ["RobertaSeriesModelWithTransformation"]}, "only CLIP's can be read"),
+    ({"architectures": ["CLIPTextModel"], "use_attention_mask": True}, "use_attention_mask: diffusers hides the padding"),
+])
+def test_a_text_encoder_that_is_another_one_or_is_called_otherwise_is_refused(config, reason):
+    with pytest.raises(ValueError, match=reason):
+        from_config(config)
+    assert from_config({"architectures": ["FlaxCLIPTextModel"], "use_attention_mask": False}) == from_config({})

@@ -3,6 +3,7 @@
 `published/` holds names and shapes of published files, from other code than ours: each file says from which.
 """
 
+import inspect
 import json
 import re
 from collections import Counter
@@ -10,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers.loaders.single_file_utils import (
     SD_2_TEXT_ENCODER_KEYS_TO_IGNORE,
     convert_ldm_unet_checkpoint,
@@ -25,7 +28,7 @@ from tinyldm.folders.weights import Weights
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.vendor_loaders import clip, unet, vae
+from tinyldm.vendor_loaders import clip, taesd, unet, vae
 
 PUBLISHED = Path(__file__).parent / "published"
 NETWORKS = {unet: UNet, vae: AutoencoderKL, clip: CLIPText}
@@ -211,3 +214,30 @@ def test_diffusers_converts_our_open_clip_text_tower_to_our_transformers_one(con
 def assert_equal(theirs, ours):
     assert_same(shapes_of(ours), shapes_of(theirs))
     assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
+
+
+# ---- what a config does not say
+
+
+@pytest.mark.parametrize("loader, kind", [(unet, diffusers.UNet2DConditionModel), (vae, diffusers.AutoencoderKL),
+                                          (taesd, diffusers.AutoencoderTiny)], ids=["unet", "vae", "taesd"])
+def test_an_absent_field_means_the_default_of_its_class_and_no_field_of_the_class_is_unknown(loader, kind):
+    defaults = {name: field.default for name, field in inspect.signature(kind.__init__).parameters.items() if name != "self"}
+    assert loader.FIXED.items() <= defaults.items() and defaults.keys() <= loader.KNOWN | loader.FIXED.keys()
+    named = {"_class_name": kind.__name__}
+    assert loader.from_config(named) == loader.from_config(named | json.loads(json.dumps(defaults)))
+
+
+def test_an_absent_field_of_a_text_encoder_means_the_default_of_transformers():
+    stated = transformers.CLIPTextConfig().to_dict() | {"architectures": ["CLIPTextModel"]}
+    assert clip.from_config({}) == clip.from_config(json.loads(json.dumps(stated)))
+
+
+@pytest.mark.parametrize("loader", [unet, vae, taesd], ids=["unet", "vae", "taesd"])
+@pytest.mark.parametrize("size, read", [(48, 48), ([48], 48), ([48, 48], 48), ([24, 32], (24, 32))])
+def test_a_sample_size_is_one_number_or_height_and_width_and_survives_being_written(loader, size, read):
+    config = loader.from_config({"sample_size": size})
+    assert config.sample_size == read and loader.from_config(json.loads(json.dumps(loader.to_config(config)))) == config
+    for wrong in (0, -8, "48", [24, 32, 8], [24, None], 48.0):
+        with pytest.raises(ValueError, match="sample_size=.*one number, or"):
+            loader.from_config({"sample_size": wrong})

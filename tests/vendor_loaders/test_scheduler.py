@@ -13,7 +13,7 @@ from tinyldm.diffusion.samplers import SAMPLERS, ddim
 from tinyldm.diffusion.step import signal
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, PUBLISHED_PROCESSES, Sampling, sampling, to_config, why_not_public
-from tinyldm.vendor_loaders.scheduler_classes import OWN_PROCESSES, USES_ROW_OF
+from tinyldm.vendor_loaders.scheduler_classes import FLOW_FIELDS, OWN_PROCESSES, REFUSAL_REASONS, USES_ROW_OF
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -93,8 +93,42 @@ def test_a_silent_config_means_the_defaults_of_its_class(name):
     assert set(fields) | {"timestep_spacing", "steps_offset"} | set(PUBLISHED[name].sigma_ends) <= set(whole)
     assert ("rescale_betas_zero_snr" in whole) == PUBLISHED[name].zero_snr
     assert ("use_karras_sigmas" in whole) == bool(PUBLISHED[name].karras)
-    fit = {field: values[0] for field, values in fields.items()}  # clip_sample and skip_prk_steps: not the defaults
-    assert sampling(silent) == sampling(whole | fit)
+    refused = {field: whole[field] for field, values in fields.items() if whole[field] not in values}
+    assert refused == dict(PUBLISHED[name].unstated)
+    for field, value in refused.items():
+        for config in (silent, whole):
+            with pytest.raises(ValueError, match=f"{field}={value}"):
+                sampling(config)
+    stated = {field: fields[field][0] for field in refused}
+    assert sampling(silent | stated) == sampling(whole | stated)
+    assert sampling(silent, name).sampler == name               # by name it never clips, and starts without Runge and Kutta
+
+
+def test_every_field_that_is_refused_has_a_reason():
+    fields = set(FLOW_FIELDS).union(*(row.picture_fields.keys() | row.solver_fields.keys() for row in PUBLISHED.values()))
+    assert fields <= set(REFUSAL_REASONS)
+
+
+DPMPP, UNIPC = ({"_class_name": PUBLISHED[name].name} for name in ("dpmpp_2m", "unipc"))
+
+
+@pytest.mark.parametrize("config, sampler, options", [
+    (DPMPP | {"lower_order_final": False}, "dpmpp_2m", {"lower_order_final": False}),
+    (DPMPP | {"lower_order_final": False, "euler_at_final": True}, "dpmpp_2m", {"lower_order_final": True}),
+    (DPMPP | {"lower_order_final": True, "solver_type": "logrho"}, "dpmpp_2m", {}),
+    (DPMPP | {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, "dpmpp_2m_sde", {"solver_type": "heun"}),
+    (DPMPP | {"solver_order": 1, "lower_order_final": False}, "ddim", {}),
+    (DPMPP | {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}, "ddpm", {}),
+    (UNIPC | {"solver_type": "midpoint", "lower_order_final": True, "disable_corrector": []}, "unipc", {}),
+    (UNIPC | {"solver_type": "bh1", "disable_corrector": [0]}, "unipc", {"solver_type": "bh1", "disable_corrector": [0]}),
+    (UNIPC | {"lower_order_final": False}, "unipc", {"lower_order_final": False}),
+])
+def test_the_variant_of_a_solver_is_that_of_the_config_s_own_class_and_of_no_sampler_asked_for_by_name(config, sampler, options):
+    flow = config | {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    for which in (SD15 | config, flow):
+        found = sampling(which)
+        assert (found.sampler, found.options) == (sampler, options)
+        assert sampling(which, "dpmpp_2m").options == sampling(which, "unipc").options == {}
 
 
 @pytest.mark.parametrize("change", [{"trained_betas": [0.1, 0.2]}, {"beta_schedule": "sigmoid"},
@@ -183,9 +217,8 @@ REFUSED = [
     ("DDIMScheduler", {"thresholding": True}), ("EulerDiscreteScheduler", {"timestep_type": "continuous"}),
     ("EulerDiscreteScheduler", {"timestep_type": "continuous"}), ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver"}), ("UniPCMultistepScheduler", {"solver_order": 3}),
-    ("DPMSolverMultistepScheduler", {"solver_order": 3}), ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
-    ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}), ("UniPCMultistepScheduler", {"solver_type": "bh1"}),
-    ("UniPCMultistepScheduler", {"disable_corrector": [0]}), ("PNDMScheduler", {"skip_prk_steps": False}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}), ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}),
+    ("UniPCMultistepScheduler", {"predict_x0": False}), ("PNDMScheduler", {"skip_prk_steps": False}),
     ("HeunDiscreteScheduler", {"timestep_spacing": "sideways"}),
 ]
 

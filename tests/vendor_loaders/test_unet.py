@@ -216,7 +216,8 @@ def test_configs_in_the_short_form_of_old_releases_are_read():
     ("cross_attention_dim", [24, 24, 32]), ("num_attention_heads", 8), ("flip_sin_to_cos", False),
     ("attention_head_dim", 3), ("a_field_of_the_future", "yes"), ("_class_name", "UNet2DModel"),
     ("down_block_types", ["DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"]),
-    ("up_block_types", ["UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"]), ("sample_size", [16, 24]),
+    ("up_block_types", ["UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"]), ("sample_size", [16, 24, 32]), ("sample_size", 0),
+    ("sample_size", [16, "24"]), ("sample_size", []),
     ("_class_name", "FlaxUNet2DModel"),
 ])
 def test_what_the_network_cannot_be_is_refused_by_name(field, value):

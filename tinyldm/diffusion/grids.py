@@ -69,8 +69,12 @@ def grid(
     last = _at(process, 0.0) if isinstance(process, Discrete) and not set_alpha_to_one else CLEAN
     if alpha_floor and isinstance(process, Discrete):
         process = Discrete.from_alpha(process.alpha.masked_fill(process.alpha == 0, alpha_floor))
-    levels = make_levels(process, steps + drop_last, **options)
-    levels = levels[: len(levels) - drop_last] + [last]
+    make = lambda count: make_levels(process, count + drop_last, **options)[: -1 if drop_last else None]
+    levels = make(steps)
+    if not falling(levels):  # most samplers divide by the length of a step
+        most = next((count for count in range(steps - 1, 0, -1) if falling(make(count))), 1)
+        raise ValueError(f"{steps} sampling steps with schedule '{schedule}' would meet a noise level twice: use {most} or fewer")
+    levels = levels + [last]
     if alpha_floor and levels[0].alpha == 0:
         levels[0] = Level(levels[0].t, alpha_floor, 1 - alpha_floor)  # a flow, since the table's own zero was replaced above
     steps = len(levels) - 1
@@ -78,6 +82,11 @@ def grid(
     if not 1 <= kept <= steps:
         raise ValueError(f"strength {strength} keeps {kept} of {steps} steps: use {1 / steps:.2g} to 1")
     return Levels(levels[steps - kept :], curve(process))
+
+
+def falling(levels: Sequence[Level]) -> bool:
+    """Whether no two neighbouring levels are the same, whatever their times."""
+    return all(now[1:] != nxt[1:] for now, nxt in pairwise(levels))
 
 
 def find_schedule(schedule: str | Sequence[float]) -> Callable[..., list[Level]]:

@@ -73,53 +73,69 @@ def pndm(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = No
 
 
 @torch.no_grad()
-def dpmpp_2m(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, eta: float = 0.0) -> Steps:
+def dpmpp_2m(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, eta: float = 0.0, *,
+             lower_order_final: bool | None = None, solver_type: str = "midpoint") -> Steps:
     """DPM-Solver++(2M) (arXiv:2211.01095, Alg. 2): second order from one call per step, by reusing the previous x0.
 
-    The first step is of first order, and so is any whose step in lambda = log(alpha / sigma) is infinite. The last of fewer
-    than 15 steps is too, because extrapolating over a long step hurts. eta replaces part of the noise, as in `ddim`.
+    The first step is of first order, and so is any whose step in lambda = log(alpha / sigma) is infinite.
+
+    eta                replaces part of the noise, as in `ddim`
+    lower_order_final  whether the last step is of first order too, because extrapolating over a long step hurts; None: if
+                       there are fewer than 15 steps
+    solver_type        "midpoint": the step is taken with x0 extrapolated to its middle in lambda. "heun": with the exact
+                       integral of x0 as a straight line in lambda. The two differ in the third order of the step
     """
     count = len(levels) - 1
+    ends_lower = count < 15 if lower_order_final is None else lower_order_final
+    reach = {"midpoint": lambda h: 1 / 2, "heun": lambda h: -1 / math.expm1(-h) - 1 / h}[solver_type]
     last_x0, last_h = None, math.inf
     for i, (now, nxt) in enumerate(pairwise(levels), start=1):
         x0 = denoise(x, now)
         h = lambda_step(now, nxt)
         x0_mid = x0  # the guess of x0 at the middle of the step
-        if math.isfinite(h) and math.isfinite(last_h) and (i < count or count >= 15):
-            x0_mid = x0 + h / (2 * last_h) * (x0 - last_x0)
+        if h and math.isfinite(h) and math.isfinite(last_h) and (i < count or not ends_lower):
+            x0_mid = x0 + reach(h * (1 + eta**2)) * h / last_h * (x0 - last_x0)  # an ancestral step is one of 2 h
         x = step(x, x0_mid, now, nxt, eta, lambda: randn_like(x, generators))
         last_x0, last_h = x0, h
         yield x, x0
 
 
-def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, eta: float = 1.0) -> Steps:
+def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, eta: float = 1.0, **options) -> Steps:
     """SDE-DPM-Solver++(2M) (arXiv:2211.01095, Section 5): DPM-Solver++(2M)'s guess of x0 in ancestral steps."""
-    return dpmpp_2m(denoise, x, levels, generators, eta)
+    return dpmpp_2m(denoise, x, levels, generators, eta, **options)
 
 
 @torch.no_grad()
-def unipc(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None) -> Steps:
-    """UniPC-2 with B(h) = e^h - 1 (arXiv:2302.04867, Alg. 5-8, "bh2"). DPM-Solver++(2M) predicts x at the next level. Once
-    the network has been called on that x, the step is taken again with its output, the correction. One call per step.
+def unipc(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, *, lower_order_final: bool = True,
+          solver_type: str = "bh2", disable_corrector: Sequence[int] = ()) -> Steps:
+    """UniPC-2 (arXiv:2302.04867, Alg. 5-8). DPM-Solver++(2M) predicts x at the next level. Once the network has been called
+    on that x, the step is taken again with its output, the correction. One call per step.
 
-    The last step is of first order and is not corrected. The correction of the first step is of first order as well. What
-    is yielded is the prediction, on which the network was called.
+    The last step is not corrected. The correction of the first step is of first order. What is yielded is the prediction, on
+    which the network was called.
+
+    lower_order_final  whether the last step is of first order; one to clean data always is
+    solver_type        B(h), by which terms of the second order are weighted: e^h - 1 for "bh2", h for "bh1"
+    disable_corrector  the steps, counted from 0, that are not corrected
     """
     count = len(levels) - 1
     before: tuple[Tensor, Level] | None = None  # x and level at the start of the previous step
     last_x0, last_h = None, math.inf
     ratio, change = 0.0, 0.0  # h / last_h, and the change of x0 over this step, extrapolated from the previous step
+    # B(h) relative to e^h - 1, for x0; an infinite step has no term of the second order
+    relative = {"bh1": lambda h: -h / math.expm1(-h) if math.isfinite(h) else 1.0, "bh2": lambda h: 1.0}[solver_type]
     for i, (now, nxt) in enumerate(pairwise(levels), start=1):
         x0 = denoise(x, now)
-        if before is not None:
-            weights = _unic_weights(last_h, ratio) if i > 2 else (0.0, 0.5)
+        if before is not None and i - 2 not in disable_corrector:
+            weights = _unic_weights(last_h, ratio) if i > 2 else (0.0, relative(last_h) / 2)
             x0_mid = last_x0 + weights[0] * change + weights[1] * (x0 - last_x0)
             x = step(before[0], x0_mid, before[1], now)
         h = lambda_step(now, nxt)
-        ratio = h / last_h if 1 < i < count else 0.0  # also 0 after a step from alpha = 0, where last_h is infinite
+        second = 1 < i and (i < count or not lower_order_final) and math.isfinite(h)
+        ratio = h / last_h if second else 0.0  # also 0 after a step from alpha = 0, where last_h is infinite
         change = ratio * (x0 - last_x0) if ratio else 0.0
         before, last_x0, last_h = (x, now), x0, h
-        x = step(x, x0 + change / 2, now, nxt)
+        x = step(x, x0 + relative(h) / 2 * change if ratio else x0, now, nxt)
         yield x, x0
 
 

@@ -75,7 +75,21 @@ def _cached(where: str, repo_id: str, revision: str | None, needed: Choose, caus
     except Exception as error:
         raise ValueError(f"{where} is not a path here, is not in the cache, {hint}") from error
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    wanted = needed(names)
-    if not wanted or set(wanted) - names:
+    listed = _cached_listing(repo_id, folder.name)
+    wanted = set(needed(names) if listed is None else needed(listed))
+    if missing := sorted((wanted if listed is None else wanted & listed) - names):
+        raise ValueError(f"{where} is incomplete in the cache ({folder / missing[0]} is missing), {hint}")
+    if not wanted:
         raise ValueError(f"{where} is incomplete in the cache, {hint}")
     return folder
+
+
+def _cached_listing(repo_id: str, commit: str) -> set[str] | None:
+    """All file names of a repository, which newer versions of huggingface_hub note in their cache (1.22 does not, 1.26 does); None where
+    they are not known."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+
+        return {file.path for file in get_cached_repo_tree(repo_id, revision=commit)}
+    except Exception:
+        return None

@@ -8,6 +8,7 @@ has. Weights are copied from the memory-mapped file straight to their device and
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -54,9 +55,10 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
             raise ValueError(f"{path} is one file, with one set of weights: leave out {'--variant' if variant else '--no-ema'}")
         return load_checkpoint(path, device, dtype, tokenizer, prediction)
     index = read_json(path / "model_index.json", "not a model folder: pass one that holds model_index.json")
-    pipeline = pipelines.PIPELINES.get(index.get("_class_name"))
-    if pipeline is None:
-        raise ValueError(f"{source} holds a {index.get('_class_name')}: only {' and '.join(pipelines.PIPELINES)} can be read")
+    reading = pipelines.find(index, source)
+    pipeline = pipelines.PIPELINES[reading.written_as]
+    if reading.without:
+        print(f"note: {source} is drawn with as {reading.written_as} does, without {reading.without}", file=sys.stderr)
     path = hub.locate(source, lambda names: needed.of_model(names, variant))
     rows = [row for row in NETWORKS.values() if row.folder in index]
     if not rows:
@@ -69,16 +71,33 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
     net = load_part(path / rows[0].folder, rows, device, dtype, wanted, must=not ema)
     vae = load_part(path / "vae", AUTOENCODERS.values(), device, vae_dtype, variant)
-    defaults = path / "tinyldm.json"
-    defaults = read_json(defaults, INCOMPLETE) if defaults.exists() else {}
+    if not pipeline.shifts:
+        vae.config = replace(vae.config, shift_factor=0.0)
+    defaults = load_defaults(path, must=reading.written_as == pipelines.OWN)
     text = load_text_encoders(path, defaults.get("text_join", pipeline.join), tokenizer,
                               lambda part: load_part(part, TEXT_ENCODERS.values(), device, dtype, wanted))
-    config = read_json(path / "scheduler" / "scheduler_config.json", INCOMPLETE)
+    config = read_json(path / "scheduler" / "scheduler_config.json", INCOMPLETE) | _named_class(index)
+    config = schedulers.with_fields(config, reading.scheduler)
     if prediction:
         config |= {"prediction_type": schedulers.PREDICTION_TYPES[prediction]}
     with errors_about(path / "scheduler"):
         process, predicted = schedulers.from_config(config)
     return Model(net, vae, text, process, predicted, config, defaults)
+
+
+def load_defaults(path: Path, must: bool) -> dict[str, Any]:
+    """tinyldm.json: the model's defaults for drawing, and what was trained on. must: whether it is an error that there is none."""
+    file = path / "tinyldm.json"
+    defaults = read_json(file, INCOMPLETE) if must or file.exists() else {}
+    if isinstance(data := defaults.get("data"), str):           # older folders have the words of --data in one text
+        defaults["data"] = data.split() if "://" in data else [data]
+    return defaults
+
+
+def _named_class(index: dict) -> dict:
+    """The scheduler's class, which diffusers takes from model_index.json, not from scheduler_config.json."""
+    named = index.get("scheduler")
+    return {"_class_name": named[1]} if isinstance(named, list) and len(named) == 2 and named[1] else {}
 
 
 def load_text_encoders(path: Path, join: str, tokenizer: str | None, load: Callable[[Path], nn.Module]) -> TextEncoders:
@@ -93,7 +112,8 @@ def load_text_encoders(path: Path, join: str, tokenizer: str | None, load: Calla
             raise ValueError(f"{path} has no {words.name}/: {INCOMPLETE}")
         with errors_about(words):
             encoders.append(TextEncoder(module, open_tokenizer(words)))
-    return TextEncoders(encoders, join)
+    with errors_about(path):
+        return TextEncoders(encoders, join)
 
 
 def load_vae(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:

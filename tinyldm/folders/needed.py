@@ -1,5 +1,6 @@
 """Selects the files of a hub repository to download. Each function gets all file names; [] means that the repository does not
-hold what is asked for."""
+hold what is asked for. tokenizer_config.json is asked for even where it is not among the names: of an incomplete cache it may have
+been lost, and without it the same captions would get other ids."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from tinyldm.folders.weights import choose
 from tinyldm.model import AUTOENCODERS, NETWORKS, TEXT_ENCODERS, Architecture
 
 CONFIGS = ("config.json", "open_clip_config.json")
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 INDEX = r"(?P<stem>[a-z_]+)(\.(?P<before>\w+))?\.(?P<kind>safetensors|bin)\.index(\.(?P<after>\w+))?\.json"
 
 
@@ -26,9 +27,9 @@ def of_model(names: set[str], variant: str | None = None) -> list[str]:
     kinds = {row.folder: row for row in (*NETWORKS.values(), *AUTOENCODERS.values(), *TEXT_ENCODERS.values())}
     numbered = {f"{folder}_{i}": row for folder, row in kinds.items() for i in (2, 3)}         # text_encoder_2 and so on
     parts = [of_folder(names, folder, row, variant) for folder, row in (kinds | numbered).items() if f"{folder}/config.json" in names]
-    tokenizers = sorted({name for name in names if re.fullmatch(r"tokenizer(_\d)?/.*", name) and name.split("/", 1)[1] in TOKENIZER})
-    return ["model_index.json", *(names & {"tinyldm.json", "scheduler/scheduler_config.json"}), *tokenizers,
-            *(name for part in parts for name in part)]
+    tokenizers = {name.split("/")[0] + "/" for name in names if re.match(r"tokenizer(_\d)?/", name)}
+    return ["model_index.json", *(names & {"tinyldm.json", "scheduler/scheduler_config.json"}),
+            *(name for folder in sorted(tokenizers) for name in _of_tokenizer(names, folder)), *(name for part in parts for name in part)]
 
 
 def of_part(names: set[str], rows: Iterable[Architecture], variant: str | None = None) -> list[str]:
@@ -50,8 +51,12 @@ def of_folder(names: set[str], folder: str, row: Architecture, variant: str | No
 
 
 def of_tokenizer(names: set[str]) -> list[str]:
-    folder = "tokenizer/" if "tokenizer/tokenizer_config.json" in names else ""
-    return sorted(names & {folder + name for name in TOKENIZER})
+    return _of_tokenizer(names, "tokenizer/" if "tokenizer/tokenizer_config.json" in names else "")
+
+
+def _of_tokenizer(names: set[str], folder: str) -> list[str]:
+    found = names & {folder + name for name in TOKENIZER}
+    return sorted(found | {folder + "tokenizer_config.json"}) if found else []
 
 
 def _shards(weights: str, names: set[str]) -> list[str]:

@@ -19,14 +19,12 @@ the DiT excepted.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
-from tinyldm.files import INCOMPLETE, flush_folder, read_json
+from tinyldm.files import INCOMPLETE, flush_folder, link, read_json
 from tinyldm.folders.rename import export_renamed
 from tinyldm.folders.weights import write_weights
 from tinyldm.model import NON_EMA, Architecture, StateDict, architecture
@@ -150,7 +148,4 @@ def _link(source: Path, target: Path) -> None:
         raise ValueError(f"{source} is not a folder: pass a part folder written earlier")
     target.mkdir()
     for file in sorted(file for file in source.iterdir() if file.is_file()):
-        try:
-            os.link(file, target / file.name)
-        except OSError:
-            shutil.copy2(file, target / file.name)
+        link(file, target / file.name)

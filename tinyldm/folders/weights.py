@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyldm.files import INCOMPLETE
+from tinyldm.unicode import check_unicode
 from tinyldm.vendor_loaders.layout import Shape
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -36,7 +37,7 @@ class Weights:
 
     shapes: Mapping[str, Shape]
     stream: Callable[[], Stream]        # yields (name, tensor), each name of `shapes` once; tensors may be views of a file
-    facts: Mapping[str, object]         # numbers that a pickle holds in addition to tensors, such as global_step
+    facts: Mapping[str, object]         # what the file says besides: numbers of a pickle (global_step), a safetensors header's texts
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
@@ -85,7 +86,8 @@ def write_weights(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         raise OSError(f"cannot write {file}: {error} (is the disk full?)") from error
     mask = os.umask(0)
     os.umask(mask)
-    file.chmod(0o666 & ~mask)                   # safetensors makes files that only their owner may read
+    with suppress(OSError):                     # CIFS and object stores have no permissions to change
+        file.chmod(0o666 & ~mask)               # safetensors makes files that only their owner may read
 
 
 def open_weights(file: str | Path) -> Weights:
@@ -101,7 +103,7 @@ def open_weights(file: str | Path) -> Weights:
     with open(file, "rb") as handle:
         if handle.read(24).startswith(b"version https://git-lfs"):
             raise ValueError(f"{file} is a git-lfs pointer, not the weights: run 'git lfs pull' in its folder")
-    return _open_pickle(file) if file.suffix in PICKLES else _open_safetensors(file)
+    return _open_pickle(file) if file.suffix.lower() in PICKLES else _open_safetensors(file)
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path | None:
@@ -127,6 +129,8 @@ def choose(names: set[str], stem: str, variant: str | None = None) -> str | None
 
 
 def _open_safetensors(file: Path) -> Weights:
+    check_unicode(str(file))            # safetensors opens no file of another name
+
     def opened():
         try:
             return safe_open(file, framework="pt")
@@ -134,7 +138,7 @@ def _open_safetensors(file: Path) -> Weights:
             raise ValueError(f"{file} is damaged ({error}): {INCOMPLETE}") from error
 
     with opened() as handle:
-        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in _in_order(handle)}
+        shapes, facts = {name: tuple(handle.get_slice(name).get_shape()) for name in _in_order(handle)}, handle.metadata() or {}
 
     def stream() -> Stream:
         # Pages that were read stay in memory as long as the file is mapped: map it again after every MAX_RESIDENT bytes.
@@ -148,7 +152,7 @@ def _open_safetensors(file: Path) -> Weights:
             yield name, tensor
             resident += tensor.nbytes
 
-    return Weights(shapes, stream, {})
+    return Weights(shapes, stream, facts)
 
 
 def _in_order(handle: safe_open) -> list[str]:

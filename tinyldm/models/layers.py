@@ -23,7 +23,8 @@ class Cond:
     """What a network is conditioned on.
 
     context: text features [b, n, d].
-    mask: [b, n], True where a token may be attended to; None means all (as in Stable Diffusion).
+    mask: [b, n], True where a token may be attended to; None means all (as in Stable Diffusion). Numbers in [0, 1] are weights of
+    the tokens: a token of weight 0.5 counts half as much as it would.
     pooled: one feature vector per caption [b, d], for networks that modulate by it.
     extra: further conditions by name, each [b, ...], such as SDXL's picture sizes or FLUX's guidance scale.
     """
@@ -101,7 +102,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
                 rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """mask [b, m]: True = may be attended to. rope: (cos, sin), each [n, head_dim], for self-attention."""
+        """mask [b, m]: True = may be attended to; numbers are weights. rope: (cos, sin), each [n, head_dim], for self-attention."""
         context = x if context is None else context
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # [b, heads, n, d/heads]
         q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
@@ -110,9 +111,10 @@ class Attention(nn.Module):
             q, k = (norm(y.to(norm.weight.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if mask is not None:
-            mask = mask[:, None, None, :]                                       # [b, 1, 1, m]
         dtype = torch.float32 if self.upcast and v.dtype == torch.float16 else v.dtype
+        if mask is not None:
+            weights = mask if mask.dtype == torch.bool else mask.log().to(dtype)        # added to the logits, so -inf is weight 0
+            mask = weights[:, None, None, :]                                    # [b, 1, 1, m]
         out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2).to(v.dtype))
 

@@ -32,7 +32,7 @@ class TAESDConfig:
     normed_middle: bool = False                 # taef2: a GroupNorm branch in the blocks of the coarsest level
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
-    sample_size: int = 512                      # default picture size to draw; any other works too
+    sample_size: int | tuple[int, int] = 512    # default picture height and width to draw; any other works too
 
     @property
     def downscale(self) -> int:

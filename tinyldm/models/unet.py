@@ -29,7 +29,7 @@ class UNetConfig:
     linear_projection: bool = False                         # around the transformers: Linear in SD 2, 1x1 convolution in SD 1
     upcast_attention: bool = False                          # multiply in float32: SD 2.1's overflows in float16
     groups: int = 32                                        # GroupNorm groups
-    sample_size: int = 64                                   # latent height and width in training
+    sample_size: int | tuple[int, int] = 64                 # latent height and width in training
 
     def __post_init__(self):
         if not len(self.widths) == len(self.attention) == len(self.heads):

@@ -29,7 +29,7 @@ class VAEConfig:
     quant_convs: bool = True                                # SD 3 and FLUX.1 have none
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
-    sample_size: int = 256                                  # picture size in training
+    sample_size: int | tuple[int, int] = 256                # picture height and width in training
 
     @property
     def downscale(self) -> int:

@@ -75,6 +75,9 @@ class NamedProcess(NamedTuple):
     prediction: str
 
 
+FIRST_ORDER = {"dpmpp_2m": "ddim", "dpmpp_2m_sde": "ddpm"}  # sampler -> the one that it is with solver_order 1
+
+
 class ProcessAndPrediction(NamedTuple):
     process: Process
     prediction: str
@@ -96,7 +99,8 @@ class Sampling(NamedTuple):
 def sampling(config: dict, sampler: str | None = None, schedule: str | None = None) -> Sampling:
     """The sampler and the grid that draw the pictures of the scheduler that `config` describes.
 
-    sampler   None: the config's own class decides. A name in SAMPLERS: as the class of diffusers for that sampler, made
+    sampler   None: the config's own class decides, and a field that it lacks means that class's default. A name in
+              SAMPLERS: as the class of diffusers for that sampler, made
               `from_config`, would draw: with the fields that the config states, else with the defaults of that class. The
               fields that select another solver (order, variant) are ignored: the name of the sampler says which solver.
               A sampler that was registered from outside draws on the grid of the config's own class.
@@ -105,8 +109,10 @@ def sampling(config: dict, sampler: str | None = None, schedule: str | None = No
     ValueError for unknown names, and for fields that change the picture in a way that cannot be expressed here.
     """
     trained = read_process(config)
+    own_class = _class_of(config) if sampler is None else None
+    if own_class:
+        config = {**own_class.unstated, **config}
     name = sampler_name(sampler) if sampler is not None else _sampler_of_class(config)
-    first_order = sampler is None and name == "dpmpp_2m" and config.get("solver_order", 2) == 1
     find_schedule(schedule or "normal")
     schedule = None if schedule == "normal" else schedule
     if config.get("_class_name") == OWN:
@@ -118,7 +124,14 @@ def sampling(config: dict, sampler: str | None = None, schedule: str | None = No
         published = _row(name, config)
         _refuse_unsupported(config, published.picture_fields)
         found = _table_sampling(config, published, trained, name, schedule)
-    return found._replace(sampler="ddim") if first_order else found
+    if own_class and name in FIRST_ORDER and config.get("solver_order") == 1:
+        return found._replace(sampler=FIRST_ORDER[name])
+    return found._replace(options=found.options | own_class.variant(config)) if own_class else found
+
+
+def _class_of(config: dict) -> Published | None:
+    """The row of the config's own class."""
+    return next((published for published in PUBLISHED.values() if published.name == config.get("_class_name")), None)
 
 
 def _sampler_of_class(config: dict) -> str:
@@ -131,9 +144,7 @@ def _sampler_of_class(config: dict) -> str:
     fields = PUBLISHED[name].solver_fields if class_name not in (OWN, FLOW_MATCH) else {}
     sde = name == "dpmpp_2m" and SDE_FIELDS.items() <= config.items()
     if sde:
-        fields = fields | {"algorithm_type": (SDE_FIELDS["algorithm_type"],), "solver_order": (2,)}
-    if config.get("final_sigmas_type") == "sigma_min":  # these two fields then decide about the last step
-        fields = fields | {"lower_order_final": (True,), "euler_at_final": (False,)}
+        fields = fields | {"algorithm_type": (SDE_FIELDS["algorithm_type"],)}
     _refuse_unsupported(config, fields)
     return "dpmpp_2m_sde" if sde else name
 
@@ -141,16 +152,14 @@ def _sampler_of_class(config: dict) -> str:
 def _row(name: str, config: dict) -> Published:
     """The row of PUBLISHED by which a sampler reads this config. A sampler that was registered from outside has none: it
     takes the row of the config's own class, and that of ddim where the class has no row either."""
-    by_class = {published.name: published for published in PUBLISHED.values()}
-    return PUBLISHED.get(USES_ROW_OF.get(name, name)) or by_class.get(config.get("_class_name"), PUBLISHED["ddim"])
+    return PUBLISHED.get(USES_ROW_OF.get(name, name)) or _class_of(config) or PUBLISHED["ddim"]
 
 
 def _refuse_unsupported(config: dict, fields: Mapping[str, tuple]) -> None:
     """ValueError for a field whose value is not among the given ones. A field that the config lacks is accepted."""
     for field, values in fields.items():
         if config.get(field, values[0]) not in values:
-            reason = REFUSAL_REASONS.get(field, "there is no such solver here; name a sampler to draw with another one")
-            raise ValueError(f"the scheduler config has {field}={config[field]!r}: {reason}")
+            raise ValueError(f"the scheduler config has {field}={config[field]!r}: {REFUSAL_REASONS[field]}")
 
 
 def _flow_sampling(config: dict, name: str, schedule: str | None) -> Sampling:
@@ -171,14 +180,16 @@ def _table_sampling(config: dict, published: Published, trained: NamedProcess, n
     spacing = schedule if schedule in spacings else config.get("timestep_spacing", published.spacing)
     spaced = lookup(spacings, spacing, "timestep_spacing")
     offset = {"offset": config.get("steps_offset", 0)} if spacing == "leading" else {}
+    lu_lambdas = False
     if schedule is None and published.karras:
-        schedule = next((ours for field, ours in SIGMA_SCHEDULES.items() if config.get(field)), None)
+        lu_lambdas = published.lu_lambdas and config.get("use_lu_lambdas", False) and not config.get("use_karras_sigmas")
+        schedule = "exponential" if lu_lambdas else next((ours for field, ours in SIGMA_SCHEDULES.items() if config.get(field)), None)
     grid: dict[str, Any] = {}
     if schedule in SIGMA_SCHEDULES.values():
         grid = {field: config[field] for field in published.sigma_ends if config.get(field) is not None}
         if published.linspace == "linspace_unrounded":
             grid |= {"ends": spaced, **offset}
-        elif schedule == "karras" and published.karras == "rounded" and trained.name != published.unrounded_process:
+        elif (lu_lambdas or schedule == "karras") and published.karras == "rounded" and trained.name != published.unrounded_process:
             grid |= {"rounded": True}
     elif schedule in (None, *spacings):
         schedule = spaced
@@ -193,6 +204,13 @@ def _table_sampling(config: dict, published: Published, trained: NamedProcess, n
     as_published = name in PUBLISHED and (published.zero_snr or not zero_snr)
     options = published.options(trained.prediction) if as_published else {}
     return Sampling(name, options, schedule, grid, published.start_at_sigma and spacing != "leading")
+
+
+def with_fields(config: dict, fields: Mapping[str, Any]) -> dict:
+    """The config with these fields, as the constructor of a pipeline sets them (pipelines.READ): those that its class has."""
+    row = _class_of(config)
+    known = config.keys() | {"steps_offset"} | (row.picture_fields.keys() | row.solver_fields.keys() if row else set())
+    return config | {field: value for field, value in fields.items() if field in known}
 
 
 # ---- what the network was trained on

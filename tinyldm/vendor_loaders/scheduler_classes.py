@@ -18,18 +18,21 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 class Published(NamedTuple):
     """A scheduler class of diffusers. In picture_fields and solver_fields, each field of its config comes with the values
-    that work here, the usual one first: a config that lacks the field means that one."""
+    that work here, the usual one first: a config that lacks the field means that one, unless `unstated` says otherwise."""
 
     name: str
     spacing: str                                 # the timestep_spacing of a config that states none
     picture_fields: Mapping[str, tuple] = _EMPTY  # fields that change the picture, whichever sampler draws with this row
     solver_fields: Mapping[str, tuple] = _EMPTY  # fields that turn the class into another solver
+    unstated: Mapping[str, Any] = _EMPTY         # the class's own defaults that do not work here, for configs that lack the field
+    variant: Callable[[Mapping], dict] = lambda config: {}  # keyword arguments of our sampler for its solver_fields
     writes: Mapping[str, Any] = _EMPTY           # fields that make the class draw as our sampler does
     linspace: str = "linspace"                   # the name in grids.SCHEDULES of what this class calls linspace
     drop_last: bool = False                      # for leading and linspace, the class spreads n + 1 times and drops the last
     start_at_sigma: bool = False                 # the class starts from sigma * eps, except for leading
     end_field: tuple[str, Any] = ("", True)      # the field that says at which level sampling ends, and its default
     karras: str = ""                             # Karras sigmas: "ends" of the spaced times, "rounded" times, "" for none
+    lu_lambdas: bool = False                     # whether the class has use_lu_lambdas: exponential sigmas at rounded times
     unrounded_process: str = ""                  # the process on which the times stay unrounded despite karras="rounded"
     sigma_ends: tuple = ()                       # fields that move the ends of the Karras sigmas
     zero_snr: bool = True                        # whether the class supports zero terminal SNR
@@ -43,6 +46,7 @@ class Published(NamedTuple):
 SIGMA_SCHEDULES = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 
 _UNCLIPPED_ONLY = {"thresholding": (False,), "clip_sample": (False,)}
+_UNSTATED_CLIPS = {"clip_sample": True}
 _WRITE_UNCLIPPED = {"thresholding": False, "clip_sample": False}
 # what the four samplers from k-diffusion have in common
 _K_DIFFUSION = {"spacing": "linspace", "linspace": "linspace_unrounded", "start_at_sigma": True}
@@ -50,11 +54,27 @@ _K_DIFFUSION = {"spacing": "linspace", "linspace": "linspace_unrounded", "start_
 _EXPONENTIAL = {"spacing": "linspace", "drop_last": True, "end_field": ("final_sigmas_type", "zero"), "karras": "rounded",
                 "alpha_floor": 2.0**-12}
 
+
+def _dpmpp_variant(config: Mapping) -> dict:
+    """diffusers ends in a step of first order in three cases: euler_at_final; lower_order_final and fewer than 15 steps; a step to
+    clean data, which is of first order in any case."""
+    order = {"lower_order_final": True} if config.get("euler_at_final") else (
+        {} if config.get("lower_order_final", True) else {"lower_order_final": False})
+    return order | ({"solver_type": "heun"} if config.get("solver_type") == "heun" else {})
+
+
+def _unipc_variant(config: Mapping) -> dict:
+    ours = {"lower_order_final": True, "solver_type": "bh2", "disable_corrector": []}   # other names of types mean bh2
+    stated = {field: config.get(field, value) for field, value in ours.items()}
+    return {field: value for field, value in stated.items()
+            if value != ours[field] and (field != "solver_type" or value == "bh1")}
+
+
 PUBLISHED = {  # by the name of our sampler
-    "ddim": Published("DDIMScheduler", "leading", _UNCLIPPED_ONLY, writes={"set_alpha_to_one": True, **_WRITE_UNCLIPPED},
-                      end_field=("set_alpha_to_one", True)),
+    "ddim": Published("DDIMScheduler", "leading", _UNCLIPPED_ONLY, unstated=_UNSTATED_CLIPS,
+                      writes={"set_alpha_to_one": True, **_WRITE_UNCLIPPED}, end_field=("set_alpha_to_one", True)),
     "ddpm": Published("DDPMScheduler", "leading",
-                      {**_UNCLIPPED_ONLY, "variance_type": ("fixed_small", "fixed_small_log", None)},
+                      {**_UNCLIPPED_ONLY, "variance_type": ("fixed_small", "fixed_small_log", None)}, unstated=_UNSTATED_CLIPS,
                       writes={"variance_type": "fixed_small", **_WRITE_UNCLIPPED}),
     "euler": Published("EulerDiscreteScheduler", **_K_DIFFUSION, karras="ends", sigma_ends=("sigma_min", "sigma_max"),
                        picture_fields={"final_sigmas_type": ("zero",), "interpolation_type": ("linear",),
@@ -67,21 +87,21 @@ PUBLISHED = {  # by the name of our sampler
                       fallback="dpmpp_2m"),
     "lms": Published("LMSDiscreteScheduler", **_K_DIFFUSION, karras="ends", zero_snr=False,
                      options=lambda prediction: {"scale": signal}, fallback="dpmpp_2m"),
-    "pndm": Published("PNDMScheduler", "leading", solver_fields={"skip_prk_steps": (True,)},
+    "pndm": Published("PNDMScheduler", "leading", solver_fields={"skip_prk_steps": (True,)}, unstated={"skip_prk_steps": False},
                       writes={"set_alpha_to_one": True, "skip_prk_steps": True}, end_field=("set_alpha_to_one", False),
                       zero_snr=False, predictions=("eps", "v"), fallback="ddim",
                       options=lambda prediction: {"along": "v"} if prediction == "v" else {}),
     "dpmpp_2m": Published("DPMSolverMultistepScheduler", **_EXPONENTIAL, unrounded_process="cosine",
-                          picture_fields={"thresholding": (False,), "use_lu_lambdas": (False, None),
-                                          "lambda_min_clipped": (-math.inf,)},
+                          picture_fields={"thresholding": (False,), "lambda_min_clipped": (-math.inf,)},
                           solver_fields={"algorithm_type": ("dpmsolver++", "deis"), "solver_order": (2, 1),
-                                         "solver_type": ("midpoint", "logrho", "bh1", "bh2")},
+                                         "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2")},
+                          variant=_dpmpp_variant, lu_lambdas=True,
                           writes={"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}),
     "unipc": Published("UniPCMultistepScheduler", **_EXPONENTIAL, sigma_ends=("sigma_min", "sigma_max"),
                        picture_fields={"thresholding": (False,)},
-                       solver_fields={"solver_order": (2,), "solver_type": ("bh2", "midpoint", "heun", "logrho"),
-                                      "predict_x0": (True,), "lower_order_final": (True,), "disable_corrector": ([],),
-                                      "solver_p": (None,)},
+                       solver_fields={"solver_order": (2,), "solver_type": ("bh2", "bh1", "midpoint", "heun", "logrho"),
+                                      "predict_x0": (True,), "solver_p": (None,)},
+                       variant=_unipc_variant,
                        writes={"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}),
 }
 
@@ -96,18 +116,24 @@ FLOW_FIELDS = {"final_sigmas_type": ("zero",), "num_train_timesteps": (1000,)} |
     ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_dynamic_shifting",
      "shift_terminal", "invert_sigmas", "stochastic_sampling", "thresholding"), (False, None))
 
-# Why another value of a field is refused. A field without an entry selects another solver.
+# Why another value of a field is refused.
+_CLAMPS = "clamping x0 is for pixels, and latents have no fixed range"
+_OTHER_SOLVER = "there is no such solver here; name a sampler to draw with another one"
 REFUSAL_REASONS = {
-    "thresholding": "clamping x0 is for pixels, and latents have no fixed range",
-    "clip_sample": "clamping x0 is for pixels, and latents have no fixed range",
+    "thresholding": _CLAMPS,
+    "clip_sample": _CLAMPS,
     "variance_type": "ddpm here adds the variance of the posterior, fixed_small",
     "final_sigmas_type": "here this sampler always ends at clean data",
     "timestep_type": "here the network receives t, not log(sigma)",
     "num_train_timesteps": "here the network of a flow receives 1000 t",
     "stochastic_sampling": "here a flow is sampled without fresh noise",
-} | dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_karras_sigmas",
-                   "lambda_min_clipped", "interpolation_type", "shift_terminal", "invert_sigmas"),
-                  "there is no such schedule here")
+    "lambda_min_clipped": "here a grid starts at the end of the table, it is not cut",
+    "skip_prk_steps": "a Runge-Kutta start calls the network between the grid's times; --sampler pndm draws without it",
+    "algorithm_type": "the solvers here step with x0, as dpmsolver++ does, not with eps; name a sampler to draw with another one",
+    "predict_x0": "the solvers here step with x0, not with eps; name a sampler to draw with another one",
+} | dict.fromkeys(("solver_order", "solver_type", "solver_p"), _OTHER_SOLVER) | dict.fromkeys(
+    ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_karras_sigmas", "use_dynamic_shifting",
+     "interpolation_type", "shift_terminal", "invert_sigmas"), "there is no such schedule here")
 
 
 class OwnProcess(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 
 from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.vendor_loaders.layout import Layout, Rules, apply
-from tinyldm.vendor_loaders.unet import check, scalar
+from tinyldm.vendor_loaders.unet import check, sample_size, scalar
 
 CLASS = "AutoencoderTiny"
 OWN_CLASS = "TinyLDMAutoencoderTiny"        # for networks like taef2, which AutoencoderTiny would open and compute wrongly
@@ -85,7 +85,7 @@ def from_config(config: dict) -> TAESDConfig:
         normed_middle=normed,
         scaling_factor=config.get("scaling_factor", 1.0),
         shift_factor=config.get("shift_factor") or 0.0,
-        sample_size=config.get("sample_size", DEFAULT.sample_size),
+        sample_size=sample_size(config, DEFAULT.sample_size),
     )
 
 

@@ -9,6 +9,7 @@ depends on the number of blocks in a level.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from tinyldm.models.unet import UNetConfig
@@ -170,8 +171,10 @@ def from_config(config: dict) -> UNetConfig:
                          f"CrossAttnDownBlock2D, mirrored on the way up, can be expressed here")
     heads = config.get("attention_head_dim", 8)
     context_dim = scalar(config.get("cross_attention_dim", 1280))
-    depth, size = scalar(config.get("layers_per_block", 2)), scalar(config.get("sample_size"))
-    for name, value in (("cross_attention_dim", context_dim), ("layers_per_block", depth), ("sample_size", size or 64)):
+    depth, size = scalar(config.get("layers_per_block", 2)), sample_size(config, UNetConfig.sample_size)
+    if isinstance(size, int) and _before_0_9(config):
+        size = max(size, 64)        # every pipeline of diffusers corrects this error of old configs
+    for name, value in (("cross_attention_dim", context_dim), ("layers_per_block", depth)):
         if not isinstance(value, int):
             raise ValueError(f"U-Net config has {name}={config[name]}: only one number for all levels can be expressed")
     return UNetConfig(
@@ -185,7 +188,7 @@ def from_config(config: dict) -> UNetConfig:
         linear_projection=config.get("use_linear_projection", False),
         upcast_attention=bool(config.get("upcast_attention")),
         groups=config.get("norm_num_groups", 32),
-        sample_size=size or 64,
+        sample_size=size,
     )
 
 
@@ -201,6 +204,23 @@ def check(config: dict, class_name: str, fixed: dict, known: set[str]) -> None:
             raise ValueError(f"{class_name} config has {name}={value!r}: only {fixed[name]!r} can be expressed here")
         if name not in fixed and value not in (None, False):
             raise ValueError(f"{class_name} config has the unknown field {name}={value!r}: is it of a newer version?")
+
+
+def sample_size(config: Mapping, default: int) -> int | tuple[int, int]:
+    """A config's sample_size: the side of a square, or (height, width). ValueError for anything else."""
+    size = scalar(config.get("sample_size"))
+    if size is None:
+        return default
+    sides = size if isinstance(size, list) else [size]
+    if not 1 <= len(sides) <= 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"config.json has sample_size={config['sample_size']!r}: it must be one number, or [height, width]")
+    return tuple(size) if isinstance(size, list) else size
+
+
+def _before_0_9(config: Mapping) -> bool:
+    """Whether diffusers before version 0.9 wrote the config. It says so from the first release on."""
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
+    return version is not None and (int(version[1]), int(version[2])) < (0, 9)
 
 
 def scalar(value):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from tinyldm.models.vae import VAEConfig
 from tinyldm.vendor_loaders.layout import Layout, Rules, Shape
-from tinyldm.vendor_loaders.unet import check, scalar
+from tinyldm.vendor_loaders.unet import check, sample_size, scalar
 
 CLASS = "AutoencoderKL"
 
@@ -126,5 +126,5 @@ def from_config(config: dict) -> VAEConfig:
         quant_convs=quant,
         scaling_factor=config.get("scaling_factor", 0.18215),
         shift_factor=config.get("shift_factor") or 0.0,
-        sample_size=config.get("sample_size", 32),
+        sample_size=sample_size(config, 32),
     )
