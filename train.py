@@ -1,7 +1,7 @@
 """Train a latent diffusion model: a VAE first (or a pretrained one), then the network on its latents.
 
     python train.py --preset tiny                            a whole miniature Stable Diffusion, minutes on a laptop
-    python train.py --preset tiny --resume auto              continue where an interrupted run stopped
+    python train.py --preset tiny --resume auto              continue an interrupted run, or start it if there is none yet
     python train.py --data "shards/*.tar" --out runs/mine    your own captioned pictures (or a folder of them, or a URL)
     python train.py --cache CACHE --vae-weights V --out ...  latents that prepare.py made before
     python train.py --preset 5090_week --dry-run             the plan of a week on one RTX 5090
@@ -14,7 +14,6 @@ Everything is written to runs/PRESET (or --out): report.html, log.jsonl, samples
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyldm.cli import BestEffortStream, best_effort, guard
+from tinyldm.cli import best_effort, guard, outlive_terminal
 from tinyldm.config import Config, flatten, parse
 
 FLAGS = {"--dry-run": dict(action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")}
@@ -43,7 +42,7 @@ from tinyldm.training import checkpoint
 from tinyldm.training.clock import Clock
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import clip, connect, launch, launched, started_again
-from tinyldm.training.first_stage import AutoencoderStage, copy_pretrained, training_pictures
+from tinyldm.training.first_stage import AutoencoderStage, copy_pretrained, forget_pictures, training_pictures
 from tinyldm.training.latents import prepare_latents
 from tinyldm.training.learner import Learner, Update
 from tinyldm.training.log import Log
@@ -53,6 +52,7 @@ from tinyldm.training.preflight import check_names, check_run
 from tinyldm.training.progress import ProgressBar
 from tinyldm.training.report import refresh_report
 from tinyldm.training.rollback import Diverged, skipped_before
+from tinyldm.training.run_folder import find_paths, write_settings
 from tinyldm.training.schedule import Revision
 from tinyldm.training.second_stage import LatentStage
 from tinyldm.training.signals import Interrupted, Signals
@@ -111,7 +111,7 @@ class Trainer:
                 self.bar.flops = stage.costs[index]
                 self.train_phase(stage.begin_phase(index))
         finally:                                                # closing the writer waits for an unfinished checkpoint
-            self.bar.close(), self.writer.close(), self.tracker.close()
+            self.bar.close(), self.log.write_out(), self.writer.close(), self.tracker.close()
 
     def train_phase(self, phase: Phase) -> None:
         """Train at one picture size, until its fraction of the training is over."""
@@ -318,20 +318,23 @@ def first_stage(config: Config, context: RunContext, last: Path | None) -> None:
             stage = AutoencoderStage(config, context, training_pictures(config, context))
             Trainer(stage, context, last).train()
             stage.finish()
+    if context.world.main:
+        forget_pictures(context.folder)
 
 
 def prepare_run(config: Config) -> None:
     """Make or reopen the run folder, lock it, and write the resolved config into it."""
-    run = Path(config.run.out)
-    if config.run.resume == "no" and ((run / "vae").exists() or checkpoint.names(run)):
+    run, new = Path(config.run.out), config.run.resume == "no"
+    if new and ((run / "vae").exists() or checkpoint.names(run)):
         raise ValueError(f"{run} holds a run already: continue it with --resume auto, or name another folder with --out")
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.lock(run)
-    if config.run.resume == "no":
-        (run / "running.json").unlink(missing_ok=True)          # left by a run that ended before its first checkpoint
-    write_file(run / "config.json", json.dumps(flatten(config) | {"resume": "no"}, indent=1))
+    if new:                                                     # left by a run that ended before its first checkpoint
+        (run / "running.json").unlink(missing_ok=True)
+        forget_pictures(run)
+    file = write_settings(config)
     write_file(run / "launch", launch())
-    print(f"run folder {run}, configuration in {run / 'config.json'}")
+    print(f"{'new run' if new else 'continuing the run'} in {run}, configuration in {file}")
 
 
 def main() -> None:
@@ -340,18 +343,18 @@ def main() -> None:
         check_names(config)
         return print_plan(config)
     rank, processes = launched()
-    sys.stdout, sys.stderr = BestEffortStream(sys.stdout), BestEffortStream(sys.stderr)        # a closed terminal ends no run
+    outlive_terminal()
     if rank:
-        sys.stdout = open(os.devnull, "w")                      # the main process prints for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")     # the main process prints for all
     device = pick_device(config.run.device)
     if device.type == "cpu":
         prefer_plain_attention()
-    if config.run.deterministic:
+    if config.run.deterministic or device.type == "cpu":        # on CPUs it costs no speed
         deterministic()
     run = Path(config.run.out)
     if started_again(run):                                      # by torchrun, after one of the processes has died
         config = parse([*sys.argv[1:], "--resume", "auto"], __doc__, FLAGS)[0]
-    config = check_run(config)
+    config = check_run(find_paths(config))
     if rank == 0:
         prepare_run(config)
     clock, world = Clock(run if rank == 0 else None, STARTED), connect(device)

@@ -28,9 +28,9 @@ PROMPT = "a red square on the left of a blue circle"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 
 
-def script(*words, **options) -> subprocess.CompletedProcess:
+def script(*words, env=ENVIRONMENT, **options) -> subprocess.CompletedProcess:
     """Run a script as a person does."""
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, **options)
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=env, **options)
 
 
 def load_script(name: str):
@@ -45,7 +45,8 @@ def mistake(name: str, words, capsys) -> str:
     """Run a script in this process, which saves seconds, up to the one line of error that it ends with."""
     module, handlers = load_script(name), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     words = [str(word) for word in words]
-    flash, streams = torch.backends.cuda.flash_sdp_enabled(), (sys.stdout, sys.stderr)
+    flash, same_bits = torch.backends.cuda.flash_sdp_enabled(), torch.are_deterministic_algorithms_enabled()
+    streams = (sys.stdout, sys.stderr)
     try:
         with pytest.raises(SystemExit) as end:
             if hasattr(module, "FLAGS"):                       # train.py and prepare.py: the fields of a config, and these
@@ -55,7 +56,8 @@ def mistake(name: str, words, capsys) -> str:
             guard(module.main)
     finally:
         sys.stdout, sys.stderr = streams
-        torch.backends.cuda.enable_flash_sdp(flash)             # train.py switches it off on a CPU
+        torch.backends.cuda.enable_flash_sdp(flash)             # train.py changes both on a CPU
+        torch.use_deterministic_algorithms(same_bits)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -85,7 +87,8 @@ def train_here(train, words: list[str], monkeypatch, stop_after: int | None = No
     in the second stage while that step was in progress."""
     train.CONFIG, train.ARGS = parse(words, "", train.FLAGS)
     signals = SimpleNamespace(received=0, check=lambda: None)
-    monkeypatch.setattr(train, "prefer_plain_attention", lambda: None)          # a switch for the whole process
+    for switch in ("prefer_plain_attention", "deterministic"):                  # for the whole process
+        monkeypatch.setattr(train, switch, lambda: None)
     monkeypatch.setattr(train, "Signals", lambda: signals)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))      # which main() wraps

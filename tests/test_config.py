@@ -6,10 +6,26 @@ from dataclasses import dataclass, field
 from typing import get_type_hints
 
 import pytest
+import torch
 
-from tinyldm.config import PRESETS, Config, DataConfig, change, check, fields, flatten, make_config, pairs, parse, phases, preset_config
+from tinyldm.config import (
+    PATHS,
+    PRESETS,
+    Config,
+    DataConfig,
+    change,
+    check,
+    fields,
+    flatten,
+    make_config,
+    pairs,
+    parse,
+    phases,
+    preset_config,
+)
 from tinyldm.config.fields import OTHER_NAMES, SETTINGS, fixed, free
-from tinyldm.lookup import build_dataclass
+from tinyldm.device import pick_device, pick_dtype
+from tinyldm.lookup import build_dataclass, nearest
 from tinyldm.models.unet import UNetConfig
 from tinyldm.training.preflight import check_names
 
@@ -48,7 +64,7 @@ def test_every_setting_s_flag_is_understood():
     for name, setting in SETTINGS.items():
         if setting.type in (int, float, str, float | None) and name not in ("resume", "preset"):
             kind = {float | None: float}.get(setting.type, setting.type)
-            words = {"budget": ["3m"], "deadline": ["2999-01-31T18:00"]}.get(name, [str(plain[name] or 1)])
+            words = {"budget": ["3m"], "deadline": ["2999-01-31T18:00+00:00"]}.get(name, [str(plain[name] or 1)])
             assert flatten(parsed(check.flag(name), *words))[name] == kind(words[0]), name
 
 
@@ -63,6 +79,9 @@ def test_every_setting_s_flag_is_understood():
     (["--times", "mode", "--times-scale", "2"], "between -1 and 1.75"),
     (["--times-scale=-1"], "be a positive number"),
     (["--noise-offset=-1"], "must be at least 0"),
+    (["--seed", str(2**64 - 1)], "--seed 18446744073709551615 must be below 2^62"),
+    (["--cfg", "nan"], "--cfg nan must be a finite number"),
+    (["--times-mean", "inf"], "--times-mean inf must be a finite number"),
     (["--huber-c", "0"], "must be a positive number"),
     (["--caption-key", "dense:much"], "takes KEY or KEY:WEIGHT"),
     (["--caption-key", "dense:0"], "must be a positive number"),
@@ -72,7 +91,12 @@ def test_every_setting_s_flag_is_understood():
     (["--max-skip", "1.5"], "between 0 and 1"),
     (["--cache", "somewhere"], "name that with --vae-weights"),
     (["--unet", "widths"], "KEY=VALUE"),
-    (["--out", "nowhere", "--resume", "auto"], "nothing to resume"),
+    (["--out", "nowhere", "--resume", "yes"], "nothing to resume"),
+    (["--resume", "maybe"], "unknown --resume 'maybe'"),
+    (["--device", "cuda:first"], "as in cuda:1"),
+    (["--device", "tpu"], "unknown --device 'tpu'"),
+    (["--dtype", "fp16"], "known: auto, bf16, bfloat16, fp32, float32"),
+    (["--optimizer", "AdamV"], "unknown --optimizer 'adamv': did you mean 'adamw'"),
 ])
 def test_mistakes_are_one_line_with_the_fix_and_exit_code_2(argv, words, capsys):
     with pytest.raises(SystemExit) as end:
@@ -109,6 +133,33 @@ def test_a_resumed_run_starts_from_its_own_config(tmp_path):
     assert unet[0] == unet[1]
 
 
+@pytest.mark.parametrize("words, value", [
+    ("--dtype bfloat16", "bf16"), ("--dtype float32", "fp32"), ("--dtype BF16", "bf16"), ("--dtype auto", "auto"),
+    ("--device GPU", "cuda"), ("--device cuda:1", "cuda:1"), ("--device gpu:0", "cuda:0"), ("--device CPU", "cpu"),
+    ("--optimizer AdamW", "adamw"), ("--optimizer Muon", "muon")])
+def test_the_names_that_people_type_become_the_library_s_own(words, value):
+    flag, typed = words.split()
+    assert flatten(parsed(flag, typed))[flag[2:]] == flatten(make_config(**{flag[2:]: typed}))[flag[2:]] == value
+
+
+@pytest.mark.parametrize("typed, dtype", [
+    ("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16), ("float16", torch.float16), ("half", torch.float16),
+    ("fp32", torch.float32), ("float32", torch.float32), ("Float32", torch.float32), ("auto", torch.float32)])
+def test_the_names_of_precisions_are_understood_for_drawing_too(typed, dtype):
+    assert pick_dtype(typed, torch.device("cpu")) is dtype
+
+
+def test_a_device_s_other_name_is_the_same_device():
+    assert pick_device("CPU") == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda: .* no such device|--device cuda"):
+        pick_device("gpu:99" if torch.cuda.is_available() else "gpu")
+
+
+@pytest.mark.parametrize("typed, meant", [("DDIM", "ddim"), ("Dpmpp 2M", "dpmpp_2m"), ("Logit-Normal", "logit_normal")])
+def test_the_nearest_name_is_found_in_any_case(typed, meant):
+    assert nearest(typed, ["ddim", "ddpm", "dpmpp_2m", "logit_normal", "normal"]) == f"did you mean '{meant}'? "
+
+
 def test_network_fields_are_typed_and_checked():
     assert pairs("unet", ["widths=32,64", "linear_projection=true", "depth=2"]) == {
         "widths": (32, 64), "linear_projection": True, "depth": 2}
@@ -141,16 +192,29 @@ def test_a_setting_with_neither_fixed_nor_free_fails(monkeypatch):
         fields._settings()
 
 
-def test_what_a_resumed_run_keeps_and_may_change_is_what_it_was_before_the_settings_had_groups():
+def test_what_a_resumed_run_keeps_and_what_it_may_change():
     kept = """seed data scenes caption_key resolution stages buckets flip moments min_side max_aspect min_caption max_caption cache
         vae vae_weights text text_weights vocab_size network unet dit process process_options shift zero_terminal_snr prediction
-        learned_variance mask_padding optimizer ema_widths""".split()
-    may_change = """preset out resume device dtype compile max_skip encode_batch_size vae_steps vae_pictures vae_batch_size vae_crop vae_lr
+        learned_variance mask_padding optimizer ema_widths preset batch_size val_samples""".split()
+    may_change = """out resume device dtype compile max_skip encode_batch_size vae_steps vae_pictures vae_batch_size vae_crop vae_lr
         vae_muon_lr vae_kl times times_mean times_scale stratified_times loss huber_c loss_weight min_snr_gamma p2_gamma noise_offset
-        input_perturbation caption_dropout max_steps budget deadline batch_size grad_accum lr muon_lr weight_decay warmup_steps decay
+        input_perturbation caption_dropout max_steps budget deadline grad_accum lr muon_lr weight_decay warmup_steps decay
         grad_clip ema_decay rollback grad_checkpointing fsdp deterministic log_every track save_every keep_last keep_every val_every
-        val_samples sample_every sample_prompts sampler sample_steps cfg pictures utilisation gpu_gb gpu_tflops""".split()
+        sample_every sample_prompts sampler sample_steps cfg pictures utilisation gpu_gb gpu_tflops""".split()
     assert all(SETTINGS[name].kept for name in kept) and not any(SETTINGS[name].kept for name in may_change)
+
+
+def test_a_resumed_run_that_is_asked_for_another_batch_size_is_told_what_it_may_change(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(flatten(preset_config("tiny", batch_size=12, val_samples=8))))
+    resume = ["--out", str(tmp_path), "--resume", "auto"]
+    assert parsed(*resume, "--batch-size", "12", "--val-samples", "8", "--grad-accum", "3").optimisation.grad_accum == 3
+    for words, said in (
+            (["--batch-size", "6"], "a run keeps its --batch-size (12): leave it out to resume (--grad-accum makes micro-batches, and so "
+                                    "the memory, smaller), or start another run with --out"),
+            (["--val-samples", "9"], "a run keeps its --val-samples (8): leave it out to resume, or start another run with --out")):
+        with pytest.raises(SystemExit):
+            parsed(*resume, *words)
+        assert said in capsys.readouterr().err
 
 
 def test_fixed_and_free_are_the_two_ways_to_make_a_setting():
@@ -186,7 +250,7 @@ def test_a_name_that_no_setting_has_is_refused():
 
 
 def test_the_names_that_are_checked_are_settings():
-    named = {*check.AT_LEAST, *check.POSITIVE, *check.FRACTIONS, *check.WORDS, "vae_steps"}
+    named = {*check.AT_LEAST, *check.POSITIVE, *check.FRACTIONS, *fields.SPELLINGS, *PATHS, "vae_steps"}
     named |= {other for setting in SETTINGS.values() for other in setting.clears}
     assert named <= SETTINGS.keys() and not OTHER_NAMES.keys() & SETTINGS.keys()
     assert all(name in SETTINGS for row in PRESETS.values() for name in row)
@@ -203,9 +267,9 @@ def test_numbers_that_are_checked_are_refused_where_they_are_wrong():
     for name in check.FRACTIONS:
         with pytest.raises(ValueError, match=f"{check.flag(name)} -1 must lie between 0 and 1"):
             check.check(preset_config("tiny", **{name: -1}))
-    for name in check.WORDS:
-        with pytest.raises(ValueError, match=f"unknown {name} 'x'"):
-            check.check(preset_config("tiny", **{name: "x"}))
+    for name in ("device", "dtype", "optimizer"):
+        with pytest.raises(ValueError, match=f"unknown --{name} 'x'"):
+            preset_config("tiny", **{name: "x"})
 
 
 OLD = dict(preset="tiny", out="runs/old", resume="no", data="toyworld more", scenes=64, cache="", mfu=0.4, max_steps=77, lr=0.25, stages={},

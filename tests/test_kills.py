@@ -23,24 +23,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def run_with_kills(words: list, folder: Path, kills: int, seed: int) -> int:
-    """Start train.py, kill it at some moment, start it again, and so on; in the end leave it alone. -> the kills that hit it
-    at work: half of them soon after it wrote something, half of them whenever."""
+def run_with_kills(words: list, folder: Path, kills: int, seed: int, env=ENVIRONMENT, latest=6, at_work=lambda seconds: seconds > 1) -> int:
+    """Start train.py, kill it at some moment, start it again, and so on; in the end leave it alone. -> the number of kills that hit
+    it at work (before the first second is over, nothing is there that could be hurt). Half of them come soon after it wrote
+    something, half of them at any moment in the first `latest` seconds."""
     rng, hits, files = random.Random(seed), 0, lambda: {*folder.rglob("*")}
     for attempt in range(10 * kills + 1):
         resume = ["--resume", "auto"] if (folder / "config.json").exists() else []
         before, begun = files(), time.monotonic()
         job = subprocess.Popen([sys.executable, *map(str, words), "--out", str(folder), *resume], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
+                               stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
         if hits < kills:
             if soon := rng.random() < 0.5:
                 while job.poll() is None and files() <= before:
                     time.sleep(0.005)
             try:
-                job.wait(rng.uniform(0, 0.5) if soon else rng.uniform(0, 6))
+                job.wait(rng.uniform(0, 0.5) if soon else rng.uniform(0, latest))
             except subprocess.TimeoutExpired:
                 job.kill()
-                hits += time.monotonic() - begun > 1           # before, nothing is there that could be hurt
+                hits += at_work(time.monotonic() - begun)
         _, error = job.communicate()
         if job.returncode == 0 and hits:
             return hits

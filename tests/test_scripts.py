@@ -1,5 +1,6 @@
 """The scripts, run as a person runs them, on networks of a few thousand parameters."""
 
+import importlib
 import json
 import re
 import shutil
@@ -8,14 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, SMALL, load_script, log_without_timing, mistake, script, train_here, weights
+from helpers import ROOT, SMALL, load_script, log_without_timing, mistake, pictures, script, train_here, weights
 from PIL import Image
 from safetensors.numpy import load_file
 
 from tinyldm.config import parse
+from tinyldm.data.prepare import find_shards
 from tinyldm.training import checkpoint
 from tinyldm.training.log import read
 from tinyldm.training.preflight import check_run
@@ -30,6 +33,22 @@ def run(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     assert f"--model {folder}" in done.stdout                  # the next command to type
     return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """The same run in this process, where some kernels are others."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with pytest.MonkeyPatch.context() as patch:
+        train_here(load_script("train"), ["--out", str(folder), *SMALL], patch)
+    return folder
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """To the last bit of weights and optimizers, and in the log."""
+    a, b = (weights(folder / "checkpoints" / "step-000006") for folder in (one, two))
+    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+    assert log_without_timing(one) == log_without_timing(two)
 
 
 def lines(run: Path) -> list[dict]:
@@ -187,13 +206,13 @@ def refusal(name, words, capsys) -> str:
     (["--text-weights", "docs"], "docs/config.json does not exist"),
     (["--data", "NOWHERE"], "no such file or folder"),
     (["--device", "cuda"], "--device cpu"),
-    (["--device", "tpu"], "unknown device"),
+    (["--device", "tpu"], "unknown --device"),
     (["--prediction", "eps"], "eps"),
     (["--shift", "-1"], "must be a positive number"),
     (["--vae-crop", "9"], "not a multiple of"),
     (["--resume", "maybe"], "unknown --resume"),
     (["--stages", "16=0.5", "18=0.5", "--unet", "widths=16,32,32", "attention=False,False,False", "heads=1,1,1"], "not a multiple of"),
-    (["--max-steps", "0", "--deadline", "2001-01-01T00:00"], "--deadline 2001-01-01T00:00 has passed"),
+    (["--max-steps", "0", "--deadline", "2001-01-01T00:00+00:00"], "--deadline 2001-01-01T00:00+00:00 has passed"),
     (["--ema-widths", "0.05", "0.4"], "must lie between 0 and 0.288"),
     (["--ema-widths", "wide"], "numbers between 0 and 0.288"),
     (["--fsdp"], "name a pretrained one with --text-weights"),
@@ -214,6 +233,109 @@ def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoints(run, tmp_path):
     done = script("-c", limit, "train.py", "--out", copy, "--resume", "auto", "--max-steps", 8)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " in done.stderr
     assert {path.name for path in (copy / "checkpoints").iterdir()} == {path.name for path in (run / "checkpoints").iterdir()}
+
+
+def test_one_command_starts_a_run_and_continues_it_every_time_it_is_typed(undisturbed, tmp_path, monkeypatch, capsys):
+    """As a requeue script does. The first start dies before it has written anything but its lock, the second while it trains."""
+    words = ["--out", str(tmp_path / "run"), "--preset", "tiny", *SMALL, "--resume", "auto"]
+    train = load_script("train")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "write_settings", lambda config: 1 / 0)
+        train_here(train, words, patch)
+    (tmp_path / "run" / "running.json").write_text('{"seconds": 3600}')        # of a run that ended before its first checkpoint
+    train_here(train, words, monkeypatch, stop_after=3)
+    assert f"new run in {tmp_path / 'run'}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "running.json").read_text())["seconds"] < 3600
+    for _ in range(2):                                          # once more than needed: it is done
+        train_here(train, words, monkeypatch)
+        assert f"continuing the run in {tmp_path / 'run'}" in capsys.readouterr().out
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("word", ["no", "auto"])
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(run, tmp_path, monkeypatch, word):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "launch"):
+        shutil.copy(run / name, folder / name)
+    (folder / "running.json").write_text('{"seconds": 3600}')
+    words = ["--out", str(folder), *SMALL, "--resume", word, "--vae-weights", "", "--max-steps", "2", "--sample-every", "0"]
+    train_here(load_script("train"), words, monkeypatch)
+    assert (folder / "checkpoints" / "step-000002").exists()
+    seconds = json.loads((folder / "running.json").read_text())["seconds"]
+    assert seconds > 3600 if word == "auto" else seconds < 3600         # the time of a run that is continued was used, too
+
+
+def test_an_interrupted_first_stage_goes_on_with_the_same_pictures_and_reads_none_again(undisturbed, tmp_path, monkeypatch):
+    first_stage = importlib.import_module("tinyldm.training.first_stage")
+    folder, read, real = tmp_path / "run", [], first_stage.some_pictures
+    monkeypatch.setattr(first_stage, "some_pictures", lambda *words: read.append(len(real(*words)[0])) or real(*words))
+    train = load_script("train")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train.Trainer, "watch_loss", lambda self, update: 1 / (3 - self.step))       # dies in step 3 of 4
+        train_here(train, ["--out", str(folder), *SMALL], patch)
+    kept = next(folder.glob("vae-pictures-*/pictures.npy"))
+    assert read == [24] and np.load(kept).shape == (24, 16, 16, 3)
+    train_here(train, ["--out", str(folder), "--resume", "auto"], monkeypatch)
+    assert read == [24] and not list(folder.glob("*vae-pictures*"))            # and it takes no room afterwards
+    assert_same_run(undisturbed, folder)
+
+
+@pytest.mark.parametrize("damage, changes", [("cut", []), ("", ["--vae-pictures", "9"]), ("no room", [])])
+def test_pictures_that_are_damaged_or_asked_for_in_another_number_are_read_again(tmp_path, monkeypatch, damage, changes):
+    first_stage = importlib.import_module("tinyldm.training.first_stage")
+    if damage == "no room":                                     # then none are kept
+        monkeypatch.setattr(first_stage.shutil, "disk_usage", lambda path: SimpleNamespace(free=24 * 16 * 16 * 3 * 10))
+    context = SimpleNamespace(folder=tmp_path, signals=SimpleNamespace(check=lambda: None))
+    pictures = first_stage.training_pictures(parse(SMALL, "")[0], context)
+    kept = list(tmp_path.glob("vae-pictures-*/pictures.npy"))
+    assert len(kept) == (damage != "no room")
+    if damage == "cut":
+        kept[0].write_bytes(kept[0].read_bytes()[:-1])
+    again = first_stage.training_pictures(parse([*SMALL, *changes], "")[0], context)
+    assert np.array_equal(pictures, again) if not changes else len(again) == 9
+    assert len(list(tmp_path.iterdir())) == len(kept)
+
+
+@pytest.mark.parametrize("data, out", [(".", "run"), ("PLACE", "link/run"), ("../pictures", "../pictures/runs/a/b")])
+def test_a_run_inside_its_folder_of_pictures_is_no_part_of_its_data(run, tmp_path, monkeypatch, data, out):
+    place = pictures(tmp_path / "pictures", 12)
+    (tmp_path / "pictures" / "link").symlink_to(tmp_path / "pictures")
+    monkeypatch.chdir(place)
+    words = ["--data", data.replace("PLACE", str(place)), "--out", out, "--vae-weights", str(run / "vae"), *SMALL, "--max-steps", "2"]
+    listed = lambda: [(shard.name, shard.stamp) for shard in find_shards(parse(words, "")[0].data, 0)[0][1]]
+    before = listed()
+    train_here(load_script("train"), words, monkeypatch)
+    assert list((place / out / "samples").glob("*.png")) and listed() == before
+    index = json.loads((place / out / "latents" / "index.json").read_text())
+    assert [sum(group["count"] for group in shard["groups"]) for shard in index["sources"][0]["shards"]] == [12]
+
+
+@pytest.mark.parametrize("data, out", [(".", "."), ("pictures", "link"), ("PLACE", "pictures/")])
+def test_a_run_in_the_very_folder_of_its_pictures_is_refused(tmp_path, monkeypatch, capsys, data, out):
+    place = pictures(tmp_path / "pictures", 2)
+    (tmp_path / "link").symlink_to(place)
+    monkeypatch.chdir(place if data == "." else tmp_path)
+    said = mistake("train", ["--data", data.replace("PLACE", str(place)), "--out", out, *SMALL], capsys)
+    assert "is the folder of --data" in said and "name another, such as --out" in said and len(list(place.iterdir())) == 6
+
+
+def test_a_run_with_relative_paths_is_resumed_from_anywhere(run, tmp_path, monkeypatch):
+    """Its VAE, its captions and its latents are not there yet when it is stopped."""
+    (tmp_path / "home").mkdir()
+    pictures(tmp_path / "home" / "pictures", 12)
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    words = ["--data", "pictures", "--out", "../run", *SMALL]
+    train = load_script("train")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train.Trainer, "watch_loss", lambda self, update: 1 / (3 - self.step))
+        train_here(train, words, patch)
+    monkeypatch.chdir(tmp_path / "away")
+    train_here(train, ["--out", "../run", "--resume", "auto"], monkeypatch)
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (tmp_path / "run" / "checkpoints" / "step-000006").exists()
+    assert (settings["data"], settings["directory"]) == (["pictures"], str(tmp_path / "home"))
 
 
 @pytest.mark.parametrize("words", [["--text", "layers=2"], ["--optimizer", "adamw"]])
@@ -241,20 +363,23 @@ def test_pretrained_parts_are_used_as_they_are(run, tmp_path, monkeypatch):
     assert drawn.returncode == 0, drawn.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, number):
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGHUP, signal.SIGTERM]])
+def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, numbers):
+    """Several signals: as when a terminal closes, or systemd stops a torchrun."""
     folder = tmp_path / "run"
     # A shell's background job, which these tests may be part of, inherits that SIGINT is ignored.
     process = subprocess.Popen([sys.executable, "train.py", "--out", folder, *SMALL, "--max-steps", "100000"], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in numbers])
     try:
         while not (folder / "checkpoints" / "step-000002").exists() and process.poll() is None:
             time.sleep(0.05)
-        process.send_signal(number)
+        for number in numbers:                                  # the first two may arrive together, in either order
+            process.send_signal(number)
         out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 128 + number
+    assert process.returncode in [128 + number for number in numbers]
     assert f"python train.py --out {folder} --resume auto" in out
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
     assert json.loads((newest / "state.json").read_text())["step"] >= 2
@@ -276,7 +401,7 @@ def test_one_seed_gives_one_picture_at_any_batch_size(run, tmp_path):
         done = script("sample.py", "a red fox", "a blue cat", "-n", 2, "--model", run, "--batch-size", size, "--seed", 5,
                       "--sampler", "ddpm", "--cfg", 3, "--out", tmp_path / str(size))
         assert done.returncode == 0, done.stderr
-    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    names = sorted(path.name for path in (tmp_path / "1").glob("*.png"))
     assert names == ["0001-5-a-red-fox.png", "0002-6-a-red-fox.png", "0003-5-a-blue-cat.png", "0004-6-a-blue-cat.png", "0005-5-grid.png"]
     assert done.stdout.splitlines()[-1] == str(tmp_path / "3" / "0005-5-grid.png")
     for name in names:
@@ -291,7 +416,7 @@ def test_pictures_carry_their_settings(run, tmp_path):
     assert done.returncode == 0, done.stderr
     text = Image.open(tmp_path / "fox.png").text["parameters"]
     assert text == ("a red fox\nNegative prompt: blue\nSteps: 2, Sampler: dpmpp_2m, Schedule type: flow_sigmas, CFG scale: 7.5, Seed: 0, "
-                    "Size: 16x16, Model: tiny, RNG: CPU")
+                    "Size: 16x16, Model: small step-000006, Precision: fp32, RNG: CPU")
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -316,6 +441,58 @@ def test_mistakes_at_sample_are_one_line_and_write_nothing(run, tmp_path, capsys
     words = ["--out", str(tmp_path / "out"), *(names.get(word, word) for word in words)]
     assert expected in refusal("sample", words, capsys)
     assert not list(tmp_path.rglob("*.png"))
+
+
+def draw_here(words) -> None:
+    sample = load_script("sample")
+    sample.ARGS = sample.parse([str(word) for word in ["a red fox", "--steps", 1, *words]])
+    sample.main()
+
+
+@pytest.mark.parametrize("out, there, written", [
+    ("sd1.5", False, "sd1.5/0001-0-a-red-fox.png"), ("my.run", True, "my.run/0001-0-a-red-fox.png"),
+    ("v1.0/", False, "v1.0/0001-0-a-red-fox.png"), ("fox.png", True, "fox.png/0001-0-a-red-fox.png"),
+    ("fox.jpg", True, "fox.jpg/0001-0-a-red-fox.png"), ("sd1.5/fox.v2.png", False, "sd1.5/fox.v2.png"), ("FOX.PNG", False, "FOX.PNG")])
+def test_a_folder_s_name_may_have_dots_and_one_that_exists_is_a_folder(run, tmp_path, out, there, written):
+    if there:
+        (tmp_path / out).mkdir()
+    draw_here(["--model", run, "--out", f"{tmp_path}/{out}"])
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    marked = out.rstrip("/").rpartition("/")[0] if written == out else out.rstrip("/")       # the folder, where sample.py made one
+    assert found == {written} | ({f"{marked}/.tinyldm-output"} if marked and not there else set())
+    assert Image.open(tmp_path / written).format == "PNG"
+
+
+NUMBERED = ["0001-0-a-red-fox.png", "0001-0-a-red-fox.webp"]
+
+
+@pytest.mark.parametrize("out, written", [("sd1.5", NUMBERED), ("x.gif", NUMBERED), ("fox.v1.5.gif", ["fox.v1.5.gif", "fox.v1.5.png"]),
+                                          ("fox.v1.5.png", ["fox.v1.5.png", "fox.v1.5.webp"])])
+def test_an_animation_and_its_strip_keep_a_name_with_dots(run, tmp_path, out, written):
+    (tmp_path / "x.gif").mkdir()
+    draw_here(["--model", run, "--interpolate", 5, "--frames", 2, "--out", tmp_path / out])
+    assert sorted(path.name for path in tmp_path.rglob("*.*") if path.is_file() and path.name[0] != ".") == sorted(written)
+
+
+def test_drawn_pictures_in_a_folder_of_pictures_are_no_data(run, tmp_path, monkeypatch):
+    place = pictures(tmp_path / "pictures", 3)
+    monkeypatch.chdir(place)
+    listed = lambda: [(shard.name, shard.stamp) for shard in find_shards(parse(["--data", "."], "")[0].data, 0)[0][1]]
+    before = listed()
+    draw_here(["--model", run])
+    assert list((place / "samples").glob("*.png")) and listed() == before
+
+
+@pytest.mark.parametrize("flag, words", [("--dtype", ["float16", "bfloat16", "FP32"]), ("--device", ["CPU", "gpu:0", "cuda:1"])])
+def test_precisions_and_devices_are_called_what_people_call_them(flag, words):
+    evaluate = load_script("evaluate")
+    own = {"bfloat16": "bf16", "FP32": "fp32", "CPU": "cpu", "gpu:0": "cuda:0", "cuda:1": "cuda:1"}
+    for word in words:
+        if word == "float16":                                   # not for autocast
+            with pytest.raises(SystemExit):
+                evaluate.parse(["run", flag, word])
+        else:
+            assert getattr(evaluate.parse(["run", flag, word]), flag[2:]) == own[word]
 
 
 def test_a_long_prompt_is_drawn_and_the_part_left_out_is_named(run, tmp_path):

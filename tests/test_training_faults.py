@@ -1,13 +1,18 @@
 """What a week brings: steps that are not finite, a loss that diverges, too little memory, pictures that fail."""
 
+import errno
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from helpers import SMALL, load_script, log_without_timing, train_here, weights
+from safetensors.numpy import load_file, save_file
 
 from tinyldm.objectives.denoising import Denoising
 from tinyldm.training import checkpoint, loss_monitor, second_stage
-from tinyldm.training.log import read
+from tinyldm.training.log import Log, read
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +202,45 @@ def test_checkpointed_blocks_and_averages_of_two_widths_go_on_bit_for_bit(vae, t
     assert log_without_timing(tmp_path / "whole") == log_without_timing(tmp_path / "cut")
     sizes = [row["resolution"] for row in events(tmp_path / "whole") if row["event"] == "stage"]
     assert sizes == [32]
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_neither_the_run_nor_a_row(tmp_path, monkeypatch, train):
+    """The first write of a row fails in each stage; in the first stage there is no other and no checkpoint after it."""
+    words, real, seen = [*SMALL, "--save-every", "100", "--sample-every", "0"], Log._append, set()
+
+    def append(self):
+        stage = self.unwritten and json.loads(self.unwritten.splitlines()[0])["stage"]
+        if stage and stage not in seen:
+            seen.add(stage)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self)
+
+    train_here(train, [*words, "--out", str(tmp_path / "quiet")], monkeypatch)
+    monkeypatch.setattr(Log, "_append", append)
+    train_here(load_script("train"), [*words, "--out", str(tmp_path / "full")], monkeypatch)
+    assert seen == {"vae", "step"} and log_without_timing(tmp_path / "full") == log_without_timing(tmp_path / "quiet")
+    assert [(row["stage"], row["step"]) for row in read(tmp_path / "full" / "log.jsonl") if "loss" in row] == [
+        ("vae", 3), ("step", 3), ("step", 6)]
+
+
+@pytest.mark.parametrize("fate", ["changed", "gone"])
+def test_a_resumed_run_keeps_its_pretrained_parts_whatever_becomes_of_their_source(vae, tmp_path, monkeypatch, fate):
+    shutil.copytree(vae.parent / "checkpoints" / "step-000001" / "model", source := tmp_path / "source")
+    pretrained = ["--vae-weights", str(source), "--text-weights", str(source), "--sample-every", "0"]
+    train_here(load_script("train"), ["--out", str(tmp_path / "whole"), *SMALL, *pretrained], monkeypatch)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("step-000004", "step-000006"):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / name)
+    if fate == "gone":
+        shutil.rmtree(source)
+    else:                                                       # another VAE and text encoder, and a tokenizer that pads otherwise
+        for file in (*source.glob("vae/*.safetensors"), *source.glob("text_encoder/*.safetensors")):
+            save_file({name: 1 - tensor for name, tensor in load_file(file).items()}, file)
+        names = source / "tokenizer" / "tokenizer_config.json"
+        names.write_text(json.dumps(json.loads(names.read_text()) | {"pad_token": "!"}))
+    train_here(load_script("train"), ["--out", str(tmp_path / "cut"), "--resume", "auto"], monkeypatch)
+    whole, cut = (tmp_path / name / "checkpoints" / "step-000006" for name in ("whole", "cut"))
+    for file in (path.relative_to(whole) for path in (whole / "model").rglob("*") if path.is_file() and path.suffix != ".safetensors"):
+        assert (whole / file).read_bytes() == (cut / file).read_bytes(), file
+    whole, cut = weights(whole), weights(cut)
+    assert whole.keys() == cut.keys() and all(np.array_equal(whole[name], cut[name]) for name in whole)

@@ -170,6 +170,11 @@ def test_too_little_room_for_the_next_checkpoints_is_told_with_both_sizes(tmp_pa
     run = tmp_path / "not" / "there"
     checkpoint.check_room(run, 5_000_000_000)
     checkpoint.check_room(run, 3_333_333_333, checkpoints=3)
-    with pytest.raises(OSError, match="10.0 GB are free for .*there, and the next 2 checkpoints need 12.0 GB: make room"):
+    with pytest.raises(OSError, match="10.0 GB are free for .*there.checkpoints, and the next 2 checkpoints need 12.0 GB: make room"):
         checkpoint.check_room(run, 6_000_000_000)
     assert set(asked) == {tmp_path}
+    run.mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "disk")        # the room on that disk counts
+    checkpoint.check_room(run, 5_000_000_000)
+    assert asked[-1].samefile(tmp_path / "disk")

@@ -81,3 +81,70 @@ def test_the_learning_rate_warms_up_stays_and_ends_near_zero():
     assert factors[0] == pytest.approx(0.1) and factors[9:80] == [1.0] * 71
     assert factors[-1] == pytest.approx(1 / 20) and factors == sorted(factors[:10]) + factors[10:80] + sorted(factors[80:], reverse=True)
     assert optimizers[1].param_groups[0]["lr"] == pytest.approx(1e-2 / 20)
+
+
+def gradients(shape: tuple[int, ...], steps: int) -> list[torch.Tensor]:
+    """Of different sizes, so that the momentum does not drown in the last one."""
+    rng = torch.Generator().manual_seed(5)
+    return [torch.randn(shape, generator=rng) * size for size in torch.linspace(1, 0.2, steps)]
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12), (6, 4, 3, 3)])
+def test_several_steps_of_muon_are_those_of_the_formula_for_square_wide_tall_and_convolution_matrices(shape):
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    p = nn.Parameter(start.clone())
+    optimizer = Muon([p], lr=0.1, momentum=0.8, weight_decay=0.5)
+    weights, buffer, (a, b, c) = start.double().flatten(1), 0.0, (3.4445, -4.7750, 2.0315)
+    rows, columns = weights.shape
+    for gradient in gradients(shape, 3):
+        p.grad = gradient.clone()
+        optimizer.step()
+        g = gradient.double().flatten(1)
+        buffer = 0.8 * buffer + 0.2 * g
+        x = 0.2 * g + 0.8 * buffer                              # Nesterov: what the momentum would be after the same gradient again
+        x = (x.T if rows > columns else x) / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        x = x.T if rows > columns else x
+        weights = weights * (1 - 0.1 * 0.5) - 0.1 * 0.2 * max(rows, columns) ** 0.5 * x
+    update = weights - start.double().flatten(1)
+    error = (p.detach().flatten(1) - weights).norm() / update.norm()
+    assert error < (0.02 if rows < 2 * columns and columns < 2 * rows else 1e-5)       # near-square matrices run in bfloat16
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this version of torch has no Muon")
+@pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12), (30, 20)])
+def test_muon_is_torch_s_own_with_adamw_s_size_of_updates(shape):
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = [Muon([ours], lr=0.1, weight_decay=0.3),
+                  torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")]
+    for gradient in gradients(shape, 4):
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).norm() / (theirs - start).norm() < 0.02                      # theirs runs in bfloat16
+
+
+def test_both_optimizers_have_the_settings_learning_rates_and_decay_all_of_their_parameters():
+    parameters = {f"net.{name}": p for name, p in tiny_unet().named_parameters()}
+    settings = OptimisationConfig(optimizer="muon", lr=1e-3, muon_lr=1e-2, weight_decay=0.25)
+    adamw, muon = make_optimizers(parameters, muon_matrices({"net": tiny_unet()}), settings)
+    for optimizer, lr in ((adamw, 1e-3), (muon, 1e-2)):
+        assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(lr, 0.25)]
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.95) and muon.param_groups[0]["momentum"] == 0.95
+
+
+def test_adamw_takes_the_steps_of_its_formula():
+    """arXiv:1711.05101, Alg. 2, with betas of 0.9 and 0.95: they show from the second step on."""
+    start = torch.linspace(-1, 1, 5)
+    p = nn.Parameter(start.clone())
+    optimizer, = make_optimizers({"p": p}, (), OptimisationConfig(optimizer="adamw", lr=0.1, weight_decay=0.5))
+    expected, m, v = start.double(), 0.0, 0.0
+    for n, gradient in enumerate(gradients((5,), 3), 1):
+        p.grad = gradient.clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * gradient.double(), 0.95 * v + 0.05 * gradient.double() ** 2
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * (m / (1 - 0.9**n)) / ((v / (1 - 0.95**n)).sqrt() + 1e-8)
+    torch.testing.assert_close(p.detach(), expected.float())

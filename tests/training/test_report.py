@@ -194,6 +194,12 @@ def test_values_that_are_not_finite_are_marked_and_do_not_reach_the_curve(tmp_pa
     assert curve["x"] == [1, 2, 3] and curve["bad"] == [4, 5]
 
 
+def test_numbers_that_were_logged_as_null_are_marked_and_a_value_that_a_row_lacks_is_not(tmp_path):
+    rows = [*losses(3), {"stage": "step", "step": 4, "loss": None}, {"stage": "step", "step": 5, "val_ema": 0.5, "val_bins": None}]
+    curves = data_of(write_report(make_run(tmp_path, rows)))["stages"]["step"]["curves"]
+    assert curves["loss"]["x"] == [1, 2, 3] and curves["loss"]["bad"] == [4] and curves["val_ema"]["bad"] == []
+
+
 @pytest.mark.parametrize("said", ["</script><script>alert(1)</script>", "<!-- <script>", "\u2028 漢字 ü \U0001f98a", "\ud800",
                                   "@DATA@ @TITLE@"])
 def test_whatever_people_write_stays_text(tmp_path, said):

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tinyldm.config import parse
+from tinyldm.durations import parse_date
 from tinyldm.training.schedule import SHORTEST, LearningRateSchedule, make_schedule
 
 
@@ -324,3 +325,11 @@ def test_progress_counts_training_alone():
     plan = make_schedule(settings("--budget", "100s"), None, 20.0, NOW)
     assert plan.progress(5, 20.0) == 0 and plan.progress(5, 60.0) == 0.5 and plan.progress(5, 100.0) == 1
     assert make_schedule(settings("--max-steps", "8"), None, 0.0, NOW).progress(2) == 0.25
+
+
+def test_an_end_by_the_clock_reaches_the_schedule():
+    timed = make_schedule(settings("--budget", "3m", "--warmup-steps", "7", "--decay", "0.3"), None, 5.0, NOW)
+    assert (timed.budget, timed.deadline, timed.max_steps, timed.warmup, timed.decay) == (180, 0, 0, 7, 0.3)
+    dated = make_schedule(settings("--deadline", "2999-01-31T18:00"), None, 5.0, NOW)
+    assert (dated.budget, dated.deadline) == (0, parse_date("2999-01-31T18:00")) and not dated.done(10**6, 10.0, NOW)
+    assert [timed.done(99, running) for running in (170.0, 181.0)] == [False, True] and timed.factor(99, 180 - 27.0) == pytest.approx(0.5)

@@ -4,7 +4,7 @@ Nothing here imports torch, so that `--help` answers at once.
 """
 
 from tinyldm.config.check import split_weights
-from tinyldm.config.command_line import pairs, parse
+from tinyldm.config.command_line import PATHS, pairs, parse
 from tinyldm.config.fields import (
                                    AutoencoderConfig,
                                    Config,
@@ -24,5 +24,5 @@ from tinyldm.config.fields import (
 from tinyldm.config.presets import PRESETS, preset_config
 
 __all__ = ["AutoencoderConfig", "Config", "DataConfig", "DrawingConfig", "NetworkConfig", "ObjectiveConfig", "OptimisationConfig",
-           "PRESETS", "PlanConfig", "RunConfig", "TextConfig", "change", "flatten", "make_config", "pairs", "parse",
+           "PATHS", "PRESETS", "PlanConfig", "RunConfig", "TextConfig", "change", "flatten", "make_config", "pairs", "parse",
            "phases", "preset_config", "split_weights"]

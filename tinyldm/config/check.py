@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 
+from tinyldm.cli import check_seed
 from tinyldm.config.fields import Config, flatten
 from tinyldm.durations import parse_date, parse_duration
-from tinyldm.lookup import lookup
+from tinyldm.unicode import check_unicode
 
 AT_LEAST = {name: 1 for name in (
     "batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every", "scenes", "sample_steps", "vae_batch_size",
@@ -17,7 +18,6 @@ AT_LEAST = {name: 1 for name in (
     "keep_every", "max_steps")}
 POSITIVE = ("lr", "muon_lr", "vae_lr", "vae_muon_lr", "grad_clip", "shift", "huber_c", "p2_gamma")
 FRACTIONS = ("caption_dropout", "decay", "vae_decay", "ema_decay", "max_skip")
-WORDS = {"optimizer": ("muon", "adamw"), "dtype": ("auto", "bf16", "fp32"), "device": ("auto", "cpu", "cuda", "mps")}
 
 
 def flag(name: str) -> str:
@@ -28,18 +28,20 @@ def flag(name: str) -> str:
 def check(config: Config) -> None:
     """ValueError, in one line with the fix, for the first value that cannot work."""
     values = flatten(config)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):           # JSON, in which settings are stored, has no such numbers
+            raise ValueError(f"{flag(name)} {value} must be a finite number")
     at_least = AT_LEAST | {"vae_steps": 0 if config.autoencoder.weights else 1}
     for name, smallest in at_least.items():
         if not smallest <= values[name] < math.inf:
             raise ValueError(f"{flag(name)} {values[name]} must be at least {smallest}")
+    check_seed(values["seed"])
     for name in POSITIVE:
         if not 0 < values[name] < math.inf:
             raise ValueError(f"{flag(name)} {values[name]} must be a positive number")
     for name in FRACTIONS:
         if not 0 <= values[name] <= 1:
             raise ValueError(f"{flag(name)} {values[name]} must lie between 0 and 1")
-    for name, known in WORDS.items():
-        lookup(dict.fromkeys(known), values[name].partition(":")[0], name)
     check_objective(config)
     check_data(config)
     check_length(config)
@@ -59,6 +61,8 @@ def check_objective(config: Config) -> None:
 def check_data(config: Config) -> None:
     """Captions, sizes and caches."""
     data = config.data
+    check_unicode(config.run.sample_prompts, "--sample-prompts ")
+    check_unicode(config.run.out, "--out ")                 # safetensors opens no file in such a folder
     split_weights(data.caption_key)
     if 0 < data.buckets < 1 or 0 < data.max_aspect < 1:
         raise ValueError("--buckets and --max-aspect are ratios of the longer side to the shorter: 1 or more (0: off)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from tinyldm.config.check import check, flag
 from tinyldm.config.fields import OTHER_NAMES, SETTINGS, Config, flatten, make_config
 from tinyldm.config.presets import PRESETS
 from tinyldm.lookup import lookup
+
+PATHS = ("data", "cache", "vae_weights", "text_weights")       # settings that may hold paths, all of which a resumed run keeps
+INSTEAD = {"batch_size": " (--grad-accum makes micro-batches, and so the memory, smaller)"}       # what may be changed, where that helps
 
 
 def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None = None,
@@ -30,9 +34,11 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
     rest = argparse.Namespace(**{name: typed.pop(name) for word in own or {} if (name := word[2:].replace("-", "_")) in typed})
     try:
         row = starting_point(typed)
+        if row["resume"] != "no":                               # what a resumed run keeps has been compared
+            typed = {name: value for name, value in typed.items() if not SETTINGS[name].kept}
         for name in typed:
-            if name != "resolution" or typed.get("resume") != "auto":             # a resumed run keeps its resolution
-                row |= SETTINGS[name].clears
+            row |= SETTINGS[name].clears
+        typed["resume"] = row["resume"]
         typed = {name: merged(row, name, value) if SETTINGS[name].type is dict else value for name, value in typed.items()}
         config = make_config(**(row | typed))
         check(config)
@@ -56,26 +62,49 @@ def add_flag(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
-    """The values under what was typed: a preset's row, or those of the run to resume."""
+    """The values under what was typed: a preset's row, or those of the run to resume. "resume" among them says which: no or auto."""
     preset = typed.get("preset", "tiny")
-    row = lookup(PRESETS, preset, "preset") | {"preset": preset}
-    saved = Path(typed.get("out", f"runs/{preset}")) / "config.json"
-    if lookup({"no": False, "auto": True}, typed.get("resume", "no"), "--resume") is False:
+    row = lookup(PRESETS, preset, "preset") | {"preset": preset, "resume": "no"}
+    run = Path(typed.get("out") or f"runs/{preset}")
+    wanted, saved = lookup({word: word for word in ("no", "auto", "yes")}, typed.get("resume", "no"), "--resume"), run / "config.json"
+    if wanted != "no" and not saved.exists() and ((run / "checkpoints").exists() or (run / "vae").exists()):
+        raise ValueError(f"{saved} is missing: write the run's settings into it again, or start another run with --out")
+    if wanted == "yes" and not saved.exists():
+        raise ValueError(f"nothing to resume: {saved} is not there; name the run's folder with --out, or let --resume auto start it")
+    if wanted == "no" or not saved.exists():
         return row
-    if not saved.exists():
-        raise ValueError(f"nothing to resume: {saved} is not there; start the run without --resume, or name its folder with --out")
     try:
-        row = {OTHER_NAMES.get(name, name): value for name, value in json.loads(saved.read_text()).items()}
+        content = json.loads(saved.read_text(encoding="utf-8"))
+        row = {OTHER_NAMES.get(name, name): value for name, value in content.items()}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{saved} is damaged ({error}): write the run's settings into it again, or start another run with --out") from None
-    row = {name: value for name, value in row.items() if name in SETTINGS}
+    row = {name: value for name, value in row.items() if name in SETTINGS} | {"resume": "auto"}
     known = flatten(make_config(**row))                        # with the defaults of settings that are newer than the run
     for name in (name for name in typed if SETTINGS[name].kept):
-        asked = merged(known, name, typed[name]) if SETTINGS[name].type is dict else typed[name]
-        if json.loads(json.dumps(asked)) != json.loads(json.dumps(known[name])):
-            raise ValueError(f"a run keeps its {flag(name)} ({known[name]}): leave it out to resume, "
+        value = merged(known, name, typed[name]) if SETTINGS[name].type is dict else typed[name]
+        if not same(name, flatten(make_config(**{name: value}))[name], known, content.get("directory") or os.getcwd()):
+            raise ValueError(f"a run keeps its {flag(name)} ({known[name]}): leave it out to resume{INSTEAD.get(name, '')}, "
                              "or start another run with --out")
     return row
+
+
+def same(name: str, asked: Any, known: dict[str, Any], directory: str) -> bool:
+    """Whether a setting has the value that the run has already. Paths may be spelt otherwise, from the folder that the command is
+    typed in now and from that in which the run began (directory); on a run's --cache the order of its --data has no meaning."""
+    values = [json.loads(json.dumps(value)) for value in (asked, known[name])]
+    if name not in PATHS or not all(values):
+        return values[0] == values[1]
+    words = [sorted(found) if name == "data" and known["cache"] else found if isinstance(found, list) else [found] for found in values]
+    return len(words[0]) == len(words[1]) and all(same_path(*pair, directory) for pair in zip(*words))
+
+
+def same_path(asked: str, known: str, directory: str) -> bool:
+    """Whether two words mean the same file or folder, or are the same word where they mean none (a hub id, a pattern, a URL)."""
+    one, two = (os.path.normpath(os.path.join(base, os.path.expanduser(word)))
+                for base, word in ((os.getcwd(), asked), (directory, known)))
+    if os.path.exists(one) and os.path.exists(two):
+        return os.path.samefile(one, two)
+    return asked == known or one == two
 
 
 def merged(row: dict[str, Any], name: str, words: list[str]) -> dict[str, Any]:

@@ -13,6 +13,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_type_hints
 
+from tinyldm.durations import with_zone
+from tinyldm.lookup import device_name, dtype_name, lookup
+
 
 def _setting(default: Any, text: str, kept: bool, flag: str, also: tuple[str, ...], clears: dict[str, Any] | None) -> Any:
     metadata = {"help": text, "kept": kept, "flag": flag, "also": also, "clears": clears or {}}
@@ -41,22 +44,23 @@ def free(default: Any, text: str, *, flag: str = "", also: tuple[str, ...] = (),
 class RunConfig:
     """Where a run lives, what it computes with, and how often it reports."""
 
-    preset: str = free("tiny", "row of settings to start from")
+    preset: str = fixed("tiny", "row of settings to start from")
     out: str = free("", "run folder (default: runs/PRESET)")
-    resume: str = free("no", "auto: continue from the newest checkpoint in the run folder; no: start anew")
+    resume: str = free("no", "auto: continue from the newest checkpoint in the run folder, or start where there is no run yet; yes: only "
+                             "continue; no: only start")
     seed: int = fixed(0, "every random choice is a function of (seed, step, position in the batch)")
-    device: str = free("auto", "auto, cpu, cuda, mps")
-    dtype: str = free("auto", "autocast: auto (bf16 where the device computes it natively), bf16, fp32")
+    device: str = free("auto", "auto, cpu, cuda (or cuda:1, ...), mps")
+    dtype: str = free("auto", "autocast: auto (bf16 where the device computes it natively), bf16 (bfloat16), fp32 (float32)")
     compile: bool | None = free(None, "torch.compile the network (default: on CUDA only)")
     fsdp: bool = free(False, "several GPUs: shard weights, gradients and optimizer state over them too (FSDP2)")
-    deterministic: bool = free(False, "CUDA: use only algorithms that give the same bits every time (slower)")
+    deterministic: bool = free(False, "use only algorithms that give the same bits every time: on CUDA slower, on CPUs always on")
     log_every: int = free(20, "steps per line of log.jsonl")
     track: str = free("", "repeat the log in tensorboard or wandb (pip install 'tinyldm[tensorboard]' or 'tinyldm[wandb]')")
     save_every: int = free(500, "steps per checkpoint")
     keep_last: int = free(2, "number of newest checkpoints to keep")
     keep_every: int = free(0, "keep every checkpoint whose step is a multiple of this too (0: none)")
     val_every: int = free(100, "steps per validation (0: at the end only)")
-    val_samples: int = free(128, "samples held out for validation (at most a tenth of all)")
+    val_samples: int = fixed(128, "samples held out for validation (at most a tenth of all)")
     sample_every: int = free(500, "steps per sample grid (0: none)")
     sample_prompts: str = free("", "prompts of the sample grid, separated by | (default: toyworld's own, else captions of the data)")
 
@@ -171,7 +175,7 @@ class OptimisationConfig:
                        clears={"max_steps": 0})
     deadline: str = free("", "date of the end instead, as in 2030-01-31T18:00 (local time); with --budget, whichever comes first",
                          clears={"max_steps": 0})
-    batch_size: int = free(64, "pictures per optimizer step, over all micro-batches")
+    batch_size: int = fixed(64, "pictures per optimizer step, over all micro-batches")
     grad_accum: int = free(1, "micro-batches per step")
     optimizer: str = fixed("muon", "muon (AdamW for all but the blocks' matrices) or adamw")
     lr: float = free(4e-3, "AdamW's peak learning rate")
@@ -192,7 +196,7 @@ class DrawingConfig:
 
     sampler: str = free("dpmpp_2m", "sampler of the grids, and the model's default")
     steps: int = free(20, "its steps", flag="sample_steps")
-    cfg: float = free(4.5, "its guidance scale")
+    cfg: float = free(4.5, "its guidance scale; 1 or less is none")
 
 
 @dataclass(frozen=True)
@@ -245,11 +249,14 @@ def _settings() -> dict[str, Setting]:
 
 SETTINGS: dict[str, Setting] = _settings()                      # by their names on the command line and in config.json
 OTHER_NAMES = {other: name for name, setting in SETTINGS.items() for other in setting.also}
+# Settings whose values have several spellings: functions that return the library's own, with which the code and config.json work.
+SPELLINGS = {"device": device_name, "dtype": dtype_name, "deadline": with_zone,
+             "optimizer": lambda typed: lookup({"muon": "muon", "adamw": "adamw"}, typed.lower(), "--optimizer")}
 
 
 def make_config(**values: Any) -> Config:
     """A configuration from values by their flat names, as the command line and config.json give them; defaults elsewhere.
-    ValueError for a name that no setting has."""
+    ValueError for a name that no setting has, and for an unknown device, dtype or optimizer."""
     return change(Config(), **_complete(values))
 
 
@@ -270,8 +277,10 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _complete(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with what follows from them, and older config.json files in today's form."""
+    """The values with what follows from them, and older config.json files in today's form. ValueError for an unknown device, dtype
+    or optimizer."""
     values = {OTHER_NAMES.get(name, name): value for name, value in values.items()}
+    values |= {name: spelled(values[name]) for name, spelled in SPELLINGS.items() if name in values}
     values["out"] = values.get("out") or f"runs/{values.get('preset', RunConfig.preset)}"
     if isinstance(values.get("data"), str):
         values["data"] = values["data"].split()

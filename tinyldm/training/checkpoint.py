@@ -178,11 +178,13 @@ def host_copy(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor
 
 
 def check_room(run: Path, needed: int, checkpoints: int = 2) -> None:
-    """OSError where the disk has no room for this number of further checkpoints, of `needed` bytes each."""
-    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    """OSError where the disk has no room for this number of further checkpoints, of `needed` bytes each. RUN/checkpoints may be a link
+    to another disk."""
+    folder = run.absolute() / "checkpoints"
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     free, total = shutil.disk_usage(existing).free, checkpoints * needed
     if free < total:
-        raise OSError(f"{free / 1e9:.1f} GB are free for {run}, and the next {checkpoints} checkpoints need "
+        raise OSError(f"{free / 1e9:.1f} GB are free for {run / 'checkpoints'}, and the next {checkpoints} checkpoints need "
                       f"{total / 1e9:.1f} GB: make room, or copy the run to a larger disk and continue there with --out")
 
 

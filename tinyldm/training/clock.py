@@ -29,7 +29,7 @@ class Clock:
         self.begun = time.monotonic() if begun is None else begun
         self.before = self.written = 0.0
         with suppress(OSError, ValueError, TypeError, KeyError):         # a damaged or missing file counts as 0: see at_least
-            self.before = max(0.0, float(json.loads(self.file.read_text())["seconds"])) if self.file else 0.0
+            self.before = max(0.0, float(json.loads(self.file.read_text(encoding="utf-8"))["seconds"])) if self.file else 0.0
 
     def running(self) -> float:
         seconds = self.before + time.monotonic() - self.begun

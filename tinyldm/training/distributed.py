@@ -142,7 +142,7 @@ def started_again(run: Path) -> bool:
     if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         return False
     try:
-        known = (run / "launch").read_text()
+        known = (run / "launch").read_text(encoding="utf-8")
     except OSError:
         return False
     return known == launch() or launched()[0] > 0 and known.split(" ")[0] == os.environ.get("TORCHELASTIC_RUN_ID")
@@ -172,8 +172,9 @@ def connect(device: torch.device) -> World:
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except RuntimeError as error:
+        reason, _, _ = str(error).partition("\n")
         raise ValueError(f"process {rank} cannot reach the {size - 1} others at {os.environ.get('MASTER_ADDR')}:"
-                         f"{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}") from error
+                         f"{os.environ.get('MASTER_PORT')}: {reason}") from error
     world = World(rank, size)
     if device.type == "cpu":                                   # gloo threads that still run at exit may abort the program (SIGABRT);
         atexit.register(world.close)                           # with NCCL, closing would wait for processes that have ended

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from tinyldm.cli import best_effort
 from tinyldm.config import Config, OptimisationConfig, change
 from tinyldm.data.encoding import posterior
 from tinyldm.data.prepare import some_pictures
@@ -25,6 +28,9 @@ from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World
 from tinyldm.training.stage import Phase, Stage
 from tinyldm.training.trained import TrainedAutoencoder
+
+PICTURES = "vae-pictures"               # begin of the name of a run's folder that holds the VAE's pictures during its training
+LARGEST_PART = 0.1                      # of the free disk that they may take
 
 
 class AutoencoderStage(Stage):
@@ -95,7 +101,26 @@ def copy_pretrained(config: Config, context: RunContext) -> None:
 
 
 def training_pictures(config: Config, context: RunContext) -> np.ndarray:
-    """The pictures that a VAE trains on, uint8 [n, h, w, 3], cropped square."""
-    pictures, faults = some_pictures(config, config.autoencoder.pictures, context.signals.check)
+    """The pictures that a VAE trains on, uint8 [n, h, w, 3], cropped square. They are kept in the run's folder, so that a run that
+    is interrupted in its first stage need not decode or draw them again, and goes on with the same ones. Of the settings that they
+    depend on, a resumed run may change the number only, which is in the folder's name."""
+    folder = context.folder / f"{PICTURES}-{config.autoencoder.pictures}"
+    try:
+        images = np.load(folder / "pictures.npy", allow_pickle=False)
+        print(f"the VAE trains on the same {len(images):,} pictures as before")
+        return images
+    except (OSError, ValueError, EOFError):                     # the first start, or a damaged file
+        pictures, faults = some_pictures(config, config.autoencoder.pictures, context.signals.check)
     print(f"the VAE trains on {len(pictures):,} pictures" + f" ({sum(faults.values()):,} unusable ones left out)" * bool(faults))
-    return np.stack([item.image for item in pictures])
+    images = np.stack([item.image for item in pictures])
+    forget_pictures(context.folder)                             # another number of them
+    if images.nbytes < shutil.disk_usage(context.folder).free * LARGEST_PART:
+        best_effort("keeping the VAE's pictures", lambda: replace_folder(folder, lambda partial: (
+            partial.mkdir(), np.save(partial / "pictures.npy", images))))
+    return images
+
+
+def forget_pictures(run: Path) -> None:
+    """Remove the pictures that training_pictures keeps in a run's folder."""
+    for folder in run.glob(f"*{PICTURES}-*"):                   # half-written ones too
+        shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from tinyldm.config import Config, change, flatten, phases
 from tinyldm.data.cache import Cache
 from tinyldm.data.prepare import adopt, find_shards, phase_folders, picture_divisor
+from tinyldm.data.sources import parse_sources
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.samplers import find_sampler
@@ -21,6 +23,7 @@ from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
 from tinyldm.objectives.denoising import process_of
 from tinyldm.planning.flops import forwards, meta_networks
 from tinyldm.text.encoders import JOINS
+from tinyldm.training import checkpoint
 from tinyldm.training.distributed import launched
 from tinyldm.training.ema import parse_widths
 from tinyldm.training.second_stage import scheduler_config
@@ -40,7 +43,12 @@ def check_run(config: Config) -> Config:
         raise ValueError(f"--deadline {length.deadline} has passed")
     if (processes := launched()[1]) > length.batch_size:
         raise ValueError(f"--batch-size {length.batch_size} leaves some of {processes} processes without a picture: start fewer")
-    if any(not (folder / "index.json").exists() for _, folder in phase_folders(config, Path(config.run.out) / "latents")):
+    out = Path(config.run.out)
+    if any(not (folder / "index.json").exists() for _, folder in phase_folders(config, out / "latents")):
+        for spec, _ in parse_sources(config.data.sources):
+            if os.path.realpath(os.path.expanduser(spec)) == os.path.realpath(out):
+                raise ValueError(f"--out {out} is the folder of --data, where its samples would be taken for data: name another, such as "
+                                 f"--out {out / 'run'}")
         find_shards(config.data, config.run.seed)                               # raises where a data source is missing
     return check_parts(config)
 
@@ -73,9 +81,13 @@ def check_process(config: Config) -> None:
 
 
 def check_parts(config: Config) -> Config:
-    """Check that pretrained parts exist, are undamaged and of the right kind, that picture sizes are divisible, that caches fit."""
+    """Check that pretrained parts exist, are undamaged and of the right kind, that picture sizes are divisible, that caches fit. A
+    resumed run has its own copies of pretrained parts: their sources may have changed or gone meanwhile."""
+    run, resumed = Path(config.run.out), config.run.resume != "no"
+    own_vae = resumed and (run / "vae").is_dir()
+    own_text = resumed and any(folder.name.startswith("step") for folder in checkpoint.names(run))
     if config.autoencoder.weights:
-        vae = load_vae(config.autoencoder.weights)
+        vae = load_vae(run / "vae" if own_vae else config.autoencoder.weights)
         for phase in phases(config):
             if phase.data.resolution % (divisor := picture_divisor(phase, vae)) and not phase.data.buckets:
                 raise ValueError(f"resolution {phase.data.resolution} is not a multiple of {divisor}, as this VAE and network need")
@@ -83,9 +95,9 @@ def check_parts(config: Config) -> Config:
             adopted = flatten(adopt(phase, Cache(Path(phase.data.cache[0])), vae))
             kept = ("resolution", "stages", "cache", "grad_accum", "shift")     # settings of the run that a phase has changed
             config = change(config, **{name: value for name, value in adopted.items() if name not in kept})
-    if config.text.weights:
+    if config.text.weights and not own_text:
         load_text(config.text.weights), load_tokenizer(config.text.weights)
-    elif config.run.fsdp:
+    elif config.run.fsdp and not config.text.weights:
         raise ValueError("--fsdp shards only the network, so the text encoder cannot be trained: name a pretrained one with "
                          "--text-weights")
     if not config.autoencoder.weights:

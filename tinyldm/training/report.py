@@ -31,6 +31,7 @@ from tinyldm.config.fields import SETTINGS
 from tinyldm.durations import parse_date, parse_duration
 from tinyldm.files import read_json, write_file
 from tinyldm.training import log
+from tinyldm.training.portable import portable_settings
 
 POINTS = 2000          # points of a curve, at most
 BINS = 16              # curves by noise level t, at most
@@ -54,7 +55,8 @@ def write_report(run: Path, environment: dict | None = None) -> Path:
               for name in sorted(names, key=lambda name: name != "vae")}
     name, finished = run.resolve().name, is_finished(config, rows, saved)
     data = {
-        "name": name, "folder": str(run), "preset": str(config.get("preset", "")), "finished": finished,
+        "name": name, "folder": f"…/{name}" if run.is_absolute() else str(run), "preset": str(config.get("preset", "")),
+        "finished": finished,
         "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "stages": stages, "hours": running_hours(rows), "time": time_to_go(config), "checkpoints": saved, "samples": samples(run),
         "events": [shown(event) for event in kept], "events_left_out": len(events) - len(kept),
@@ -163,7 +165,7 @@ def plain(values: np.ndarray) -> list:
 def stage(name: str, rows: list[dict], config: dict, saved: list[dict]) -> dict:
     """The page's data for one stage: {step: its last known step, plan, curves: {name: curve}, bins: {name: [curve per bin]}}."""
     keys = set().union(*rows)
-    curves = {key: found for key in SCALARS if key in keys and (found := curve(rows, lambda row: row.get(key)))}
+    curves = {key: found for key in SCALARS if key in keys and (found := curve(rows, lambda row: scalar(row, key)))}
     bins = {}
     for key in VECTORS:
         listed = [row for row in rows if isinstance(row.get(key), list)]
@@ -173,6 +175,11 @@ def stage(name: str, rows: list[dict], config: dict, saved: list[dict]) -> dict:
                          for i in range(length)]
     steps = [0] + [row["step"] for row in rows[-1:]] + [one["step"] for one in saved if one["stage"] == name]
     return {"step": max(steps), "plan": plan(name, rows, config), "curves": curves, "bins": bins}
+
+
+def scalar(row: dict, key: str) -> Any:
+    """A value of a row; NaN for null, as which numbers that are not finite are logged; None where the row has no such value."""
+    return math.nan if key in row and row[key] is None else row.get(key)
 
 
 def curve(rows: list[dict], pick: Callable[[dict], Any]) -> dict | None:
@@ -255,7 +262,8 @@ def compare(config: dict) -> list[dict]:
     usual["data"] = " ".join(usual["data"]) if isinstance(config.get("data"), str) else usual["data"]
     helps = {name: setting.help for name, setting in SETTINGS.items()}
     return [{"name": name, "value": text(value, 10 * TEXT), "usual": text(usual[name], 10 * TEXT) if name in usual else None,
-             "differs": name in usual and value != usual[name], "help": helps.get(name, "")} for name, value in config.items()]
+             "differs": name in usual and config[name] != usual[name], "help": helps.get(name, "")}
+            for name, value in portable_settings(config).items()]
 
 
 def versions() -> dict[str, str]:

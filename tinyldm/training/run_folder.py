@@ -1,10 +1,16 @@
-"""Finds the newest model in the folder of a run."""
+"""The folder of a run: its settings, and its newest model."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from pathlib import Path
 
-from tinyldm.files import read_json
+from tinyldm.config import PATHS, Config, change, flatten
+from tinyldm.data.file_sources import FILES as FILE_SOURCES
+from tinyldm.data.sources import find_kind, parse_sources
+from tinyldm.files import read_json, write_file
 from tinyldm.folders import hub
 from tinyldm.folders.load import FILES
 from tinyldm.training import checkpoint
@@ -27,7 +33,7 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
     if not folder.exists():
         raise ValueError(f"{folder} does not exist: name a run, a model folder, a checkpoint file or a hub id such as "
                          "stable-diffusion-v1-5/stable-diffusion-v1-5")
-    if (folder / "model_index.json").exists() or folder.suffix in FILES:
+    if (folder / "model_index.json").exists() or folder.is_file() and folder.suffix.lower() in FILES:
         return folder
     if (folder / "model" / "model_index.json").exists():
         return folder / "model"
@@ -39,3 +45,37 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
     if not trained:
         raise ValueError(f"{folder} is neither a run, a model folder nor a checkpoint file ({', '.join(FILES)})")
     return trained[-1] / "model"
+
+
+def write_settings(config: Config) -> Path:
+    """Write the run's settings, and the folder in which the run was begun, to its config.json -> that file. A resumed run keeps its
+    paths, as they were typed there."""
+    file = Path(config.run.out) / "config.json"
+    before = read_json(file, None) if config.run.resume != "no" else {}
+    begun = {name: before[name] for name in (*PATHS, "directory")} if "directory" in before else {"directory": os.getcwd()}
+    write_file(file, json.dumps(flatten(config) | {"resume": "no"} | begun, indent=1))
+    return file
+
+
+def find_paths(config: Config) -> Config:
+    """The configuration of a resumed run with its relative paths found from the folder in which it was begun, wherever it is resumed.
+    What is not there stays as it was typed: URLs and hub ids, and, where run and data have moved to another machine, paths, which
+    are then relative to the current folder."""
+    file = Path(config.run.out) / "config.json"
+    directory = read_json(file, None).get("directory", "") if config.run.resume != "no" else ""
+    if directory == os.getcwd() or not os.path.isdir(directory):
+        return config
+    there = lambda word: joined if word and os.path.exists(joined := os.path.join(directory, word)) else word
+    weights = {"vae_weights": there(config.autoencoder.weights), "text_weights": there(config.text.weights)}
+    if config.data.cache:                                       # then its sources are not read, and their names are those in the cache
+        return change(config, **weights, cache=[there(folder) for folder in config.data.cache])
+    return change(config, **weights, data=[find_source(word, directory) for word in config.data.sources])
+
+
+def find_source(word: str, directory: str) -> str:
+    """A word of --data that was typed in a directory, as an absolute path where it names a file, a folder or a pattern there."""
+    if find_kind(parse_sources([word])[0].spec) is not FILE_SOURCES:
+        return word
+    joined, head = os.path.join(directory, word), re.split(r"[*?[{]", word, maxsplit=1)[0]
+    found = parse_sources([joined])[0].spec if head == word else os.path.join(directory, os.path.dirname(head))
+    return joined if os.path.exists(found) else word

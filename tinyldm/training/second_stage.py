@@ -32,6 +32,7 @@ from tinyldm.text.tokenizer import Tokenizer, open_tokenizer
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, shard
 from tinyldm.training.ema import EMA, PowerEMA
+from tinyldm.training.portable import portable_data
 from tinyldm.training.stage import Phase, Stage
 from tinyldm.training.trained import TrainedModel
 from tinyldm.training.validation import Validation, held_out_batch
@@ -118,15 +119,15 @@ class LatentStage(Stage):
 
 
 def build_text_encoders(config: Config, captions: Iterable[str], last: Path | None) -> TextEncoders:
-    """Pretrained frozen text encoders, or new ones that are trained with the network. last: the checkpoint whose tokenizer a
-    resumed run keeps using."""
-    settings = config.text
+    """Pretrained frozen text encoders, or new ones that are trained with the network. last: the checkpoint that a resumed run
+    continues from. Its text encoder and tokenizer are used, whatever has become of --text-weights since."""
+    settings, saved = config.text, last and last / "model"
     if settings.weights:
-        module = load_text(settings.weights)
-        return TextEncoders([TextEncoder(module, load_tokenizer(settings.weights, module.config.context_length))], settings.join)
+        module = load_text(saved or settings.weights)
+        return TextEncoders([TextEncoder(module, load_tokenizer(saved or settings.weights, module.config.context_length))], settings.join)
     length = settings.fields.get("context_length", 77)
     row = lookup(TEXT_ENCODERS, settings.encoder, "text encoder")
-    tokenizer = (open_tokenizer(last / "model" / "tokenizer") if last else
+    tokenizer = (open_tokenizer(saved / "tokenizer") if saved else
                  row.tokenizer.train(captions, settings.vocab_size, length))
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     module = row.module(build_dataclass(row.config, settings.fields | ids | {"vocab_size": len(tokenizer)}, "--text"))
@@ -152,7 +153,7 @@ def at_phase(model: Model, config: Config) -> Model:
     """The same model with the process, scheduler config and defaults of one phase; its networks stay the same objects."""
     objective, drawing = config.objective, config.drawing
     defaults = dict(preset=config.run.preset, resolution=config.data.resolution, sampler=drawing.sampler, steps=drawing.steps,
-                    cfg=drawing.cfg, data=" ".join(config.data.sources), mask_padding=objective.mask_padding)
+                    cfg=drawing.cfg, data=[*map(portable_data, config.data.sources)], mask_padding=objective.mask_padding)
     if model.text.join != "single":
         defaults["text_join"] = model.text.join
     return replace(model, process=process_of(objective), scheduler=scheduler_config(config), defaults=defaults)

@@ -20,6 +20,8 @@ from PIL import Image
 
 from tinyldm.files import write_file
 from tinyldm.lookup import lookup
+from tinyldm.training.portable import portable_settings
+from tinyldm.unicode import shown
 
 PATIENCE = 20               # seconds to wait for the last uploads; an interrupted run must end soon
 
@@ -39,7 +41,7 @@ class Tracker:
 
     kind    tensorboard (files in RUN/tensorboard: tensorboard --logdir RUN/tensorboard) or wandb (files in RUN/wandb,
             project tinyldm, a run named after the folder; WANDB_MODE, WANDB_PROJECT and the like work as usual)
-    config  the run's settings
+    config  the run's settings, of which a service gets paths and URLs without what is private (portable.py)
     step    the step from which training continues: TensorBoard drops the points of later steps. W&B keeps points that were
             sent, and draws those of a repeated step on top of them
 
@@ -53,7 +55,7 @@ class Tracker:
             return
         backend = find_backend(kind)
         try:
-            self.backend = backend(run, config, step)
+            self.backend = backend(run, {name: legible(value) for name, value in portable_settings(config).items()}, step)
         except Exception as error:                             # no network or a full disk must not end the run
             self._stop(error)
 
@@ -84,11 +86,16 @@ class Tracker:
         print(f"--track {self.kind} failed and is off from here on, training goes on: {reason}", flush=True)
 
 
+def legible(value: Any) -> Any:
+    """A setting as a service can take it: text that is Unicode, which a path may not be."""
+    return shown(value) if isinstance(value, str) else [legible(part) for part in value] if isinstance(value, list) else value
+
+
 def send(backend: TensorBoard | WandB, row: dict) -> None:
     stage, step = row["stage"], row["step"]
     if "event" in row:
         rest = {key: value for key, value in row.items() if key not in ("stage", "step", "event", "text")}
-        message = " ".join([str(row.get("text", "")), json.dumps(rest) if rest else ""]).strip()
+        message = shown(" ".join([str(row.get("text", "")), json.dumps(rest) if rest else ""]).strip())
         backend.text(stage, f"{stage}/{row['event']}", message, step)
     elif numbers := {f"{stage}/{name}": value for name, value in flat(row).items()}:
         backend.numbers(stage, numbers, step)
@@ -146,7 +153,7 @@ class WandB:
         if not name.exists():
             write_file(name, secrets.token_hex(8).encode())
         self.wandb = wandb
-        self.run = wandb.init(dir=str(run), project="tinyldm", name=run.resolve().name, id=name.read_text().strip(),
+        self.run = wandb.init(dir=str(run), project="tinyldm", name=run.resolve().name, id=name.read_text(encoding="utf-8").strip(),
                               resume="allow", config=config, allow_val_change=True)
         self.stages: set[str] = set()
 
