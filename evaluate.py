@@ -14,15 +14,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, add_drawing_flags, fail, guard
+from tinyldm.cli import Parser, add_drawing_flags, check_seed, fail, guard, outlive_terminal
 from tinyldm.evaluation.metrics import METRICS, metric_flags, metric_names
-from tinyldm.lookup import lookup
+from tinyldm.lookup import device_name, dtype_name
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", nargs="?", help="run or model folder")
+    add("run", metavar="RUN", nargs="?", help="run or model folder, hub id or checkpoint file")
     about = "; ".join(f"{name}: {metric.help}" for name, metric in METRICS.items())
     add("--metric", nargs="+", default=["prompts"], metavar="NAME", help=f"{about} (default: prompts)".replace("%", "%%"))
     add("--count", type=int, default=500, metavar="N", help="pictures to draw; for prompts, half of them of pairs never trained on "
@@ -30,9 +30,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_drawing_flags(parser)
     add("--batch-size", type=int, default=50, metavar="B", help="pictures drawn at once")
     add("--seed", type=int, default=0, metavar="S", help="seed of the first picture; the next has S + 1")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", metavar="NAME", help="autocast: auto (bf16 where the device computes it natively), bf16, fp32")
-    add("--out", metavar="FOLDER", help="(default: RUN/evaluation)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (or cuda:1, ...), mps")
+    add("--dtype", default="auto", metavar="NAME", help="autocast: auto (bf16 where the device computes it natively), bf16 (bfloat16), "
+        "fp32 (float32)")
+    add("--out", metavar="FOLDER", help="(default: RUN/evaluation; of a hub id or a file evaluation/NAME)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
     own = [add(flag, **keywords).dest for flag, keywords in metric_flags().items()]
     args = parser.parse_args(argv)
@@ -45,8 +46,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
     try:
         args.metric = metric_names(args.metric)
-        lookup(dict.fromkeys(("auto", "bf16", "fp32")), args.dtype, "dtype")
-        lookup(dict.fromkeys(("auto", "cpu", "cuda", "mps")), args.device.partition(":")[0], "device")
+        check_seed(args.seed)
+        args.dtype, args.device = dtype_name(args.dtype), device_name(args.device)
     except ValueError as error:
         fail(str(error))
     args.options = {name: getattr(args, name) for name in own}
@@ -61,7 +62,8 @@ import traceback
 
 from tinyldm.device import pick_device
 from tinyldm.evaluation.base import Evaluation, Measurement
-from tinyldm.files import write_file
+from tinyldm.files import make_output_folder, write_file
+from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model
 from tinyldm.pipeline import draw_settings
 from tinyldm.training.run_folder import find_model
@@ -73,8 +75,15 @@ def load(args: argparse.Namespace) -> Evaluation:
     source = find_model(args.run)
     model = load_model(source, device, ema=not args.no_ema)
     settings = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg)
-    return Evaluation(model, source, settings, device, Path(args.out) if args.out else Path(args.run) / "evaluation",
+    return Evaluation(model, source, settings, device, Path(args.out) if args.out else usual_output(args.run),
                       args.count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options)
+
+
+def usual_output(run: str) -> Path:
+    """RUN/evaluation of a folder. Of a hub id it is evaluation/OWNER--NAME here, because a folder OWNER/NAME would be taken for the
+    model from then on; of a file evaluation/FILE, because no folder can be made below it."""
+    folder = Path(run)
+    return folder / "evaluation" if folder.is_dir() else Path("evaluation", run.replace("/", "--") if is_hub_id(run) else folder.name)
 
 
 def report(name: str, result: Measurement, out: Path) -> None:
@@ -100,7 +109,7 @@ def main() -> None:
     evaluation = load(args)
     for name in args.metric:
         METRICS[name].check(evaluation)
-    evaluation.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder(evaluation.out)
     failed = {name: code for name in args.metric if (code := measure(name, evaluation))}
     if failed:
         if len(args.metric) > 1:
@@ -109,4 +118,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     guard(main)

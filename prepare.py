@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from tinyldm.cli import guard
+from tinyldm.cli import guard, outlive_terminal
 from tinyldm.config import Config, parse
 
 NAMES = ("preset", "seed", "device", "dtype", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments",
@@ -37,7 +37,7 @@ FLAGS = {
     "--rebuild": dict(action="store_true", help="replace a cache that was made with other settings"),
     "--preview": dict(default="", metavar="FILE.png", help="first write a sheet of cropped pictures with their captions"),
     "--decode-check": dict(type=count, default=0, metavar="N", help="first write N pictures, each above its reconstruction by the "
-                           "VAE, to OUT.decoded.png, and print the PSNR"),
+                           "VAE, to OUT/decoded.png, and print the PSNR"),
 }
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
@@ -48,7 +48,7 @@ import torch
 
 from tinyldm.data.cache import write_tokens
 from tinyldm.data.encoding import posterior
-from tinyldm.data.prepare import phase_folders, picture_divisor, prepare, some_pictures
+from tinyldm.data.prepare import check_folder, phase_folders, picture_divisor, prepare, some_pictures
 from tinyldm.device import pick_device
 from tinyldm.folders.load import load_tokenizer, load_vae
 from tinyldm.models.vae import AutoencoderKL
@@ -92,14 +92,16 @@ def main() -> None:
     vae = load_vae(config.autoencoder.weights, device)
     picture_divisor(config, vae)                                # refuses a misspelt network before anything is written
     tokenizer = load_tokenizer(config.text.weights) if config.text.weights else None
+    folders = phase_folders(config, out)
+    for _, folder in folders:
+        check_folder(folder)
     try:
         if os.environ.get("RANK", "0") == "0":
             if ARGS.preview:
                 write_preview(config, Path(ARGS.preview), signals)
             if ARGS.decode_check:
-                decode_check(config, vae, device, ARGS.decode_check, out.with_name(out.name + ".decoded.png"), signals)
-        done = [(prepare(phase, folder, vae, device, ARGS.rebuild, signals.check), folder)
-                for phase, folder in phase_folders(config, out)]
+                decode_check(config, vae, device, ARGS.decode_check, folders[0][1] / "decoded.png", signals)
+        done = [(prepare(phase, folder, vae, device, ARGS.rebuild, signals.check), folder) for phase, folder in folders]
     except Interrupted:
         print(f"stopped; finished shards stay in {out}: the same command continues")
         sys.exit(128 + signals.received)
@@ -115,4 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     guard(main)

@@ -16,27 +16,30 @@ Image i of a prompt is drawn from seed + i alone, whatever the batch size. PNGs 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import random
-import re
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, add_drawing_flags, fail, guard
+from tinyldm.cli import Parser, add_drawing_flags, caption, check_seed, fail, guard, outlive_terminal
+from tinyldm.unicode import read_lines
+
+PICTURES = (".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("prompt", nargs="*", help="one or several captions")
-    add("--from-file", metavar="FILE", help="captions from a text file, one per line")
-    add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from (default: the empty caption)")
+    add("prompt", nargs="*", type=caption, help="one or several captions")
+    add("--from-file", metavar="FILE", help="captions from a text file in UTF-8, one per line")
+    add("--negative-prompt", default="", type=caption, metavar="TEXT", help="what to steer away from (default: the empty caption)")
     add("--model", metavar="FOLDER|ID|FILE", help="run or model folder, hub id, or .safetensors/.ckpt (default: the run "
         "that finished last under runs/)")
     add("--revision", metavar="NAME", help="hub id: branch, tag or commit")
     add("--variant", metavar="NAME", help="weights files of a published folder, such as fp16 (default: full precision)")
     add("--tokenizer", metavar="FOLDER|ID", help="for a single-file checkpoint, which holds none (default: CLIP's, from the hub)")
-    add("--prediction", metavar="NAME", help="for a single-file Stable Diffusion 2: eps (the base models) or v (default: v)")
+    add("--prediction", metavar="NAME", help="for a single file that does not say it: eps or v (default: v for Stable "
+        "Diffusion 2, eps for 1)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
     add_drawing_flags(parser)
     add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much of the standard deviation that guidance "
@@ -52,8 +55,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--height", type=int, default=0, metavar="PX", help="(default: the model's)")
     add("--init-image", metavar="FILE", help="a picture to start from instead of noise")
     add("--strength", type=float, metavar="S", help="how much of it may change, 0 to 1 (default: 0.75; with a mask 1)")
-    add("--mask", metavar="FILE", help="with --init-image: draw where this picture is white, keep the rest")
-    add("--invert", nargs="?", const="", metavar="CAPTION", help="with --init-image: start from its own noise, found by "
+    add("--mask", metavar="FILE", help="with --init-image: draw where this picture is white, keep the rest; of one that is transparent "
+        "somewhere, draw where it is opaque, whatever its colours")
+    add("--invert", nargs="?", const="", type=caption, metavar="CAPTION", help="with --init-image: start from its own noise, found by "
         "inversion; CAPTION describes the picture (default: the prompt, which at --cfg 1 draws it again)")
     add("--interpolate", nargs="?", const="", metavar="SEED2", help="an animation from --seed to SEED2 (default: the same seed) "
         "and, of two captions, from the first to the second")
@@ -62,16 +66,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(folder or hub id; default: the one for Stable Diffusion, from the hub)")
     add("--out", "--outdir", default="samples", metavar="PATH", help="a folder, or a .png file (default: samples/); an animation "
         "may be .webp or .gif")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16, fp16, fp32")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (or cuda:1, ...), mps")
+    add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16 (bfloat16), fp16 "
+        "(float16), fp32 (float32)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
     args = parser.parse_args(argv)
     if args.from_file:
         try:
-            lines = Path(args.from_file).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            fail(f"--from-file {args.from_file}: {getattr(error, 'strerror', None) or 'it is not text in UTF-8'}")
-        args.prompt += [line.strip() for line in lines if line.strip()]
+            args.prompt += [line.strip() for line in read_lines(args.from_file) if line.strip()]
+        except (OSError, ValueError) as error:
+            fail(f"--from-file {args.from_file}: {error.strerror}" if isinstance(error, OSError) else f"--from-file {error}")
     check(args)
     if args.seed == -1:
         args.seed = random.SystemRandom().randrange(2**31)
@@ -87,9 +91,7 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
     if args.cfg is not None and not abs(args.cfg) < 1000:
-        fail(f"--cfg {args.cfg} is not a guidance scale: 1 is none, 7.5 is usual")
-    if args.seed >= 2**62:
-        fail(f"--seed {args.seed} must be below 2^62")
+        fail(f"--cfg {args.cfg} is not a guidance scale: 1 or less is none, 7.5 is usual")
     if args.eta is not None and not 0 <= args.eta <= 1:
         fail(f"--eta {args.eta} must lie between 0 and 1")
     if args.strength is not None and not 0 < args.strength <= 1:
@@ -104,11 +106,22 @@ def check(args: argparse.Namespace) -> None:
     if args.invert is not None and (args.mask or args.eta or args.interpolate is not None):
         fail("--invert starts from the picture's own noise: leave out --mask, --eta and --interpolate")
     check_interpolation(args)
-    endings = ("", ".png") if args.interpolate is None else ("", ".png", ".webp", ".gif")
-    if Path(args.out).suffix.lower() not in endings:
-        fail(f"--out {args.out}: name a folder, or a file that ends in {', '.join(endings[1:])}")
+    try:
+        check_seed(args.seed)
+        check_seed(int(args.interpolate or 0), "--interpolate")
+    except ValueError as error:
+        fail(str(error))
+    endings = (".png",) if args.interpolate is None else (".png", ".webp", ".gif")
+    if is_file_name(args.out) and Path(args.out).suffix.lower() not in endings:
+        fail(f"--out {args.out}: name a folder, or a file that ends in {', '.join(endings)}")
     if args.strength is None:
         args.strength = 1.0 if args.mask else 0.75
+
+
+def is_file_name(out: str) -> bool:
+    """Whether --out names a file: it ends as one of a picture or film does, and no folder of this name exists. Any other name is
+    a folder's, with dots too: sd1.5."""
+    return Path(out).suffix.lower() in PICTURES and not out.endswith(("/", os.sep)) and not os.path.isdir(out)
 
 
 def check_interpolation(args: argparse.Namespace) -> None:
@@ -131,26 +144,29 @@ def check_interpolation(args: argparse.Namespace) -> None:
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
     ARGS = parse()
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
+from tinyldm.data import decoding
 from tinyldm.device import pick_device, pick_dtype
 from tinyldm.diffusion.prediction import PREDICTIONS
+from tinyldm.files import make_output_folder
 from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model, load_vae
-from tinyldm.lookup import lookup
+from tinyldm.lookup import DTYPES, lookup
 from tinyldm.model import Model
 from tinyldm.pictures.animation import even_fractions, write_animation
+from tinyldm.pictures.metadata import parameters
+from tinyldm.pictures.output import Output
 from tinyldm.pictures.pixels import to_bytes, to_pixels, write_picture
 from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import Canvas, DrawSettings, Morph, check_size, decode, draw, draw_settings, picture_size
 from tinyldm.text.prompt_weights import plain
+from tinyldm.training.portable import model_name, portable
 from tinyldm.training.run_folder import find_model
 
 TINY_VAE = {4: "madebyollin/taesd"}                          # by latent channels: Stable Diffusion 1's and 2's
@@ -167,11 +183,11 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str]:
     if args.prediction:
         lookup(PREDICTIONS, args.prediction, "--prediction")
     model = load_model(source, device, pick_dtype(args.dtype, device), not args.no_ema, args.variant, args.tokenizer, args.prediction)
-    for prompt in [*args.prompt, args.negative_prompt]:
+    for prompt in [*args.prompt, args.negative_prompt, args.invert or ""]:
         if cut := model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
             length = max(tokenizer.context_length for tokenizer in model.text.tokenizers)
             print(f"warning: the model reads {length} tokens; left out: \"{cut}\"", file=sys.stderr)
-    return model, str(model.defaults.get("preset", source))
+    return model, model_name(source)
 
 
 def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
@@ -179,41 +195,41 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg)
     if args.eta is not None and found.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
-    if found.cfg == 1 and (args.guidance_rescale or args.guidance_interval):
+    if not found.guided and args.negative_prompt:
+        raise ValueError(f"--negative-prompt is not heeded at --cfg {found.cfg:g}: use --cfg above 1, or leave it out")
+    if not found.guided and (args.guidance_rescale or args.guidance_interval):
         raise ValueError(f"--guidance-{'rescale' if args.guidance_rescale else 'interval'} has no guidance to change: "
                          "use it with --cfg above 1")
     return found._replace(rescale=args.guidance_rescale, interval=args.guidance_interval and tuple(args.guidance_interval),
                           weighted=args.prompt_weights)
 
 
-def open_picture(file: str) -> Image.Image:
-    """A picture file, upright (rotated as its Exif data says) and in RGB. ValueError where it cannot be read."""
+def open_picture(file: str) -> tuple[bytes, int, int]:
+    """The bytes of a picture file, its width and its height, upright. ValueError where it is not one that can be read."""
     try:
-        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not a picture that can be read"
-        raise ValueError(f"{file}: {reason}") from error
+        data = Path(file).read_bytes()
+        return data, *decoding.upright_size(data)
+    except (OSError, decoding.Unusable) as error:
+        raise ValueError(f"{file}: {getattr(error, 'strerror', None) or f'it is not a picture that can be read ({error})'}") from error
 
 
 def open_canvas(args: argparse.Namespace, model: Model) -> Canvas:
-    """--init-image and --mask, fitted to the size to draw: --width and --height, else the picture's shape at the model's size."""
-    picture, multiple = open_picture(args.init_image), model.divisor
-    own = min(picture_size(model))
-    scale = own / min(picture.size)
+    """--init-image and --mask, decoded as training decodes pictures, and fitted to the size to draw: --width and --height, else the
+    picture's shape at the model's size."""
+    picture, *sides = open_picture(args.init_image)
+    scale, multiple = min(picture_size(model)) / min(sides), model.divisor
     width, height = (typed or max(multiple, round(side * scale / multiple) * multiple)
-                     for typed, side in zip((args.width, args.height), picture.size))
+                     for typed, side in zip((args.width, args.height), sides))
     check_size(model, width, height)
-    fit = lambda image: to_pixels(np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))[None])
-    mask = None
+    framing, mask = decoding.Framing(min(height, width), ((height, width),)), None
     if args.mask:
-        drawn = open_picture(args.mask).convert("L").convert("RGB")
-        if abs(drawn.width * picture.height / (drawn.height * picture.width) - 1) > 0.02:       # crops of the two would not match
-            raise ValueError(f"--mask {args.mask} is {drawn.width}x{drawn.height}, the picture {picture.width}x{picture.height}: "
-                             "paint it in the picture's shape")
-        mask = (fit(drawn)[:, :1] + 1) / 2
+        drawn, across, down = open_picture(args.mask)
+        if abs(across * sides[1] / (down * sides[0]) - 1) > 0.02:       # crops of the two would not match
+            raise ValueError(f"--mask {args.mask} is {across}x{down}, the picture {sides[0]}x{sides[1]}: paint it in the picture's shape")
+        mask = torch.from_numpy(decoding.decode_mask(drawn, framing))[None, None] / 255
         if not mask.any():
-            raise ValueError(f"--mask {args.mask} has no white in it: nothing would be drawn")
-    return Canvas(fit(picture), args.strength, mask, args.invert)
+            raise ValueError(f"--mask {args.mask} has no white in it, or is transparent everywhere: nothing would be drawn")
+    return Canvas(to_pixels(decoding.decode(picture, framing)[None]), args.strength, mask, args.invert)
 
 
 def open_preview(args: argparse.Namespace, model: Model, file: Path) -> Callable[[Tensor], None]:
@@ -231,49 +247,38 @@ def open_preview(args: argparse.Namespace, model: Model, file: Path) -> Callable
     return show
 
 
-def parameters(args: argparse.Namespace, settings: DrawSettings, image: np.ndarray, prompt: str, seed: int, name: str) -> str:
-    """The settings as AUTOMATIC1111's `parameters` text, which other tools read back."""
-    quote = lambda text: json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
-    facts = {"Steps": settings.steps, "Sampler": settings.sampler, "Schedule type": settings.schedule, "CFG scale": settings.cfg,
-             "Seed": seed,
-             "Size": f"{image.shape[1]}x{image.shape[0]}", "Model": name, "RNG": "CPU",
-             **({"Eta": args.eta} if args.eta is not None else {}),
-             **({"CFG Rescale": settings.rescale} if settings.rescale else {}),
-             **({"Guidance interval": "{:g} to {:g}".format(*settings.interval)} if settings.interval else {}),
-             **({"Emphasis": "No norm"} if settings.weighted else {}),
-             **({"Denoising strength": args.strength, "Init image": Path(args.init_image).name} if args.init_image else {}),
-             **({"Inverted as": quote(args.invert or prompt)} if args.invert is not None else {}),
-             **({"Mask": Path(args.mask).name} if args.mask else {}),
-             **({"Variation seed": args.interpolate or args.seed, "Frames": args.frames} if args.frames else {})}
-    lines = [prompt, *([f"Negative prompt: {args.negative_prompt}"] if args.negative_prompt else []),
-             ", ".join(f"{key}: {value}" for key, value in facts.items())]
-    return "\n".join(lines)
+def describe(args: argparse.Namespace, settings: DrawSettings, about: dict[str, str], image: np.ndarray, prompt: str, seed: int) -> str:
+    """The settings as AUTOMATIC1111's `parameters` text. about: the facts about the model."""
+    return parameters(prompt, args.negative_prompt, {
+        "Steps": settings.steps, "Sampler": settings.sampler, "Schedule type": settings.schedule, "CFG scale": settings.cfg,
+        "Seed": seed, "Size": f"{image.shape[1]}x{image.shape[0]}", **about, "RNG": "CPU",
+        **({"Eta": args.eta} if args.eta is not None else {}),
+        **({"CFG Rescale": settings.rescale} if settings.rescale else {}),
+        **({"Guidance interval": "{:g} to {:g}".format(*settings.interval)} if settings.interval else {}),
+        **({"Emphasis": "No norm"} if settings.weighted else {}),
+        **({"Denoising strength": args.strength, "Init image": Path(args.init_image).name} if args.init_image else {}),
+        **({"Inverted as": args.invert or prompt} if args.invert is not None else {}),
+        **({"Mask": Path(args.mask).name} if args.mask else {}),
+        **({"Variation seed": args.interpolate or args.seed, "Frames": args.frames} if args.frames else {})})
 
 
-def write_png(file: Path, image: np.ndarray, text: str) -> Path:
-    info = PngInfo()
-    info.add_text("parameters", text)
-    Image.fromarray(image).save(file, pnginfo=info)
-    return file
-
-
-def free_name(folder: Path, prompt: str, seed: int) -> Path:
-    """The next numbered file: 0003-42-a-red-fox.png."""
-    taken = [int(file.name[:4]) for file in folder.glob("[0-9][0-9][0-9][0-9]-*.png")]
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-    return folder / f"{max(taken, default=0) + 1:04d}-{seed}-{slug}.png"
+def facts_about(args: argparse.Namespace, model: Model, name: str) -> dict[str, str]:
+    """All about the model that another picture could come of: which one it is, and how it was loaded."""
+    facts = {"Model": name, "Variant": args.variant, "Weights": "raw" if args.no_ema else "", "Prediction": args.prediction,
+             "Tokenizer": portable(args.tokenizer or ""), "Precision": DTYPES[str(next(model.net.parameters()).dtype).partition(".")[2]]}
+    return {key: value for key, value in facts.items() if value}
 
 
 def draw_all(args: argparse.Namespace, model: Model, settings: DrawSettings, jobs: list[tuple[str, int]],
-             preview_file: Path, morph: Morph | None = None) -> list[np.ndarray]:
-    """Draw one picture per (prompt, seed), in batches; morph: interpolate towards another picture."""
+             preview_file: Path, morph: Morph | None = None) -> Iterator[np.ndarray]:
+    """Draw one picture per (prompt, seed), in batches -> one by one, uint8 [h, w, 3], as soon as its batch is done. morph:
+    interpolate towards another picture."""
     if args.compile:
         model.net.compile()
     canvas = open_canvas(args, model) if args.init_image else None
     if canvas is None:
         check_size(model, *picture_size(model, args.width, args.height))
     show = open_preview(args, model, preview_file) if args.preview is not None else None
-    images = []
     with tqdm(total=len(jobs) * settings.steps * (1 if args.invert is None else 2), unit="step", disable=None) as bar:
         def on_step(x0: Tensor) -> None:
             bar.update(len(x0))
@@ -283,39 +288,43 @@ def draw_all(args: argparse.Namespace, model: Model, settings: DrawSettings, job
         for start in range(0, len(jobs), args.batch_size):
             part = slice(start, start + args.batch_size)
             prompts, seeds = zip(*jobs[part])
-            images.extend(draw(model, prompts, seeds, settings, negative=args.negative_prompt, width=args.width,
-                               height=args.height, eta=args.eta, canvas=canvas, on_step=on_step,
-                               morph=morph and morph._replace(fractions=morph.fractions[part])))
-    return images
+            yield from draw(model, prompts, seeds, settings, negative=args.negative_prompt, width=args.width,
+                            height=args.height, eta=args.eta, canvas=canvas, on_step=on_step,
+                            morph=morph and morph._replace(fractions=morph.fractions[part]))
 
 
-def draw_pictures(args: argparse.Namespace, model: Model, settings: DrawSettings, name: str, out: Path, folder: Path) -> list[Path]:
-    """Draw and write one file per caption and seed and, where there are several, one file with a grid of all."""
-    single = out != folder
+def draw_pictures(args: argparse.Namespace, model: Model, settings: DrawSettings, about: dict[str, str], output: Output) -> None:
+    """Draw and write one file per caption and seed and, where there are several, one file with a grid of all. Every batch is written
+    before the next is drawn, and after an error the grid of what has been drawn."""
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_images)]
-    images = draw_all(args, model, settings, jobs, folder / "preview.png")
-    files = []
-    for (prompt, seed), image in zip(jobs, images):
-        if not single or len(jobs) == 1:
-            file = out if single else free_name(out, prompt, seed)
-            files.append(write_png(file, image, parameters(args, settings, image, prompt, seed, name)))
-    if len(jobs) > 1:
-        file = out if single else free_name(out, "grid", args.seed)
-        sheet = tile(np.stack(images), columns=args.num_images if args.num_images > 1 else 0)
-        files.append(write_png(file, sheet, parameters(args, settings, images[0], " | ".join(args.prompt), args.seed, name)))
-    return files
+    images = []
+    try:
+        for image, (prompt, seed) in zip(draw_all(args, model, settings, jobs, output.folder / "preview.png"), jobs):
+            images.append(image)
+            if not output.file or len(jobs) == 1:
+                output.write(image, describe(args, settings, about, image, prompt, seed), prompt, seed)
+    finally:
+        if len(images) > 1:
+            sheet = tile(np.stack(images), columns=args.num_images if args.num_images > 1 else 0)
+            output.write(sheet, describe(args, settings, about, images[0], " | ".join(args.prompt), args.seed), "grid", args.seed)
 
 
-def draw_animation(args: argparse.Namespace, model: Model, settings: DrawSettings, name: str, out: Path, folder: Path) -> list[Path]:
-    """Draw and write an animation from one picture to another, and its frames side by side in a .png of the same name."""
+def draw_animation(args: argparse.Namespace, model: Model, settings: DrawSettings, about: dict[str, str], output: Output) -> None:
+    """Draw and write an animation from one picture to another, and its frames side by side in a .png of the same name: after an
+    error only those that have been drawn."""
     jobs = [(args.prompt[0], args.seed)] * args.frames
     morph = Morph(args.prompt[-1], int(args.interpolate or args.seed), even_fractions(args.frames))
-    images = draw_all(args, model, settings, jobs, folder / "preview.png", morph)
-    strip = out.with_suffix(".png") if out != folder else free_name(out, "-to-".join(args.prompt), args.seed)
-    moving = strip.with_suffix(".gif" if out.suffix.lower() == ".gif" else ".webp")
-    text = parameters(args, settings, images[0], " | ".join(args.prompt), args.seed, name)
+    images = []
+    try:
+        for image in draw_all(args, model, settings, jobs, output.folder / "preview.png", morph):
+            images.append(image)
+    finally:
+        if images:
+            text = describe(args, settings, about, images[0], " | ".join(args.prompt), args.seed)
+            output.write(tile(np.stack(images), columns=min(len(images), 12)), text, "-to-".join(args.prompt), args.seed)
+    moving = output.written[0].with_suffix(".gif" if Path(args.out).suffix.lower() == ".gif" and output.file else ".webp")
     write_animation(moving, images, text)
-    return [moving, write_png(strip, tile(np.stack(images), columns=min(len(images), 12)), text)]
+    output.written.insert(0, moving)
 
 
 @torch.inference_mode()
@@ -323,12 +332,16 @@ def main() -> None:
     args = ARGS
     model, name = open_model(args)
     settings = resolve(args, model)
-    out = Path(args.out)
-    folder = out.parent if out.suffix else out
-    folder.mkdir(parents=True, exist_ok=True)
-    files = (draw_pictures if args.interpolate is None else draw_animation)(args, model, settings, name, out, folder)
-    print("\n".join(map(str, files)))
+    out, still = Path(args.out), args.interpolate is None
+    file = (out if still else out.with_suffix(".png")) if is_file_name(args.out) else None
+    output = Output(out.parent if file else out, file, [])
+    make_output_folder(output.folder)
+    try:
+        (draw_pictures if still else draw_animation)(args, model, settings, facts_about(args, model, name), output)
+    finally:
+        print(*output.written, sep="\n", end="\n" if output.written else "")
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     guard(main)

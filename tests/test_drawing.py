@@ -263,6 +263,29 @@ def test_sample_py_leaves_a_preview_beside_its_pictures(folder, tmp_path):
     assert done.returncode == 2 and "5 latent channels" in done.stderr and done.stderr.count("\n") == 1
 
 
+# ---- guidance
+
+
+@pytest.mark.parametrize("scale, batch", [(-2.0, 1), (0.0, 1), (0.99, 1), (1.0, 1), (1.01, 2), (7.5, 2)])
+def test_a_scale_of_at_most_1_asks_for_the_prompt_alone_and_calls_the_network_for_nothing_else(model, monkeypatch, scale, batch):
+    sizes, call = [], model.net.forward
+    monkeypatch.setattr(model.net, "forward", lambda x, *args: (sizes.append(len(x)), call(x, *args))[1])
+    how = draw_settings(model, cfg=scale)
+    image = drawn(model, how, negative="a blue circle")
+    assert how.guided == (batch == 2) and sizes == [batch] * 4
+    assert (image == drawn(model, draw_settings(model, cfg=1.0))).all() == (batch == 1)
+
+
+def test_the_help_says_which_scales_are_none_and_what_changes_guidance_is_refused_without(model, arguments, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse(["--help"])
+    assert "1 or less is none, the prompt alone" in " ".join(capsys.readouterr().out.split())
+    for scale in (0, 0.5, 1):
+        with pytest.raises(ValueError, match="use it with --cfg above 1"):
+            sample.resolve(arguments("--cfg", scale, "--guidance-rescale", 0.7), model)
+    assert sample.resolve(arguments("--cfg", 1.5, "--guidance-rescale", 0.7), model).guided
+
+
 # ---- precision, tiles, trouble
 
 

@@ -184,6 +184,37 @@ def test_shift_and_projection_which_that_pipeline_misreads_are_folded_away(make_
     assert (one - two).abs().max() < 1e-5 * two.abs().max()
 
 
+PUBLISHED_AS = [{"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1, "timestep_spacing": "leading"},
+                {"_class_name": "DPMSolverMultistepScheduler", "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+                {"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}]
+
+
+@pytest.mark.parametrize("fields", PUBLISHED_AS)
+def test_a_converted_model_keeps_its_scheduler_with_order_and_variant_and_its_oblong_size(parts, exported, tmp_path, fields):
+    curve = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction",
+             "steps_offset": 1}
+    net = UNet(replace(parts.net.config, sample_size=(16, 24)))
+    net.load_state_dict(parts.net.state_dict())
+    save_model(tmp_path / "source", net=net.eval(), vae=parts.vae, texts=[parts.text], tokenizers=[parts.tokenizer],
+               scheduler=curve | fields, defaults={"steps": 4, "cfg": 3.0})
+    folder = exported(tmp_path / "source")
+    assert json.loads((folder / "scheduler/scheduler_config.json").read_text()) == curve | fields
+    assert json.loads((folder / "unet/config.json").read_text())["sample_size"] == [16, 24]
+    assert ours(folder).shape == (32, 48, 3)
+    assert_same(theirs(folder), ours(folder), ours(tmp_path / "source"))
+
+
+@pytest.mark.parametrize("kind", ["DiT", "U-Net"])
+def test_the_size_of_the_autoencoder_s_config_may_be_oblong_too_and_counts_where_the_network_states_none(parts, exported, tmp_path, kind):
+    vae = AutoencoderKL(replace(parts.vae.config, sample_size=(24, 40)))
+    vae.load_state_dict(parts.vae.state_dict())
+    save_model(tmp_path / "source", net=parts.dit if kind == "DiT" else parts.net, vae=vae.eval(), texts=[parts.text],
+               tokenizers=[parts.tokenizer], scheduler=to_config("flow", {}, "flow", flow_match=kind == "DiT"), defaults={"steps": 2})
+    folder = exported(tmp_path / "source")
+    assert load_model(folder).vae.config.sample_size == (24, 40)
+    assert ours(folder).shape == ((24, 40, 3) if kind == "DiT" else (32, 32, 3))
+
+
 def test_a_dit_is_for_sample_py_and_the_command_says_so(make_run, exported, parts, capsys):
     run = make_run("flow", {"shift": 3.0}, "flow", net=parts.dit, defaults=DEFAULTS | {"sampler": "heun"})
     folder = exported(run)
@@ -266,15 +297,25 @@ def test_the_model_card_tells_what_is_known_of_the_training(make_run, exported, 
     assert "num_inference_steps=4, guidance_scale=3" in text
 
 
-def test_no_path_of_this_machine_leaks_into_the_folder(make_run, exported, tmp_path):
-    data, weights = tmp_path / "pictures", tmp_path / "clip"
-    folder = exported(make_run(defaults=DEFAULTS | {"data": str(data)},
+def test_a_name_that_is_not_utf_8_is_written_with_escapes(make_run, exported):
+    folder = exported(make_run(defaults=DEFAULTS | {"data": "caf\udce9"}))         # the byte E9, as Python reads it from a command line
+    assert r"| data | caf\udce9 |" in (folder / "README.md").read_text(encoding="utf-8")
+    assert load_model(folder).defaults["data"] == ["caf\udce9"]                    # JSON has escapes of its own
+
+
+@pytest.mark.parametrize("older", [False, True])                # older checkpoints have one text with paths
+def test_no_path_of_this_machine_leaks_into_the_folder(make_run, exported, tmp_path, older):
+    data, weights = tmp_path / "acme corp" / "pictures", tmp_path / "clip"
+    url = "https://alice:SECRET@host.org/x.tar"
+    folder = exported(make_run(defaults=DEFAULTS | {"data": str(data) if older else [f"{data}:0.7", f"{url}?token=SECRET:0.3"]},
                                config={"text_weights": str(weights), "vae_weights": "stabilityai/sd-vae-ft-mse"}))
     for file in folder.rglob("*"):
         if file.is_file():
-            assert str(tmp_path).encode() not in file.read_bytes(), file
+            assert not any(word.encode() in file.read_bytes() for word in (str(tmp_path), "acme", "SECRET", "alice")), file
     text = (folder / "README.md").read_text()
-    assert "| data | pictures |" in text and "| clip, " in text and "stabilityai/sd-vae-ft-mse" in text
+    named = "pictures" if older else "pictures:0.7, https://host.org/x.tar:0.3"
+    assert f"| data | {named} |" in text and "| clip, " in text and "stabilityai/sd-vae-ft-mse" in text
+    assert load_model(folder).defaults["data"] == named.split(", ")
 
 
 # ---- refusals

@@ -1,12 +1,13 @@
 """What sample.py can do beside drawing a caption: guidance of all kinds, weighted captions, inversion, animation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import randomise, script
+from helpers import mistake, randomise, script
 from PIL import Image
 
 from tinyldm.diffusion.noise import initial_noise, make_generators, slerp
@@ -260,6 +261,9 @@ def test_inversion_from_the_keyboard(folder, tmp_path):
 @pytest.mark.parametrize("words, expected", [
     (["x", "--interpolate"], "a second caption, or another seed"),
     (["x", "--seed", "5", "--interpolate", "5"], "another seed"),
+    (["x", "--seed", str(2**62)], f"--seed {2**62} must be below 2^62"),
+    (["x", "--interpolate", str(2**62)], f"--interpolate {2**62} must be below 2^62"),
+    (["x", "--interpolate", "9" * 5000], "4300 digits"),
     (["x", "--interpolate", "fox"], "must be a seed"),
     (["x", "y", "z", "--interpolate"], "one caption or two, not 3"),
     (["x", "--interpolate", "5", "-n", "2"], "no -n"),
@@ -284,3 +288,30 @@ def test_mistakes_are_one_line_before_anything_is_loaded(words, expected, capsys
 def test_guidance_that_is_off_cannot_be_rescaled(folder, tmp_path):
     done = script("sample.py", "x", "--model", folder, "--cfg", 1, "--guidance-rescale", 0.7, "--out", tmp_path / "x.png")
     assert done.returncode == 2 and "--cfg above 1" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- two settings that exclude each other
+
+
+@pytest.mark.parametrize("cfg", [1, 0, 0.5])
+def test_a_negative_prompt_that_would_not_be_heeded_is_refused(folder, tmp_path, capsys, cfg):
+    error = mistake("sample", ["x", "--model", folder, "--cfg", cfg, "--negative-prompt", "ugly", "--out", tmp_path / "out"], capsys)
+    assert error == f"error: --negative-prompt is not heeded at --cfg {cfg:g}: use --cfg above 1, or leave it out"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_of_given_times_has_its_own_number_of_steps(model):
+    how = draw_settings(model, schedule="999,500,100")
+    assert how.steps == 3 == draw_settings(model, schedule="999,500,100", steps=3).steps != model.defaults["steps"]
+    with pytest.raises(ValueError, match="schedule 999,500,100 has 3 steps, not 30: leave the number out"):
+        draw_settings(model, schedule="999,500,100", steps=30)
+
+
+def test_karras_in_a_sampler_s_name_is_a_schedule_that_another_one_contradicts(model):
+    assert draw_settings(model, sampler="DPM++ 2M Karras").schedule == "karras"
+    assert draw_settings(model, sampler="dpmpp_2m_karras", schedule="karras") == draw_settings(model, sampler="dpmpp_2m", schedule="karras")
+    with pytest.raises(ValueError, match="sampler dpmpp_2m_karras and schedule trailing name two schedules: leave one out"):
+        draw_settings(model, sampler="dpmpp_2m_karras", schedule="trailing")
+    usual = replace(model, defaults=model.defaults | {"sampler": "dpmpp_2m_karras"})       # the model's own gives way to what is typed
+    assert draw_settings(usual).schedule == "karras" and draw_settings(usual, schedule="trailing").schedule == "trailing"
+    assert draw_settings(usual, sampler="dpmpp_2m").schedule != "karras"

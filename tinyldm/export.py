@@ -29,7 +29,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="fp32", metavar="NAME", help="of the weights: fp32, fp16, bf16 (default: fp32)")
     add("--no-ema", action="store_true", help="the raw weights instead of the averaged ones")
     add("--tokenizer", metavar="FOLDER|ID", help="of a checkpoint file, which holds none (default: CLIP's, from the hub)")
-    add("--prediction", metavar="NAME", help="of a Stable Diffusion 2 file: eps (the base models) or v (default: v)")
+    add("--prediction", metavar="NAME", help="of a single file that does not say it: eps or v (default: v for "
+        "Stable Diffusion 2, eps for 1)")
     add("--single-file", metavar="FILE", help="also write one .safetensors in CompVis' layout, for models of Stable Diffusion 1's shape")
     args = parser.parse_args(argv)
     if args.single_file and Path(args.single_file).suffix != ".safetensors":
@@ -49,19 +50,19 @@ if __name__ == "__main__":                                   # before torch is l
 import torch
 from torch import nn
 
-from tinyldm.device import DTYPES
+from tinyldm.device import pick_dtype
 from tinyldm.files import replace_folder
-from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model
 from tinyldm.folders.single_file import save_checkpoint, why_not_one_file
-from tinyldm.lookup import lookup
 from tinyldm.model import Model, architecture
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.pipeline import draw_settings
 from tinyldm.text.encoders import TextEncoder, TextEncoders
+from tinyldm.training.portable import portable, portable_data, trained_here
 from tinyldm.training.run_folder import find_model
+from tinyldm.unicode import shown
 from tinyldm.vendor_loaders import pipelines, scheduler
 
 SAME_STEPS = {"euler": "ddim"}              # samplers that take the same steps, so their schedulers are interchangeable
@@ -130,15 +131,11 @@ def public(model: Model, sampler: str | None) -> Model:
         raise ValueError(f"no scheduler of diffusers runs sampler '{sampler}' on this model's process: the nearest is {drawn_with}")
     else:
         print(f"no scheduler of diffusers runs the model's sampler {requested} on its process: the folder names {drawn_with}")
-    defaults = model.defaults | {"sampler": drawn_with}
+    # A scheduler that is kept as it was published says more than the name of its sampler: order, variant, spacing.
+    defaults = model.defaults | ({} if config is model.scheduler else {"sampler": drawn_with})
     if data := defaults.get("data"):
-        defaults["data"] = " ".join(map(portable, data.split()))
+        defaults["data"] = [portable_data(word) for word in data]
     return replace(model, scheduler=config, defaults=defaults)
-
-
-def portable(source: str) -> str:
-    """A path or hub id without the folders of this machine."""
-    return source if is_hub_id(source) or "://" in source else Path(source).name
 
 
 def opens_in_diffusers(model: Model) -> bool:
@@ -151,16 +148,10 @@ def opens_in_diffusers(model: Model) -> bool:
 NOT_STOCK = "No stock pipeline of diffusers fits its network, its autoencoder or its text encoders: draw with tinyldm."
 
 
-def trained_here(source: Path | str) -> bool:
-    """Whether the source is RUN/checkpoints/step-001000/model, a run's own."""
-    step = Path(source).resolve().parent
-    return (step / "state.json").exists() and (step.parent.parent / "config.json").exists()
-
-
 def facts(model: Model, source: Path | str) -> dict[str, str]:
     """Facts about the model and, where its folder is inside a run folder, about its training: name -> text."""
     file = Path(source).resolve().parents[2] / "config.json" if trained_here(source) else None
-    config = json.loads(file.read_text()) if file else {}
+    config = json.loads(file.read_text(encoding="utf-8")) if file else {}
     came_from = lambda part, else_: (portable(config.get(f"{part}_weights", "")) or else_) + ", " if file else ""
     millions = lambda net: f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} million parameters"
     process, options, prediction = scheduler.read_process(model.scheduler)
@@ -170,7 +161,7 @@ def facts(model: Model, source: Path | str) -> dict[str, str]:
         "network": f"{type(model.net).__name__}, {millions(model.net)}",
         "text encoder": came_from("text", "trained with the network") + " and ".join(map(millions, model.text.modules.values())),
         "autoencoder": came_from("vae", "trained first") + millions(model.vae),
-        "data": model.defaults.get("data"),
+        "data": ", ".join(model.defaults.get("data", [])),
         "picture size": model.defaults.get("resolution"),
         "process": f"{process} ({numbers})" if numbers else process,
         "prediction": prediction,
@@ -226,7 +217,7 @@ Nobody has examined what this model draws for bias or harm. It knows what its da
 def main() -> None:
     args = ARGS
     source = find_model(args.run)
-    dtype = lookup(DTYPES, args.dtype, "--dtype")
+    dtype = pick_dtype(args.dtype, torch.device("cpu"))
     model = public(load_model(source, ema=not args.no_ema, tokenizer=args.tokenizer, prediction=args.prediction), args.sampler)
     for part in model.modules.values():                         # after public(), so that the weights it changes are rounded once
         part.to(dtype)
@@ -237,7 +228,7 @@ def main() -> None:
     def fill(partial: Path) -> None:
         save_model(partial, net=model.net, vae=model.vae, texts=[*model.text.modules.values()],
                    tokenizers=model.text.tokenizers, scheduler=model.scheduler, defaults=model.defaults)
-        (partial / "README.md").write_text(card(model, source, folder), encoding="utf-8")
+        (partial / "README.md").write_text(shown(card(model, source, folder)), encoding="utf-8")
 
     replace_folder(folder, fill)
     if args.single_file:

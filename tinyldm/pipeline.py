@@ -24,6 +24,8 @@ from tinyldm.pictures.pixels import to_bytes
 from tinyldm.vendor_loaders.scheduler import Sampling, sampling
 
 ONE_BY_ONE, TILED = 512 * 512, 1024 * 1024      # above these pixels per picture the VAE decodes one by one, or in tiles
+# Published U-Nets that cannot draw from noise alone, by the channels that they take in addition to those of the latents.
+FURTHER_INPUTS = {1: "a depth map", 3: "a small picture to enlarge", 4: "a picture to edit", 5: "a mask and the masked picture, to inpaint"}
 
 
 class DrawSettings(NamedTuple):
@@ -32,11 +34,18 @@ class DrawSettings(NamedTuple):
     sampler: str            # name as typed or by default, for messages
     schedule: str           # name of the grid of noise levels
     steps: int
-    cfg: float              # guidance scale; 1: no guidance
+    cfg: float              # guidance scale; at most 1: no guidance, see `guided`
     sampling: Sampling      # sampler and grid with their options
     rescale: float = 0.0    # in [0, 1], for guidance.cfg
     interval: tuple[float, float] | None = None     # the range of sigma / alpha with guidance, for guidance.interval; None: all
     weighted: bool = False  # captions contain weights, as in "a (fox:1.3)": text/prompt_weights.py
+
+    @property
+    def guided(self) -> bool:
+        """Whether the negative prompt is heeded: for a scale above 1. Any other means the prompt alone, as in all pipelines of
+        diffusers, so that the guidance_scale=0 on the card of a distilled model draws here what it draws there. Less guidance
+        than that is not lost: scale 0 of the formula (guidance.cfg) is the picture of the negative prompt itself."""
+        return self.cfg > 1
 
 
 def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | None = None, steps: int | None = None,
@@ -44,18 +53,21 @@ def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | N
     """Settings, where None is replaced by the model's own default (tinyldm.json), else by diffusers' default for such a folder: the
     scheduler that its config names, 50 steps, guidance 7.5. 'dpmpp_2m_karras' names both a sampler and a schedule.
 
-    ValueError for unknown names and for steps and schedules that do not fit the model's process.
+    ValueError for unknown names, for steps and schedules that do not fit the model's process, and for two that exclude each other.
     """
     defaults = model.defaults
-    sampler = sampler if sampler is not None else defaults.get("sampler")
-    if sampler is not None:
-        spelled = re.sub(r"[ _-]karras$", "", sampler.strip(), flags=re.IGNORECASE)
-        schedule = "karras" if spelled != sampler.strip() else schedule
-        sampler = sampler_name(spelled)
-    found = sampling(model.scheduler, sampler, schedule)
-    steps = steps if steps is not None else defaults.get("steps", 50)
-    grid(model.process, steps, found.schedule, **found.grid)
-    return DrawSettings(found.sampler, found.schedule, steps, cfg if cfg is not None else defaults.get("cfg", 7.5), found)
+    named = sampler if sampler is not None else defaults.get("sampler")
+    if named is not None:
+        spelled = re.sub(r"[ _-]karras$", "", named.strip(), flags=re.IGNORECASE)
+        if spelled != named.strip() and sampler is not None and schedule not in (None, "karras"):
+            raise ValueError(f"sampler {sampler} and schedule {schedule} name two schedules: leave one out")
+        schedule = schedule or ("karras" if spelled != named.strip() else None)
+        named = sampler_name(spelled)
+    found = sampling(model.scheduler, named, schedule)
+    count = len(grid(model.process, steps if steps is not None else defaults.get("steps", 50), found.schedule, **found.grid)) - 1
+    if steps not in (None, count):
+        raise ValueError(f"schedule {found.schedule} has {count} steps, not {steps}: leave the number out")
+    return DrawSettings(found.sampler, found.schedule, count, cfg if cfg is not None else defaults.get("cfg", 7.5), found)
 
 
 class Morph(NamedTuple):
@@ -82,9 +94,10 @@ def encode_prompts(model: Model, prompts: Sequence[str], weighted: bool = False)
 
 
 def between(start: Cond, end: Cond, fractions: Tensor) -> Cond:
-    """Conditions at `fractions` [b] between start and end; every token is interpolated spherically."""
+    """Conditions at `fractions` [b] between start and end; every token is interpolated spherically. A token that only one of two
+    captions has takes part in attention with that fraction as its weight: so a morph begins and ends at the two pictures."""
     arc = lambda a, b: None if a is None else slerp(a.float(), b.float(), fractions.view(-1, *[1] * (a.dim() - 1))).to(a.dtype)
-    mask = None if start.mask is None else start.mask | end.mask
+    mask = None if start.mask is None else torch.lerp(start.mask.float(), end.mask.float(), fractions.view(-1, 1))
     extra = {name: arc(value, end.extra[name]) for name, value in start.extra.items()}
     return Cond(arc(start.context, end.context), mask, arc(start.pooled, end.pooled), extra)
 
@@ -125,7 +138,7 @@ def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: D
     make = denoiser_with_variance if chosen.sampler == "ddpm" else denoiser     # only ddpm uses a learned variance
     conditional = lambda cond: make(net, cond, model.prediction)
     denoise = conditional(cond)
-    if settings.cfg != 1:
+    if settings.guided:
         unwanted = encode_prompts(model, [negative] * len(seeds), settings.weighted)
         denoise = guide(conditional, cond, unwanted, settings, model.prediction)
     if canvas is None:
@@ -160,10 +173,11 @@ def start_from(model: Model, canvas: Canvas, levels: Sequence[Level], noise: Ten
 
 def picture_size(model: Model, width: int = 0, height: int = 0) -> tuple[int, int]:
     """(width, height) in pixels, where 0 is replaced by the size that the model was trained at."""
-    latent = architecture(model.net).trained_size(model.net.config)
-    trained = latent * model.vae.config.downscale if latent else model.vae.config.sample_size
-    own = model.defaults.get("resolution", trained)
-    return width or own, height or own
+    latent = architecture(model.net).trained_size(model.net.config)     # None: the network has no such field, the VAE has
+    size, unit = (latent, model.vae.config.downscale) if latent else (model.vae.config.sample_size, 1)
+    size, unit = (model.defaults["resolution"], 1) if "resolution" in model.defaults else (size, unit)
+    own_height, own_width = size if isinstance(size, tuple) else (size, size)
+    return width or own_width * unit, height or own_height * unit
 
 
 def check_size(model: Model, width: int, height: int) -> None:
@@ -173,8 +187,10 @@ def check_size(model: Model, width: int, height: int) -> None:
         if size % f:
             raise ValueError(f"image size {size} is not a multiple of {f}: use {size // f * f or f} or {(size // f + 1) * f}")
     if (takes := model.net.config.in_channels) != (channels := model.vae.config.latent_channels):
-        raise ValueError(f"the network takes {takes} channels, the VAE makes {channels}: models made for inpainting alone "
-                         "cannot be drawn with; any ordinary model inpaints with --mask")
+        needs = FURTHER_INPUTS.get(takes - channels)
+        why = f"it also needs {needs}" if needs else "they are not of the same model"
+        raise ValueError(f"the network takes {takes} channels, the VAE makes {channels}: {why}, so it cannot be drawn with; "
+                         "any ordinary model inpaints with --mask")
 
 
 def encode(vae: nn.Module, pixels: Tensor) -> Tensor:

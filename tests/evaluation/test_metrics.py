@@ -14,12 +14,14 @@ from tinyldm.diffusion.process import make_process
 from tinyldm.evaluation import base
 from tinyldm.evaluation.base import Evaluation, Measurement
 from tinyldm.evaluation.metrics import METRICS, Metric, metric_names
+from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model
 from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pipeline import draw_settings
+from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders.scheduler import to_config
 
 evaluate = load_script("evaluate")
@@ -102,6 +104,19 @@ def test_what_cannot_be_measured_for_this_model_is_refused_before_anything_is_dr
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert "photos/" in captured.err and "'prompts' reads toyworld's pictures only" in captured.err
+
+
+@pytest.mark.parametrize("source, out", [("alice/foxes", "evaluation/alice--foxes"), ("alice/foxes@v2", "evaluation/alice--foxes@v2"),
+                                         ("old/foxes.ckpt", "evaluation/foxes.ckpt"), ("run", "run/evaluation")])
+def test_results_lie_beside_a_model_folder_and_never_where_a_hub_id_or_a_file_would_be_hidden(folder, tmp_path, monkeypatch, source, out):
+    monkeypatch.chdir(tmp_path)
+    for file in ("old/foxes.ckpt", "run/model_index.json"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    monkeypatch.setattr(evaluate, "load_model", lambda asked, *more, **options: load_model(folder))
+    found = find_model(source)
+    assert run(source, "--metric", "brightness") == 0
+    assert (tmp_path / out / "brightness.json").exists() and find_model(source) == found
 
 
 @pytest.mark.parametrize("bad, code", [("failing", 2), ("crashing", 1)])

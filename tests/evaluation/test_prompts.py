@@ -71,7 +71,7 @@ class Oracle:
 def evaluation(tmp_path, monkeypatch):
     vae = AutoencoderKL(VAEConfig(widths=(4, 4), depth=1, groups=2, sample_size=16)).eval()
     model = Model(None, vae, None, make_process("flow"), "flow", to_config("flow", {}, "flow"),
-                  {"data": "toyworld", "resolution": 16, "step": 40, "steps": 7, "cfg": 2.5, "sampler": "heun"})
+                  {"data": ["toyworld"], "resolution": 16, "step": 40, "steps": 7, "cfg": 2.5, "sampler": "heun"})
     monkeypatch.setattr(base, "draw", lambda model, prompts, seeds, how: np.zeros((len(prompts), 16, 16, 3), np.uint8))
     return Evaluation(model, "runs/x", draw_settings(model), torch.device("cpu"), tmp_path, count=15, seed=2, batch_size=500)
 
@@ -102,7 +102,7 @@ def test_an_old_sheet_of_failures_goes_when_there_are_none(evaluation, monkeypat
 
 def test_only_models_of_toyworld_can_be_measured(evaluation):
     prompts.check(evaluation)
-    for defaults, name in (({"data": "photos/"}, "photos/"), ({}, "something else")):
+    for defaults, name in (({"data": ["photos", "toyworld"]}, "photos, toyworld"), ({}, "something else")):
         evaluation.model.defaults = defaults
         with pytest.raises(ValueError, match=f"{name}.*--data toyworld"):
             prompts.check(evaluation)

@@ -27,7 +27,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "deep" / "picture.png"
     write_picture(file, EVERY[0])
     assert (np.asarray(Image.open(file)) == EVERY[0]).all() and [path.name for path in file.parent.iterdir()] == ["picture.png"]
-    monkeypatch.setattr("tinyldm.pictures.pixels.flush", lambda path: 1 / 0)
+    monkeypatch.setattr("tinyldm.files.flush", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_picture(file, 255 - EVERY[0])
     assert (np.asarray(Image.open(file)) == EVERY[0]).all()
@@ -38,3 +38,12 @@ def test_psnr_is_20_log10_of_255_over_the_error_and_100_db_for_equal_pictures():
     other[:, ::2] ^= 1                                         # half of all bytes are off by one
     found = psnr(np.concatenate([EVERY, other, other]), np.concatenate([EVERY, EVERY, other]))
     assert found == pytest.approx([100, 20 * np.log10(255) + 10 * np.log10(2), 100])
+
+
+def test_a_picture_is_written_without_touching_the_files_beside_it(tmp_path):
+    for name in ("sheet.tmp", "sheet", "sheet.v2.tmp"):
+        (tmp_path / name).write_text("somebody's own")
+    for name in ("sheet.png", "sheet.v2.png"):
+        write_picture(tmp_path / name, EVERY[0])
+    assert {path.name for path in tmp_path.iterdir()} == {"sheet.tmp", "sheet", "sheet.v2.tmp", "sheet.png", "sheet.v2.png"}
+    assert (tmp_path / "sheet.tmp").read_text() == "somebody's own"

@@ -22,6 +22,7 @@ from tinyldm.evaluation.recogniser import UNCLEAR, WORDS, Reading, Recogniser, g
 from tinyldm.model import Model
 from tinyldm.pictures.pixels import to_bytes, to_pixels
 from tinyldm.pictures.sheet import INK, RED, captioned
+from tinyldm.pipeline import picture_size
 
 SPLITS = {"train": "trained pairs", "held_out": "held-out pairs"}
 SHOWN = 18                                  # failures of each split on the sheet
@@ -48,9 +49,9 @@ class Answer(NamedTuple):
 
 
 def check(evaluation: Evaluation) -> None:
-    data = evaluation.model.defaults.get("data", "something else")
-    if data != "toyworld":
-        raise ValueError(f"{evaluation.source} was trained on {data}: metric 'prompts' reads toyworld's pictures only; "
+    data = evaluation.model.defaults.get("data", ["something else"])
+    if data != ["toyworld"]:
+        raise ValueError(f"{evaluation.source} was trained on {', '.join(data)}: metric 'prompts' reads toyworld's pictures only; "
                          "use a run trained with --data toyworld")
 
 
@@ -102,7 +103,7 @@ def make_requests(count: int, split: str, seed: int = 0) -> list[Request]:
 def recogniser_scores(evaluation: Evaluation, recogniser: Recogniser) -> dict[str, dict]:
     """The recogniser on scenes that it has not seen, as drawn and as the model's VAE reconstructs them."""
     model = evaluation.model
-    size = model.defaults.get("resolution") or model.vae.config.sample_size
+    size = model.defaults.get("resolution") or min(picture_size(model))
     unseen = [sample(i, size, seed=2**32, split="all") for i in range(1000)]
     images, scenes = np.stack([it.image for it in unseen]), [it.scene for it in unseen]
     rebuilt = reconstruct(model, images, evaluation.device, evaluation.batch_size)

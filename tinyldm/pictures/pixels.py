@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from tinyldm.files import flush
+from tinyldm.files import write_file
+from tinyldm.unicode import shown
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
@@ -23,14 +25,14 @@ def to_pixels(images: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(images).permute(0, 3, 1, 2).to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
-def write_picture(file: Path, image: np.ndarray) -> None:
-    """Write uint8 [h, w, 3] as a PNG, atomically."""
+def write_picture(file: Path, image: np.ndarray, parameters: str = "") -> None:
+    """Write uint8 [h, w, 3] as a PNG, whatever the file's name, atomically. parameters: its text of that name (metadata.py)."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".tmp")
-    Image.fromarray(image).save(partial, format="PNG")
-    flush(partial)
-    os.replace(partial, file)
-    flush(file.parent)
+    png, about = io.BytesIO(), PngInfo()
+    if parameters:
+        about.add_text("parameters", shown(parameters))
+    Image.fromarray(image).save(png, format="PNG", pnginfo=about)
+    write_file(file, png.getvalue())
 
 
 def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
