@@ -24,7 +24,7 @@ from tinyldm.training.log import read
 def running_time(run: Path) -> float:
     """Seconds in RUN/running.json; 0 where there is none yet."""
     file = run / "running.json"
-    return json.loads(file.read_text())["seconds"] if file.exists() else 0.0
+    return json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.exists() else 0.0
 
 
 def main() -> None:

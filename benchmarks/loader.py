@@ -22,13 +22,25 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 BATCH, ROWS, SHAPE, SIZE, LENGTH = 256, 10_000, (1, 1, 4), (32, 32), 77
-TOKENIZER = SimpleNamespace(fingerprint="5" * 64, vocab={"last": 49407}, context_length=LENGTH,
-                            encode=lambda texts: np.random.default_rng(len(texts)).integers(49408, size=(len(texts), LENGTH)))
+
+
+class NoiseTokenizer:
+    """Random ids for any caption."""
+
+    fingerprint, context_length = "5" * 64, LENGTH
+
+    def __len__(self) -> int:
+        return 49408
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        return np.random.default_rng(len(texts)).integers(49408, size=(len(texts), LENGTH))
+
+
+TOKENIZER = NoiseTokenizer()
 
 
 def write_cache(folder: Path, samples: int) -> None:
@@ -41,7 +53,7 @@ def write_cache(folder: Path, samples: int) -> None:
         shard.mkdir(parents=True)
         writer, rows = ShardWriter(shard), min(ROWS, samples - first)
         writer.add(rng.standard_normal((rows, *SHAPE, *SIZE), np.float32).astype(np.float16), [[(0, "a caption")]] * rows)
-        (shard / "shard.json").write_text(json.dumps(writer.close() | {"name": names[-1], "kept": rows}))
+        (shard / "shard.json").write_text(json.dumps(writer.close() | {"name": names[-1], "kept": rows}), encoding="utf-8")
     write_index(folder, {}, [{"spec": "noise", "shards": names}])
     write_tokens(folder, TOKENIZER)
     os.sync() if hasattr(os, "sync") else None          # pages that are not yet on the disk cannot be dropped
@@ -62,7 +74,7 @@ def write_holes(folder: Path, shards: int, rows: int) -> None:
             (shard / file).write_bytes(header(dtype, shape))
             os.truncate(shard / file, HEADER + np.dtype(dtype).itemsize * int(np.prod(shape)))
         facts = {"groups": [{"size": SIZE, "count": rows}], "captions": rows, "shape": SHAPE, "name": name, "kept": rows}
-        (shard / "shard.json").write_text(json.dumps(facts))
+        (shard / "shard.json").write_text(json.dumps(facts), encoding="utf-8")
     write_index(folder, {}, [{"spec": "holes", "shards": names}])
 
 
@@ -127,7 +139,7 @@ def measure(folder: Path, count: int, rounds: int, cold: bool) -> dict[str, list
 def anonymous() -> float:
     """MB of resident memory of this process that are not file pages (Linux)."""
     status = Path("/proc/self/status")
-    return int(re.search(r"RssAnon:\s*(\d+)", status.read_text())[1]) / 1e3 if status.exists() else float("nan")
+    return int(re.search(r"RssAnon:\s*(\d+)", status.read_text(encoding="utf-8"))[1]) / 1e3 if status.exists() else float("nan")
 
 
 def child(folder: Path) -> None:

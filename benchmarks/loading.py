@@ -77,7 +77,7 @@ def peer(network: str):
 
 def resident(field: str) -> int:
     """Bytes of VmRSS (now) or VmHWM (the peak since it was reset): anonymous and mapped pages."""
-    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
+    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)[1]) * 1024
 
 
 def child(who: str, folder: str, network: str, stored: str, dtype: str) -> None:
@@ -85,7 +85,7 @@ def child(who: str, folder: str, network: str, stored: str, dtype: str) -> None:
     load = ours if who == "ours" else peer(network)
     torch.ones(8).sum()                                         # torch's initialisation happens at the first operation
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")               # reset the peak to the current value
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")     # reset the peak to the current value
     before, begun = resident("VmRSS"), time.perf_counter()
     module = load(Path(folder) / f"{network}-{stored}", network, getattr(torch, dtype))
     loaded = time.perf_counter() - begun
@@ -102,7 +102,7 @@ def run(*words: str) -> dict:
     done = subprocess.run([sys.executable, __file__, "--child", *words], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.strip().rpartition("\n")[2])
 
 
 def table(folder: Path, rounds: int) -> None:

@@ -27,7 +27,7 @@ def main() -> None:
     unseen = [f"{'an' if colour == 'orange' else 'a'} {colour} {subject}" for colour, subject in sorted(HELD_OUT)[:6]]
     prompts = TRAINED + unseen
     images = draw(model, prompts, range(len(prompts)), draw_settings(model))
-    sheet = captioned(images, [two_lines(prompt, 5) for prompt in prompts], side=128)
+    sheet = captioned(images, [two_lines(prompt, 128) for prompt in prompts], side=128)
     file = Path(__file__).parent / "tiny.png"
     sheet.save(file)
     print(file)

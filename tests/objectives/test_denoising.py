@@ -120,6 +120,18 @@ def test_the_loss_of_flow_is_that_of_the_formula(parts):
 
 
 @torch.no_grad()
+def test_a_perturbation_is_in_the_input_and_not_in_the_target_and_an_offset_is_in_both(parts):
+    objective, model = make(parts, input_perturbation=0.5, noise_offset=0.5)
+    batch = drawn(parts, objective)
+    losses = objective.losses(objective.turns[0], {"net": model.net}, batch, 0.0)
+    t, random = batch.t[:, None, None, None], generator(Stream.NOISE, 0, 3)
+    noise, offset, more = (torch.randn(BATCH, 4, *sides, generator=random) for sides in ((4, 4), (1, 1), (4, 4)))
+    eps = noise + 0.5 * offset
+    answer = model.net((1 - t) * batch.x0 + t * (eps + 0.5 * more), 1000 * batch.t, model.text.encode_ids(batch.tokens, CPU))
+    torch.testing.assert_close(losses, (answer - (eps - batch.x0)).square().mean((1, 2, 3)))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("settings", [{}, dict(network="dit", mask_padding=True), dict(loss="huber", times="uniform", noise_offset=0.1)])
 def test_the_losses_of_micro_batches_are_those_of_the_batch(parts, settings):
     objective, model = make(parts, **settings)
@@ -178,6 +190,7 @@ def test_validation_has_times_all_over_and_whole_captions(parts):
     assert same(one, again) and not torch.equal(one.eps, other.eps)
     assert torch.equal(one.tokens, samples.tokens) and torch.equal(one.eps, one.mixed) and torch.equal(one.x0, samples.latents)
     assert sorted(one.t.tolist()) == pytest.approx([(i + 0.5) / BATCH for i in range(BATCH)])
+    assert not torch.equal(one.t, other.t) and torch.equal(one.t.sort().values, other.t.sort().values)     # which sample has which
 
 
 # ---------------------------------------------------------------- objectives in general

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import small_text
 from torch import nn
 
 from tinyldm.config import PRESETS, preset_config
@@ -17,7 +18,7 @@ def config(preset="5090_week", **changes):
 
 def model_of(networks):
     """A model with these networks."""
-    return Model(networks.net, networks.vae, TextEncoders([TextEncoder(networks.text, None)]), None, "flow", {}, {})
+    return Model(networks.net, networks.vae, TextEncoders([TextEncoder(networks.text, small_text()[0])]), None, "flow", {}, {})
 
 
 def test_attention_is_counted(monkeypatch):

@@ -1,0 +1,270 @@
+"""Every flag of sample.py and evaluate.py, and every setting of drawing, reaches what it is for, and nothing else: two pictures whose
+command lines differ in a flag differ in the aspects that its row names, and in no other."""
+
+import contextlib
+import inspect
+import io
+import json
+import sys
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from helpers import load_script, randomise
+from outcomes import Row, same
+from PIL import Image
+from test_sample import OTHER, PROMPT, make
+
+from tinyldm.evaluation import base
+from tinyldm.evaluation.base import Measurement
+from tinyldm.evaluation.metrics import METRICS, Metric
+from tinyldm.folders.load import load_model
+from tinyldm.folders.save import save_model, save_vae
+from tinyldm.models.taesd import TAESD, TAESDConfig
+from tinyldm.models.unet import UNet
+from tinyldm.pictures.pixels import to_pixels
+from tinyldm.pipeline import Canvas, DrawSettings, Morph, draw, draw_settings
+
+
+def flags_of(module, patch) -> set[str]:
+    """The names of a script's flags and arguments."""
+    seen = []
+    patch.setattr(module, "Parser", lambda **options: seen.append(Parser(**options)) or seen[-1])
+    Parser = sys.modules["tinyldm.cli"].Parser
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        module.parse(["--nothing-of-this-name"])
+    return {action.dest for action in seen[0]._actions} - {"help"}
+
+
+@pytest.fixture(scope="module")
+def once():
+    """A function: the outcome of a command line, which is run the first time."""
+    memo = {}
+
+    def once(script, words, run):
+        if (script, *words) not in memo:
+            memo[script, *words] = run(*words)
+        return memo[script, *words]
+    return once
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A model with raw weights beside its averages, another one, pictures and masks, a file of captions."""
+    folder = tmp_path_factory.mktemp("flags")
+    for name, seed in (("model", 1), ("another", 9)):
+        model = make()
+        raw = {"net": randomise(UNet(model.net.config), 7).state_dict(), "text": model.text.modules["text"].state_dict()}
+        save_model(folder / name, net=randomise(model.net, seed), vae=model.vae, texts=[*model.text.modules.values()],
+                   tokenizers=model.text.tokenizers, scheduler=model.scheduler, defaults=model.defaults | {"preset": name}, non_ema=raw)
+    save_vae(folder / "tiny", randomise(TAESD(TAESDConfig(latent_channels=4, width=8, blocks=(1, 1)))))
+    ramp = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
+    Image.fromarray(np.stack([ramp, ramp.T, 255 - ramp], -1)).save(folder / "init.png")
+    Image.fromarray(np.where(ramp > 120, 255, 0).astype(np.uint8)).save(folder / "mask.png")
+    (folder / "captions.txt").write_text(f"{OTHER}\n")
+    return folder
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """A function: let a script open models of any name, and the list of what it asked for."""
+    asked = []
+
+    def load(source, device=torch.device("cpu"), dtype=torch.float32, ema=True, variant=None, tokenizer=None, prediction=None):
+        asked.append((str(source), dtype, ema, variant, tokenizer, prediction))
+        return load_model(source if "hub/" not in str(source) else load.local, device, dtype, ema)
+
+    def open_with(module, local):
+        load.local = local
+        monkeypatch.setattr(module, "load_model", load)
+        return asked
+    return open_with
+
+
+# ---------------------------------------------------------------- sample.py
+
+INIT = ("--init-image", "init.png")
+WHOLE = {"picture", "metadata"}                     # another picture, which says why
+SEVERAL = {"picture", "metadata", "files", "batches"}
+SAMPLE = {
+    "prompt": Row([OTHER], SEVERAL, which_way=lambda a, b: len(b.files) == 3 and b.batches == [2]),
+    "from_file": Row(["--from-file", "captions.txt"], SEVERAL, which_way=lambda a, b: "0002-0-a-small-green-triangle.png" in b.files),
+    "negative_prompt": Row(["--negative-prompt", "green"], WHOLE),
+    "model": Row(["--model", "another"], {"loaded", *WHOLE}),
+    "revision": Row(["--revision", "older"], {"loaded", "metadata"}, ["--model", "hub/model"],
+                    lambda a, b: b.loaded[0][0] == "hub/model@older"),
+    "variant": Row(["--variant", "fp16"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][3] == "fp16"),
+    "tokenizer": Row(["--tokenizer", "there"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][4] == "there"),
+    "prediction": Row(["--prediction", "eps"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][5] == "eps"),
+    "no_ema": Row(["--no-ema"], {"loaded", *WHOLE}, which_way=lambda a, b: b.loaded[0][2] is False),
+    "cfg": Row(["--cfg", "7"], WHOLE),
+    "steps": Row(["--steps", "5"], WHOLE),
+    "sampler": Row(["--sampler", "heun"], WHOLE),
+    "schedule": Row(["--schedule", "karras"], WHOLE),
+    "guidance_rescale": Row(["--guidance-rescale", "0.7"], WHOLE),
+    "guidance_interval": Row(["--guidance-interval", "0.3", "5"], WHOLE),
+    "prompt_weights": Row(["--prompt-weights"], WHOLE, ["a (red:1.5) square"]),
+    "eta": Row(["--eta", "0.5"], WHOLE),
+    "seed": Row(["--seed", "5"], {"picture", "metadata", "files"}),
+    "num_images": Row(["-n", "2"], SEVERAL, which_way=lambda a, b: b.files[1].startswith("0002-1-") and b.batches == [2] and
+                      all(f"Seed: {seed}," in text for seed, text in zip((0, 1, 0), b.metadata, strict=True))),
+    "batch_size": Row(["--batch-size", "2"], {"batches"}, ["-n", "3"], lambda a, b: b.batches == [2, 1], ["picture"]),
+    "width": Row(["--width", "40"], WHOLE, which_way=lambda a, b: b.picture[0].shape == (32, 40, 3)),
+    "height": Row(["--height", "40"], WHOLE, which_way=lambda a, b: b.picture[0].shape == (40, 32, 3)),
+    "init_image": Row(INIT, WHOLE),
+    "strength": Row(["--strength", "0.5"], WHOLE, INIT),
+    "mask": Row(["--mask", "mask.png"], WHOLE, INIT),
+    "invert": Row(["--invert", OTHER], WHOLE, INIT),
+    "interpolate": Row(["--interpolate", "5"], SEVERAL, which_way=lambda a, b: b.batches == [16]),
+    "frames": Row(["--frames", "3"], {"picture", "metadata", "batches"}, ["--interpolate", "5"], lambda a, b: b.batches == [3]),
+    "preview": Row(["--preview", "tiny"], {"files", "picture", "metadata"}, which_way=lambda a, b: b.files == [*a.files, "preview.png"]),
+    "out": Row(["--out", "out/fox.png"], {"files"}, which_way=lambda a, b: b.files == ["fox.png"]),
+    "dtype": Row(["--dtype", "bf16"], {"loaded", *WHOLE}, which_way=lambda a, b: b.loaded[0][1] == torch.bfloat16),
+    "compile": Row(["--compile"], {"compiled"}),
+}
+NOT_SAMPLE = {"device": "there may be one alone"}
+
+
+def sampled(module, asked: list, monkeypatch, tmp_path, *words: str) -> dict[str, Any]:
+    """The outcome of sample.py."""
+    batches, compiled = [], []
+    monkeypatch.setattr(module, "draw", lambda model, prompts, *more, **options: batches.append(len(prompts)) or draw(
+        model, prompts, *more, **options))
+    monkeypatch.setattr(UNet, "compile", lambda net: compiled.append(True))
+    asked.clear()
+    captions = [*takewhile(lambda word: not word.startswith("-"), words)]
+    module.ARGS = module.parse([PROMPT, *captions, "--model", "model", "--out", "out", *words[len(captions):]])
+    module.main()
+    files = sorted((tmp_path / "out").glob("[!.]*"))
+    found = dict(files=[file.name for file in files], picture=[np.asarray(Image.open(file).convert("RGB")) for file in files],
+                 metadata=[Image.open(file).info.get("parameters") for file in files], batches=batches, compiled=compiled, loaded=[*asked])
+    for file in files:
+        file.unlink()
+    return found
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_flag_of_sample_changes_what_it_is_for_and_nothing_else(name, places, opened, once, monkeypatch, tmp_path):
+    module = load_script("sample")
+    asked = opened(module, places / "model")
+    for each in places.iterdir():
+        (tmp_path / each.name).symlink_to(each)
+    monkeypatch.chdir(tmp_path)
+    row, run = SAMPLE[name], partial(sampled, module, asked, monkeypatch, tmp_path)
+    row.check(once("sample", row.over, run), run(*row.over, *row.value))
+
+
+def test_every_flag_of_sample_has_a_row_or_a_reason(monkeypatch):
+    assert flags_of(load_script("sample"), monkeypatch) == SAMPLE.keys() | NOT_SAMPLE.keys()
+
+
+# ---------------------------------------------------------------- how to draw
+
+
+def test_every_setting_of_drawing_changes_the_picture():
+    model, mask = make(), torch.zeros(1, 1, 32, 32)
+    mask[..., 16:] = 1
+    pixels = to_pixels(np.array(Image.linear_gradient("L").resize((32, 32)).convert("RGB"))[None])
+    how, canvas, morph = draw_settings(model, steps=2), Canvas(pixels, 0.5), Morph(OTHER, 5, [0.5])
+
+    drawn = lambda how=how, **options: draw(model, ["a (red:1.5) square"], [3], how, **options)
+    sampling = draw_settings(model, sampler="euler_a").sampling             # of which `sampler` and `schedule` are the names
+    settings = dict(sampling=sampling, steps=5, cfg=6.0, rescale=0.7, interval=(0.5, 3.0), weighted=True)
+    assert settings.keys() | {"sampler", "schedule"} == set(DrawSettings._fields)
+    plain, from_canvas, morphed = drawn(), drawn(canvas=canvas), drawn(morph=morph)
+    changed = {name: not same(plain, drawn(how._replace(**{name: value}))) for name, value in settings.items()}
+    for name, value in dict(negative=OTHER, width=40, height=40, eta=1.0, canvas=canvas, morph=morph).items():
+        changed[name] = not same(plain, drawn(**{name: value}))
+    for name, value in dict(pixels=-pixels, strength=1.0, mask=mask, shows=OTHER).items():
+        changed[f"canvas.{name}"] = not same(from_canvas, drawn(canvas=canvas._replace(**{name: value})))
+    inverted = [drawn(canvas=canvas._replace(shows=shows)) for shows in ("", OTHER)]
+    changed["the caption of an inverted picture"] = not same(*inverted)
+    for name, value in dict(prompt="blue", seed=6, fractions=[0.7]).items():
+        changed[f"morph.{name}"] = not same(morphed, drawn(morph=morph._replace(**{name: value})))
+    assert all(changed.values()), changed
+
+
+def test_weights_are_read_in_every_caption_negative_ones_and_a_morph_s_end_included():
+    """Weights of 1 change nothing; where they are not read, their parentheses and numbers do."""
+    model, written, plain = make(), "a (green:1) triangle", "a green triangle"
+    how = draw_settings(model, steps=2)._replace(weighted=True)
+    for options in (lambda text: dict(prompts=[text]), lambda text: dict(negative=text), lambda text: dict(morph=Morph(text, 5, [0.5])),
+                    lambda text: dict(morph=Morph(text, 5, [0.5]), negative=text)):
+        one, two, other = (draw(model, seeds=[3], settings=settings, **dict(prompts=[PROMPT]) | options(text))
+                           for text, settings in ((written, how), (plain, how), (written, how._replace(weighted=False))))
+        assert same(one, two) and not same(one, other)
+
+
+def test_a_model_that_says_nothing_is_drawn_with_diffusers_number_of_steps_and_guidance():
+    model = make()
+    model.defaults = {}
+    theirs = inspect.signature(diffusers.StableDiffusionPipeline.__call__).parameters
+    found = draw_settings(model)
+    assert (found.steps, found.cfg) == (theirs["num_inference_steps"].default, theirs["guidance_scale"].default) == (50, 7.5)
+    assert (found.sampler, found.rescale, found.interval, found.weighted) == ("ddim", 0.0, None, False)
+    model.defaults = dict(steps=3, cfg=2.0, sampler="heun")
+    found, typed = draw_settings(model), draw_settings(model, cfg=5, steps=9, sampler="euler")
+    assert (found.sampler, found.steps, found.cfg) == ("heun", 3, 2) and (typed.sampler, typed.steps, typed.cfg) == ("euler", 9, 5)
+
+
+# ---------------------------------------------------------------- evaluate.py
+
+EVALUATE = {
+    "run": Row(["another"], {"record", "loaded", "picture", "folder"}),
+    "metric": Row(["--metric", "probe", "second"], {"measured"}, which_way=lambda a, b: b.measured == ["probe", "second"]),
+    "count": Row(["--count", "4"], {"picture", "batches"}, which_way=lambda a, b: b.batches == [4]),
+    "cfg": Row(["--cfg", "7"], {"record", "picture"}, which_way=lambda a, b: b.record["cfg"] == 7),
+    "steps": Row(["--steps", "5"], {"record", "picture"}, which_way=lambda a, b: b.record["steps"] == 5),
+    "sampler": Row(["--sampler", "heun"], {"record", "picture"}, which_way=lambda a, b: b.record["sampler"] == "heun"),
+    "schedule": Row(["--schedule", "karras"], {"record", "picture"}),
+    "batch_size": Row(["--batch-size", "2"], {"batches"}, which_way=lambda a, b: b.batches == [2, 1], rounding=["picture"]),
+    "seed": Row(["--seed", "1"], {"record", "picture"}, which_way=lambda a, b: abs(b.picture[0].astype(int) - a.picture[1]).max() <= 1),
+    "dtype": Row(["--dtype", "bf16"], {"record", "picture"}, ["--dtype", "fp32"], lambda a, b: b.record["dtype"] == "bf16"),
+    "out": Row(["--out", "elsewhere"], {"folder"}, which_way=lambda a, b: b.folder == "elsewhere"),
+    "no_ema": Row(["--no-ema"], {"record", "loaded", "picture"}, which_way=lambda a, b: b.record["no_ema"] is True),
+}
+NOT_EVALUATE = {"device": "there may be one alone"}
+
+
+@pytest.mark.parametrize("name", EVALUATE)
+def test_a_flag_of_evaluate_changes_what_it_is_for_and_nothing_else(name, places, opened, once, monkeypatch, tmp_path):
+    measured, batches, found = [], [], []
+
+    def measure(name):
+        def measured_by(evaluation):
+            measured.append(name)
+            found[:] = evaluation.draw([PROMPT] * evaluation.count).images
+            return Measurement([], {key: value for key, value in evaluation.facts(0).items() if key not in ("seconds", "model")} | {
+                "model": str(evaluation.source)})
+        return measured_by
+
+    for each in ("probe", "second"):
+        monkeypatch.setitem(METRICS, each, Metric(each, measure(each)))
+    monkeypatch.setattr(base, "draw", lambda model, prompts, *more: batches.append(len(prompts)) or draw(model, prompts, *more))
+    module = load_script("evaluate")
+    asked = opened(module, places / "model")
+    monkeypatch.chdir(tmp_path)
+    for each in ("model", "another"):
+        (tmp_path / each).symlink_to(places / each)
+
+    def run(*words):
+        for noted in (measured, batches, asked):
+            noted.clear()
+        place = "another" if "another" in words else "model"
+        module.ARGS = module.parse([place, *(["--metric", "probe"] if "--metric" not in words else []), "--count", "3",
+                                    *(word for word in words if word != "another")])
+        module.main()
+        out = module.ARGS.out or f"{place}/evaluation"
+        record = json.loads((tmp_path / out / "probe.json").read_text())
+        return dict(record=record, measured=[*measured], batches=[*batches], loaded=[*asked], picture=[*found], folder=out)
+
+    row = EVALUATE[name]
+    row.check(once("evaluate", row.over, run), run(*row.over, *row.value))
+
+
+def test_every_flag_of_evaluate_has_a_row_or_a_reason(monkeypatch):
+    assert flags_of(load_script("evaluate"), monkeypatch) == EVALUATE.keys() | NOT_EVALUATE.keys()
