@@ -77,6 +77,39 @@ def test_tars_are_found_through_links_by_folder_and_by_glob_and_once(tmp_path):
         assert "".join(sorted(part.key for part in read(tmp_path / spec))) == expected, spec
 
 
+@pytest.mark.parametrize("pattern, keys", [("**/*.tar", "0123456"), ("*/**/*.tar", "0123456"), ("*/*/*/*/*/*/*.tar", "0123456"),
+                                           ("0/*/*.tar", "123456"), ("**/3/*.tar", "3"), ("*/**", "0123456")])
+def test_folders_that_link_to_each_other_are_listed_once_for_each_part_of_a_pattern(tmp_path, monkeypatch, pattern, keys):
+    """Between 7 folders there are 13,699 paths without a circle."""
+    for i in range(7):
+        fill(tmp_path / "set" / str(i), x_tar=pairs(str(i)))
+        for other in {*range(7)} - {i}:
+            link(tmp_path / "set" / str(i) / str(other), f"../{other}")
+    names, ls = [], LinkedFileSystem.ls
+    monkeypatch.setattr(LinkedFileSystem, "ls", lambda self, path, **kwargs: names.append(path) or ls(self, path, **kwargs))
+    found = LinkedFileSystem().glob(str(tmp_path / "set" / pattern), detail=True)
+    assert len(names) <= 8 * (pattern.count("/") + 2)
+    tars = [name for name in found if name.endswith(".tar")]
+    assert sorted(os.path.realpath(name) for name in tars) == [str(tmp_path / f"set/{key}/x.tar") for key in keys]
+
+
+def test_a_pattern_reaches_a_folder_through_the_link_that_it_names_though_it_has_another_name_in_the_tree(tmp_path):
+    fill(tmp_path, a__x_tar=pairs("x"), b__y_tar=pairs("y"))
+    link(tmp_path / "b" / "c", "../a")
+    link(tmp_path / "b" / "up", "..")
+    for spec, expected in (("b*/**/*.tar", "xy"), ("**/c/*.tar", "x"), ("b/*/*.tar", "x"), ("b/**", "xy"), ("**/b/**/x.tar", "x"),
+                           ("**/*.tar", "xy")):
+        assert "".join(sorted(part.key for part in read(tmp_path / spec))) == expected, spec
+
+
+@pytest.mark.parametrize("pattern", ["*", "*/*", "**", "**/*", "*/**", "a/**/*.tar", "**/a/**", "?/*.tar", "[ab]/*", "a/*", "no/*",
+                                     "**/**/x*"])
+def test_without_links_a_pattern_matches_what_fsspec_finds(tmp_path, pattern):
+    fill(tmp_path, a__x_tar="", a__a__x_tar="", b__y_tar="", z_tar="", b__deep__er__x_tar="")
+    fs, path = LinkedFileSystem(), str(tmp_path / pattern)
+    assert sorted(fs.glob(path)) == sorted(super(LinkedFileSystem, fs).glob(path))
+
+
 def test_folders_without_links_keep_their_names_and_stamps(tmp_path):
     fill(tmp_path, a_png="A", a_txt="one", sub__b_png="B", b_tar="")
     (tmp_path / "b.tar").unlink()

@@ -71,6 +71,20 @@ def test_a_moved_folder_of_pictures_is_not_encoded_again(tmp_path, encoded, tabl
     assert len(encoded) == 1 and cache.captions(3)[0][1].endswith("8")
 
 
+@pytest.mark.parametrize("damage", ["not finished", b"\xff\xfe"])
+def test_other_shards_that_cannot_be_read_do_not_stop_the_job(tmp_path, encoded, damage):
+    """Another process may be replacing them, or the power was cut."""
+    tars(tmp_path / "old", 1)
+    run(settings(tmp_path, "old", max_skip=0.5), tmp_path / "cache")
+    other = tmp_path / "cache" / "shards" / "other"
+    other.mkdir()
+    (other / "shard.json").write_bytes(damage.encode() if isinstance(damage, str) else damage)
+    (tmp_path / "cache" / "shards" / "gone").mkdir()
+    (tmp_path / "old").rename(tmp_path / "new")
+    encoded.clear()
+    assert len(run(settings(tmp_path, "new", max_skip=0.5), tmp_path / "cache")) == 5 and not encoded
+
+
 def test_one_changed_byte_in_the_middle_of_a_copy_is_noticed(tmp_path, encoded):
     """Name, size, time, beginning and end of the shard are the same."""
     tars(tmp_path / "old", 1)

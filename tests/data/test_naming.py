@@ -156,6 +156,33 @@ def test_samples_of_plain_dots_are_complete_as_soon_as_the_next_begins():
                                                                             ("shot.c", ["a", "b", "c"])]
 
 
+@pytest.mark.parametrize("many", [2, 3, 8, 10_000])
+def test_how_many_members_are_held_does_not_decide_what_a_sample_is(read, monkeypatch, many):
+    """The first picture is the main one, those with captions of their own are samples, the others its companions."""
+    monkeypatch.setattr(readers, "MANY", many)
+    masks = [(f"shot.a{i}.jpg", b"M") for i in range(40)]
+    own = files_of("shot.b.jpg shot.b.txt")
+    for files in ([("shot.jpg", b"J"), *masks], [("shot.image.jpg", b"J"), *masks],
+                  [("shot.jpg", b"J"), *masks[:20], *own, *masks[20:]]):
+        out = read(tar(*files, ("zoo.jpg", b"Z")))
+        assert sorted(map(str, out)) == sorted(map(str, [
+            Sample("shot", b"J", {}), Sample("zoo", b"Z", {})] + [Sample("shot.b", *(own[0][1], {"txt": own[1][1]}))] * (own[0] in files)))
+    late = [("shot.jpg", b"J"), *masks, ("shot.txt", b"T")]                 # its caption
+    assert read(tar(*late)) == [Sample("shot", b"J", {"txt": b"T"})]
+    alone = read(tar(*masks))                                               # without a main picture, each is one
+    assert sorted(alone) == sorted(Sample(name[:-4], b"M", {}) for name, _ in masks)
+
+
+def test_memory_does_not_grow_with_the_companions_of_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MANY", 8)
+    (tmp_path / "a.tar").write_bytes(tar(("shot.jpg", b"J"), *((f"shot.p{i}.png", bytes(100_000)) for i in range(100))))
+    tracemalloc.start()
+    assert list(read_tar(FS, str(tmp_path / "a.tar"), None)) == [Sample("shot", b"J", {})]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000
+
+
 def test_memory_does_not_grow_with_an_archive_whose_names_all_begin_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MANY", 8)
     (tmp_path / "a.tar").write_bytes(tar(*((f"shot.p{i}.png", bytes(100_000)) for i in range(100))))
@@ -164,6 +191,14 @@ def test_memory_does_not_grow_with_an_archive_whose_names_all_begin_alike(tmp_pa
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4_000_000
+
+
+@pytest.mark.parametrize("part, end, key", [(".1", ".jpg", ".1"), (".a", ". b.jpg", ".a"), (".a", ".jpg", "")])
+def test_a_name_of_half_a_million_dots_does_not_hold_up_the_job(part, end, key):
+    """In a time that grows with the square of their number, this would take an hour."""
+    dots = 500_000
+    name = naming.split("x" + part * dots + end)
+    assert len(name.key) == 1 + len(key) * dots + len(end.removesuffix(".jpg")) and name.stem + ".jpg" == name.path
 
 
 def test_a_cut_within_a_mask_drops_the_sample_and_keeps_the_one_before(read):

@@ -60,7 +60,35 @@ def test_a_folder_that_is_named_itself_is_read_whatever_it_is(tmp_path):
     put(tmp_path / "samples", DRAWN)
     (tmp_path / "samples" / "0001-5-a-fox.txt").write_text("a fox")
     assert keys(read(tmp_path / "samples")) == ["0001-5-a-fox.png"]
-    assert "no picture and no shard" in refusal(tmp_path)
+    assert "no picture and no shard; samples was written by tinyldm: to read such a folder, name it itself" in refusal(tmp_path)
+
+
+def test_a_drawn_picture_that_a_table_names_is_read(tmp_path):
+    put(tmp_path / "samples", DRAWN)
+    (tmp_path / "metadata.csv").write_text("file_name,text\nsamples/0001-5-a-fox.png,a fox\n")
+    assert [(part.picture, part.fields["text"]) for part in read(tmp_path)] == [(b"P", "a fox")]
+
+
+@pytest.mark.parametrize("pattern, first, count", [("", "run", 2), ("/*", "/run", 1)])
+def test_folders_that_were_passed_over_are_counted_once_per_process(tmp_path, capsys, pattern, first, count):
+    fill(tmp_path, a__a_png="A", z__b_png="B")
+    put(tmp_path / "run", RUN | {"latents/settings.json": "{}", "latents/index.json": "{}"})        # a cache inside counts with its run
+    put(tmp_path / "z" / "drawn", DRAWN)
+    spec = f"{tmp_path}{pattern}"
+    shards(spec), shards(spec)
+    first = first if not pattern else f"{tmp_path}{first}"
+    words = "folders that tinyldm wrote were" if count > 1 else "folder that tinyldm wrote was"
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"--data {spec}:")]
+    assert said == [f"--data {spec}: {count} {words} passed over (first: {first})"]
+    fill(tmp_path, other__a_png="A")
+    shards(tmp_path / "other")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_pattern_that_matches_only_what_this_library_wrote_says_so(tmp_path, capsys):
+    put(tmp_path / "run", RUN)
+    assert f"no shard or folder matches; {tmp_path}/run was written by tinyldm: to read such a folder, name it" in refusal(f"{tmp_path}/*")
+    assert "tinyldm" not in refusal(f"{tmp_path}/x*").partition(";")[0] and capsys.readouterr().out == ""
 
 
 def test_only_folders_that_the_scripts_make_themselves_are_marked(tmp_path):

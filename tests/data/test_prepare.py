@@ -115,6 +115,12 @@ def test_a_folder_of_other_files_is_not_written_into(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s.tar"]
 
 
+@pytest.mark.parametrize("name", ["settings.json", "decoded.png"])
+def test_a_file_that_was_half_written_at_a_kill_is_no_other_file(tmp_path, name):
+    (tmp_path / f".writing-{name}").touch()
+    prepare.check_folder(tmp_path)
+
+
 def test_a_run_on_a_cache_takes_settings_from_it(tmp_path):
     for i in range(2):
         shard(tmp_path / f"s-{i}.tar", {str(k): {"png": picture(k), "json": b'{"a": "x", "b": "y"}'} for k in range(3)})

@@ -33,6 +33,18 @@ def spoilt(tmp_path) -> Config:
     return settings(tmp_path, "s.tar", min_caption=2, max_caption=20, min_side=10)
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"stamp": ', b"null", b"\xff\xfe"])
+def test_a_shard_whose_shard_json_is_damaged_is_encoded_again(tmp_path, damage):
+    for i in range(2):
+        shard(tmp_path / f"s{i}.tar", numbered(10 * i, 5))
+    run(settings(tmp_path, "s*.tar"), tmp_path / "cache")
+    before = contents(tmp_path / "cache" / "shards")
+    file = next(tmp_path.glob("cache/shards/s0-*")) / "shard.json"
+    file.write_bytes(damage)
+    assert len(run(settings(tmp_path, "s*.tar"), tmp_path / "cache")) == 10
+    assert contents(tmp_path / "cache" / "shards") == before
+
+
 def test_what_is_left_out_is_counted_and_named_with_its_reason(tmp_path):
     report = prepare.prepare(spoilt(tmp_path), tmp_path / "cache", VAE, CPU)
     assert (report.read, report.kept) == (40, 35)

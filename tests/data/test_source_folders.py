@@ -8,7 +8,7 @@ import pickle
 import pytest
 from archives import fill, pairs, read, refusal, shards
 
-from tinyldm.data import readers
+from tinyldm.data import file_sources, readers
 from tinyldm.data.readers import Sample, Skip, captions
 
 
@@ -119,6 +119,15 @@ def test_rows_of_a_metadata_file_are_samples_with_its_columns(tmp_path, name, be
     assert captions(out[0], ["alt", "text"]) == [(0, "é"), (1, 'a "quoted",\nbroken line')] and captions(out[1], ["alt"]) == []
     assert len({part.key for part in out}) == 2 and "b.png" in out[0].key
     assert [len(list(shard.read())) for shard in shards(tmp_path, chunk=1)] == [1, 1]
+
+
+def test_the_files_of_a_folder_are_gone_through_once_however_many_tables_it_has(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(file_sources, "composed", lambda name: seen.append(name) or name)
+    for folder in "abcd":
+        fill(tmp_path / folder, b_png="B", sub__a_png="A")
+        table(tmp_path / folder / "metadata.csv", ROWS)
+    assert len(read(tmp_path)) == 8 and len(seen) == len(set(seen)) == 12
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])

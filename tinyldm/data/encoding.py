@@ -31,6 +31,7 @@ from tinyldm.config import DataConfig, split_weights
 from tinyldm.data.cache import ShardWriter
 from tinyldm.data.decoding import Framing, Unusable, decode, make_buckets
 from tinyldm.data.readers import Damaged, Sample, Skip, caption_keys, captions
+from tinyldm.data.shard import read_facts
 from tinyldm.data.source_kind import Shard
 from tinyldm.device import autocast
 from tinyldm.models.vae import AutoencoderKL, Posterior
@@ -235,7 +236,6 @@ def encode_shard(shard: Shard, items: Callable[[Iterable], Iterator[Item]], make
 
 def read_shard(folder: Path, shard: Shard, settings: str) -> dict[str, Any] | None:
     """The contents of a cached shard's shard.json. None where the shard is not in the cache, was made with other settings
-    (given as a digest), or has changed at its source since."""
-    file = folder / "shards" / shard.name / "shard.json"
-    facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    (given as a digest), has changed at its source since, or its shard.json is damaged."""
+    facts = read_facts(folder / "shards" / shard.name)
     return facts if (facts.get("stamp"), facts.get("settings")) == (shard.stamp, settings) else None

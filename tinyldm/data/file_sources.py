@@ -14,7 +14,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,9 @@ from typing import NamedTuple
 from fsspec import AbstractFileSystem
 
 from tinyldm.data import naming, readers
-from tinyldm.data.links import without_repeats
 from tinyldm.data.moved import hash_entries
 from tinyldm.data.naming import DUPLICATE, NO_PICTURE, composed
-from tinyldm.data.outputs import is_output, outputs
+from tinyldm.data.outputs import NAME_IT, below, is_output, outputs, say
 from tinyldm.data.readers import MISSING, UNREADABLE, UNSAFE_NAME, Entry, File, Sample, Skip
 from tinyldm.data.remote import SourceLost, address, classify, find_fs, is_local, open_file
 from tinyldm.data.source_kind import ListOptions, NothingReadable, Shard, SourceKind
@@ -118,14 +117,15 @@ def find(spec: str, chunk: int) -> list[Shard]:
     if not set(magic) & set(path) or os.path.exists(path):
         return at_path(fs, fs.info(path), chunk)
     shards: list[Shard] = []
-    # every path that matches is listed, through whichever links, before folders that were found twice are left out
-    infos = [info for _, info in sorted(fs.glob(path, detail=True, **({"once": False} if is_local(fs) else {})).items())]
-    for info in without_repeats(infos) if is_local(fs) else infos:
-        if info["type"] == "directory" and not is_output(map(posixpath.basename, fs.ls(info["name"], detail=False))) or (
-                find_format(info["name"])):
+    own = []                                # folders that this library wrote
+    for name, info in sorted(fs.glob(path, detail=True).items()):
+        if info["type"] == "directory" and is_output(map(posixpath.basename, fs.ls(name, detail=False))):
+            own.append(name)
+        elif info["type"] == "directory" or find_format(name):
             shards += at_path(fs, info, chunk)
     if not shards:
-        raise NothingReadable(f"--data {spec}: no shard or folder matches")
+        raise NothingReadable(f"--data {spec}: no shard or folder matches" + (f"; {own[0]} {NAME_IT}" if own else ""))
+    say(spec, own)
     return shards
 
 
@@ -181,16 +181,18 @@ def in_folder(fs: AbstractFileSystem, root: str, chunk: int) -> list[Shard]:
     url = address(fs, root)
     fs.ls(root)                             # raises for a folder that may not be read, which find() would silently skip
     found = fs.find(root, detail=True, **({"on_error": "raise"} if is_local(fs) else {}))
-    files = {path[len(root):].lstrip("/"): info for path, info in sorted(found.items())}
-    own = outputs(files)                    # runs and drawn pictures inside the folder are no data
-    files = {name: info for name, info in files.items()
-             if info["type"] == "file" and not naming.HIDDEN.match(name) and not below(name, own)}
+    listed = {path[len(root):].lstrip("/"): info for path, info in sorted(found.items())}
+    own = outputs(listed)                   # runs and drawn pictures inside the folder are no data, unless a table names them
+    listed = {name: info for name, info in listed.items() if info["type"] == "file" and not naming.HIDDEN.match(name)}
+    files = {name: info for name, info in listed.items() if not below(name, own)} if own else listed
     kinds = {found.kind for name in files if (found := naming.split(name))}
+    if files:                               # else the error below says it
+        say(url, own)
     tars = [info for name, info in files.items() if (row := find_format(name)) and row.in_folders]
     tables = [name for name in files if posixpath.basename(name) in TABLES]
     if tables and ("picture" in kinds or not tars):
-        folders = one_each(tables, url)
-        entries = [entry for name in tables for entry in from_table(fs, url, name, files)]
+        folders, forms = one_each(tables, url), by_form(listed)
+        entries = [entry for name in tables for entry in from_table(fs, url, name, listed, forms)]
         entries += beside({name: info for name, info in files.items() if not below(name, folders)})
     elif "picture" in kinds and not (tars and not kinds & {"txt", "json"}):         # pictures without captions beside shards: a logo
         if tars:
@@ -202,7 +204,7 @@ def in_folder(fs: AbstractFileSystem, root: str, chunk: int) -> list[Shard]:
         others = sorted({found.unread for name in files if (found := naming.split(name)) and found.unread})
         contents = "parquet files, which are not read" if any(map(is_parquet, files)) else (
             f"{len(files)} files, but no picture and no shard" + (f": {', '.join(others)}: convert them" if others else ""))
-        raise NothingReadable(f"--data {url} holds {contents}")
+        raise NothingReadable(f"--data {url} holds {contents}" + (f"; {min(own)} {NAME_IT}" if own else ""))
     return [Shard(shard_name(url, number), f"{url} [{number * chunk}:{number * chunk + len(part)}]",
                   digest("\n".join(entry.stamp for entry in part)), not is_local(fs), partial(readers.read_files, fs, part),
                   partial(hash_entries, part) if is_local(fs) else None)
@@ -218,13 +220,6 @@ def one_each(tables: list[str], url: str) -> set[str]:
             raise ValueError(f"--data {where} holds {' and '.join(TABLES)}, so its pictures would be read twice: delete one")
         folders.add(folder)
     return folders
-
-
-def below(name: str, folders: set[str]) -> bool:
-    """Whether a file is in one of the folders, at any depth."""
-    while name and name not in folders:
-        name = posixpath.dirname(name)
-    return name in folders
 
 
 def beside(files: dict[str, dict]) -> list[Entry]:
@@ -247,12 +242,17 @@ def as_file(info: dict) -> File:
     return File(info["name"], info.get("size"))
 
 
-def from_table(fs: AbstractFileSystem, url: str, table: str, files: dict[str, dict]) -> list[Entry]:
-    """The rows of a metadata file, each with the picture named in its column file_name."""
-    folder, forms = posixpath.dirname(table), {}
-    for name in files:
+def by_form(names: Iterable[str]) -> dict[str, list[str]]:
+    """File names by their composed form."""
+    forms: dict[str, list[str]] = {}
+    for name in names:
         forms.setdefault(composed(name), []).append(name)
-    entries, named = [], 0
+    return forms
+
+
+def from_table(fs: AbstractFileSystem, url: str, table: str, files: dict[str, dict], forms: dict[str, list[str]]) -> list[Entry]:
+    """The rows of a metadata file, each with the picture named in its column file_name. forms: the names of `files`, by_form."""
+    folder, entries, named = posixpath.dirname(table), [], 0
     for number, row in enumerate(rows(fs, files[table]), 1):
         name = row.get("file_name") if row else None
         key = f"{table}:{number} {name or ''}".strip()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyldm.data.readers import Entry, File
-from tinyldm.data.shard import check_shard
+from tinyldm.data.shard import check_shard, read_facts
 from tinyldm.data.source_kind import Shard
 from tinyldm.files import link, sha256
 from tinyldm.unicode import read_lines
@@ -43,7 +43,7 @@ def by_content(cache: Path, settings: str) -> dict[str, Path]:
     """{hash of the contents: folder} of all finished shards that were made with these settings (given as a digest)."""
     found = {}
     for file in (cache / "shards").glob("[!.]*/shard.json"):
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = read_facts(file.parent)
         if facts.get("content") and facts.get("settings") == settings:
             found[facts["content"]] = file.parent
     return found

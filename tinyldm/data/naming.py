@@ -28,7 +28,7 @@ PICTURES, CAPTIONS = {"picture", "unread"}, {"txt", "json"}
 COMMON = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 MAIN = ("image", "img", "picture", "photo", "rgb")          # of the pictures with an extension before the last, these come first
 # What may come before the last extension: `seg` or `mask.0`, but the 5 in `photo 3.5.jpg` is part of the name.
-EXTENSIONS = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+FIRST, FURTHER = re.compile(r"[A-Za-z_]"), re.compile(r"[A-Za-z0-9_-]+")
 UNSAFE = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|\Z)", re.DOTALL)      # leads out of its folder
 HIDDEN = re.compile(r"(.*/)?\.[^/]", re.DOTALL)
 
@@ -78,9 +78,20 @@ def split(path: str) -> Name | None:
     parts = stem.split(".")
     doubled = kind in CAPTIONS and len(parts) > 1 and KINDS.get(parts[-1].lower()) in PICTURES       # a.jpg.txt
     parts = parts[:-1] if doubled else parts
-    own = next((i for i in range(1, len(parts)) if EXTENSIONS.fullmatch(".".join(parts[i:]))), len(parts))
+    own = own_parts(parts)
     rank = TEXTS.index(ending.lower()) if kind == "txt" else int(kind == "picture" and ending.lower() not in COMMON)
     return Name(path, folder + slash + ".".join(parts[:own]), ".".join(parts[own:]), kind, rank + len(TEXTS) * bool(doubled))
+
+
+def own_parts(parts: Sequence[str]) -> int:
+    """How many of the parts of a name, split at its dots, are its key. The others are extensions. In one pass, since a name in a
+    foreign archive may have half a million dots."""
+    own = len(parts)
+    for i in range(len(parts) - 1, 0, -1):
+        if not FURTHER.fullmatch(parts[i]):
+            break
+        own = i if FIRST.match(parts[i]) else own
+    return own
 
 
 def composed(key: str) -> str:

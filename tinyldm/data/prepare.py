@@ -121,7 +121,7 @@ def settings_of(config: Config, vae: AutoencoderKL, device: torch.device = torch
 def check_folder(folder: Path) -> None:
     """ValueError for a folder that holds other files and no cache."""
     if folder.exists() and not (folder / "settings.json").exists():
-        if others := {path.name for path in folder.iterdir()} - {".writing-settings.json", "claims", "decoded.png"}:
+        if others := {path.name.removeprefix(".writing-") for path in folder.iterdir()} - {"settings.json", "claims", "decoded.png"}:
             raise ValueError(f"{folder} holds other files ({', '.join(sorted(others)[:3])}) and no cache: name another folder")
 
 
@@ -335,7 +335,7 @@ def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: tor
                 continue
             except OSError as error:
                 raise explain_full_disk(error, folder) from error
-            facts.append(read_shard(folder, shard, mark))
+            facts += filter(None, [read_shard(folder, shard, mark)])       # nothing where another process is just replacing it
             if (report := add_up(facts)).read >= FEW:
                 judge(config.data, report, len(missing))
     if lost:

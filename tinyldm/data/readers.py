@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from tinyldm.data.naming import DUPLICATE, UNSAFE, Name, complete, composed, samples, split
+from tinyldm.data.naming import DUPLICATE, PICTURES, UNSAFE, Name, complete, composed, samples, split
 from tinyldm.data.remote import SourceLost, address, open_file, reading
 from tinyldm.data.tarshard import LIMIT, Flaw, Member, members
 
@@ -198,11 +198,23 @@ def divide(group: list[Held], name: Name | None) -> tuple[list[Held], list[Held]
     last, key = group[-1][0], composed(name.key) + "."
     if name.stem == last.stem:
         return [], group
-    if len(group) >= MANY:
-        return group, []
     over = last.stem if last.part and complete({held.kind for held, _ in group if held.stem == last.stem}) else None
     waits = [key.startswith(composed(held.key) + ".") and held.stem != over for held, _ in group]
-    return [held for held, wait in zip(group, waits) if not wait], [held for held, wait in zip(group, waits) if wait]
+    done, group = [held for held, wait in zip(group, waits) if not wait], [held for held, wait in zip(group, waits) if wait]
+    if len(group) >= MANY:
+        more, group = relieve(group)
+        done += more
+    return (done, group) if len(group) < MANY else (done + group, [])
+
+
+def relieve(group: list[Held]) -> tuple[list[Held], list[Held]]:
+    """Divide the many members of one key as `samples` does: the further pictures that are samples of their own, and the main picture
+    with its captions, which stays, so that whatever follows is still its own. Companions such as masks are no part of either."""
+    found = [sample for sample in samples(group) if sample.pictures]
+    main = {name.path for sample in found for name, _ in sample.pictures if sample.key == name.key}
+    done = [file for sample in found if not main.intersection(name.path for name, _ in sample.pictures) for file in sample.files()]
+    gone = {name.stem for name, _ in done}
+    return done, [(name, data) for name, data in group if name.stem not in gone and (name.path in main or name.kind not in PICTURES)]
 
 
 def finish(group: list[Held], seen: set[str]) -> Iterator[Sample | Skip]:

@@ -80,6 +80,15 @@ class ShardWriter:
         return {"groups": groups, "captions": len(captions), "shape": self.shape}
 
 
+def read_facts(folder: Path) -> dict:
+    """The contents of a shard's shard.json; {} where it is missing, damaged, or just being replaced by another process."""
+    try:
+        facts = json.loads((folder / "shard.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def check_shard(folder: Path) -> dict:
     """The entry of a shard for index.json. ValueError unless its arrays have the sizes that shard.json implies."""
     try:
