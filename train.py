@@ -48,7 +48,7 @@ from tinyldm.training.learner import Learner, Update
 from tinyldm.training.log import Log
 from tinyldm.training.loss_monitor import RECENT, LossMonitor
 from tinyldm.training.micro_batches import MicroBatches
-from tinyldm.training.preflight import check_names, check_run
+from tinyldm.training.preflight import check_run, check_settings
 from tinyldm.training.progress import ProgressBar
 from tinyldm.training.report import refresh_report
 from tinyldm.training.rollback import Diverged, skipped_before
@@ -326,7 +326,7 @@ def prepare_run(config: Config) -> None:
     """Make or reopen the run folder, lock it, and write the resolved config into it."""
     run, new = Path(config.run.out), config.run.resume == "no"
     if new and ((run / "vae").exists() or checkpoint.names(run)):
-        raise ValueError(f"{run} holds a run already: continue it with --resume auto, or name another folder with --out")
+        raise ValueError(f"{run} holds a run already: continue it with --resume yes, or name another folder with --out")
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.lock(run)
     if new:                                                     # left by a run that ended before its first checkpoint
@@ -340,7 +340,7 @@ def prepare_run(config: Config) -> None:
 def main() -> None:
     config = CONFIG
     if ARGS.dry_run:
-        check_names(config)
+        check_settings(config)
         return print_plan(config)
     rank, processes = launched()
     outlive_terminal()
@@ -363,7 +363,7 @@ def main() -> None:
         train_all(config, RunContext(run, device, world, signals, clock))
     except Interrupted:
         start = "python" if processes == 1 else "torchrun (as before)"
-        print(f"saved; continue with: {start} train.py --out {run} --resume auto")
+        print(f"saved; continue with: {start} train.py --out {run} --resume yes")
         sys.exit(128 + signals.received)
     finally:
         clock.close()

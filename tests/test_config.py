@@ -27,7 +27,7 @@ from tinyldm.config.fields import OTHER_NAMES, SETTINGS, fixed, free
 from tinyldm.device import pick_device, pick_dtype
 from tinyldm.lookup import build_dataclass, nearest
 from tinyldm.models.unet import UNetConfig
-from tinyldm.training.preflight import check_names
+from tinyldm.training.preflight import check_settings
 
 
 def parsed(*words) -> Config:
@@ -114,8 +114,8 @@ def test_mistakes_are_one_line_with_the_fix_and_exit_code_2(argv, words, capsys)
 ])
 def test_names_are_looked_up_where_the_tables_are(words, said):
     with pytest.raises(ValueError, match=said):
-        check_names(parsed(*words))
-    check_names(parsed())
+        check_settings(parsed(*words))
+    check_settings(parsed())
 
 
 def test_times_have_their_kinds_own_mean_and_scale_unless_typed():

@@ -109,8 +109,8 @@ def network_config(name: str, settings: Mapping[str, Any], shapes: NetworkShapes
 
     shapes: given by the other parts of the model; None: the fields for them keep their defaults, for uses that do not depend on
     them, such as `divisor`."""
-    row = lookup(NETWORKS, name, "network")
-    return build_dataclass(row.config, {**settings, **(row.fields(shapes) if shapes else {})}, f"--{name}")
+    row, flag = lookup(NETWORKS, name, "network"), f"--{name}" if name in ("unet", "dit") else "--net"
+    return build_dataclass(row.config, {**settings, **(row.fields(shapes) if shapes else {})}, flag)
 
 
 def new_network(name: str, settings: Mapping[str, Any], shapes: NetworkShapes) -> nn.Module:

@@ -183,3 +183,28 @@ def test_unknown_names_and_options_name_the_nearest():
         make_process("flow", shft=3)
     with pytest.raises(ValueError, match="not positive"):
         make_process("flow", shift=0.0)
+
+
+@pytest.mark.parametrize("name, options, said", [
+    ("linear", {"steps": 1}, "a table of 1 steps: use 2 to 100000"), ("cosine", {"steps": 0}, "a table of 0 steps"),
+    ("linear", {"steps": 1.5}, "linear option steps=1.5 must be a whole number"), ("linear", {"beta_start": -1}, "between 0 and 1"),
+    ("scaled_linear", {"beta_end": 2}, "between 0 and 1"), ("cosine", {"max_beta": 2}, "max_beta 2"),
+    ("betas", {"betas": ("a", "b")}, "betas option betas=.* must be a number, or several"),
+    ("betas", {"betas": 0.1}, "two or more numbers"),
+    ("betas", {"zero_snr": "maybe"}, "zero_snr=maybe must be true or false"),
+    ("vp", {"beta_min": "x"}, "vp option beta_min=x must be a number"),
+    ("vp", {"beta_min": 3.0, "beta_max": 1.0}, "positive and rising"),
+    ("edm", {"sigma_min": "x"}, "edm option sigma_min=x must be a number")])
+def test_options_of_which_no_process_can_be_made_are_refused(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        make_process(name, **options)
+
+
+def test_options_of_an_added_process_are_compared_with_its_defaults_and_unknown_hints_are_not(monkeypatch):
+    def curve(speed=1, shape: "Nothing" = "round", limit=None):     # noqa: F821
+        return speed, shape, limit
+
+    monkeypatch.setitem(PROCESSES, "curve", curve)
+    assert make_process("curve", speed=0.5, shape=3, limit="any") == (0.5, 3, "any")
+    with pytest.raises(ValueError, match="curve option speed=fast must be a number"):
+        make_process("curve", speed="fast")

@@ -89,6 +89,13 @@ def test_a_metric_from_outside_is_measured_and_its_record_written(folder, tmp_pa
     assert out == f"mean brightness {record['mean']:.1f}\n\n{tmp_path / 'out' / 'brightness.json'}\n"
 
 
+def test_a_seed_that_torch_cannot_take_is_refused_before_the_model_is_loaded(folder, tmp_path, capsys, monkeypatch):
+    assert evaluate.parse([str(folder), "--seed", str(2**62 - 1)]).seed == 2**62 - 1
+    monkeypatch.setattr(evaluate, "load", lambda args: pytest.fail("the model was loaded"))
+    assert run(folder, "--metric", "brightness", "--seed", 2**62, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err == "error: --seed 4611686018427387904 must be below 2^62\n"
+
+
 def test_a_flag_of_a_metric_reaches_it_and_two_metrics_may_share_it(folder, tmp_path):
     means = []
     for words in ([], ["--channel", "0"], ["--channel", "1"]):

@@ -8,6 +8,7 @@ import math
 from tinyldm.cli import check_seed
 from tinyldm.config.fields import Config, flatten
 from tinyldm.durations import parse_date, parse_duration
+from tinyldm.lookup import fits
 from tinyldm.unicode import check_unicode
 
 AT_LEAST = {name: 1 for name in (
@@ -68,7 +69,7 @@ def check_data(config: Config) -> None:
         raise ValueError("--buckets and --max-aspect are ratios of the longer side to the shorter: 1 or more (0: off)")
     sizes = data.phases or {str(data.resolution): 1.0}
     for side, fraction in sizes.items():
-        if not (side.isdigit() and int(side) and isinstance(fraction, (int, float)) and 0 < fraction < math.inf):
+        if not (side.isdigit() and int(side) and fits(fraction, float) and 0 < fraction < math.inf):
             raise ValueError(f"--stages {side}={fraction} is not a picture size and its fraction of the training: for example "
                              "--stages 256=0.8 512=0.2")
     if data.cache and len(data.cache) != len(sizes):

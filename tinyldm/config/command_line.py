@@ -16,7 +16,8 @@ from tinyldm.config.presets import PRESETS
 from tinyldm.lookup import lookup
 
 PATHS = ("data", "cache", "vae_weights", "text_weights")       # settings that may hold paths, all of which a resumed run keeps
-INSTEAD = {"batch_size": " (--grad-accum makes micro-batches, and so the memory, smaller)"}       # what may be changed, where that helps
+# What can be changed instead of a setting that a run keeps.
+INSTEAD = {"batch_size": " (--grad-accum makes micro-batches, and so the memory, smaller)"}
 
 
 def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None = None,
@@ -76,10 +77,10 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     try:
         content = json.loads(saved.read_text(encoding="utf-8"))
         row = {OTHER_NAMES.get(name, name): value for name, value in content.items()}
+        row = {name: value for name, value in row.items() if name in SETTINGS} | {"resume": "auto"}
+        known = flatten(make_config(**row))                    # with the defaults of settings that are newer than the run
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{saved} is damaged ({error}): write the run's settings into it again, or start another run with --out") from None
-    row = {name: value for name, value in row.items() if name in SETTINGS} | {"resume": "auto"}
-    known = flatten(make_config(**row))                        # with the defaults of settings that are newer than the run
     for name in (name for name in typed if SETTINGS[name].kept):
         value = merged(known, name, typed[name]) if SETTINGS[name].type is dict else typed[name]
         if not same(name, flatten(make_config(**{name: value}))[name], known, content.get("directory") or os.getcwd()):

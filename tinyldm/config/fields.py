@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_type_hints
 
 from tinyldm.durations import with_zone
-from tinyldm.lookup import device_name, dtype_name, lookup
+from tinyldm.lookup import device_name, dtype_name, fits, in_words, lookup
 
 
 def _setting(default: Any, text: str, kept: bool, flag: str, also: tuple[str, ...], clears: dict[str, Any] | None) -> Any:
@@ -256,7 +256,7 @@ SPELLINGS = {"device": device_name, "dtype": dtype_name, "deadline": with_zone,
 
 def make_config(**values: Any) -> Config:
     """A configuration from values by their flat names, as the command line and config.json give them; defaults elsewhere.
-    ValueError for a name that no setting has, and for an unknown device, dtype or optimizer."""
+    ValueError for a name that no setting has, for a value of the wrong type, and for an unknown device, dtype or optimizer."""
     return change(Config(), **_complete(values))
 
 
@@ -277,15 +277,18 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _complete(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with what follows from them, and older config.json files in today's form. ValueError for an unknown device, dtype
-    or optimizer."""
+    """The values with what follows from them, and older config.json files in today's form. ValueError for a value of the wrong
+    type and for an unknown device, dtype or optimizer."""
     values = {OTHER_NAMES.get(name, name): value for name, value in values.items()}
-    values |= {name: spelled(values[name]) for name, spelled in SPELLINGS.items() if name in values}
     values["out"] = values.get("out") or f"runs/{values.get('preset', RunConfig.preset)}"
     if isinstance(values.get("data"), str):
         values["data"] = values["data"].split()
     if isinstance(values.get("cache"), str):
         values["cache"] = [values["cache"]] * bool(values["cache"])
+    for name, value in values.items():
+        if name in SETTINGS and not fits(value, SETTINGS[name].type):
+            raise ValueError(f"--{name.replace('_', '-')}={value} must be {in_words(SETTINGS[name].type)}")
+    values |= {name: spelled(values[name]) for name, spelled in SPELLINGS.items() if name in values}
     if (sizes := values.get("stages")) and (first := next(iter(sizes))).isdigit():
         values["resolution"] = int(first)
     return values

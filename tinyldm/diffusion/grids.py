@@ -62,7 +62,7 @@ def grid(
     ValueError for unknown names and for counts and strengths out of range; it says which are valid.
     """
     make_levels = find_schedule(schedule)
-    check_options(make_levels, options, f"{schedule} option")
+    options = check_options(make_levels, options, f"{schedule} option")
     max_steps = len(process) - drop_last if isinstance(process, Discrete) else math.inf
     if not 1 <= steps <= max_steps:
         raise ValueError(f"{steps} sampling steps: use {'1 or more' if max_steps == math.inf else f'1 to {max_steps}'}")

@@ -14,12 +14,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinyldm.lookup import lookup
+from tinyldm.lookup import fit, lookup, type_of
 
 
 class Level(NamedTuple):
@@ -114,6 +114,11 @@ class VP:
     beta_min: float = 0.1
     beta_max: float = 20.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta_min <= self.beta_max or not self.beta_max:
+            raise ValueError(f"beta_min {self.beta_min} and beta_max {self.beta_max} must be positive and rising: "
+                             "use 0 <= beta_min <= beta_max")
+
     def __call__(self, t: Tensor) -> Level:
         log_alpha = (-t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2) / 2).view(-1, 1, 1, 1)
         return Level(1000 * t, log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt())
@@ -158,15 +163,26 @@ def from_list(betas: Sequence[float] | None = None, zero_snr: bool = False) -> D
     return Discrete.from_betas(torch.tensor(betas, dtype=torch.float64), zero_snr)
 
 
+def _check_steps(steps: int) -> None:
+    if not 2 <= steps <= 100_000:
+        raise ValueError(f"a table of {steps} steps: use 2 to 100000, 1000 is usual")
+
+
 def _even(power: float, beta_start: float, beta_end: float, steps: int = 1000, zero_snr: bool = False) -> Discrete:
     """Betas with evenly spaced powers. DDPM's are linear (arXiv:2006.11239, Section 4), those of Stable Diffusion are
     linear in their square root (from its code)."""
+    if not (0 < beta_start < 1 and 0 < beta_end < 1):
+        raise ValueError(f"beta_start {beta_start} and beta_end {beta_end} must lie between 0 and 1")
+    _check_steps(steps)
     roots = torch.linspace(beta_start**power, beta_end**power, steps, dtype=torch.float64)
     return Discrete.from_betas(roots ** (1 / power), zero_snr)
 
 
 def cosine(offset: float = 0.008, max_beta: float = 0.999, steps: int = 1000, zero_snr: bool = False) -> Discrete:
     """Improved DDPM: alpha_bar is a squared cosine (arXiv:2102.09672, Eq. 17). The clipped betas end near alpha = 5e-5."""
+    if not 0 < max_beta <= 1 or offset < 0:
+        raise ValueError(f"max_beta {max_beta} must be above 0 and at most 1, offset {offset} at least 0")
+    _check_steps(steps)
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
     return Discrete.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta), zero_snr)
@@ -186,13 +202,18 @@ PROCESSES: dict[str, Callable[..., Process]] = {
 
 def make_process(name: str, **options) -> Process:
     """A process by name, for example `make_process("flow", shift=3.0)`. Unknown names: ValueError."""
-    check_options(make := lookup(PROCESSES, name, "process"), options, f"{name} option")
-    return make(**options)
+    make = lookup(PROCESSES, name, "process")
+    return make(**check_options(make, options, f"{name} option"))
 
 
-def check_options(function: Callable, options: Mapping, what: str) -> None:
-    """ValueError, with the nearest name, for an option that `function` does not take."""
-    parameters = inspect.signature(function).parameters.values()
+def check_options(function: Callable, options: Mapping, what: str) -> dict:
+    """The options as `function` wants them (lookup.fit). ValueError, with the nearest name, for an option that it does not take, and
+    for a value of another type than its annotation, or else its default, says."""
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+    except (NameError, TypeError, AttributeError, SyntaxError):                 # annotations that cannot be found are not checked
+        parameters = inspect.signature(function).parameters.values()
     known = {parameter.name: parameter for parameter in parameters if parameter.default is not parameter.empty}
-    for option in options:
-        lookup(known, option, what)
+    hint = lambda value, found: (Any if value is found.default else type_of(found.default) if found.annotation is found.empty
+                                 else found.annotation)
+    return {name: fit(value, hint(value, lookup(known, name, what)), f"{what} {name}") for name, value in options.items()}

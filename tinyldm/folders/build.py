@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from tinyldm.folders.rename import apply, load_renamed, recognise
 from tinyldm.folders.weights import Weights, errors_about, open_weights
+from tinyldm.lookup import check_types
 from tinyldm.model import architecture
 
 
@@ -24,7 +25,9 @@ class WithoutInitialWeights(TorchFunctionMode):
 
 def load_network(network: type[nn.Module], config: Any, weights: Weights, device: str | torch.device,
                   dtype: torch.dtype) -> Any:
-    """A network with these weights, on this device in this dtype; in eval mode, without gradients."""
+    """A network with these weights, on this device in this dtype; in eval mode, without gradients.
+    ValueError for a config with a value of a wrong type."""
+    check_types(config)
     with torch.device("meta"), WithoutInitialWeights():       # spends no memory or time on initial weights
         module = network(config)
     _fill(module, weights, device, dtype)

@@ -24,6 +24,7 @@ from tinyldm.folders.rename import recognise
 from tinyldm.folders.save import weights_name
 from tinyldm.folders.single_file import load_checkpoint
 from tinyldm.folders.weights import INCOMPLETE, PICKLES, Weights, errors_about, find_weights, open_weights
+from tinyldm.lookup import fits, in_words
 from tinyldm.model import AUTOENCODERS, NETWORKS, NON_EMA, TEXT_ENCODERS, Architecture, Model
 from tinyldm.models.taesd import TAESD
 from tinyldm.text.encoders import TextEncoder, TextEncoders
@@ -91,6 +92,9 @@ def load_defaults(path: Path, must: bool) -> dict[str, Any]:
     defaults = read_json(file, INCOMPLETE) if must or file.exists() else {}
     if isinstance(data := defaults.get("data"), str):           # older folders have the words of --data in one text
         defaults["data"] = data.split() if "://" in data else [data]
+    for name, hint in {"sampler": str, "steps": int, "cfg": float, "resolution": int, "text_join": str, "mask_padding": bool}.items():
+        if name in defaults and not fits(defaults[name], hint):
+            raise ValueError(f"{file}: {name}={defaults[name]!r} must be {in_words(hint)}")
     return defaults
 
 

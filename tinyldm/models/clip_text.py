@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyldm.lookup import check_counts
+
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),    # OpenAI's weights
     "gelu": F.gelu,                                          # LAION's weights; the wrong one degrades silently
@@ -35,6 +37,14 @@ class CLIPTextConfig:
     projection_dim: int | None = None   # width of the projected pooled feature; None: no projection
     norm_eps: float = 1e-5
 
+    def __post_init__(self):
+        check_counts(self, "vocab_size", "width", "layers", "heads", "mlp_width", "projection_dim")
+        check_counts(self, "context_length", least=2)           # BOS and EOS
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if self.activation not in tuple(ACTIVATIONS):
+            raise ValueError(f"unknown activation {self.activation!r}: use one of {', '.join(ACTIVATIONS)}")
+
 
 class TextFeatures(NamedTuple):
     hidden: Tensor    # [b, n, width], one vector per token
@@ -46,8 +56,6 @@ class CLIPText(nn.Module):
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        if config.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {config.activation!r}: use one of {', '.join(ACTIVATIONS)}")
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context_length, config.width)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyldm.lookup import check_counts
 from tinyldm.models.layers import Attention, Cond, TimeEmbedding, runner
 
 
@@ -33,6 +34,15 @@ class DiTConfig:
     time_dim: int = 256               # number of sinusoids in the time embedding
     rope_theta: float = 100.0         # the slowest pair turns one radian in roughly this many tokens; 10,000 suits long texts
 
+    def __post_init__(self):
+        check_counts(self, "in_channels", "out_channels", "patch", "width", "heads", "mlp_width", "context_dim", "pooled_dim")
+        check_counts(self, "layers", least=0)
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta={self.rope_theta} must be a positive number: 100 is usual")
+        if self.width % (4 * self.heads):
+            raise ValueError(f"width {self.width} with {self.heads} heads: the head size must be a multiple of 4, because rotary "
+                             f"positions take pairs for rows and for columns: use a width that is a multiple of {4 * self.heads}")
+
 
 class DiT(nn.Module):
     """x [b, in_channels, h, w], t [b] (0..1000), cond -> [b, out_channels, h, w]; h and w multiples of the patch."""
@@ -42,9 +52,6 @@ class DiT(nn.Module):
         self.config = config
         self.grad_checkpointing = False                                # in training: saves memory for a third more compute
         width, area = config.width, config.patch**2
-        if width % (4 * config.heads):
-            raise ValueError(f"width {width} with {config.heads} heads: the head size must be a multiple of 4, because rotary "
-                             f"positions take pairs for rows and for columns: use a width that is a multiple of {4 * config.heads}")
         self.patch_in = nn.Linear(config.in_channels * area, width)
         self.time_in = TimeEmbedding(config.time_dim, width)
         self.context_in = two_layers(config.context_dim, width, width)

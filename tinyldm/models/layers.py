@@ -69,6 +69,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int, out: int):
         super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"a time embedding of {dim} numbers, half of them cosines and half sines: use an even width, 2 or more")
         self.dim = dim
         self.linear_1 = nn.Linear(dim, out)
         self.linear_2 = nn.Linear(out, out)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyldm.lookup import check_counts
 from tinyldm.models.layers import Attention, Cond, Downsample, ResBlock, TimeEmbedding, Upsample, runner
 
 
@@ -32,6 +33,7 @@ class UNetConfig:
     sample_size: int | tuple[int, int] = 64                 # latent height and width in training
 
     def __post_init__(self):
+        check_counts(self, "in_channels", "out_channels", "widths", "depth", "heads", "context_dim", "groups")
         if not len(self.widths) == len(self.attention) == len(self.heads):
             raise ValueError(f"widths {self.widths}, attention {self.attention} and heads {self.heads} must name the same levels")
         for width, heads in zip(self.widths, self.heads):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyldm.lookup import check_counts
 from tinyldm.models.layers import Attention, Downsample, ResBlock, Upsample
 
 EPS = 1e-6                                                  # every GroupNorm of the published VAEs
@@ -30,6 +31,14 @@ class VAEConfig:
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
     sample_size: int | tuple[int, int] = 256                # picture height and width in training
+
+    def __post_init__(self):
+        check_counts(self, "latent_channels", "widths", "depth", "groups")
+        if self.scaling_factor == 0:
+            raise ValueError("scaling_factor=0 makes all latents 0: 1 divided by their standard deviation is usual")
+        for width in self.widths:
+            if width % self.groups:
+                raise ValueError(f"autoencoder width {width} must be a multiple of groups={self.groups}")
 
     @property
     def downscale(self) -> int:

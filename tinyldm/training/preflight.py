@@ -17,8 +17,9 @@ from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.samplers import find_sampler
 from tinyldm.durations import parse_date
 from tinyldm.folders.load import load_text, load_tokenizer, load_vae
-from tinyldm.lookup import lookup
-from tinyldm.model import NETWORKS, TEXT_ENCODERS
+from tinyldm.lookup import build_dataclass, fit, lookup, type_of
+from tinyldm.model import NETWORKS, TEXT_ENCODERS, network_config
+from tinyldm.models.vae import VAEConfig
 from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
 from tinyldm.objectives.denoising import process_of
 from tinyldm.planning.flops import forwards, meta_networks
@@ -33,8 +34,7 @@ from tinyldm.vendor_loaders.scheduler import sampling
 
 def check_run(config: Config) -> Config:
     """ValueError or OSError, with advice, where the run cannot work. -> the configuration, completed by what --cache decides."""
-    check_names(config)
-    check_process(config)
+    check_settings(config)
     length = config.optimisation
     parse_widths(length.ema_widths)
     if config.run.track:
@@ -53,16 +53,24 @@ def check_run(config: Config) -> Config:
     return check_parts(config)
 
 
-def check_names(config: Config) -> None:
-    """Look up names in their tables, and refuse combinations that do not fit."""
+def check_settings(config: Config) -> None:
+    """What can be said about the settings alone: names are looked up in their tables; fields, options and combinations that do not
+    fit are refused."""
     row = lookup(NETWORKS, config.network.name, "network")
-    lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
+    text = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
     lookup(JOINS, config.text.join, "rule to join text encoders")
     objective = lookup(OBJECTIVES, config.objective.name, "objective")
     lookup(FIRST_STAGE_OBJECTIVES, config.autoencoder.objective, "objective of the autoencoder")
-    for name in config.objective.options:
-        lookup(objective.options, name, f"{config.objective.name} option")
+    for name, value in config.objective.options.items():
+        default = lookup(objective.options, name, what := f"{config.objective.name} option")
+        fit(value, type_of(default), f"{what} {name}")
+    network_config(config.network.name, config.network.settings)
+    if not config.autoencoder.weights:
+        build_dataclass(VAEConfig, config.autoencoder.fields, "--vae")
+    if not config.text.weights:
+        build_dataclass(text.config, config.text.fields | {"vocab_size": config.text.vocab_size}, "--text")
     find_sampler(config.drawing.sampler)
+    check_process(config)
     if config.objective.mask_padding and "mask" not in row.conditions:
         able = [name for name, other in NETWORKS.items() if "mask" in other.conditions]
         raise ValueError(f"--mask-padding is for --network {' or '.join(able)}: the pipelines that a {config.network.name} is exported to "

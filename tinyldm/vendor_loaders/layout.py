@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tinyldm.files import INCOMPLETE
+from tinyldm.lookup import needs_value
 
 Shape = tuple[int, ...]
 
@@ -78,12 +79,8 @@ def own_config(class_name: str, config_class: type) -> ConfigFunctions:
                   for name, value in config.items() if name in fields}
         if unknown := sorted(name for name in config if not name.startswith("_") and name not in fields):
             raise ValueError(f"{class_name} config has unknown fields ({', '.join(unknown)}): is it of a newer version?")
-        if missing := [name for name, field in fields.items() if name not in values and not _has_default(field)]:
+        if missing := [name for name, field in fields.items() if name not in values and needs_value(field)]:
             raise ValueError(f"{class_name} config lacks {', '.join(missing)}: {INCOMPLETE}")
         return config_class(**values)
 
     return ConfigFunctions(to_config, from_config)
-
-
-def _has_default(field: dataclasses.Field) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING

@@ -39,7 +39,7 @@ from tinyldm.diffusion.grids import find_schedule
 from tinyldm.diffusion.prediction import PREDICTIONS
 from tinyldm.diffusion.process import PROCESSES, Process, make_process
 from tinyldm.diffusion.samplers import SAMPLERS, sampler_name
-from tinyldm.lookup import lookup
+from tinyldm.lookup import fit, lookup
 from tinyldm.vendor_loaders.scheduler_classes import (
     FLOW_FIELDS,
     OWN_PROCESSES,
@@ -241,9 +241,9 @@ def read_process(config: dict) -> NamedProcess:
                          f"prediction_type {PREDICTION_TYPES[prediction]!r}: diffusers does not compute this pair")
     if prediction == "flow":
         return NamedProcess("flow", {"shift": config.get("flow_shift", 1.0)}, "flow")
-    steps = config.get("num_train_timesteps", 1000)
+    steps = fit(config.get("num_train_timesteps", 1000), int, "the scheduler has num_train_timesteps")
     zero_snr = {"zero_snr": True} if config.get("rescale_betas_zero_snr") else {}
-    if betas := config.get("trained_betas"):
+    if betas := fit(config.get("trained_betas"), tuple[float, ...] | None, "the scheduler has trained_betas"):
         if len(betas) != steps:
             raise ValueError(f"the scheduler has {len(betas)} trained_betas for {steps} num_train_timesteps: "
                              "it needs one for each")
