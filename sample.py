@@ -112,7 +112,7 @@ def check(args: argparse.Namespace) -> None:
     except ValueError as error:
         fail(str(error))
     endings = (".png",) if args.interpolate is None else (".png", ".webp", ".gif")
-    if is_file_name(args.out) and Path(args.out).suffix.lower() not in endings:
+    if (is_file_name(args.out) or os.path.isfile(args.out)) and Path(args.out).suffix.lower() not in endings:
         fail(f"--out {args.out}: name a folder, or a file that ends in {', '.join(endings)}")
     if args.strength is None:
         args.strength = 1.0 if args.mask else 0.75
@@ -157,7 +157,7 @@ from tinyldm.diffusion.prediction import PREDICTIONS
 from tinyldm.files import make_output_folder
 from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model, load_vae
-from tinyldm.lookup import DTYPES, lookup
+from tinyldm.lookup import DTYPE_NAMES, lookup
 from tinyldm.model import Model
 from tinyldm.pictures.animation import even_fractions, write_animation
 from tinyldm.pictures.metadata import parameters
@@ -265,7 +265,8 @@ def describe(args: argparse.Namespace, settings: DrawSettings, about: dict[str, 
 def facts_about(args: argparse.Namespace, model: Model, name: str) -> dict[str, str]:
     """All about the model that another picture could come of: which one it is, and how it was loaded."""
     facts = {"Model": name, "Variant": args.variant, "Weights": "raw" if args.no_ema else "", "Prediction": args.prediction,
-             "Tokenizer": portable(args.tokenizer or ""), "Precision": DTYPES[str(next(model.net.parameters()).dtype).partition(".")[2]]}
+             "Tokenizer": portable(args.tokenizer or ""),
+             "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]]}
     return {key: value for key, value in facts.items() if value}
 
 

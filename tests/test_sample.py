@@ -270,6 +270,7 @@ def test_inversion_from_the_keyboard(folder, tmp_path):
     (["x", "--interpolate", "5", "--frames", "1"], "at least 2"),
     (["x", "--frames", "8"], "needs --interpolate"),
     (["x", "--out", "x.gif"], ".png"),
+    (["x", "--out", __file__], "name a folder"),
     (["x", "--interpolate", "5", "--out", "x.mp4"], ".gif"),
     (["x", "--invert"], "--init-image"),
     (["x", "--init-image", "y.png", "--invert", "--mask", "z.png"], "leave out --mask"),

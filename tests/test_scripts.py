@@ -169,7 +169,7 @@ def test_every_objective_trains_goes_on_and_draws(run, tmp_path, words, monkeypa
 
 def test_a_run_folder_is_not_overwritten(run, capsys):
     before = (run / "config.json").read_bytes()
-    assert "--resume auto" in mistake("train", ["--out", run, *SMALL], capsys)
+    assert "--resume yes" in mistake("train", ["--out", run, *SMALL], capsys)
     assert (run / "config.json").read_bytes() == before
 
 
@@ -194,6 +194,7 @@ def refusal(name, words, capsys) -> str:
     (["--network", "unett"], "did you mean 'unet'"),
     (["--network", "unett", "--dry-run"], "did you mean 'unet'"),
     (["--mask-padding"], "is for --network dit"),
+    (["--process", "scaled_linear", "--zero-terminal-snr", "--prediction", "eps", "--dry-run"], "does not determine x0"),
     (["--mask-padding", "--dry-run"], "is for --network dit"),
     (["--objective", "denoisin"], "did you mean 'denoising'"),
     (["--times", "logitnormal"], "did you mean 'logit_normal'"),
@@ -380,7 +381,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, numbers):
     finally:
         process.kill()
     assert process.returncode in [128 + number for number in numbers]
-    assert f"python train.py --out {folder} --resume auto" in out
+    assert f"python train.py --out {folder} --resume yes" in out
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
     assert json.loads((newest / "state.json").read_text())["step"] >= 2
 

@@ -91,7 +91,7 @@ def test_a_dead_process_ends_all_and_a_polite_one_saves_first(alone, tmp_path, n
             job.kill()
     assert jobs[0].returncode == code and said in error and "Traceback" not in error
     if number == signal.SIGTERM:
-        assert jobs[1].returncode == 143 and f"--out {run} --resume auto" in out
+        assert jobs[1].returncode == 143 and f"--out {run} --resume yes" in out
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def undamaged_checkpoints(run: Path) -> dict[int, Path]:
         elif (state := checkpoint.read_state(folder))["stage"] == "step":
             found[state["step"]] = folder
     if not found:
-        raise ValueError(f"{run} has no undamaged checkpoint of its network: continue training with --resume auto")
+        raise ValueError(f"{run} has no undamaged checkpoint of its network: continue training with --resume yes")
     return found
 
 

@@ -15,7 +15,7 @@ from tinyldm.training import checkpoint, distributed
 from tinyldm.training.distributed import BUCKET, World, buckets, clip, connect, launched, load_whole, shard, whole
 
 KINDS = ("dit", "unet")
-GONE = "another of the {} processes has ended (its own message says why): start them again with --resume auto"
+GONE = "another of the {} processes has ended (its own message says why): start them again with --resume yes"
 
 
 def launch(size, folder):

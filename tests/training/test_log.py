@@ -43,7 +43,7 @@ def test_rows_that_a_full_disk_does_not_take_follow_later_whole_and_in_order(tmp
     with full_disk(size + 9):                                   # the next line is cut after nine characters
         for step in (2, 3):
             log.write(stage="vae", step=step)
-        with pytest.raises(OSError, match=r"log\.jsonl cannot be written \(File too large\): make room, and continue with --resume auto"):
+        with pytest.raises(OSError, match=r"log\.jsonl cannot be written \(File too large\): make room, and continue with --resume yes"):
             log.flush()
     assert (tmp_path / "log.jsonl").read_text() == '{"stage": "vae", "step": 1}\n{"stage":'
     assert capsys.readouterr().out.count("its rows are kept") == 1

@@ -41,7 +41,7 @@ def test_ten_in_a_row_stop_the_run_and_one_good_step_forgives_the_rest():
     meter.keep(1.0)
     for _ in range(TOO_MANY - 1):
         meter.count_skipped(5, 0)
-    with pytest.raises(ValueError, match="10 updates in a row, up to batch 5 .seed 0.*--resume auto"):
+    with pytest.raises(ValueError, match="10 updates in a row, up to batch 5 .seed 0.*--resume yes"):
         meter.count_skipped(5, 0)
 
 

@@ -14,6 +14,7 @@ from tinyldm.training.second_stage import at_phase
 SECRETS = ("alice", "acme", "SECRET")
 DATA = {
     "/home/alice smith/clients/acme corp/cats": "cats", "/home/alice/cats/": "cats", "/home/alice/cats:0.7": "cats:0.7",
+    "/home/alice/cats/:0.5": "cats:0.5",
     "acme/cats": "cats", r"C:\Users\alice\cats": "cats", "toyworld:0.3": "toyworld:0.3", "a:0.7": "a:0.7", "./shards-*.tar": "shards-*.tar",
     "https://alice:SECRET@host.org:8080/shards/{0..3}.tar": "https://host.org:8080/shards/{0..3}.tar",
     "https://host.org/x.tar?X-Amz-Signature=SECRET&user=alice": "https://host.org/x.tar",

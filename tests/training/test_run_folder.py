@@ -77,6 +77,15 @@ def test_a_run_of_a_version_that_did_not_note_the_folder_is_resumed_as_before(tm
     assert json.loads((tmp_path / "run" / "config.json").read_text())["directory"] == os.getcwd()
 
 
+def test_settings_that_config_json_lacks_are_added_with_their_defaults(tmp_path, monkeypatch):
+    resume, file = start(tmp_path / "home", monkeypatch, data=["pictures"]), tmp_path / "run" / "config.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in before.items() if name not in ("cache", "text_weights")}))
+    monkeypatch.chdir(tmp_path)
+    write_settings(resume())
+    assert json.loads(file.read_text()) == before
+
+
 @pytest.mark.parametrize("name", ["sd1.5", "my.safetensors", "my.ckpt", "model.v2.bin"])
 def test_a_run_is_found_whatever_its_folder_is_called(tmp_path, name):
     model = tmp_path / name / "checkpoints" / "step-000001" / "model"

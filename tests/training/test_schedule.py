@@ -315,7 +315,7 @@ def test_a_resumed_run_keeps_its_plan_unless_another_end_is_asked_for():
 
 
 def test_a_budget_that_is_used_up_before_training_says_how_to_go_on():
-    with pytest.raises(ValueError, match="running for 1 m 45 s: nothing is lost, continue with --resume auto and a larger --budget"):
+    with pytest.raises(ValueError, match="running for 1 m 45 s: nothing is lost, continue with --resume yes and a larger --budget"):
         make_schedule(settings("--budget", "100s"), None, 105.0, NOW)
     with pytest.raises(ValueError, match="later --deadline"):
         make_schedule(settings("--deadline", "2001-01-01T00:00"), None, 5.0, NOW)

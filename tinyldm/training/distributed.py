@@ -56,7 +56,7 @@ class World:
             if self.size == 1 or not (isinstance(error, dist.DistError) or PEER_LOST.search(str(error))):
                 raise
             raise ValueError(f"another of the {self.size} processes has ended (its own message says why): start them again "
-                             "with --resume auto") from error
+                             "with --resume yes") from error
 
     def all_reduce_max(self, *values: float) -> list[float]:
         """The element-wise maximum over all processes, in float64."""

@@ -29,8 +29,8 @@ from tinyldm.training.distributed import World
 from tinyldm.training.stage import Phase, Stage
 from tinyldm.training.trained import TrainedAutoencoder
 
-PICTURES = "vae-pictures"               # begin of the name of a run's folder that holds the VAE's pictures during its training
-LARGEST_PART = 0.1                      # of the free disk that they may take
+PICTURES = "vae-pictures"               # start of the name of the folder in a run that holds the VAE's pictures while it trains
+LARGEST_PART = 0.1                      # fraction of the free disk space that they may take
 
 
 class AutoencoderStage(Stage):

@@ -41,7 +41,7 @@ class Log:
                 flush(self.path)
             except OSError as error:
                 raise OSError(f"{self.path} cannot be written ({error.strerror or error}): make room, and continue with "
-                              "--resume auto") from error
+                              "--resume yes") from error
 
     def write_out(self) -> None:
         """Write the rows that are not in the file yet, if that can be done."""

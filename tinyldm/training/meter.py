@@ -46,7 +46,7 @@ class Meter:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= TOO_MANY:
             raise ValueError(f"loss or gradient was not finite in {TOO_MANY} updates in a row, up to batch {position} (seed {seed}): the "
-                             "run is stopped. Continue from the last checkpoint with --resume auto and lower learning rates (--lr and "
+                             "run is stopped. Continue from the last checkpoint with --resume yes and lower learning rates (--lr and "
                              "--muon-lr; --vae-lr and --vae-muon-lr), or --dtype fp32")
         return f"the loss or the gradient was not finite: update skipped (--seed {seed}, batch {position})"
 

@@ -28,7 +28,7 @@ def portable_data(word: str) -> str:
 def _portable_link(link: str) -> str:
     protocol, colon, rest = link.partition("://")
     if not colon or protocol in ("file", "local"):
-        return re.split(r"[/\\]", link.rstrip("/\\"))[-1]
+        return re.split(r"[/\\]", re.sub(r"[/\\]+(?=(:[\d.]+)?$)", "", link))[-1]        # a weight may follow the last slash
     host, slash, path = rest.partition("/")
     public = host.rpartition("@")[2] + slash + path
     return f"{protocol}://" + re.sub(r"[?#].*?(?=(:[\d.]+)?$)", "", public)        # up to a weight

@@ -40,7 +40,7 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
     trained = [last for last in checkpoint.names(folder) if (last / "model").is_dir()]
     if not trained and (folder / "config.json").exists():
         config = read_json(folder / "config.json", "name a run or a model folder")
-        raise ValueError(f"{folder} has no checkpoint of its network yet: continue training with --resume auto" if "preset" in config
+        raise ValueError(f"{folder} has no checkpoint of its network yet: continue training with --resume yes" if "preset" in config
                          else f"{folder} is one part of a model: name the folder around it")
     if not trained:
         raise ValueError(f"{folder} is neither a run, a model folder nor a checkpoint file ({', '.join(FILES)})")
@@ -52,7 +52,7 @@ def write_settings(config: Config) -> Path:
     paths, as they were typed there."""
     file = Path(config.run.out) / "config.json"
     before = read_json(file, None) if config.run.resume != "no" else {}
-    begun = {name: before[name] for name in (*PATHS, "directory")} if "directory" in before else {"directory": os.getcwd()}
+    begun = {"directory": os.getcwd()} | {name: before[name] for name in (*PATHS, "directory") if name in before}
     write_file(file, json.dumps(flatten(config) | {"resume": "no"} | begun, indent=1))
     return file
 

@@ -200,5 +200,5 @@ def make_schedule(settings: OptimisationConfig, saved: dict[str, Any] | None, ru
         asked.fraction = plan.fraction
     if left <= 0:
         raise ValueError(f"no time is left for training, the run has been running for {show_duration(running)}: nothing is lost, "
-                         "continue with --resume auto and a larger --budget or a later --deadline, or with --max-steps")
+                         "continue with --resume yes and a larger --budget or a later --deadline, or with --max-steps")
     return asked
