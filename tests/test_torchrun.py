@@ -51,7 +51,7 @@ def assert_alike(one: Path, two: Path) -> None:
 def test_several_processes_train_as_one(alone, tmp_path, processes):
     done = torchrun(processes, "train.py", *WORDS, "--out", tmp_path / "run", "--grad-accum", 2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run folder") == 1                # one speaks for all
+    assert done.stdout.count("new run in") == 1                # one speaks for all
     assert_alike(alone, tmp_path / "run")
 
 
