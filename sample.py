@@ -196,7 +196,7 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     if args.eta is not None and found.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
     if not found.guided and args.negative_prompt:
-        raise ValueError(f"--negative-prompt is not heeded at --cfg {found.cfg:g}: use --cfg above 1, or leave it out")
+        raise ValueError(f"--negative-prompt has no effect at --cfg {found.cfg:g}: use --cfg above 1, or leave it out")
     if not found.guided and (args.guidance_rescale or args.guidance_interval):
         raise ValueError(f"--guidance-{'rescale' if args.guidance_rescale else 'interval'} has no guidance to change: "
                          "use it with --cfg above 1")

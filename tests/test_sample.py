@@ -295,9 +295,9 @@ def test_guidance_that_is_off_cannot_be_rescaled(folder, tmp_path):
 
 
 @pytest.mark.parametrize("cfg", [1, 0, 0.5])
-def test_a_negative_prompt_that_would_not_be_heeded_is_refused(folder, tmp_path, capsys, cfg):
+def test_a_negative_prompt_that_would_have_no_effect_is_refused(folder, tmp_path, capsys, cfg):
     error = mistake("sample", ["x", "--model", folder, "--cfg", cfg, "--negative-prompt", "ugly", "--out", tmp_path / "out"], capsys)
-    assert error == f"error: --negative-prompt is not heeded at --cfg {cfg:g}: use --cfg above 1, or leave it out"
+    assert error == f"error: --negative-prompt has no effect at --cfg {cfg:g}: use --cfg above 1, or leave it out"
     assert not (tmp_path / "out").exists()
 
 

@@ -42,7 +42,7 @@ class DrawSettings(NamedTuple):
 
     @property
     def guided(self) -> bool:
-        """Whether the negative prompt is heeded: for a scale above 1. Any other means the prompt alone, as in all pipelines of
+        """Whether the negative prompt has an effect: for a scale above 1. Any other means the prompt alone, as in all pipelines of
         diffusers, so that the guidance_scale=0 on the card of a distilled model draws here what it draws there. Little is lost:
         with scale 0, the formula in guidance.cfg would draw the negative prompt, which can be typed as the prompt."""
         return self.cfg > 1

@@ -25,7 +25,7 @@ from fsspec import AbstractFileSystem
 from tinyldm.data import naming, readers
 from tinyldm.data.moved import hash_entries
 from tinyldm.data.naming import DUPLICATE, NO_PICTURE, composed
-from tinyldm.data.outputs import NAME_IT, below, is_output, outputs, say
+from tinyldm.data.outputs import NAME_IT, below, is_output, outputs, report_passed_over
 from tinyldm.data.readers import MISSING, UNREADABLE, UNSAFE_NAME, Entry, File, Sample, Skip
 from tinyldm.data.remote import SourceLost, address, classify, find_fs, is_local, open_file
 from tinyldm.data.source_kind import ListOptions, NothingReadable, Shard, SourceKind
@@ -125,7 +125,7 @@ def find(spec: str, chunk: int) -> list[Shard]:
             shards += at_path(fs, info, chunk)
     if not shards:
         raise NothingReadable(f"--data {spec}: no shard or folder matches" + (f"; {own[0]} {NAME_IT}" if own else ""))
-    say(spec, own)
+    report_passed_over(spec, own)
     return shards
 
 
@@ -187,7 +187,7 @@ def in_folder(fs: AbstractFileSystem, root: str, chunk: int) -> list[Shard]:
     files = {name: info for name, info in listed.items() if not below(name, own)} if own else listed
     kinds = {found.kind for name in files if (found := naming.split(name))}
     if files:                               # else the error below says it
-        say(url, own)
+        report_passed_over(url, own)
     tars = [info for name, info in files.items() if (row := find_format(name)) and row.in_folders]
     tables = [name for name in files if posixpath.basename(name) in TABLES]
     if tables and ("picture" in kinds or not tars):

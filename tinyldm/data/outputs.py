@@ -12,7 +12,7 @@ from tinyldm.files import OUTPUT
 SIGNS = ({"config.json", "launch"}, {"config.json", "log.jsonl"}, {"settings.json", "claims"}, {"settings.json", "index.json"},
          {"model_index.json"}, {OUTPUT})
 KNOWN = frozenset().union(*SIGNS)
-SAID: set[str] = set()          # the places of which `say` has spoken in this process
+REPORTED: set[str] = set()      # places for which this process has already printed that folders were passed over
 NAME_IT = "was written by tinyldm: to read such a folder, name it itself with --data"
 
 
@@ -40,10 +40,10 @@ def below(name: str, folders: Collection[str]) -> bool:
     return name in folders
 
 
-def say(place: str, folders: Collection[str]) -> None:
+def report_passed_over(place: str, folders: Collection[str]) -> None:
     """Print how many folders of this library were passed over in a place that --data names; once, though it is listed several times."""
-    if folders and place not in SAID:
-        SAID.add(place)
+    if folders and place not in REPORTED:
+        REPORTED.add(place)
         several = len(folders) > 1
         print(f"--data {place}: {len(folders)} folder{'s' * several} that tinyldm wrote {'were' if several else 'was'} passed over "
               f"(first: {min(folders)})")

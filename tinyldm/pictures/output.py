@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +32,11 @@ def claim(folder: Path, caption: str, seed: int) -> Path:
     """The file of the next number in a folder, 0003-42-a-red-fox.png, made empty, so that no other process takes it too."""
     slug = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60]
     taken = [int(found[1]) for file in folder.iterdir() if (found := re.match(r"([0-9]{4,})-", file.name))]
-    for number in count(max(taken, default=0) + 1):
+    number = max(taken, default=0) + 1
+    while True:
         file = folder / f"{number:04d}-{seed}-{slug}.png"
-        with suppress(FileExistsError):         # where another process was faster
+        try:
             file.touch(exist_ok=False)
             return file
-    raise AssertionError("unreachable")
+        except FileExistsError:                 # another process was faster
+            number += 1
