@@ -94,11 +94,29 @@ def test_a_dead_process_ends_all_and_a_polite_one_saves_first(alone, tmp_path, n
         assert jobs[1].returncode == 143 and f"--out {run} --resume yes" in out
 
 
+def test_processes_that_draw_other_initial_weights_train_with_those_of_the_first(alone, tmp_path):
+    start = tmp_path / "start.py"
+    start.write_text("import os, runpy, sys, torch\n"
+                     "seed = torch.manual_seed\n"
+                     "torch.manual_seed = lambda number: seed(number + int(os.environ['RANK']))\n"
+                     "sys.argv, sys.path[0] = sys.argv[1:], os.getcwd()\n"
+                     "runpy.run_path('train.py', run_name='__main__')\n")
+    jobs = start_by_hand([start, "train.py", *WORDS, "--vae-weights", alone / "vae", "--sample-every", 0, "--out", tmp_path / "run"])
+    try:
+        ends = [job.communicate(timeout=100) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0, 0], ends     # a checkpoint is refused where weights differ
+    assert_alike(alone, tmp_path / "run")
+
+
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(alone, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(alone, tmp_path, processes):
     run = tmp_path / "run"
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 3, "train.py", *WORDS, "--out", run,
-             "--vae-weights", alone / "vae", "--max-steps", 60, "--save-every", 10]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--max-restarts", 3, "train.py", *WORDS,
+             "--out", run, "--vae-weights", alone / "vae", "--max-steps", 60, "--save-every", 10]
     job = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            text=True)
     while not checkpoint.names(run):

@@ -33,10 +33,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{spelled[near[0]]}'? " if near else ""
 
 
-def dtype_name(typed: str, known: Iterable[str] = ("auto", "bf16", "fp32")) -> str:
+def dtype_name(typed: str, known: Iterable[str] = ("auto", "bf16", "fp32"), flag: str = "--dtype") -> str:
     """The library's name of a precision: "bfloat16" -> "bf16". ValueError for one that is not among the `known` ones (by default
     those of autocast: training in fp16 would need its losses scaled)."""
-    return lookup({name: own for name, own in DTYPE_NAMES.items() if own in known}, typed.lower(), "--dtype")
+    return lookup({name: own for name, own in DTYPE_NAMES.items() if own in known}, typed.lower(), flag)
 
 
 def device_name(typed: str) -> str:

@@ -2,17 +2,22 @@ import json
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ENVIRONMENT, ROOT
+from helpers import ENVIRONMENT, ROOT, SMALL, load_script, train_here
 from safetensors.torch import load_file, save_file
 from torch import nn
 from workers import BATCH, STEPS, Run
 
+from tinyldm.model import muon_matrices
 from tinyldm.training import checkpoint, distributed
-from tinyldm.training.distributed import BUCKET, World, buckets, clip, connect, launched, load_whole, shard, whole
+from tinyldm.training.distributed import World, clip, connect, launched, load_whole, shard, whole
+from tinyldm.training.packing import buckets
 
 KINDS = ("dit", "unet")
 GONE = "another of the {} processes has ended (its own message says why): start them again with --resume yes"
@@ -86,6 +91,25 @@ def test_all_processes_hold_the_same_bits(trained, kind):
     assert len({said[kind] for said in trained.said}) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_matrix_is_orthogonalised_by_one_process_and_the_work_is_shared_out_evenly(trained, kind):
+    counts, matrices = [said[f"{kind}-orthogonalised"] for said in trained.said], len(muon_matrices(trained.runs[kind].modules))
+    assert sum(counts) == STEPS * matrices and max(counts) - min(counts) <= STEPS
+
+
+def test_a_sharded_network_computes_what_a_whole_one_does_under_autocast(trained):
+    for kind in KINDS:
+        assert torch.equal(trained.of(f"sharded-half-{kind}-output")["output"], Run(kind, World(), half=True).output())
+    whole = Run("dit", World(), half=True).steps()
+    near(trained.of("sharded-half-gradients"), whole.gradients, 0.02)                  # bfloat16, in parts of other sizes
+    assert trained.said[0]["dtypes"] == ["torch.float32"]
+    near(trained.of("sharded-half"), whole.tensors(), 0.1)
+
+
+def test_no_process_keeps_whole_bfloat16_weights_of_a_sharded_network_for_the_backward_pass(trained):
+    assert [said["whole weights"] for said in trained.said] == [0] * trained.size
+
+
 def test_a_sharded_run_can_be_continued_by_one_process(trained):
     one = Run("dit", World(), seed=1).load(trained.of("sharded-halfway"), trained.folder).steps(2)
     near(one.tensors(), trained.of("sharded"), 3e-4)
@@ -142,6 +166,38 @@ def test_sums_of_all_dtypes_shapes_and_layouts(trained):
         assert said["strides"][0] == [1, 3] and said["strides"][4] == [24, 1, 8, 2]
 
 
+def test_tensor_i_is_shared_by_process_i_and_rank_0_s_are_broadcast(trained):
+    values = [i % trained.size + 0.5 for i in range(5)]
+    for said in trained.said:
+        assert said["shared"] == [[[values[0]] * 5] * 3, [[values[1]] * 3] * 2, [values[2]] * 4, [], [values[4]] * 7]
+        assert said["first"] == [[[1.0] * 3] * 4, True, True]
+
+
+def test_gradients_summed_in_bfloat16_are_half_the_bytes_and_right_to_8_bits_and_losses_stay_exact(trained):
+    draws = [torch.randn(20, 30, generator=torch.Generator().manual_seed(rank)).double() for rank in range(trained.size)]
+    for said in trained.said:
+        assert sorted(said["sent"]) == [4 * 19, 2 * 620]       # losses in float32; 620 gradients
+        weight, bias = map(torch.tensor, said["summed"])
+        assert bias.tolist() == [trained.size * (trained.size + 1) / 2] * 20
+        error = (weight.view(20, 30) - sum(draws)).abs() / sum(draw.abs() for draw in draws)
+        assert 2**-12 < error.max() < 2**-9 + (trained.size - 1) * 2**-8               # gloo rounds its sums towards 0
+        assert said["pending"] == pytest.approx([trained.size / 3] * 19, rel=1e-7)
+    assert trained.said[0]["summed"] == trained.said[-1]["summed"]
+
+
+def test_processes_begin_with_rank_0_s_weights_averages_and_moments(trained):
+    for said in trained.said:
+        assert "hold different weights" in said["at first"] and said["made equal"] is None
+    assert len({said["equal"] for said in trained.said}) == 1
+
+
+def test_one_bit_of_difference_between_the_processes_weights_stops_the_run_before_it_is_saved(trained):
+    for said in trained.said:
+        assert said["unequal"].startswith(f"after step 7 the {trained.size} processes hold different weights, so no checkpoint was "
+                                          "written: continue from the last one with --resume yes")
+        assert said["written"] == []
+
+
 def test_who_is_left_alone_says_so(trained):
     ways = ("sum", "all_reduce_max", "broadcast", "barrier", "forward") if trained.size == 2 else ("sum",)
     assert trained.ends == [0] * (trained.size - 1) + [1]
@@ -174,12 +230,12 @@ def test_other_errors_stay_what_they_are():
 
 
 def test_buckets_are_filled_in_order_by_dtype():
-    half = torch.empty(BUCKET // 8)                            # of a bucket
-    small, number, large = torch.empty(2), torch.empty(3, dtype=torch.int64), torch.empty(BUCKET // 4 + 1)
-    found = buckets([half, number, half, small, large, small, number])
+    half = torch.empty(1024 // 8)                              # of a bucket
+    small, number, large = torch.empty(2), torch.empty(3, dtype=torch.int64), torch.empty(1024 // 4 + 1)
+    found = buckets([half, number, half, small, large, small, number], 1024)
     assert [[tensor.numel() for tensor in bucket] for bucket in found] == [
         [half.numel()] * 2, [small.numel()], [large.numel()], [2], [3, 3]]
-    assert buckets([]) == []
+    assert buckets([], 1024) == []
 
 
 def test_torchrun_s_environment_is_understood(monkeypatch):
@@ -218,6 +274,49 @@ def test_devices_that_cannot_be_shared_are_refused(monkeypatch, device, gpus, sa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(ValueError, match=says):
         connect(torch.device(device))
+
+
+class Group:
+    """A process group of NCCL and gloo."""
+
+    def __init__(self):
+        self.limits = {}
+
+    def _get_backend(self, device):
+        return SimpleNamespace(_set_default_timeout=lambda limit: self.limits.update({device.type: limit}))
+
+
+@pytest.mark.parametrize("nccl", [True, False])
+def test_nccl_waits_ten_minutes_and_gloo_an_hour_and_only_gloo_alone_is_left_at_exit(monkeypatch, nccl):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    group, begun, at_exit = Group(), {}, []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1), monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *a, **k: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: begun.update(options, backend=backend))
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=group))
+    monkeypatch.setattr(distributed.atexit, "register", at_exit.append)
+    world = connect(torch.device("cuda"))
+    assert begun["timeout"] == timedelta(hours=1) and begun["backend"] == f"cpu:gloo,cuda:{'nccl' if nccl else 'gloo'}"
+    assert group.limits == ({"cuda": timedelta(minutes=10)} if nccl else {})
+    assert at_exit == ([] if nccl else [world.close])
+    distributed.limit_nccl(SimpleNamespace(_get_backend=lambda device: object()))      # a torch without this setting
+
+
+@pytest.mark.parametrize("error", [None, ValueError("another of the 2 processes has ended")])
+def test_after_an_error_train_does_not_close_the_group_because_nccl_would_wait_for_the_others(tmp_path, monkeypatch, capsys, error):
+    def train_all(config, context):
+        if error:
+            raise error
+
+    train, closed = load_script("train"), []
+    monkeypatch.setattr(train, "connect", lambda device: World(0, 2)), monkeypatch.setattr(train, "train_all", train_all)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: closed.append(True))
+    with nullcontext() if error is None else pytest.raises(ValueError, match="has ended"):
+        train_here(train, [*SMALL, "--out", str(tmp_path / "run")], monkeypatch)
+    assert closed == ([True] if error is None else [])
 
 
 def test_others_that_cannot_be_reached_are_an_error_of_one_line(monkeypatch):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tinyldm.config import OptimisationConfig
 from tinyldm.models.dit import DiT, DiTConfig
@@ -86,6 +88,37 @@ def test_what_is_not_finite_changes_neither_weights_nor_moments(kind, bad):
     assert same(before, tensors_of(own))
     update = step(1.0)
     assert update.loss is not None and update.ratio > 0 and not same(before, tensors_of(own))
+
+
+class NewMemory(TorchDispatchMode):
+    """Adds up the bytes of tensors that do not share their memory with an argument of the operation that made them."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        new = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in known]
+        self.bytes += sum(tensor.nbytes for tensor in new)
+        return result
+
+
+def test_measuring_an_update_takes_one_copy_of_the_weights():
+    class Larger:
+        param_groups = ()
+
+        def step(self) -> None:
+            torch._foreach_mul_([p.detach() for p in own.parameters.values()], 1.5)
+
+    own = learner()
+    turn, weights = own.objective.turns[0], sum(p.nbytes for p in own.parameters.values())
+    own.optimizers = {turn.name: [Larger()]}
+    own.meter.add(torch.ones(2), 0.5)
+    with NewMemory() as memory:
+        update = own.update(turn, 1.0, 1.0, measure=True)
+    assert update.ratio == pytest.approx(0.5) and weights <= memory.bytes < 1.2 * weights
 
 
 class Pair(NamedTuple):

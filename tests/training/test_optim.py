@@ -1,13 +1,17 @@
 """Optimizers: which parameter goes where, what Muon does to a matrix, and the learning rate's course."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyldm.config import OptimisationConfig
 from tinyldm.model import muon_matrices
 from tinyldm.models.unet import UNet, UNetConfig
-from tinyldm.training.optim import Muon, make_optimizers, orthogonalise, set_lr
+from tinyldm.training import optim
+from tinyldm.training.optim import Muon, make_optimizers, orthogonalise, set_lr, tf32
 from tinyldm.training.schedule import LearningRateSchedule
 
 
@@ -41,6 +45,68 @@ def test_long_and_square_matrices_are_treated_alike(shape):
     assert (orthogonalise(matrices) - plain).abs().max() < (1e-4 if shape[1] != shape[2] else 0.03)
 
 
+def iterated(matrices: torch.Tensor) -> torch.Tensor:
+    """The iteration in float64."""
+    x, (a, b, c) = matrices.double(), (3.4445, -4.7750, 2.0315)
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def conditioned(rows: int, columns: int, number: float) -> torch.Tensor:
+    """Two matrices whose singular values fall from 1 to 1 / number."""
+    rng = torch.Generator().manual_seed(8)
+    u, v = (torch.linalg.qr(torch.randn(2, size, rows, generator=rng, dtype=torch.float64))[0] for size in (rows, columns))
+    return ((u * torch.logspace(0, -torch.log10(torch.tensor(number)).item(), rows, dtype=torch.float64)) @ v.mT).float()
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 64), (2, 96, 160)])
+def test_the_bfloat16_iteration_rounds_once_per_product(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    found = orthogonalise(matrices)
+    assert found.dtype == torch.bfloat16 and relative_error(found, iterated(matrices)) < 0.018       # 0.023 to 0.03 with separate sums
+
+
+@pytest.mark.parametrize("number, error", [(10, 0.004), (1e5, 0.025)])
+def test_tf32_is_exact_enough_for_long_matrices(number, error, monkeypatch):
+    """TF32's products acted out: 10 bits of mantissa, here cut off, which is worse than rounded; sums in float32."""
+    bmm, baddbmm = torch.bmm, torch.baddbmm
+    cut = lambda x: (x.contiguous().view(torch.int32) & ~0x1fff).view(torch.float32)
+    monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(cut(a), cut(b)))
+    monkeypatch.setattr(torch, "baddbmm", lambda x, a, b, **scales: baddbmm(x, cut(a), cut(b), **scales))
+    matrices = conditioned(64, 256, number)
+    found, wanted = orthogonalise(matrices), iterated(matrices)
+    assert 1e-4 < relative_error(found, wanted) < error         # bfloat16: 0.012 and 0.13
+    values, exact = torch.linalg.svdvals(found), torch.linalg.svdvals(wanted)
+    assert (values - exact).abs().max() < 0.015 and values.max() < 1.21 and exact.median() > 0.65
+
+
+def test_long_matrices_and_no_others_are_multiplied_in_tf32_on_a_gpu(monkeypatch):
+    usual, used = torch.get_float32_matmul_precision(), []
+    with pytest.raises(ZeroDivisionError), tf32(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == usual
+    with tf32(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == usual
+
+    @contextmanager
+    def noted(device):
+        used.append(device.type)
+        yield
+
+    monkeypatch.setattr(optim, "tf32", noted)
+    orthogonalise(torch.ones(1, 4, 7))
+    assert used == []
+    assert orthogonalise(torch.ones(1, 4, 8)).dtype == orthogonalise(torch.ones(1, 8, 4)).dtype == torch.float32 and used == ["cpu"] * 2
+
+
 def test_orthogonalising_keeps_the_singular_vectors():
     u, _, vh = torch.linalg.svd(torch.randn(1, 12, 20, generator=torch.Generator().manual_seed(2)), full_matrices=False)
     matrix = u @ torch.diag_embed(torch.linspace(1, 3, 12)[None]) @ vh
@@ -71,6 +137,49 @@ def test_muon_moves_a_matrix_by_the_size_it_promises():
     p.grad = torch.randn(32, 32, generator=torch.Generator().manual_seed(3)) * 1e-6      # the gradient's size is irrelevant
     optimizer.step()
     assert 0.5 < p.detach().square().mean().sqrt() / (0.2 * 0.1) < 1.3
+
+
+class Operations(TorchDispatchMode):
+    """Counts the calls of torch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_muon_s_operations_do_not_grow_with_the_number_of_matrices():
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6, 6), (6, 24), (24, 6), (6, 6, 3, 3)) for _ in range(40)]
+    optimizer = Muon(parameters, lr=0.1, weight_decay=0.1)
+    for _ in range(2):                                         # the first step makes the momentum buffers
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        with Operations() as operations:
+            optimizer.step()
+    assert operations.count <= 200
+
+
+def test_muon_orthogonalises_a_bounded_number_of_matrices_at_a_time(monkeypatch):
+    def step() -> tuple[list[torch.Tensor], list[int]]:
+        rng, sizes = torch.Generator().manual_seed(10), []
+        real = optim.orthogonalise
+        parameters = [nn.Parameter(torch.zeros(shape)) for shape in [(8, 16)] * 5 + [(8, 8)] * 9 + [(40, 40)]]
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=rng)
+        with monkeypatch.context() as patch:
+            patch.setattr(optim, "orthogonalise", lambda matrices: sizes.append(matrices.nbytes) or real(matrices))
+            Muon(parameters, lr=0.1).step()
+        return [p.detach() for p in parameters], sizes
+
+    whole, sizes = step()
+    assert sizes == [9 * 256, 5 * 512, 6400]                   # by shape
+    monkeypatch.setattr(optim, "AT_ONCE", 1024)
+    parts, sizes = step()
+    assert max(sizes[:-1]) <= 1024 and sizes[-1] == 6400 and sum(sizes) == 9 * 256 + 5 * 512 + 6400
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(whole, parts))
 
 
 def test_the_learning_rate_warms_up_stays_and_ends_near_zero():

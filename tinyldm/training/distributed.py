@@ -17,7 +17,7 @@ import atexit
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -29,9 +29,14 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from tinyldm.model import repeated_blocks
+from tinyldm.training.packing import buckets, checksum, pack, slices
 
 TIMEOUT = timedelta(hours=1)                               # the other processes wait while rank 0 draws and writes, for minutes
+# All such waits are gloo's. NCCL's operations begin at the same time everywhere, and one that waits for a process on another host that
+# has died blocks Python too, so that only this limit ends it.
+NCCL_TIMEOUT = timedelta(minutes=10)
 BUCKET = 64 * 2**20                                        # bytes of gradients that are reduced in one operation
+AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)     # layers whose weights autocast casts
 PEER_LOST = re.compile(r"gloo[/\\]|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
@@ -68,23 +73,61 @@ class World:
         return largest.tolist()
 
     @torch.no_grad()
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def sum(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
         """Replace each tensor by its sum over all processes, the same to the last bit everywhere. The processes must pass the
         same shapes in the same order. Sharded tensors are skipped: FSDP sums their gradients during the backward pass.
+
+        dtype: that in which the numbers are sent and added; None: the tensors' own.
 
         Needs memory for one more copy of the tensors: they are packed into buckets, which are all reduced at the same time."""
         if self.size == 1:
             return
         with self.peer_errors():
             reductions = []
-            for bucket in buckets([tensor for tensor in tensors if not sharded(tensor)]):
-                flat = bucket[0].new_empty(sum(tensor.numel() for tensor in bucket))
-                parts = [part.view(tensor.shape) for part, tensor in zip(flat.split([tensor.numel() for tensor in bucket]), bucket)]
-                torch._foreach_copy_(parts, bucket)
+            for bucket in buckets((tensor for tensor in tensors if not sharded(tensor)), BUCKET):
+                flat, parts = pack(bucket, dtype)
                 reductions.append((dist.all_reduce(flat, async_op=True), bucket, parts))
             for work, bucket, parts in reductions:
                 work.wait()
                 torch._foreach_copy_(bucket, parts)
+
+    @torch.no_grad()
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensor i by that of process i % size, in all processes. They must pass contiguous tensors of the same shapes and
+        dtypes in the same order, all on one device.
+
+        Needs memory for one more copy of the tensors."""
+        if self.size == 1 or not tensors:
+            return
+        owned = [[tensor.view(-1).view(torch.uint8) for tensor in tensors[rank::self.size]] for rank in range(self.size)]
+        longest = max(sum(part.numel() for part in parts) for parts in owned)
+        own = owned[0][0].new_empty(longest)                   # all send equally much, as NCCL wants it: up to one tensor of padding
+        found = list(own.new_empty(self.size, longest))
+        torch._foreach_copy_(slices(own, owned[self.rank]), owned[self.rank])
+        with self.peer_errors():
+            dist.all_gather(found, own)
+        for flat, parts in zip(found, owned):
+            torch._foreach_copy_(parts, slices(flat, parts))
+
+    @torch.no_grad()
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the tensors of all processes by those of rank 0, bit for bit. Sharded ones are skipped."""
+        if self.size == 1:
+            return
+        self.barrier()                                         # some may still be reading files, for longer than NCCL waits
+        with self.peer_errors():
+            for bucket in buckets((tensor for tensor in tensors if not sharded(tensor)), BUCKET):
+                flat, parts = pack(bucket)
+                dist.broadcast(flat, 0)
+                torch._foreach_copy_(bucket, parts)
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all processes hold the same bits in these tensors, by a checksum. Sharded ones are skipped."""
+        if self.size == 1:
+            return True
+        number = checksum([tensor for tensor in tensors if not sharded(tensor)])
+        largest, smallest = self.all_reduce_max(number, -number)
+        return largest == -smallest
 
     def broadcast(self, value: Any = None) -> Any:
         """Rank 0's value in every process, converted to JSON and back. The other processes' values are ignored."""
@@ -103,22 +146,9 @@ class World:
         self.all_reduce_max(0)
 
     def close(self) -> None:
+        """Leave the group, after success only: NCCL would wait for processes that have ended."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Group tensors of the same dtype and device, in their order, up to BUCKET bytes; a larger tensor is a group of its own."""
-    full: list[list[Tensor]] = []
-    filling: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
-    for tensor in tensors:
-        kind, size = (tensor.dtype, tensor.device), tensor.numel() * tensor.element_size()
-        bucket, held = filling.get(kind, ([], 0))
-        if bucket and held + size > BUCKET:
-            full.append(bucket)
-            bucket, held = [], 0
-        filling[kind] = (bucket + [tensor], held + size)
-    return full + [bucket for bucket, _ in filling.values()]
 
 
 # ---------------------------------------------------------------- starting
@@ -176,30 +206,51 @@ def connect(device: torch.device) -> World:
         raise ValueError(f"process {rank} cannot reach the {size - 1} others at {os.environ.get('MASTER_ADDR')}:"
                          f"{os.environ.get('MASTER_PORT')}: {reason}") from error
     world = World(rank, size)
-    if device.type == "cpu":                                   # gloo threads that still run at exit may abort the program (SIGABRT);
+    if "nccl" in backend:
+        limit_nccl(dist.group.WORLD)
+    else:                                                      # gloo threads that still run at exit may abort the program (SIGABRT);
         atexit.register(world.close)                           # with NCCL, closing would wait for processes that have ended
     return world
+
+
+def limit_nccl(group: dist.ProcessGroup) -> None:
+    """Give NCCL's operations a time limit of their own: init_process_group has only one for all backends (torch 2.13)."""
+    backend = group._get_backend(torch.device("cuda"))
+    if hasattr(backend, "_set_default_timeout"):
+        backend._set_default_timeout(NCCL_TIMEOUT)
 
 
 # ---------------------------------------------------------------- sharded networks
 
 
-def shard(net: nn.Module, world: World) -> None:
+def shard(net: nn.Module, world: World, reduce_dtype: torch.dtype | None = None) -> None:
     """Shard the parameters, gradients and optimizer state of net over the processes, each parameter along its first axis. Call it
-    before the optimizers are made. The backward pass sums the gradients. The processes must hold the same weights, and from now
-    on call net in step, because they gather its blocks together. Everything stays float32; autocast works as usual.
+    before the optimizers are made, and under the autocast that training uses. All processes get rank 0's weights. The backward pass
+    sums the gradients, in reduce_dtype (None: float32). From now on the processes must call net in step, because they gather its
+    blocks together.
+
+    Weights, gradients and optimizer state stay float32. Where autocast would cast the weights of a layer, they are gathered in its
+    dtype instead: the copies that autocast makes are kept for the backward pass, by every process, of the whole network. Parameters
+    that autocast leaves in float32 (norms, tables) are small and then not sharded: World.sum() sums their gradients.
 
     The parameters become DTensors: whole(), local(), fill() and clip() work on these and on ordinary tensors."""
     if world.size == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh  # imported here because it takes half a second
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(next(net.parameters()).device.type, (world.size,))
+    device = next(net.parameters()).device.type
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    plain = {p for module in net.modules() if not isinstance(module, AUTOCAST) for p in module.parameters(recurse=False)} if cast else set()
+    # Gradients are summed for every micro-batch. FSDP could do it after the last one alone (set_requires_gradient_sync), but until
+    # then every process would keep the gradients of the whole network, which may not fit.
+    policy = MixedPrecisionPolicy(cast, reduce_dtype or torch.float32, cast_forward_inputs=False)
+    world.broadcast_tensors([*net.parameters(), *net.buffers()])
+    mesh = init_device_mesh(device, (world.size,))
     # Each block is gathered only while it computes. net's remaining weights are resharded too: gathered copies that stayed after
     # the forward pass would still be there after the optimizer step, with the old values.
     for module in (*repeated_blocks(net), net):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=plain)
     for module in net.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -257,11 +308,14 @@ def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """torch.nn.utils.clip_grad_norm_ for DTensors, ordinary tensors, or both. -> the norm before clipping, the same on all ranks."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    dtensors = [grad for grad in grads if sharded(grad)]
-    if not dtensors:
+    if not any(map(sharded, grads)):
         return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True))
-    ordinary = [grad for grad in grads if not sharded(grad)]
-    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in (dtensors, ordinary) if kind]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = total_norm(grads)
     torch._foreach_mul_([local(grad) for grad in grads], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of DTensors, ordinary tensors, or both, as one vector, on the device; the same on all ranks."""
+    kinds = [[tensor for tensor in tensors if sharded(tensor) == kind] for kind in (True, False)]
+    return torch.linalg.vector_norm(torch.stack([whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]))

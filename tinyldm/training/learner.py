@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinyldm.config import OptimisationConfig
+from tinyldm.device import DTYPES
 from tinyldm.model import muon_matrices
 from tinyldm.objectives import Objective, Turn
 from tinyldm.training import checkpoint
-from tinyldm.training.distributed import World, load_whole, whole
+from tinyldm.training.distributed import World, load_whole, local, total_norm
 from tinyldm.training.ema import EMA, PowerEMA, parse_widths
 from tinyldm.training.loss_monitor import LossMonitor
 from tinyldm.training.meter import Meter
@@ -49,7 +49,7 @@ class Learner:
         modules = trained.modules | own
         self.parameters = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
         matrices = muon_matrices(modules)
-        self.optimizers = {turn.name: make_optimizers(self.named(turn), matrices, turn.optimisation or settings)
+        self.optimizers = {turn.name: make_optimizers(self.named(turn), matrices, turn.optimisation or settings, world)
                            for turn in objective.turns}
         self.ema: EMA | PowerEMA | None = None
         if average:
@@ -74,9 +74,27 @@ class Learner:
     def weights(self, turn: Turn) -> list[nn.Parameter]:
         return list(self.named(turn).values())
 
-    def to_sum(self, turn: Turn) -> list[Tensor]:
-        """The tensors that are summed over all processes after the backward pass: gradients and measured losses."""
-        return [*(p.grad for p in self.weights(turn) if p.grad is not None), self.meters[turn.name].pending]
+    def make_equal(self) -> None:
+        """Overwrite all that training changes by rank 0's, in all processes. Hosts may differ in their random numbers (other CPUs
+        take other vector instructions) and in their copies of a checkpoint."""
+        modules = [*self.trained.modules.values(), *self.objective.networks.values()]
+        weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        averages = [] if self.ema is None else [p for part in self.trained.modules for p in self.ema.state_dict(part).values()]
+        moments = checkpoint.optimizer_tensors(self.all_optimizers, self.parameters)
+        self.world.broadcast_tensors([*weights, *averages, *self.further_averages().values(), *(moments[name] for name in sorted(moments))])
+
+    def check_equal(self, step: int) -> None:
+        """ValueError where the processes' trained parameters differ: gradients of different weights cannot be summed. (Buffers may
+        differ: the statistics of a batch norm are those of a process's own part of each batch.)"""
+        if not self.world.same(list(self.parameters.values())):
+            raise ValueError(f"after step {step:,} the {self.world.size} processes hold different weights, so no checkpoint was written: "
+                             "continue from the last one with --resume yes, which gives all of them the same. If that happens again, "
+                             "a GPU is faulty, or the hosts have other GPUs or another torch")
+
+    def all_reduce(self, turn: Turn, dtype: str = "fp32") -> None:
+        """After the backward pass: sum over all processes the gradients, sent in this dtype, and the measured losses."""
+        self.world.sum([p.grad for p in self.weights(turn) if p.grad is not None], DTYPES[dtype])
+        self.world.sum([self.meters[turn.name].pending])
 
     def drop_gradients(self) -> None:
         """Discard the gradients and measurements of a step that could not be finished."""
@@ -91,7 +109,7 @@ class Learner:
 
         norm: of the gradients before clipping. measure: the update's ratio."""
         optimizers, meter, weights = self.optimizers[turn.name], self.meters[turn.name], [p.detach() for p in self.weights(turn)]
-        before = [p.clone() for p in weights] if measure else []
+        before, size = ([p.clone() for p in weights], total_norm(weights)) if measure else ([], None)
         set_lr(optimizers, lr_factor)
         loss = float(meter.pending[0])
         finite = math.isfinite(norm) and math.isfinite(loss)
@@ -103,7 +121,10 @@ class Learner:
             p.grad = None
         if not finite:
             return Update(None)
-        return Update(loss, length(torch._foreach_sub(weights, before)) / max(length(before), 1e-12) if measure else None)
+        if not measure:
+            return Update(loss)
+        torch._foreach_sub_(*([*map(local, tensors)] for tensors in (before, weights)))     # in place: there may be no room for more
+        return Update(loss, float(total_norm(before) / size.clamp(min=1e-12)))
 
     def average(self, step: int) -> None:
         """Move the averages towards the weights, after update `step` (counted from 1), also where that update was skipped."""
@@ -118,9 +139,10 @@ class Learner:
         return row
 
     def save(self, writer: checkpoint.Writer, stage: str, step: int, state: dict[str, Any]) -> None:
-        """Copy all that training changes to the host; the main process then writes the copy in the background."""
-        writer.wait()                                                           # so that host memory holds at most one copy
-        to_host, modules = partial(checkpoint.host_copy, keep=self.world.main), self.trained.modules
+        """Copy all that training changes to the host; the main process then writes the copy in the background. ValueError where the
+        processes' weights differ."""
+        to_host, modules = writer.copier(keep=self.world.main), self.trained.modules        # waits, so the host holds at most one copy
+        self.check_equal(step)
         averages = {} if self.ema is None else {part: to_host(self.ema.state_dict(part)) for part in modules}
         stored = Stored({part: to_host(module.state_dict()) for part, module in modules.items()}, averages)
         moments = to_host(checkpoint.optimizer_tensors(self.all_optimizers, self.parameters))
@@ -188,8 +210,3 @@ class Learner:
 def further_widths(ema: EMA | PowerEMA | None) -> Sequence[float]:
     """The widths of all averages but the first, which is the one that the model's folder holds."""
     return ema.sigma_rels[1:] if isinstance(ema, PowerEMA) else ()
-
-
-def length(tensors: list[Tensor]) -> float:
-    """The norm of all tensors as one vector."""
-    return float(whole(torch.nn.utils.get_total_norm(tensors)))
