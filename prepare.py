@@ -20,7 +20,7 @@ from pathlib import Path
 from tinyldm.cli import guard, outlive_terminal
 from tinyldm.config import Config, parse
 
-NAMES = ("preset", "seed", "device", "dtype", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments",
+NAMES = ("preset", "seed", "device", "dtype", "compile", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments",
          "stages", "min_side", "max_aspect", "min_caption", "max_caption", "max_skip", "encode_batch_size", "vae_weights",
          "text_weights", "network", "unet", "dit", "net")
 
@@ -49,11 +49,12 @@ import torch
 from tinyldm.data.cache import write_tokens
 from tinyldm.data.encoding import posterior
 from tinyldm.data.prepare import check_folder, phase_folders, picture_divisor, prepare, some_pictures
-from tinyldm.device import pick_device
+from tinyldm.device import fast_convolutions, in_parts, pick_device
 from tinyldm.folders.load import load_tokenizer, load_vae
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.pictures.pixels import psnr, to_bytes, write_picture
 from tinyldm.pictures.sheet import captioned, tile, two_lines
+from tinyldm.pipeline import decode
 from tinyldm.training.signals import Interrupted, Signals
 
 
@@ -68,12 +69,13 @@ def write_preview(config: Config, file: Path, signals: Signals) -> None:
 def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count: int, file: Path, signals: Signals) -> None:
     """Write a sheet of pictures, each above its reconstruction from the mean of the posterior, and print the PSNR."""
     images = np.stack([item.image for item in some_pictures(config, count, signals.check)[0]])
-    decoded = []
+
+    def through_vae(batch: np.ndarray) -> np.ndarray:
+        signals.check()
+        return to_bytes(decode(vae, vae.to_latents(posterior(vae, batch, device, config.run.dtype).mean)))
+
     with torch.no_grad():
-        for batch in np.array_split(images, -(-len(images) // config.data.encode_batch_size)):
-            signals.check()
-            decoded.append(to_bytes(vae.decode(posterior(vae, batch, device, config.run.dtype).mean)))
-    decoded = np.concatenate(decoded)
+        decoded = np.concatenate([*in_parts(through_vae, images, config.data.encode_batch_size)])
     decibels = psnr(decoded, images)
     rows = [part for start in range(0, len(images), 8) for part in (images[start : start + 8], decoded[start : start + 8])]
     width = min(8, len(images))
@@ -89,6 +91,9 @@ def main() -> None:
     if not config.autoencoder.weights:
         raise ValueError("which VAE? Name one with --vae-weights: stabilityai/sd-vae-ft-mse, for example, or the vae folder of a run")
     device, signals = pick_device(config.run.device), Signals()
+    compile = device.type == "cuda" if config.run.compile is None else config.run.compile
+    if device.type == "cuda":
+        fast_convolutions()
     vae = load_vae(config.autoencoder.weights, device)
     picture_divisor(config, vae)                                # refuses a misspelt network before anything is written
     tokenizer = load_tokenizer(config.text.weights) if config.text.weights else None
@@ -101,7 +106,7 @@ def main() -> None:
                 write_preview(config, Path(ARGS.preview), signals)
             if ARGS.decode_check:
                 decode_check(config, vae, device, ARGS.decode_check, folders[0][1] / "decoded.png", signals)
-        done = [(prepare(phase, folder, vae, device, ARGS.rebuild, signals.check), folder) for phase, folder in folders]
+        done = [(prepare(phase, folder, vae, device, ARGS.rebuild, signals.check, compile), folder) for phase, folder in folders]
     except Interrupted:
         print(f"stopped; finished shards stay in {out}: the same command continues")
         sys.exit(128 + signals.received)

@@ -12,7 +12,7 @@ from PIL import Image
 from tinyldm.config import Config, make_config
 from tinyldm.data import prepare
 from tinyldm.data.cache import Cache
-from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.models.vae import AutoencoderKL, Posterior, VAEConfig
 from tinyldm.pictures.pixels import to_pixels
 
 CPU = torch.device("cpu")
@@ -24,6 +24,19 @@ def make_vae(**changes) -> AutoencoderKL:
 
 
 VAE = make_vae()
+
+
+class Overflowing(AutoencoderKL):
+    """A VAE that returns infinity for the pictures for which fails(pixels), bool [b], is true."""
+
+    def __init__(self, fails):
+        super().__init__(VAE.config)
+        self.load_state_dict(VAE.state_dict())
+        self.fails = fails
+
+    def encode(self, pixels):
+        mean, logvar = super().encode(pixels)
+        return Posterior(torch.where(self.fails(pixels)[:, None, None, None], float("inf"), mean), logvar)
 
 
 def colour(i: int) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import ENVIRONMENT, ROOT, load_script
 
-from tinyldm.cli import BestEffortStream
+from tinyldm.cli import BestEffortStream, allow_growing_segments, guard
 
 NAME = "狐 caf\udce9"                     # no terminal shows the second word, whose last letter is a byte that is not UTF-8
 PRINTS = f"""
@@ -54,6 +54,23 @@ def test_what_a_terminal_cannot_show_is_printed_as_an_escape(environment, fox):
     assert done.returncode == 0 and shown in done.stdout and not done.stderr
     done = run(["-c", PRINTS, "--speed"], **environment)
     assert done.returncode == 2 and done.stderr.startswith(b"error: unknown argument '--speed'")
+
+
+@pytest.mark.parametrize("error, advice", [
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True), (MemoryError(), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False)])
+def test_a_lack_of_memory_ends_a_script_with_advice_and_other_errors_with_their_traceback(error, advice, monkeypatch, capsys):
+    monkeypatch.delenv("TINYLDM_TRACEBACK", raising=False)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit if advice else type(error)) as raised:
+        guard(main)
+    assert not advice or raised.value.code == 2
+    assert ("error: out of memory: use a smaller --batch-size" in capsys.readouterr().err) == advice
 
 
 @pytest.mark.parametrize("name", ["sample", "evaluate", "train", "prepare"])
@@ -116,3 +133,17 @@ def test_long_jobs_outlive_their_terminal(name, words):
             "cli.BestEffortStream))\n"
             f"sys.argv = ['{name}', *sys.argv[1:]]\nrunpy.run_path('{name}', run_name='__main__')")
     assert run(["-c", code, *words]).returncode == 7
+
+
+@pytest.mark.parametrize("platform, before, after", [
+    ("linux", {}, "expandable_segments:True"), ("win32", {}, None), ("linux", {"PYTORCH_ALLOC_CONF": "backend:native"}, None),
+    ("linux", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64")])
+def test_the_allocator_s_blocks_may_grow_unless_the_environment_says_otherwise(monkeypatch, platform, before, after):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    allow_growing_segments()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == after
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)

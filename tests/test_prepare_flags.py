@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers import load_script, randomise
 from outcomes import Row, several_shapes
 from PIL import Image
@@ -25,6 +26,7 @@ ROWS = {
     "preset": Row(["--preset", "tiny_dit"], {"unit", "latents"}, ["--buckets", "3"]),
     "seed": Row(["--seed", "3"], {"latents", "captions"}, ["--data", "toyworld", "--scenes", "6"]),
     "dtype": Row(["--dtype", "bf16"], {"latents", "dtype"}),
+    "compile": Row(["--compile"], {"compiled"}, which_way=lambda a, b: (a.compiled, b.compiled) == ([], ["encode"])),
     "data": Row(["--data", "other"], {"latents"}),
     "scenes": Row(["--scenes", "7"], CACHED, ["--data", "toyworld", "--scenes", "6"], lambda a, b: len(b.latents) == 7),
     "caption_key": Row(["--caption-key", "short"], {"captions"}),
@@ -81,8 +83,9 @@ def prepared(place: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_flag_of_prepare_changes_what_it_is_for_and_nothing_else(name, places, monkeypatch, tmp_path):
-    module, row, batches, real = load_script("prepare"), ROWS[name], [], encoding.posterior
+    module, row, batches, compiled, real = load_script("prepare"), ROWS[name], [], [], encoding.posterior
     monkeypatch.setattr(encoding, "posterior", lambda vae, images, *more: batches.append(len(images)) or real(vae, images, *more))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function.__name__) or function)
     monkeypatch.setattr(module, "Signals", lambda: SimpleNamespace(received=0, check=lambda: None))
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
@@ -98,12 +101,12 @@ def test_a_flag_of_prepare_changes_what_it_is_for_and_nothing_else(name, places,
         monkeypatch.chdir(place)
         if name == "--rebuild":                                 # there is a cache, made with other settings
             prepare()
-        batches.clear()
+        batches.clear(), compiled.clear()
         try:
             prepare(*words)
         except ValueError as error:
             return {"error": str(error)}
-        return prepared(place) | {"batches": [*batches]}
+        return prepared(place) | {"batches": [*batches], "compiled": [*compiled]}
 
     row.check(run(tmp_path / "without", *row.over), run(tmp_path / "with", *row.over, *row.value))
 

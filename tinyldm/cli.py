@@ -17,6 +17,8 @@ from typing import Any, TextIO
 from tinyldm.lookup import nearest
 from tinyldm.unicode import check_unicode
 
+# What torch, CUDA, cuBLAS and cuDNN (since version 9 in names that end in ALLOCATION_FAILED) say when memory has run out.
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")
 SIGPIPE = 13                            # Windows' signal module does not know it
 
 
@@ -48,6 +50,13 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def allow_growing_segments() -> None:
+    """Before torch is loaded: let its CUDA allocator extend blocks that are too small, since the shapes of captions change in every
+    step and would leave gaps. Only Linux has this. The name is the older one, which all versions of torch read."""
+    if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def caption(word: str) -> str:
@@ -95,7 +104,7 @@ def guard(main: Callable[[], None]) -> None:
             raise
         fail(" ".join(str(error).split()) or type(error).__name__)
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{type(error).__name__} {error}".lower() or os.environ.get("TINYLDM_TRACEBACK"):
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)) or os.environ.get("TINYLDM_TRACEBACK"):
             raise
         fail(f"out of memory: use a smaller --batch-size, fewer pixels, or --dtype bf16 ({' '.join(str(error).split())[:200]})")
 

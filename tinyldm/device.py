@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from tinyldm.cli import NO_MEMORY
 from tinyldm.lookup import device_name, dtype_name
 
 
@@ -17,13 +22,31 @@ def pick_device(name: str = "auto") -> torch.device:
     name = device_name(name)
     if name == "auto":
         if torch.cuda.is_available():                          # LOCAL_RANK is torchrun's number of a process on its host
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+            return check_kernels(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
     if not available():
         raise ValueError(f"--device {name}: torch {torch.__version__} finds no such device on this machine; use --device cpu")
-    return device
+    return check_kernels(device) if device.type == "cuda" else device
+
+
+def check_kernels(device: torch.device) -> torch.device:
+    """The same GPU. ValueError where this torch was built without kernels for its architecture: the first operation would fail.
+
+    A kernel for sm_XY runs on every GPU of capability X.Z with Z >= Y; compute_XY is code that the driver compiles for XY and every
+    later one (CUDA C++ Programming Guide, "Application Compatibility")."""
+    built = torch.cuda.get_arch_list() if torch.version.cuda else []        # AMD's architectures have other names
+    capability = torch.cuda.get_device_capability(device) if built else (0, 0)
+    for arch in built:
+        kind, major, minor = re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", arch).groups()
+        if (int(major) == capability[0] and int(minor) <= capability[1]) if kind == "sm" else (int(major), int(minor)) <= capability:
+            return device
+    if not built:
+        return device
+    raise ValueError(f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (sm_{capability[0]}"
+                     f"{capability[1]}), only for {' '.join(built)}: install a build of torch for this GPU (RTX 50: CUDA 12.8 or "
+                     "newer), or use --device cpu")
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -66,11 +89,62 @@ def deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False         # an aid for finding bugs that writes all memory once more
 
 
+def fast_convolutions() -> None:
+    """Let cuDNN time its algorithms for every new shape, and take the fastest: worth it for shapes that return thousands of times."""
+    torch.backends.cudnn.benchmark = True
+
+
 def prefer_plain_attention() -> None:
     """For training on CPUs: attention over a few dozen tokens runs several times faster (backward pass, bf16) as plain matrix
     products than through the fused kernel. For drawing the fused kernel is faster: forward passes only, and over many tokens.
     In spite of its name, this switch also applies to the CPU."""
     torch.backends.cuda.enable_flash_sdp(False)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU or the CPU is out of memory. CUDNN_STATUS_INTERNAL_ERROR does not: it has many other causes."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
+
+
+def in_parts(function: Callable[[Any], Any], items: Any, size: int) -> Iterator[Any]:
+    """function(part) for one part after another of `items` (anything with a length and slices), each of at most `size` items. From
+    where memory runs out, parts are halved, down to single items; where one of these does not fit, the error is raised."""
+    start = 0
+    while start < len(items):
+        part = items[start:start + size]
+        try:
+            result = function(part)
+        except (RuntimeError, MemoryError) as error:
+            if len(part) == 1 or not out_of_memory(error):
+                raise
+            size = len(part) // 2
+        else:
+            start += len(part)
+            yield result
+            continue
+        torch.cuda.empty_cache()        # for cuBLAS and cuDNN, which cannot use what torch keeps; here the error's tensors are freed
+
+
+refusals: list[str] = []                # why the system refused page-locked memory: it is asked for no more
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """A copy in page-locked memory, from which a GPU reads while the host goes on. WSL2 and containers may allow little of it: where
+    they refuse, the tensor itself."""
+    try:
+        return tensor if refusals else tensor.pin_memory()
+    except RuntimeError as error:
+        refusals.append(str(error).partition("\n")[0])
+        print(f"no page-locked memory for batches ({refusals[-1]}): training waits a little for each copy to the GPU", flush=True)
+        return tensor
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for it: copies from ordinary memory may wait for all that a GPU has to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = pin(tensor)
+    return tensor.to(device, non_blocking=True)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyldm.device import in_parts
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.guidance import Denoiser, denoiser, denoiser_with_variance, inpaint, interval
 from tinyldm.diffusion.guidance import cfg as guided
@@ -19,11 +20,10 @@ from tinyldm.diffusion.process import Level
 from tinyldm.diffusion.samplers import find_sampler, sampler_name
 from tinyldm.model import Model, architecture
 from tinyldm.models.layers import Cond
-from tinyldm.models.tiling import decode_tiled, tiled
+from tinyldm.models.tiling import AT_ONCE, decode_tiled, tiled
 from tinyldm.pictures.pixels import to_bytes
 from tinyldm.vendor_loaders.scheduler import Sampling, sampling
 
-ONE_BY_ONE, TILED = 512 * 512, 1024 * 1024      # above these pixels per picture the VAE decodes one by one, or in tiles
 # Published U-Nets that cannot draw from noise alone, by the channels that they take in addition to those of the latents.
 FURTHER_INPUTS = {1: "a depth map", 3: "a small picture to enlarge", 4: "a picture to edit", 5: "a mask and the masked picture, to inpaint"}
 
@@ -197,22 +197,18 @@ def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
     """Pixels [b, 3, h, w] in [-1, 1] -> standardised latents [b, c, h/f, w/f], float32: the mean of the posterior."""
     means, f = lambda part: vae.encode(part).mean, vae.config.downscale
     pixels = pixels.to(next(vae.parameters()).dtype)
-    large = pixels.shape[2] * pixels.shape[3] > TILED
+    large = pixels.shape[2] * pixels.shape[3] > AT_ONCE
     z = tiled(means, pixels, 1 / f, tile=64 * f, overlap=16 * f) if large else means(pixels)
     return vae.to_latents(z.float())
 
 
 def decode(vae: nn.Module, x: Tensor) -> Tensor:
-    """Standardised latents -> pixels: small pictures in one batch, larger ones one by one, the largest in tiles.
-
-    ValueError where the pixels are not finite (they would be written as black).
-    """
+    """Standardised latents -> pixels: small pictures in batches (of 4 at 512 px, 16 at 256), which are halved where memory runs out,
+    larger ones one by one, the largest in tiles. ValueError where the pixels are not finite (they would be written as black)."""
     z = vae.from_latents(x).to(next(vae.parameters()).dtype)
-    area = z.shape[2] * z.shape[3] * vae.config.downscale**2
-    if area > TILED:
-        pixels = torch.cat([decode_tiled(vae.decode_fine, vae.decode_coarse(one), vae.config.downscale) for one in z.split(1)])
-    else:
-        pixels = torch.cat([vae.decode(part) for part in z.split(1 if area > ONE_BY_ONE else len(z))])
+    area, f = z.shape[2] * z.shape[3] * vae.config.downscale**2, vae.config.downscale
+    tiles = lambda part: decode_tiled(vae.decode_fine, vae.decode_coarse(part), f)
+    pixels = torch.cat([*in_parts(tiles if area > AT_ONCE else vae.decode, z, max(1, AT_ONCE // area))])
     if not pixels.isfinite().all():
         raise ValueError("the pictures are not finite numbers: use --dtype fp32 (float16 overflows in some models) or a lower --cfg")
     return pixels

@@ -4,7 +4,6 @@ import gc
 import json
 import threading
 from fractions import Fraction
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 from helpers import small_text
 
 from tinyldm.data.cache import Cache, ShardWriter, write_index, write_tokens
-from tinyldm.data.loader import Loader
+from tinyldm.data.loader import Loader, prefetch
 from tinyldm.text.tokenizer import Tokenizer
 
 TOKENIZER = small_text()[0]
@@ -54,7 +53,7 @@ def joined(batches):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name == "loader"]
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 def test_a_batch_is_what_the_cache_holds(cache):
@@ -93,7 +92,7 @@ def test_one_fingerprint_that_is_not_in_a_list_is_refused(cache):
 
 
 def test_views_and_captions_are_all_drawn(cache):
-    run = joined(loader(cache).run(0, 60))
+    run = joined(map(loader(cache).batch, range(60)))
     kinds = (run.tokens[:, 1:] == torch.from_numpy(TOKENIZER.encode(["a blue circle"]))[0, 2]).any(1).float().mean()
     assert 0.4 < kinds < 0.6
     views, parts = cache.shape[:2]
@@ -106,7 +105,7 @@ def test_views_and_captions_are_all_drawn(cache):
 def test_noise_is_drawn_by_the_standard_deviation(cache):
     if cache.shape[1] == 1:
         pytest.skip("no standard deviations in this cache")
-    run = joined(loader(cache).run(0, 40))
+    run = joined(map(loader(cache).batch, range(40)))
     noises = []
     for view in (0, 1):
         stored = torch.from_numpy(cache.latents(run.samples, np.full(400, view))).float()
@@ -127,12 +126,12 @@ def test_any_number_of_processes_sees_the_same_global_batch(cache, world):
 
 
 def test_starting_anywhere_gives_the_same_batches_as_running_there(cache):
-    ahead = list(loader(cache).run(0, 12))
+    ahead = list(prefetch(loader(cache).batch, 0, 12))
     assert len(ahead) == 12
-    for step, batch in zip(range(7, 12), loader(cache).run(7, 12)):
+    for step, batch in zip(range(7, 12), prefetch(loader(cache).batch, 7, 12)):
         assert same(batch, ahead[step]) and same(loader(cache).batch(step), batch)
     assert not same(loader(cache, seed=2).batch(0), ahead[0])
-    assert list(loader(cache).run(5, 5)) == []
+    assert list(prefetch(loader(cache).batch, 5, 5)) == []
 
 
 def test_two_steps_and_two_seeds_draw_differently(cache):
@@ -145,78 +144,65 @@ def test_two_steps_and_two_seeds_draw_differently(cache):
 
 
 def test_weights_mix_the_sources(cache):
-    run = joined(loader(cache, weights=[Fraction(1), Fraction(4)]).run(0, 10))
+    run = joined(map(loader(cache, weights=[Fraction(1), Fraction(4)]).batch, range(10)))
     assert (run.samples >= 30).sum() == 80
 
 
-def test_an_error_in_the_thread_reaches_the_caller_after_the_batches_before_it(cache, monkeypatch):
-    one, batch_of = loader(cache), Loader.batch
-
-    def fails(self, step):
-        if step == 3:
+def test_an_error_in_the_thread_reaches_the_caller_after_the_results_before_it():
+    def make(position):
+        if position == 3:
             raise OSError("disk gone")
-        return batch_of(self, step)
+        return position
 
-    monkeypatch.setattr(Loader, "batch", fails)
     seen = []
     with pytest.raises(OSError, match="disk gone"):
-        for batch in one.run(0, 10):
-            seen.append(batch)
-    assert len(seen) == 3 and not threads()
+        for result in prefetch(make, 0, 10):
+            seen.append(result)
+    assert seen == [0, 1, 2] and not threads()
 
 
 @pytest.mark.parametrize("depth", [1, 4])
-def test_leaving_early_ends_the_thread(cache, depth):
-    one = loader(cache, depth=depth)
-    run = one.run(0, 10 ** 9)
-    next(run)
-    assert len(threads()) == 1
+@pytest.mark.parametrize("stop", [None, 10**9])
+def test_leaving_early_ends_the_thread(depth, stop):
+    numbers = lambda: prefetch(lambda position: position, 7, stop, depth)
+    run = numbers()
+    assert next(run) == 7 and len(threads()) == 1
     run.close()
     assert not threads()
-    for _ in one.run(0, 10 ** 9):
+    for _ in numbers():
         break
     gc.collect()
     assert not threads()
     with pytest.raises(KeyboardInterrupt):
-        run = one.run(0, 100)
+        run = numbers()
         for _ in run:
             run.throw(KeyboardInterrupt)
     assert not threads()
-    list(one.run(0, 3))
+    list(prefetch(lambda position: position, 0, 3))
     assert not threads()
 
 
-def test_no_more_than_depth_batches_wait(cache, monkeypatch):
+def test_no_more_than_depth_results_wait():
     made, enough = [], threading.Event()
 
-    def counts(self, step):
-        made.append(step)
+    def counts(position):
+        made.append(position)
         if len(made) == 5:
             enough.set()
-        return SimpleNamespace(step=step)
+        return position
 
-    monkeypatch.setattr(Loader, "batch", counts)
-    run = loader(cache, depth=3).run(0, 100)
-    assert next(run).step == 0
-    assert enough.wait(10)                                  # one batch returned, three in the queue, one that the thread holds
+    run = prefetch(counts, 0, 100, depth=3)
+    assert next(run) == 0
+    assert enough.wait(10)                                  # one result returned, three in the queue, one that the thread holds
     threading.Event().wait(0.05)
     assert made == [0, 1, 2, 3, 4]
     run.close()
 
 
-def test_both_tensors_of_a_batch_are_pinned(cache, monkeypatch):
-    pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.dtype) or self)
-    loader(cache).batch(0)
-    assert pinned == []
-    loader(cache, pin=True).batch(0)
-    assert pinned == [torch.float32, torch.int64]
-
-
 @pytest.mark.parametrize("options, message", [
     ({"rank": 2, "world": 2}, "ranks run from 0 to 1"), ({"rank": -1, "world": 2}, "ranks run"),
     ({"world": 11}, "--batch-size 11"),
-    ({"depth": 0}, "depth 0"), ({"caption_weights": (1.0,)}, "2 kinds"), ({"weights": [Fraction(1)]}, "for 2 sources")])
+    ({"caption_weights": (1.0,)}, "2 kinds"), ({"weights": [Fraction(1)]}, "for 2 sources")])
 def test_impossible_options_are_refused_at_once(cache, options, message):
     with pytest.raises(ValueError, match=message):
         loader(cache, **options)

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import ENVIRONMENT, ROOT
-from preparing import CPU, VAE, colour, contents, latent, numbered, picture, run, settings, shard
+from preparing import CPU, VAE, Overflowing, colour, contents, latent, numbered, picture, run, settings, shard
 
 from tinyldm.config import Config, change, make_config
 from tinyldm.data import prepare
 from tinyldm.data.cache import Cache
 from tinyldm.data.encoding import Encoder
-from tinyldm.models.vae import AutoencoderKL, Posterior
 from tinyldm.pictures.pixels import to_pixels
 
 
@@ -120,19 +119,6 @@ def test_a_file_that_is_no_archive_loses_only_its_own_shard(tmp_path, capsys):
     assert len(prepare.some_pictures(config, 4)[0]) == 4
     with pytest.raises(ValueError, match="not one usable picture.*s-0.tar is not a tar archive"):
         prepare.some_pictures(settings(tmp_path, "s-0.tar"), 4)
-
-
-class Overflowing(AutoencoderKL):
-    """A VAE that returns infinity for the pictures for which fails(pixels), bool [b], is true."""
-
-    def __init__(self, fails):
-        super().__init__(VAE.config)
-        self.load_state_dict(VAE.state_dict())
-        self.fails = fails
-
-    def encode(self, pixels):
-        mean, logvar = super().encode(pixels)
-        return Posterior(torch.where(self.fails(pixels)[:, None, None, None], float("inf"), mean), logvar)
 
 
 def test_latents_that_are_not_finite_are_encoded_again_in_float32_or_dropped(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from tinyldm.folders.weights import Weights, choose, find_weights, open_weights, write_weights
+from tinyldm.folders.weights import Weights, choose, errors_about, find_weights, open_weights, write_weights
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b.weight": torch.randn(300), "ids": torch.arange(4), "scalar": torch.tensor(2.0)}
 INDEX = "model.safetensors.index.json"
@@ -236,3 +236,12 @@ def test_weights_are_written_where_permissions_cannot_be_changed(tmp_path, monke
     monkeypatch.setattr(Path, "chmod", refuse)                  # as CIFS and mounts of object stores do
     write_weights(tmp_path / "model.safetensors", TENSORS)
     assert equal(read(open_weights(tmp_path / "model.safetensors")), TENSORS)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")])
+def test_a_lack_of_memory_is_not_reported_as_a_damaged_file(error):
+    with pytest.raises(type(error)) as raised, errors_about("model"):
+        raise error
+    assert raised.value is error
+    with pytest.raises(ValueError, match="model: its config holds a value that makes no network"), errors_about("model"):
+        raise RuntimeError("shapes do not fit")

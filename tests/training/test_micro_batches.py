@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinyldm.training.micro_batches import MicroBatches, out_of_memory
+from tinyldm.training.micro_batches import MicroBatches
 
 
 class Steps:
@@ -60,12 +60,3 @@ def test_other_errors_and_those_of_sharded_networks_end_the_step(error, options)
     with pytest.raises(error, match="out of memory"):
         steps.step(error)
     assert steps.asked == [] and steps.restarts == []
-
-
-@pytest.mark.parametrize("error, expected", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True), (MemoryError(), True),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
-    (RuntimeError("DefaultCPUAllocator: not enough memory"), True), (RuntimeError("shapes do not fit"), False),
-    (ValueError("out of memory"), False)])
-def test_a_lack_of_memory_is_distinguished_from_other_errors(error, expected):
-    assert out_of_memory(error) is expected

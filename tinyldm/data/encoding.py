@@ -1,7 +1,7 @@
 """Encode one shard of captioned pictures into one folder of latents: filters, decoding threads, VAE, counts.
 
 The contents of a shard's folder depend only on the shard, the settings and the VAE: pictures are encoded in the order in which
-they are read, and no batch contains pictures of two shards.
+they are read, and no batch contains pictures of two shards. (The last bits of the latents depend on more: see prepare.py.)
 
 The scaling factor of the latents: it is measured once, after the autoencoder has been trained (or comes with pretrained
 weights), and is frozen in the VAE's config before anything is encoded. `encode` applies it, and its value is part of
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from tinyldm.config import DataConfig, split_weights
@@ -33,7 +34,8 @@ from tinyldm.data.decoding import Framing, Unusable, decode, make_buckets
 from tinyldm.data.readers import Damaged, Sample, Skip, caption_keys, captions
 from tinyldm.data.shard import read_facts
 from tinyldm.data.source_kind import Shard
-from tinyldm.device import autocast
+from tinyldm.device import autocast, in_parts, out_of_memory
+from tinyldm.files import Claims, write_file
 from tinyldm.models.vae import AutoencoderKL, Posterior
 from tinyldm.pictures.pixels import to_pixels
 
@@ -116,14 +118,84 @@ def posterior(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtyp
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtype: str, flip: bool) -> np.ndarray:
-    """uint8 [b, h, w, 3] -> float16 [b, views, 2, c, h, w]: mean and standard deviation of the standardised latents."""
+def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtype: str, flip: bool) -> Tensor:
+    """uint8 [b, h, w, 3] -> float16 [b, views, 2, c, h, w] on the device: mean and standard deviation of the standardised latents."""
     encoded = []
     for view in [images, np.ascontiguousarray(images[:, :, ::-1])] if flip else [images]:
         mean, logvar = posterior(vae, view, device, dtype)
         std = (0.5 * logvar).exp() * vae.config.scaling_factor
         encoded.append(torch.stack([vae.to_latents(mean), std], dim=1))                 # [b, 2, c, h, w]
-    return torch.stack(encoded, dim=1).half().cpu().numpy()
+    return torch.stack(encoded, dim=1).half()
+
+
+def to_host(z: Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy a tensor to the host -> a function that waits for the copy and returns it. Work that is queued on a GPU between the
+    two is not waited for."""
+    if not z.is_cuda:
+        return z.cpu().numpy
+    copy, done = z.to("cpu", non_blocking=True), torch.cuda.Event()                     # torch makes the copy in pinned memory
+    done.record()
+    return lambda: (done.synchronize(), copy.numpy())[1]
+
+
+class BatchSize:
+    """The number of pictures that are encoded at once: as in the settings, until memory runs out. What fits then is noted in the cache's
+    folder for processes that begin later, a restart among them, because the last bits of the latents depend on it."""
+
+    def __init__(self, folder: Path, most: int, claims: Claims):
+        self.file, self.claims, self.count = folder / "encode_batch_size", claims, most
+        self.count = self._smallest()
+        if self.count < most:
+            print(f"encoding {self.count} pictures at once, not {most}, as {self.file} says since memory ran out: delete it to try again")
+
+    def halve(self, batch: list[Item]) -> None:
+        """After memory has run out with this batch. ValueError where it was a single picture."""
+        height, width, _ = batch[0].image.shape
+        if len(batch) == 1:
+            raise ValueError(f"out of memory while a single picture of {width}x{height} pixels is encoded: use fewer pixels "
+                             "(--resolution), a smaller autoencoder (--vae-weights), or a GPU with more memory")
+        with self.claims.held(self.file.name):
+            self.count = max(1, self.count // 2)
+            self.count = self._smallest()
+            write_file(self.file, f"{self.count}\n")
+        tqdm.write(f"out of memory with {len(batch)} pictures of {width}x{height} pixels: encoding goes on with {self.count} at once")
+
+    def _smallest(self) -> int:
+        """The noted size where that is smaller than this one."""
+        try:
+            return max(1, min(self.count, int(self.file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError):                          # nothing noted
+            return self.count
+
+
+class CompiledVAE:
+    """An autoencoder that encodes whole batches by a compiled graph, which has static shapes and, as nothing needs gradients, fused norms
+    and convolutions in channels-last. Incomplete batches, the last of each picture size in a shard, are encoded without it: padding
+    them would cost more time than it saves. The results are equal up to rounding. Where compiling fails, all goes on without it."""
+
+    def __init__(self, vae: AutoencoderKL, size: BatchSize):
+        self.vae, self.size, self.config, self.to_latents = vae, size, vae.config, vae.to_latents
+        self.compiled: Callable[[Tensor], Posterior] | None = None
+        try:
+            self.compiled = torch.compile(vae.encode, dynamic=False)
+        except RuntimeError as error:                          # a Python that this torch cannot compile
+            self._go_without(error)
+
+    def encode(self, pixels: Tensor) -> Posterior:
+        if self.compiled is None or len(pixels) != self.size.count:
+            return self.vae.encode(pixels)
+        try:
+            return self.compiled(pixels)
+        except Exception as error:                             # of many kinds: no compiler, no Triton, a bug in Inductor
+            if out_of_memory(error):
+                raise
+            self._go_without(error)
+        return self.vae.encode(pixels)
+
+    def _go_without(self, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        tqdm.write(f"torch.compile failed, pictures are encoded without it: {reason}")
+        self.compiled = None
 
 
 def fingerprint(vae: AutoencoderKL) -> str:
@@ -139,11 +211,15 @@ def fingerprint(vae: AutoencoderKL) -> str:
 
 
 class Encoder:
-    """Encodes the items of one shard and writes its folder. A batch holds pictures of one size, in the order in which they came."""
+    """Encodes the items of one shard and writes its folder. A batch holds pictures of one size, in the order in which they came.
 
-    def __init__(self, settings: DataConfig, dtype: str, vae: AutoencoderKL, device: torch.device, folder: Path):
-        self.settings, self.dtype, self.vae, self.device, self.folder = settings, dtype, vae, device, folder
+    While a GPU encodes a batch, the latents of the one before are checked and written."""
+
+    def __init__(self, settings: DataConfig, dtype: str, vae: AutoencoderKL | CompiledVAE, device: torch.device, size: BatchSize,
+                 folder: Path):
+        self.settings, self.dtype, self.vae, self.device, self.size, self.folder = settings, dtype, vae, device, size, folder
         self.writer, self.waiting, self.buffers = ShardWriter(folder), {}, {}
+        self.unwritten: tuple[list[Item], Callable[[], np.ndarray]] | None = None   # a batch that is being encoded, and its latents
         self.counts = {True: Counter(), False: Counter()}                           # {filtered: samples by reason}
         self.log = open(folder / "skipped.jsonl", "w", encoding="utf-8")
         self.read = self.kept = 0
@@ -153,10 +229,10 @@ class Encoder:
         self.read += 1
         if item.image is None:
             return self.drop(item)
-        batch = self.waiting.setdefault(item.image.shape, [])
-        batch.append(item)
-        if len(batch) == self.settings.encode_batch_size:
-            self.flush(self.waiting.pop(item.image.shape))
+        waiting = self.waiting.setdefault(item.image.shape, [])
+        waiting.append(item)
+        while len(waiting) >= self.size.count:
+            self.flush(waiting)
 
     def drop(self, item: Item) -> None:
         """Count a sample that is left out, and log it with its reason."""
@@ -165,16 +241,40 @@ class Encoder:
         detail = {"detail": item.detail[:200]} if item.detail and item.detail != item.reason else {}
         self.log.write(json.dumps(row | detail) + "\n")
 
-    def flush(self, batch: list[Item]) -> None:
-        """Encode pictures of one size and write their latents. Drops those whose latents are not finite even in float32."""
+    def encode(self, batch: list[Item], dtype: str) -> Tensor:
         shape = (self.settings.encode_batch_size, *batch[0].image.shape)
         if shape not in self.buffers:                          # reused for every batch: the first use of new memory is slow
             self.buffers[shape] = np.empty(shape, np.uint8)
         images = np.stack([item.image for item in batch], out=self.buffers[shape][:len(batch)])
-        z = encode(self.vae, images, self.device, self.dtype, self.settings.flip)
+        return encode(self.vae, images, self.device, dtype, self.settings.flip)
+
+    def flush(self, waiting: list[Item]) -> None:
+        """Encode a batch from the beginning of a list of pictures of one size, and take it off the list. Where memory runs out, the list
+        stays as it is and the next batches are smaller."""
+        batch = waiting[:self.size.count]
+        try:
+            latents = to_host(self.encode(batch, self.dtype))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            latents = None
+        if latents is None:                                    # outside of the block, where the error's tensors are freed
+            torch.cuda.empty_cache()                           # for cuBLAS and cuDNN, which cannot use what torch keeps
+            return self.size.halve(batch)
+        del waiting[:len(batch)]
+        self.write()
+        self.unwritten = batch, latents
+
+    def write(self) -> None:
+        """Write the latents of the last batch. Drops those that are not finite even in float32."""
+        if self.unwritten is None:
+            return
+        (batch, latents), self.unwritten = self.unwritten, None
+        z = latents()
         fine = np.isfinite(z).all(axis=(1, 2, 3, 4, 5))
         if not fine.all():                                     # a VAE can overflow in 16 bits: encode these again in 32
-            z[~fine] = encode(self.vae, images[~fine], self.device, "fp32", self.settings.flip)
+            again = [item for item, good in zip(batch, fine.tolist()) if not good]
+            z[~fine] = np.concatenate([*in_parts(lambda part: to_host(self.encode(part, "fp32"))(), again, self.size.count)])
             fine = np.isfinite(z).all(axis=(1, 2, 3, 4, 5))
             for item, good in zip(batch, fine.tolist()):
                 if not good:
@@ -192,7 +292,9 @@ class Encoder:
     def close(self) -> dict[str, Any]:
         """Encode the incomplete batches and finish the files. Returns the counts and sizes for shard.json."""
         for shape in sorted(self.waiting):
-            self.flush(self.waiting[shape])
+            while self.waiting[shape]:
+                self.flush(self.waiting[shape])
+        self.write()
         arrays = self.writer.close()
         self.log.close()
         return {"read": self.read, "kept": self.kept, "skipped": dict(sorted(self.counts[False].items())),

@@ -1,18 +1,18 @@
-"""Batches of cached latents and token ids for training: the batch of any one step, or a range of steps prefetched by a thread.
+"""Batches of cached latents and token ids for training, the batch of any one step; and a thread that makes batches ahead of time.
 
 Everything about a batch is a function of (seed, step): the samples, the view and the caption of each, and the noise where the
 cache holds the standard deviations of the autoencoder's posterior. All of it is drawn for the whole global batch, and every
-process takes its slice, so the number of processes changes nothing. One thread reads fast enough.
+process takes its slice, so the number of processes changes nothing. One thread reads and draws fast enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import count
 from queue import Empty, Queue
 from threading import Event, Thread
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 from tinyldm.data.cache import Cache
 from tinyldm.data.order import Order, Size
 from tinyldm.random_streams import Stream
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -47,9 +49,8 @@ class Loader:
 
     fingerprints: of the tokenizers, one per text encoder, in the order in which their token ids stand in a batch.
     batch_size: of the global batch. weights: one per source, see `Order`. caption_weights: one per caption key, see
-    `Cache.tokens`. rank, world: the number of this process, and how many processes there are. pin: put batches into
-    page-locked memory. depth: how many batches `run` keeps ready. hold_out: how many samples are kept for validation
-    (`held_out`) and never drawn.
+    `Cache.tokens`. rank, world: the number of this process, and how many processes there are. hold_out: how many samples are kept
+    for validation (`held_out`) and never drawn.
 
     ValueError: the cache has no tokens of one of the tokenizers, there are too few caption weights, or the batch is too small
     to give every process a sample.
@@ -57,14 +58,12 @@ class Loader:
 
     def __init__(self, cache: Cache, fingerprints: Sequence[str], *, batch_size: int, seed: int,
                  weights: Sequence[Fraction] | None = None, caption_weights: Sequence[float] = (1.0,), rank: int = 0,
-                 world: int = 1, pin: bool = False, depth: int = 4, hold_out: int = 0):
+                 world: int = 1, hold_out: int = 0):
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world} processes: ranks run from 0 to {world - 1}")
         if batch_size < world:
             raise ValueError(f"a global batch of {batch_size} leaves some of {world} processes without a sample: "
                              f"use --batch-size {world} or more")
-        if depth < 1:
-            raise ValueError(f"depth {depth}: keep at least 1 batch ready")
         if isinstance(fingerprints, str) or not fingerprints:
             raise TypeError(f"fingerprints {fingerprints!r}: pass a list with the fingerprint of each tokenizer")
         for fingerprint in fingerprints:
@@ -72,7 +71,7 @@ class Loader:
         cache.check_weights(caption_weights)
         ranges, self.held_out = keep_back(cache.ranges, hold_out)
         self.order = Order(ranges, batch_size, seed, weights)
-        self.cache, self.fingerprints, self.seed, self.pin, self.depth = cache, tuple(fingerprints), seed, pin, depth
+        self.cache, self.fingerprints, self.seed = cache, tuple(fingerprints), seed
         self.caption_weights = tuple(caption_weights)
         part = np.array_split(np.arange(batch_size), world)[rank]
         self.part = slice(int(part[0]), int(part[-1]) + 1)
@@ -92,41 +91,41 @@ class Loader:
             latents = torch.addcmul(latents[:, 0], latents[:, 1], torch.from_numpy(noise))
         else:
             latents = latents[:, 0]
-        if self.pin:
-            latents, tokens = latents.pin_memory(), tokens.pin_memory()
         return Batch(own, latents, tokens)
 
-    def run(self, start: int, stop: int | None = None) -> Iterator[Batch]:
-        """The batches of steps start .. stop - 1 (None: without end), prefetched by one thread, which ends with the iterator.
 
-        An exception in the thread is raised here, after the batches that were made before it.
-        """
-        steps = count(start) if stop is None else range(start, stop)
-        ready: Queue = Queue(self.depth)
-        abandoned = Event()
+def prefetch(make: Callable[[int], T], start: int, stop: int | None = None, depth: int = 4) -> Iterator[T]:
+    """make(position) for start .. stop - 1 (None: without end), ahead of time, by one thread that ends with the iterator. depth: how
+    many results are kept ready.
 
-        def prefetch() -> None:
-            try:
-                for step in steps:
-                    ready.put(self.batch(step))
-                    if abandoned.is_set():
-                        return
-            except BaseException as error:
-                ready.put(error)
+    An exception in the thread is raised here, after the results that were made before it.
+    """
+    positions = count(start) if stop is None else range(start, stop)
+    ready: Queue = Queue(depth)
+    abandoned = Event()
 
-        thread = Thread(target=prefetch, name="loader", daemon=True)    # daemon: an iterator that is never closed must not
-        thread.start()                                                  # keep the program alive
+    def work() -> None:
         try:
-            for _ in (count() if stop is None else range(start, stop)):
-                batch = ready.get()
-                if isinstance(batch, BaseException):
-                    raise batch
-                yield batch
-        finally:
-            abandoned.set()
-            while thread.is_alive():                # the thread may be blocked on a full queue: empty it
-                try:
-                    ready.get(timeout=0.01)
-                except Empty:
-                    pass
-            thread.join()
+            for position in positions:
+                ready.put(make(position))
+                if abandoned.is_set():
+                    return
+        except BaseException as error:
+            ready.put(error)
+
+    thread = Thread(target=work, name="prefetch", daemon=True)      # daemon: an iterator that is never closed must not keep the
+    thread.start()                                                  # program alive
+    try:
+        for _ in (count() if stop is None else range(start, stop)):
+            result = ready.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        abandoned.set()
+        while thread.is_alive():                # the thread may be blocked on a full queue: empty it
+            try:
+                ready.get(timeout=0.01)
+            except Empty:
+                pass
+        thread.join()

@@ -6,7 +6,10 @@ unfinished cache is never mistaken for a finished one. Any number of processes, 
 same command: each takes shards that no other process has taken (torchrun's ranks begin with different ones), and the last
 process to finish writes the index.
 
-A job that was killed ten times and restarted makes the same cache, byte for byte, as one that was never interrupted.
+A job that was killed ten times and restarted makes the same cache as one that was never interrupted: on a CPU byte for byte, on a GPU
+but for the last bits of the latents, because cuDNN and Triton choose between algorithms by timing them. The last bits also depend on
+whether the autoencoder is compiled, and on how many pictures are encoded at once, which becomes less when memory runs out: what fits
+is noted in the cache's folder, so that a restart begins with it. None of that is part of the settings that a cache must match.
 """
 
 from __future__ import annotations
@@ -16,22 +19,38 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from tinyldm.config import PRESETS, Config, DataConfig, change, phases, split_weights
 from tinyldm.data.cache import Cache, read_index, write_index
-from tinyldm.data.encoding import CHUNK, Encoder, Item, decoded, encode_shard, fingerprint, make_recipe, read_shard, workers
+from tinyldm.data.encoding import (
+    CHUNK,
+    BatchSize,
+    CompiledVAE,
+    Encoder,
+    Item,
+    Recipe,
+    decoded,
+    encode_shard,
+    fingerprint,
+    make_recipe,
+    read_shard,
+    workers,
+)
 from tinyldm.data.moved import by_content, content_of, reuse
-from tinyldm.data.readers import CUT, DAMAGED, Damaged
+from tinyldm.data.readers import Damaged
 from tinyldm.data.remote import SourceLost
+from tinyldm.data.report import Report, add_up, judge, nothing_usable
 from tinyldm.data.sources import Shard, Source, list_shards, parse_sources
 from tinyldm.device import native_bf16
 from tinyldm.files import Claims, replace_folder, write_file
@@ -40,8 +59,8 @@ from tinyldm.models.vae import AutoencoderKL, check_size
 
 FORMAT = 1                      # version of the cache's files and of decoding and cropping: a cache of another version is refused
 SHAPING = ("resolution", "buckets", "flip", "moments", "min_side", "max_aspect", "min_caption", "max_caption")
-NARROW = 0.1                    # standard deviation of the posterior, relative to the latents', below which the mean is enough
 FEW = 1000                      # samples after which a job that skips too many of them is stopped early
+POLL = 2.0                      # seconds between looks at what other processes have finished
 
 
 def find_shards(data: DataConfig, seed: int, finished: dict[str, list[Shard]] | None = None) -> list[tuple[str, list[Shard]]]:
@@ -92,15 +111,6 @@ def some_pictures(config: Config, count: int, check: Callable[[], None] = lambda
     return items, +faults                                       # +: without zero counts
 
 
-def nothing_usable(data: DataConfig, faults: Counter) -> str:
-    """The error message for sources without one usable picture."""
-    return f"--data {' '.join(data.sources)}: not one usable picture in it ({listed(faults) or 'no picture with a caption found'})"
-
-
-def listed(reasons: Counter) -> str:
-    return ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
-
-
 # ---------------------------------------------------------------- the cache's folder
 
 
@@ -138,6 +148,7 @@ def open_folder(folder: Path, settings: dict[str, Any], made_by: str, rebuild: b
         (folder / "index.json").unlink(missing_ok=True)        # first of all, so that a half-deleted cache does not look finished
         if (folder / "shards").exists():
             shutil.rmtree(folder / "shards")
+        (folder / "encode_batch_size").unlink(missing_ok=True)
         write_file(file, json.dumps(settings | {"vae_weights": made_by}, sort_keys=True, indent=1))
     (folder / "shards").mkdir(exist_ok=True)
 
@@ -183,60 +194,6 @@ def adopt(config: Config, cache: Cache, vae: AutoencoderKL) -> Config:
     return change(config, data=data, caption_key=keys, **{name: settings[name] for name in SHAPING})
 
 
-# ---------------------------------------------------------------- what was read, kept and left out
-
-
-class Report(NamedTuple):
-    """Counts and statistics of a cache, added up over its shards."""
-
-    shards: int
-    broken: int             # shards whose archive is truncated or damaged
-    read: int               # samples
-    kept: int               # samples
-    skipped: Counter        # {reason: samples} that are broken
-    filtered: Counter       # {reason: samples} outside the user's own limits
-    stats: Counter          # sums over all latents
-
-    @property
-    def width(self) -> float:
-        """The standard deviation of the posterior, relative to that of the latents."""
-        n, total, squares = (self.stats[name] for name in ("numbers", "sum", "squares"))
-        return (self.stats["variance"] / max(squares - total**2 / n, 1e-12)) ** 0.5 if n else 0.0
-
-    def __str__(self) -> str:
-        lines = [f"{self.shards:,} shard{'s' * (self.shards != 1)}: {self.read:,} samples read, {self.kept:,} kept"]
-        if self.broken:
-            lines.append(f"{self.broken:,} of the shards are damaged or cut short: what they should hold besides is not known")
-        for title, counts in (("skipped", self.skipped), ("filtered out", self.filtered)):
-            if n := sum(counts.values()):
-                lines.append(f"{title}: {n:,} ({n / self.read:.2%}): {listed(counts)}; each is named in skipped.jsonl")
-        advice = "the mean is enough" if self.width < NARROW else "wide enough for --moments to be worth its space"
-        return "\n".join([*lines, f"standard deviation of the VAE's posterior over that of the latents: {self.width:.2%} ({advice})"])
-
-
-def add_up(facts: Iterable[dict[str, Any]]) -> Report:
-    """The sum of the contents of many shard.json files."""
-    facts = list(facts)
-    sums = {name: sum((Counter(shard[name]) for shard in facts), Counter()) for name in ("skipped", "filtered")}
-    stats = Counter()
-    for shard in facts:
-        stats.update(shard["stats"])
-    broken = sum(bool({CUT, DAMAGED}.intersection(shard["skipped"])) for shard in facts)
-    return Report(len(facts), broken, sum(shard["read"] for shard in facts), sum(shard["kept"] for shard in facts), stats=stats, **sums)
-
-
-def judge(data: DataConfig, report: Report, shards: int) -> None:
-    """ValueError when too large a part of the samples had to be skipped, or too large a part of the shards is broken.
-
-    shards: how many there are in all. Broken shards count by themselves, because how many samples they lost is not known.
-    """
-    for what, bad, of in (("samples", sum(report.skipped.values()), report.read), ("shards", report.broken, shards)):
-        if bad > data.max_skip * of:
-            raise ValueError(f"{bad:,} of {of:,} {what} had to be skipped or are cut short, more than --max-skip {data.max_skip:g} "
-                             f"allows ({listed(report.skipped)}; named in shards/*/skipped.jsonl): repair the data, or raise "
-                             "--max-skip: encoded shards are kept")
-
-
 # ---------------------------------------------------------------- the job
 
 
@@ -248,11 +205,12 @@ def phase_folders(config: Config, base: Path) -> list[tuple[Config, Path]]:
 
 
 def prepare(config: Config, folder: Path, vae: AutoencoderKL, device: torch.device, rebuild: bool = False,
-            check: Callable[[], None] = lambda: None) -> Report | None:
+            check: Callable[[], None] = lambda: None, compile: bool = False, wait: bool = False) -> Report | None:
     """Make the cache of all sources in `folder`, or the missing part of an unfinished one.
 
-    check: called after every picture; an exception from it stops the job. Returns None while other processes are still
-    encoding the last shards. ValueError, OSError: with what to do. Encoded shards are kept, and the same call continues there.
+    check: called after every picture; an exception from it stops the job. compile: encode with torch.compile. wait: while other
+    processes encode the last shards, wait for them, and encode the shards of those that die; otherwise None is returned then.
+    ValueError, OSError: with what to do. Encoded shards are kept, and the same call continues there.
     """
     check_size(torch.empty(1, 3, config.data.resolution, config.data.resolution, device="meta"), vae.config.downscale)
     settings = settings_of(config, vae, device)
@@ -262,8 +220,14 @@ def prepare(config: Config, folder: Path, vae: AutoencoderKL, device: torch.devi
     with claims.held("settings"):
         open_folder(folder, settings, config.autoencoder.weights, rebuild)
     shards, mark = [shard for _, found in sources for shard in found], digest(settings)
-    if missing := [shard for shard in shards if not read_shard(folder, shard, mark)]:
-        encode_missing(config, folder, vae, device, claims, missing, mark, check)
+    is_done = lambda shard: bool(read_shard(folder, shard, mark))
+    if missing := [shard for shard in shards if not is_done(shard)]:
+        with claims.held("index"):
+            (folder / "index.json").unlink(missing_ok=True)
+        size = BatchSize(folder, config.data.encode_batch_size, claims)
+        encoder = partial(Encoder, config.data, config.run.dtype, CompiledVAE(vae, size) if compile else vae, device, size)
+        recipe = make_recipe(config.data, picture_divisor(config, vae))
+        encode_missing(config.data, folder, recipe, encoder, to_encode(missing, is_done, claims, wait, check), len(missing), mark, check)
     facts = [read_shard(folder, shard, mark) for shard in shards]
     if not all(facts):
         return None
@@ -306,14 +270,29 @@ def digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: torch.device, claims: Claims, missing: list[Shard],
-                   mark: str, check: Callable[[], None]) -> None:
-    """Encode the missing shards that no other process has taken. ValueError, at the end, that names those that cannot be read."""
-    encoder = lambda path: Encoder(config.data, config.run.dtype, vae, device, path)
-    recipe, facts, lost, done = make_recipe(config.data, picture_divisor(config, vae)), [], [], by_content(folder, mark)
+def to_encode(missing: list[Shard], is_done: Callable[[Shard], bool], claims: Claims, wait: bool,
+              check: Callable[[], None]) -> Iterator[tuple[int, Shard]]:
+    """Yield the missing shards, with their numbers, that no other process has taken. wait: go on until the others have finished
+    theirs. The shards of one that died are free again, as the system releases its claims."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    with claims.held("index"):
-        (folder / "index.json").unlink(missing_ok=True)
+    left = sorted(range(len(missing)), key=lambda i: (i - rank) % world)                # this rank's own shards first
+    while left:
+        for i in [*left]:
+            if claims.take(missing[i].name):
+                left.remove(i)
+                if not is_done(missing[i]):
+                    yield i, missing[i]
+        if not wait:
+            return
+        if left := [i for i in left if not is_done(missing[i])]:
+            check()
+            time.sleep(POLL)
+
+
+def encode_missing(data: DataConfig, folder: Path, recipe: Recipe, encoder: Callable[[Path], Encoder], todo: Iterable[tuple[int, Shard]],
+                   of: int, mark: str, check: Callable[[], None]) -> None:
+    """Encode shards, `of` at most. ValueError, at the end, that names those that cannot be read."""
+    facts, lost, done = [], [], by_content(folder, mark)
     with ThreadPoolExecutor(workers()) as pool, tqdm(unit=" pictures", dynamic_ncols=True, mininterval=1, disable=None) as bar:
         def tick() -> None:
             bar.update()
@@ -323,11 +302,8 @@ def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: tor
             if not ((content := content_of(shard)) in done and reuse(done[content], shard, new_folder)):
                 encode_shard(shard, lambda samples: decoded(samples, recipe, pool), encoder, mark, new_folder, tick, content)
 
-        for i in sorted(range(len(missing)), key=lambda i: (i - rank) % world):        # this rank's own shards first
-            shard = missing[i]
-            if not claims.take(shard.name) or read_shard(folder, shard, mark):
-                continue
-            bar.set_description(f"shard {i + 1} of {len(missing)}")
+        for i, shard in todo:
+            bar.set_description(f"shard {i + 1} of {of}")
             try:
                 replace_folder(folder / "shards" / shard.name, fill)
             except SourceLost as error:
@@ -337,9 +313,9 @@ def encode_missing(config: Config, folder: Path, vae: AutoencoderKL, device: tor
                 raise explain_full_disk(error, folder) from error
             facts += filter(None, [read_shard(folder, shard, mark)])       # nothing where another process is just replacing it
             if (report := add_up(facts)).read >= FEW:
-                judge(config.data, report, len(missing))
+                judge(data, report, of)
     if lost:
-        raise ValueError(f"{len(lost)} of {len(missing)} shards could not be read, the others are encoded: {'; '.join(lost[:3])}")
+        raise ValueError(f"{len(lost)} of {of} shards could not be read, the others are encoded: {'; '.join(lost[:3])}")
 
 
 def explain_full_disk(error: OSError, folder: Path) -> OSError:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tinyldm.device import out_of_memory
 from tinyldm.files import INCOMPLETE
 from tinyldm.unicode import check_unicode
 from tinyldm.vendor_loaders.layout import Shape
@@ -73,7 +74,7 @@ def errors_about(path: str | Path) -> Iterator[None]:
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
     except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory(error):
             raise
         raise ValueError(f"{path}: its config holds a value that makes no network ({_first_line(error)}): {INCOMPLETE}") from error
 

@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tinyldm.config import RunConfig
 from tinyldm.files import Claims, read_json, replace_folder, sha256
 from tinyldm.folders.weights import write_weights
 from tinyldm.training import distributed
+from tinyldm.training.pinned_memory import PinnedMemory
 
 STAGES = ("vae", "step")                                   # in the order a run goes through them
 NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)~?")
@@ -127,7 +129,7 @@ def remove_after(run: Path, step: int) -> None:
 class Writer:
     """Writes checkpoints in a background thread, one at a time.
 
-    `fill` runs while training goes on, so it must not read tensors that training changes: pass it copies, from host_copy().
+    `fill` runs while training goes on, so it must not read tensors that training changes: pass it copies, from copier().
     An error in the thread (a full disk) is raised by the next wait(), save() or close().
     """
 
@@ -135,6 +137,14 @@ class Writer:
         self.run, self.keep, self.keep_every = run, keep, keep_every
         self.pool = ThreadPoolExecutor(1, "checkpoint")        # Python waits for this thread before it exits
         self.pending: Future | None = None
+        self.memory = PinnedMemory()
+
+    def copier(self, keep: bool = True) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        """Wait for the previous write -> host_copy() for the tensors of the next one, into the memory that the previous one used. So
+        copies must not be used after the write that they were made for."""
+        self.wait()
+        self.memory.clear()
+        return partial(host_copy, keep=keep, memory=self.memory)
 
     def save(self, stage: str, step: int, fill: Callable[[Path], None], state: dict[str, Any]) -> None:
         """Wait for the previous write, then begin this one. Arguments as in write()."""
@@ -142,7 +152,7 @@ class Writer:
         self.pending = self.pool.submit(write, self.run, stage, step, fill, dict(state), self.keep, self.keep_every)
 
     def wait(self) -> None:
-        """Wait until no write is in progress. Called before host_copy(), so that host memory holds one copy instead of two."""
+        """Wait until no write is in progress."""
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
@@ -159,19 +169,22 @@ class Writer:
             self.pool.shutdown()
 
 
-def host_copy(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+def host_copy(tensors: dict[str, Tensor], keep: bool = True, memory: PinnedMemory | None = None) -> dict[str, Tensor]:
     """Contiguous copies in host memory, which share no memory with the originals. Copies from CUDA go to pinned memory, all at
     the same time. Sharded tensors are gathered: every process must call this, with the same names in the same order; processes
-    that write nothing pass keep=False, which only takes part in the gathering and returns {}."""
-    copies, devices = {}, set()
+    that write nothing pass keep=False, which only takes part in the gathering and returns {}.
+
+    memory: where copies from CUDA go, until it is cleared; None: to memory of their own."""
+    copies, devices, memory = {}, set(), memory or PinnedMemory()
     for name, tensor in tensors.items():
         tensor = distributed.whole(tensor.detach())
         if not keep:
             continue
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        copies[name] = copy.copy_(tensor.contiguous() if tensor.is_cuda else tensor, non_blocking=tensor.is_cuda)
         if tensor.is_cuda:
+            copies[name] = memory.empty_like(tensor).copy_(tensor.contiguous(), non_blocking=True)
             devices.add(tensor.device)
+        else:
+            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return copies

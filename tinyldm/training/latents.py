@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from torch import nn
 
 from tinyldm.config import Config
@@ -21,8 +19,7 @@ def prepare_latents(config: Config, context: RunContext, begun: bool) -> tuple[n
     vae, caches = load_vae(context.folder / "vae", context.device), []
     for phase, folder in phase_folders(config, context.folder / "latents"):
         if not config.data.cache and not begun:
-            while (report := prepare(phase, folder, vae, context.device, check=context.check)) is None:
-                context.check(), time.sleep(2)                                  # other processes are encoding the last shards
+            report = prepare(phase, folder, vae, context.device, check=context.check, compile=bool(config.run.compile), wait=True)
             context.world.barrier()             # before this, another process may still remove and rewrite the index
             print(report)
         caches.append(Cache(folder))

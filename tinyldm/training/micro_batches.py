@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
+from tinyldm.device import out_of_memory
 
 
 class MicroBatches:
@@ -45,10 +45,3 @@ class MicroBatches:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> bool:
         self.failed = self.retry and error is not None and out_of_memory(error)
         return self.failed
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU or the CPU is out of memory."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words))
