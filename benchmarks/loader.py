@@ -78,13 +78,13 @@ def write_holes(folder: Path, shards: int, rows: int) -> None:
     write_index(folder, {}, [{"spec": "holes", "shards": names}])
 
 
-NAMES = ("Loader.run (latents and tokens, float32)", "Cache.latents", "np.load(mmap_mode='r')", "the same with MADV_RANDOM")
+NAMES = ("Loader.batch, prefetched (latents and tokens, float32)", "Cache.latents", "np.load(mmap_mode='r')", "the same with MADV_RANDOM")
 
 
 def ways(folder: Path) -> dict[str, Callable[[int, int], None]]:
     """A function (start, stop) for each way of reading. All read batches start .. stop - 1 of the same order."""
     from tinyldm.data.cache import Cache
-    from tinyldm.data.loader import Loader
+    from tinyldm.data.loader import Loader, prefetch
     cache = Cache(folder)
     loader = Loader(cache, [TOKENIZER.fingerprint], batch_size=BATCH, seed=0)
     maps = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("shards/*/latents-*.npy"))]
@@ -94,7 +94,7 @@ def ways(folder: Path) -> dict[str, Callable[[int, int], None]]:
             array._mmap.madvise(mmap.MADV_RANDOM)
 
     def run(start: int, stop: int) -> None:
-        for _ in loader.run(start, stop):
+        for _ in prefetch(loader.batch, start, stop):
             pass
 
     def latents(start: int, stop: int) -> None:
@@ -148,12 +148,12 @@ def child(folder: Path) -> None:
     import torch  # noqa: F401
     torch_s, torch_mb, start = time.perf_counter() - start, anonymous(), time.perf_counter()
     from tinyldm.data.cache import Cache
-    from tinyldm.data.loader import Loader
+    from tinyldm.data.loader import Loader, prefetch
     loader = Loader(Cache(folder), [TOKENIZER.fingerprint], batch_size=BATCH, seed=0)
     loader.batch(0)
     first_s, first_mb, start = time.perf_counter() - start, anonymous(), time.perf_counter()
     steps = 200
-    for _ in loader.run(1, 1 + steps):
+    for _ in prefetch(loader.batch, 1, 1 + steps):
         pass
     rate = steps * BATCH / (time.perf_counter() - start)
     print(json.dumps([torch_s, first_s, torch_mb, first_mb, anonymous(), rate]))

@@ -25,6 +25,19 @@ def test_a_condition_of_text_alone_stays_one():
     assert joined.mask is None and joined.pooled is None and joined.extra == {}
 
 
+@pytest.mark.parametrize("extra", [{}, {"size": torch.arange(10).view(5, 2), "scale": torch.rand(5)}])
+def test_a_condition_is_cut_along_the_batch_as_a_tensor_is_and_joins_again(extra):
+    whole = cond(5, **extra)
+    parts = whole.tensor_split(3)
+    assert [len(part.context) for part in parts] == [2, 2, 1] == [len(part) for part in whole.mask.tensor_split(3)]
+    joined = parts[0].cat(parts[1]).cat(parts[2])
+    assert all(torch.equal(getattr(joined, name), getattr(whole, name)) for name in ("context", "mask", "pooled"))
+    assert joined.extra.keys() == extra.keys() and all(torch.equal(joined.extra[name], value) for name, value in extra.items())
+    assert all(part.context.untyped_storage().data_ptr() == whole.context.untyped_storage().data_ptr() for part in parts)
+    bare = Cond(torch.zeros(5, 7, 12)).tensor_split(2)
+    assert [len(part.context) for part in bare] == [3, 2] and all(part.mask is part.pooled is None for part in bare)
+
+
 def test_conditions_with_different_extras_cannot_be_joined():
     with pytest.raises(ValueError, match=r"extra \['scale'\] and \['sizes'\] cannot be joined: give both the same names"):
         cond(1, scale=torch.ones(1)).cat(cond(1, sizes=torch.ones(1, 6)))

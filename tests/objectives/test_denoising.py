@@ -30,11 +30,11 @@ def parts():
     return net, TextEncoders([TextEncoder(randomise(CLIPText(config)), tokenizer)])
 
 
-def make(parts, **settings) -> tuple[Denoising, Model]:
+def make(parts, trained=("net", "text"), **settings) -> tuple[Denoising, Model]:
     config = make_config(**settings)
     process = make_process(config.objective.process, **process_options(config.objective))
     model = Model(parts[0], None, parts[1], process, config.objective.prediction, {}, {})
-    return Denoising(config, model, ("net", "text")), model
+    return Denoising(config, model, trained), model
 
 
 def samples_of(parts, part=slice(None)):
@@ -43,11 +43,11 @@ def samples_of(parts, part=slice(None)):
 
 
 def drawn(parts, objective, seed=0, position=3, part=slice(None)):
-    return objective.draw(samples_of(parts, part), generator(Stream.NOISE, seed, position), BATCH, part, CPU)
+    return objective.draw(samples_of(parts, part), generator(Stream.NOISE, seed, position), BATCH, part)
 
 
 def same(one, two) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 SETTINGS = [{}, dict(noise_offset=0.1, input_perturbation=0.2, stratified_times=True, caption_dropout=0.5),
@@ -60,7 +60,7 @@ def test_what_is_drawn_is_a_function_of_seed_and_position(parts, settings):
     one, again = drawn(parts, objective), drawn(parts, make(parts, **settings)[0])
     assert same(one, again) and one.x0 is not one.eps
     for other in (drawn(parts, objective, seed=1), drawn(parts, objective, position=4)):
-        assert not torch.equal(one.eps, other.eps) and not torch.equal(one.t, other.t) and not torch.equal(one.mixed, other.mixed)
+        assert not torch.equal(one.eps, other.eps) and not torch.equal(one.t, other.t) and not torch.equal(one.noise, other.noise)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
@@ -69,7 +69,7 @@ def test_the_parts_of_several_processes_together_are_what_one_process_draws(part
     objective, _ = make(parts, **settings)
     whole, edges = drawn(parts, objective), [BATCH * i // processes for i in range(processes + 1)]
     several = [drawn(parts, objective, part=slice(begin, end)) for begin, end in zip(edges, edges[1:])]
-    assert same(whole, [torch.cat(fields) for fields in zip(*several)])
+    assert same(whole, [None if fields[0] is None else torch.cat(fields) for fields in zip(*several)])
 
 
 def test_noise_times_and_dropped_captions_are_drawn_in_this_order_from_one_stream(parts):
@@ -98,10 +98,30 @@ def test_dropped_captions_become_the_encoded_empty_string(parts, share):
     assert dropped / 360 == pytest.approx(share, abs=0.08) and (dropped in (0, 360)) == (share in (0, 1))
 
 
-def test_a_batch_goes_to_the_device_but_for_the_token_ids(parts):
-    objective, _ = make(parts)
-    batch = objective.draw(samples_of(parts), generator(Stream.NOISE, 0, 1), BATCH, slice(None), torch.device("meta"))
-    assert [tensor.device.type for tensor in batch] == ["meta"] * 4 + ["cpu"]
+def test_a_batch_goes_to_the_device_but_for_the_token_ids_and_its_noise_once_where_nothing_perturbs_it(parts):
+    for settings, mixed in (({}, None), (dict(input_perturbation=0.2), "meta")):
+        objective, _ = make(parts, **settings)
+        batch = objective.to_device(drawn(parts, objective), torch.device("meta"))
+        assert (batch.mixed is None if mixed is None else batch.mixed.device.type == mixed) and batch.cond is None
+        assert [tensor.device.type for tensor in (*batch[:3], batch.tokens, batch.noise)] == ["meta"] * 3 + ["cpu", "meta"]
+
+
+def test_frozen_text_encoders_encode_a_batch_once_and_its_micro_batches_get_their_parts(parts, monkeypatch):
+    """Whatever the micro-batches, the losses are those of encoding each by itself, up to rounding."""
+    objective, model = make(parts, trained=("net",), network="dit", mask_padding=True, dtype="fp32")
+    trained, _ = make(parts, network="dit", mask_padding=True)
+    module, seen = parts[1].modules["text"], []
+    hook = module.register_forward_pre_hook(lambda module, inputs: seen.append((len(inputs[0]), torch.is_grad_enabled())))
+    batch = objective.to_device(drawn(parts, objective), CPU)
+    assert seen == [(len(set(CAPTIONS)), False)]                # equal captions once
+    micro = split(batch, 3)
+    assert [len(part.cond.context) for part in micro] == [len(part.cond.mask) for part in micro] == [3, 2, 2]
+    losses = torch.cat([objective.losses(objective.turns[0], {"net": model.net}, part, 0.0) for part in micro])
+    assert len(seen) == 1
+    apart = [trained.losses(trained.turns[0], {"net": model.net}, part, 0.0) for part in split(drawn(parts, trained), 3)]
+    hook.remove()
+    assert len(seen) == 4
+    torch.testing.assert_close(losses, torch.cat(apart))
 
 
 # ---------------------------------------------------------------- the loss
@@ -188,7 +208,7 @@ def test_validation_has_times_all_over_and_whole_captions(parts):
     samples = samples_of(parts)
     one, again, other = (objective.validation_batch(samples.latents, samples.tokens, seed) for seed in (3, 3, 4))
     assert same(one, again) and not torch.equal(one.eps, other.eps)
-    assert torch.equal(one.tokens, samples.tokens) and torch.equal(one.eps, one.mixed) and torch.equal(one.x0, samples.latents)
+    assert torch.equal(one.tokens, samples.tokens) and one.mixed is one.cond is None and torch.equal(one.x0, samples.latents)
     assert sorted(one.t.tolist()) == pytest.approx([(i + 0.5) / BATCH for i in range(BATCH)])
     assert not torch.equal(one.t, other.t) and torch.equal(one.t.sort().values, other.t.sort().values)     # which sample has which
 
@@ -205,6 +225,6 @@ def test_turns_are_taken_every_so_many_steps():
 
 def test_an_objective_that_lacks_a_method_is_named():
     assert OBJECTIVES["denoising"] is Denoising
-    for call in (lambda: Objective().draw(None, None, 1, slice(0, 1), CPU), lambda: Objective().losses(None, {}, None, 0.0)):
+    for call in (lambda: Objective().draw(None, None, 1, slice(0, 1)), lambda: Objective().losses(None, {}, None, 0.0)):
         with pytest.raises(TypeError, match="Objective does not say .*: give it a method"):
             call()

@@ -18,6 +18,7 @@ from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pipeline import Morph, draw, draw_settings, encode_prompts
+from tinyldm.text import encoders
 from tinyldm.text.encoders import JOINS, Join, TextEncoder, TextEncoders, TextWidths
 from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders.scheduler import from_config, to_config
@@ -128,6 +129,19 @@ def test_equal_captions_are_encoded_once_by_every_encoder(text):
     torch.testing.assert_close(cond.context, torch.cat([one.context for one in apart]))
     torch.testing.assert_close(cond.pooled, torch.cat([one.pooled for one in apart]))
     assert torch.equal(weighted.context[0], weighted.context[3]) and not torch.equal(weighted.context[0], weighted.context[2])
+
+
+@torch.no_grad()
+def test_many_captions_are_encoded_in_parts_with_the_same_result(text, monkeypatch):
+    captions = [FOX, BOAT, "", FOX, "grass", "sea"]
+    whole, seen = text.encode_ids(text.tokenize(captions), CPU), []
+    monkeypatch.setattr(encoders, "AT_ONCE", 2)
+    hook = text.modules["text"].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    parts = text.encode_ids(text.tokenize(captions), CPU)
+    hook.remove()
+    assert seen == [2, 2, 1]                                    # five different ones
+    torch.testing.assert_close(parts.context, whole.context)
+    torch.testing.assert_close(parts.pooled, whole.pooled)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ they do not depend on how a batch is split.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -66,19 +67,26 @@ def variational_bound(process: Process, now: Level, x0: Tensor, x0_guess: Tensor
     if not isinstance(process, Discrete):
         raise ValueError("a learned variance lies between beta_tilde and beta, which only a discrete table has: "
                          "use scaled_linear, linear, cosine or betas")
-    last_alpha, last_sigma = (table.roll(1) for table in (process.alpha, process.sigma))  # at index t - 1
-    last_alpha[0], last_sigma[0] = 1, 0
-    ratio = 1 - (process.alpha * last_sigma / (last_alpha * process.sigma)) ** 2  # beta / sigma^2
-    beta_tilde, beta = ratio * last_sigma**2, ratio * process.sigma**2  # Eq. 10
-    beta_tilde[0] = beta_tilde[1]  # instead of 0, as in the paper's code
-    tables = torch.stack([beta_tilde.log(), beta.log(), last_alpha * ratio]).to(x0)
-    log_beta_tilde, log_beta, x0_weight = tables[:, now.t.long()].view(3, -1, 1, 1, 1)  # x0's weight in the mean (Eq. 11)
+    tables = bound_tables(process, x0.dtype, x0.device)  # [3, 1000]
+    log_beta_tilde, log_beta, x0_weight = tables[:, now.t.long()].view(3, -1, 1, 1, 1)
     log_var = log_beta_tilde + (variance + 1) / 2 * (log_beta - log_beta_tilde)  # [b, c, h, w]
     square = (x0_weight * (x0 - x0_guess)).square() * (-log_var).exp()
     kl = log_var - log_beta_tilde + (log_beta_tilde - log_var).exp() - 1 + square
     nll = math.log(2 * math.pi) + log_var + square
     first = now.t.view(-1, 1, 1, 1) == 0
     return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(4)  # both are twice theirs, in nats
+
+
+@lru_cache(maxsize=64)
+def bound_tables(process: Discrete, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """log(beta_tilde), log(beta) and x0's weight in the posterior's mean (Eq. 11) at every index of a table, [3, 1000]. The copies are
+    kept, as those of `process.tables` are."""
+    last_alpha, last_sigma = (table.roll(1) for table in (process.alpha, process.sigma))  # at index t - 1
+    last_alpha[0], last_sigma[0] = 1, 0
+    ratio = 1 - (process.alpha * last_sigma / (last_alpha * process.sigma)) ** 2  # beta / sigma^2
+    beta_tilde, beta = ratio * last_sigma**2, ratio * process.sigma**2  # Eq. 10
+    beta_tilde[0] = beta_tilde[1]  # instead of 0, as in the paper's code
+    return torch.stack([beta_tilde.log(), beta.log(), last_alpha * ratio]).to(device, dtype)
 
 
 # (a = alpha^2, s = sigma^2, g = gamma) -> the weight of a squared error in v. The comments give the weight as the paper

@@ -49,8 +49,10 @@ def to_target(kind: str, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
 
 def to_x0(kind: str, x: Tensor, out: Tensor, level: Level) -> Tensor:
     """The x0 that the network's output for x implies. Of 2c channels only the first c count; the others hold a learned
-    variance. ValueError for eps-prediction at alpha = 0, where the output implies no x0."""
-    if kind == "eps" and bool(torch.as_tensor(level.alpha == 0).any()):
+    variance. ValueError for eps-prediction at alpha = 0, where the output implies no x0; not on a GPU, which the host would have to
+    wait for: training asks its process before it begins (Denoising.check), and drawing has levels of Python floats."""
+    alpha = torch.as_tensor(level.alpha)
+    if kind == "eps" and alpha.device.type == "cpu" and bool((alpha == 0).any()):
         raise ValueError("eps-prediction does not determine x0 at alpha = 0 (pure noise): "
                          "train with prediction 'v', 'x0' or 'flow', or start from a level with alpha > 0")
     return lookup(PREDICTIONS, kind, "prediction").x0(x, out[:, : x.shape[1]], level)

@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -86,8 +86,14 @@ class Discrete:
 
     def __call__(self, t: Tensor) -> Level:
         index = (t * len(self)).long().clamp(0, len(self) - 1)
-        alpha, sigma = (table.to(t)[index].view(-1, 1, 1, 1) for table in (self.alpha, self.sigma))
+        alpha, sigma = (table[index].view(-1, 1, 1, 1) for table in tables(self, t.dtype, t.device))
         return Level(index.to(t.dtype), alpha, sigma)
+
+
+@lru_cache(maxsize=64)
+def tables(process: Discrete, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """alpha and sigma of a table in this dtype on this device. The copies are kept: each time, a GPU would be waited for."""
+    return process.alpha.to(device, dtype), process.sigma.to(device, dtype)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,13 @@ class Cond:
         return Cond(join(self.context, other.context), join(self.mask, other.mask), join(self.pooled, other.pooled),
                     {name: join(value, other.extra[name]) for name, value in self.extra.items()})
 
+    def tensor_split(self, parts: int) -> list[Cond]:
+        """Parts along the batch, of the sizes that Tensor.tensor_split gives: views of the same memory."""
+        cut = lambda value: [None] * parts if value is None else value.tensor_split(parts)
+        extras = zip(*map(cut, self.extra.values())) if self.extra else [()] * parts
+        return [Cond(*fields, dict(zip(self.extra, extra)))
+                for *fields, extra in zip(cut(self.context), cut(self.mask), cut(self.pooled), extras)]
+
 
 def runner(net: nn.Module) -> Callable[..., Tensor]:
     """The function with which a network calls its blocks: run(block, *inputs). In training with net.grad_checkpointing,
@@ -158,7 +165,17 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(double(x))
+
+
+def double(x: Tensor) -> Tensor:
+    """Repeat every pixel of x [b, c, h, w] in a 2x2 square: [b, c, 2h, 2w]."""
+    if not torch.compiler.is_compiling():
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    # The same to the last bit. torch.compile takes interpolate apart into an indexing operation, whose backward pass is an
+    # index_put that adds: on CUDA the order of its sums, and with it the gradient, changes from run to run.
+    b, c, h, w = x.shape
+    return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
 
 
 class Downsample(nn.Module):

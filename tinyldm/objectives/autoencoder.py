@@ -25,13 +25,12 @@ class AutoencoderObjective(Objective):
         self.settings, self.channels, self.downscale = settings, vae.config.latent_channels, vae.config.downscale
         self.turns = (Turn("autoencoder", ("vae",)),)
 
-    def draw(self, samples: np.ndarray, generator: torch.Generator, batch_size: int, part: slice,
-             device: torch.device) -> AutoencoderBatch:
+    def draw(self, samples: np.ndarray, generator: torch.Generator, batch_size: int, part: slice) -> AutoencoderBatch:
         """samples: uint8 [b, h, w, 3]."""
         pixels = to_pixels(samples)
         sides = (side // self.downscale for side in pixels.shape[2:])
         noise = torch.randn(batch_size, self.channels, *sides, generator=generator)[part]
-        return self.to_device(AutoencoderBatch(pixels, noise), device)
+        return AutoencoderBatch(pixels, noise)
 
     def losses(self, turn: Turn, networks: Networks, batch: AutoencoderBatch, progress: float) -> Tensor:
         vae = networks["vae"]

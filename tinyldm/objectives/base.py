@@ -1,7 +1,8 @@
 """The base class of objectives. An objective is what a training step minimises.
 
-    draw      samples from the loader -> a batch, with everything random in it: noise, times, dropped captions
-    losses    networks and a micro-batch -> one loss per sample [b]
+    draw        samples of the data -> a batch on the CPU, with everything random in it: noise, times, dropped captions
+    to_device   the batch -> the batch on the device, with what is computed once per step
+    losses      networks and a micro-batch -> one loss per sample [b]
 
 The trainer (train.py) does the rest: micro-batches, autocast, gradients summed over processes, clipping, optimizers, averages,
 checkpoints. An objective names the networks that it trains, and holds further networks that are not part of the model: a teacher,
@@ -10,13 +11,14 @@ a discriminator, a critic, a frozen feature extractor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tinyldm.config import Config, OptimisationConfig
+from tinyldm.device import upload
 
 Networks = Mapping[str, Any]        # by part name: what to call (for "net" the compiled handle, where there is one)
 
@@ -48,16 +50,20 @@ class Objective:
     def check(cls, config: Config) -> None:
         """ValueError, before anything is loaded, for settings that cannot work."""
 
-    def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice, device: torch.device) -> NamedTuple:
-        """A batch, as a NamedTuple of tensors [b, ...] on the device.
+    def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> NamedTuple:
+        """A batch, as a NamedTuple of tensors [b, ...] on the CPU. A field may be None.
 
-        samples: from the loader, this process's part of a global batch of `batch_size`. Random numbers are drawn for the whole
-        global batch, then cut to `part`, so that they depend neither on the number of processes nor on that of micro-batches."""
+        samples: this process's part of a global batch of `batch_size`. Random numbers are drawn for the whole global batch, then
+        cut to `part`, so that they depend neither on the number of processes nor on that of micro-batches.
+
+        It is called in another thread, some steps ahead, so that no GPU waits for random numbers: it must not depend on the weights,
+        nor on anything else that training changes."""
         raise TypeError(f"{type(self).__name__} does not say how a batch is drawn: give it a method draw()")
 
     def to_device(self, batch: NamedTuple, device: torch.device) -> NamedTuple:
-        """Move a batch to the device. An objective may leave tensors on the CPU that it only needs there."""
-        return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+        """A drawn batch on the device, without waiting for the copies. An objective may leave tensors on the CPU that it only needs
+        there, and adds what is computed once per step rather than in every micro-batch."""
+        return each_tensor(batch, lambda tensor: upload(tensor, device))
 
     def losses(self, turn: Turn, networks: Networks, batch: NamedTuple, progress: float) -> Tensor:
         """The loss of every sample of a micro-batch, float32 [b], under autocast.
@@ -76,9 +82,14 @@ class Objective:
         """Called after every optimizer step, on all processes; a moving target network is updated here, for example."""
 
 
+def each_tensor(batch: NamedTuple, function: Callable[[Tensor], Tensor]) -> NamedTuple:
+    """The batch whose tensors are those that function(tensor) gives. Fields that are None stay None."""
+    return type(batch)(*(None if field is None else function(field) for field in batch))
+
+
 def split(batch: NamedTuple, parts: int) -> list[NamedTuple]:
-    """Cut a batch into micro-batches of nearly equal sizes."""
-    return [type(batch)(*micro) for micro in zip(*(tensor.tensor_split(parts) for tensor in batch))]
+    """Cut a batch into micro-batches of nearly equal sizes: of one size, or of two that differ by one sample."""
+    return [type(batch)(*micro) for micro in zip(*([None] * parts if field is None else field.tensor_split(parts) for field in batch))]
 
 
 def turns_at(objective: Objective, step: int) -> list[Turn]:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from tinyldm.config import Config, ObjectiveConfig
+from tinyldm.device import autocast
 from tinyldm.diffusion.loss import T_SAMPLERS, make_noise, make_weight, sample_losses, sample_t
 from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.process import PROCESSES, Process, make_process
 from tinyldm.lookup import lookup
 from tinyldm.model import Model
+from tinyldm.models.layers import Cond
 from tinyldm.objectives.base import Networks, Objective, Turn
 from tinyldm.random_streams import Stream, generator
 
@@ -26,8 +28,14 @@ class DenoisingBatch(NamedTuple):
     x0: Tensor          # [b, c, h, w], standardised latents
     eps: Tensor         # [b, c, h, w], the noise in the target
     t: Tensor           # [b] in [0, 1)
-    mixed: Tensor       # [b, c, h, w], the noise in x_t: eps, or eps and a perturbation
-    tokens: Tensor      # [b, n] token ids of all text encoders, on the CPU
+    mixed: Tensor | None        # [b, c, h, w], eps and a perturbation; None: there is no perturbation
+    tokens: Tensor      # [b, n] token ids of all text encoders, always on the CPU
+    cond: Cond | None = None    # the encoded captions, on the device; None where text encoders are trained: see to_device
+
+    @property
+    def noise(self) -> Tensor:
+        """[b, c, h, w], the noise in x_t."""
+        return self.eps if self.mixed is None else self.mixed
 
 
 class Denoising(Objective):
@@ -36,6 +44,7 @@ class Denoising(Objective):
     def __init__(self, config: Config, model: Model, trained: tuple[str, ...]):
         """trained: the names of the model's parts that are trained, such as ("net", "text")."""
         self.turns = (Turn("denoising", trained),)
+        self.text_trained = any(part in trained for part in model.text.modules)
         # Guidance compares the network's answers with and without the caption. "Without" means the *encoded* empty string, not
         # zeros, because sampling encodes the empty negative prompt: the network has to be trained on what it is asked for.
         self.empty = model.text.tokenize([""])[0]                       # [n]
@@ -51,10 +60,10 @@ class Denoising(Objective):
         sample_losses(lambda *inputs: answer, pixel, pixel, torch.ones(1), None, process, **loss_settings(settings, process))
 
     def begin_phase(self, config: Config, model: Model) -> None:
-        self.settings, self.model = config.objective, model
+        self.settings, self.model, self.dtype = config.objective, model, config.run.dtype
         self.loss_settings = loss_settings(config.objective, model.process)
 
-    def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice, device: torch.device) -> DenoisingBatch:
+    def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> DenoisingBatch:
         """Noise, times and dropped captions, in this order, from one stream for the whole global batch."""
         settings, x0 = self.settings, samples.latents
         noise = make_noise((batch_size, *x0.shape[1:]), generator, settings.noise_offset, settings.input_perturbation)
@@ -62,14 +71,23 @@ class Denoising(Objective):
                      settings.stratified_times)
         dropped = torch.rand(batch_size, generator=generator) < settings.caption_dropout
         tokens = torch.where(dropped[part, None], self.empty, samples.tokens)               # [b, n]
-        return self.to_device(DenoisingBatch(x0, noise.eps[part], t[part], noise.mixed[part], tokens), device)
+        mixed = None if noise.mixed is noise.eps else noise.mixed[part]                     # not the same numbers twice to the device
+        return DenoisingBatch(x0, noise.eps[part], t[part], mixed, tokens)
 
     def to_device(self, batch: DenoisingBatch, device: torch.device) -> DenoisingBatch:
-        """Move everything but the token ids, which encode_ids needs on the CPU to find equal captions."""
-        return super().to_device(batch, device)._replace(tokens=batch.tokens)
+        """All but the token ids, which encode_ids needs on the CPU to find equal captions. Frozen text encoders encode the captions
+        here, at once for all micro-batches. Those that are trained do it in `losses`, with gradients."""
+        moved = super().to_device(batch._replace(tokens=None), device)._replace(tokens=batch.tokens)
+        if self.text_trained:
+            return moved
+        with torch.no_grad(), autocast(device, self.dtype):
+            return moved._replace(cond=self.encode(batch.tokens, device))
+
+    def encode(self, tokens: Tensor, device: torch.device) -> Cond:
+        return self.model.text.encode_ids(tokens, device, self.settings.mask_padding, trim=True)
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
-        cond = self.model.text.encode_ids(batch.tokens, batch.x0.device, self.settings.mask_padding, trim=True)
+        cond = batch.cond or self.encode(batch.tokens, batch.x0.device)
         return sample_losses(networks["net"], batch.x0, batch.eps, batch.t, cond, self.model.process, mixed=batch.mixed,
                              **self.loss_settings)
 
@@ -78,7 +96,7 @@ class Denoising(Objective):
         n = len(latents)
         eps = make_noise(latents.shape, generator(Stream.VALIDATION_NOISE, seed)).eps
         t = (torch.randperm(n, generator=generator(Stream.VALIDATION_TIMES, seed)) + 0.5) / n
-        return DenoisingBatch(latents, eps, t, eps, tokens)
+        return DenoisingBatch(latents, eps, t, None, tokens)
 
 
 def loss_settings(settings: ObjectiveConfig, process: Process) -> dict[str, Any]:

@@ -9,15 +9,21 @@ With CLIP alone, as in Stable Diffusion 1 and 2, it is a list of one. A text enc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tinyldm.device import in_parts, upload
 from tinyldm.lookup import lookup
 from tinyldm.models.layers import Cond
 from tinyldm.text.prompt_weights import plain, token_weights
 from tinyldm.text.tokenizer import Tokenizer
+
+# The captions that a text encoder takes at once. More would not be faster, and CLIP's large tower needs 2.2 MB for each: a whole
+# step's captions together might need memory that the micro-batches do not.
+AT_ONCE = 256
 
 
 class TextEncoder(NamedTuple):
@@ -125,7 +131,8 @@ class TextEncoders:
         outputs, lengths = [], [tokenizer.context_length for tokenizer in self.tokenizers]
         for (module, tokenizer), own, call in zip(self.encoders, distinct.split(lengths, dim=1), self.calls):
             output = encode(module, own, inverse, device, mask_padding, call)
-            weights = torch.tensor([token_weights(tokenizer, prompt) for prompt in prompts]).to(output.context)     # [b, n]
+            weights = torch.tensor([token_weights(tokenizer, prompt) for prompt in prompts])        # [b, n]
+            weights = upload(weights.to(output.context.dtype), device)
             outputs.append(output._replace(context=output.context * weights[..., None]))
         return JOINS[self.join].conds(outputs)
 
@@ -142,7 +149,9 @@ def encode(module: nn.Module, distinct: Tensor, inverse: Tensor, device: torch.d
     mask = None
     if mask_padding:
         mask = torch.arange(distinct.shape[1]) <= module.ends(distinct)[:, None]            # [k, n]
-        mask = mask[inverse].to(device, non_blocking=True)
-    features, inverse = module(distinct.to(device, non_blocking=True), **call), inverse.to(device, non_blocking=True)
+        mask = upload(mask[inverse], device)
+    parts = [(features.hidden, features.pooled) for features in in_parts(partial(module, **call), upload(distinct, device), AT_ONCE)]
+    hidden, pooled = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
+    inverse = upload(inverse, device)
     # index_select, because the backward pass of hidden[inverse] adds in the order of the threads, and is slower on a CPU.
-    return Encoded(features.hidden.index_select(0, inverse), mask, features.pooled.index_select(0, inverse))
+    return Encoded(hidden.index_select(0, inverse), mask, pooled.index_select(0, inverse))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from tinyldm.cli import best_effort
 from tinyldm.config import Config, OptimisationConfig, change
 from tinyldm.data.encoding import posterior
 from tinyldm.data.prepare import some_pictures
+from tinyldm.device import in_parts
 from tinyldm.files import replace_folder
 from tinyldm.folders.load import load_vae
 from tinyldm.folders.save import save_vae
@@ -53,7 +52,7 @@ class AutoencoderStage(Stage):
 
     def begin_phase(self, index: int) -> Phase:
         settings, seed = self.config.autoencoder, self.config.run.seed
-        crops = lambda start: random_crops(self.images, settings.crop, settings.batch_size, seed, start)
+        crops = lambda step: random_crops(self.images, settings.crop, settings.batch_size, seed, step)
         return Phase(self.config, crops, slice(0, settings.batch_size), {"vae": self.vae, **self.objective.networks}, 1)
 
     def finish(self) -> None:
@@ -63,7 +62,7 @@ class AutoencoderStage(Stage):
         takes it back before decoding, and the diffusion network only ever sees latents of unit variance."""
         config, vae, device, run = self.config, self.vae, self.context.device, self.context.folder
         some = self.images[:2048]
-        z = torch.cat([posterior(vae, batch, device, config.run.dtype).mean for batch in np.array_split(some, -(-len(some) // 64))])
+        z = torch.cat([*in_parts(lambda part: posterior(vae, part, device, config.run.dtype).mean, some, 64)])
         mean = z.mean((0, 2, 3))
         vae.centre(mean)
         scale = 1 / float((z - mean[:, None, None]).std())
@@ -83,16 +82,14 @@ def optimisation(config: Config) -> OptimisationConfig:
                                max_steps=own.steps, budget="", deadline="", weight_decay=0.0, rollback=False)
 
 
-def random_crops(images: np.ndarray, size: int, number: int, seed: int, start: int) -> Iterator[np.ndarray]:
-    """The batches of step `start` and all later ones: `number` crops of size x size pixels (size 0: whole pictures), uint8
-    [number, size, size, 3]."""
+def random_crops(images: np.ndarray, size: int, number: int, seed: int, step: int) -> np.ndarray:
+    """The batch of a step: `number` crops of size x size pixels (size 0: whole pictures), uint8 [number, size, size, 3]."""
     side = images.shape[1]
     size = min(size or side, side)
-    for step in count(start):
-        rng = np.random.default_rng(seed_sequence(Stream.CROPS, seed, step))
-        chosen = rng.integers(len(images), size=number)
-        ys, xs = rng.integers(side - size + 1, size=(2, number))
-        yield np.stack([images[i, y:y + size, x:x + size] for i, y, x in zip(chosen, ys, xs)])
+    rng = np.random.default_rng(seed_sequence(Stream.CROPS, seed, step))
+    chosen = rng.integers(len(images), size=number)
+    ys, xs = rng.integers(side - size + 1, size=(2, number))
+    return np.stack([images[i, y:y + size, x:x + size] for i, y, x in zip(chosen, ys, xs)])
 
 
 def copy_pretrained(config: Config, context: RunContext) -> None:

@@ -6,7 +6,7 @@ which networks, which objective, which data, and what is done beside training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class Phase(NamedTuple):
     """The training of a stage at one picture size."""
 
     config: Config
-    loader: Callable[[int], Generator[Any]]         # position of the first batch -> this process's samples, without end
+    samples: Callable[[int], Any]                   # position of a batch -> this process's samples of it, for Objective.draw
     part: slice                                     # the indices of those samples in the global batch
     networks: dict[str, Any]                        # part name -> network; "net" is the compiled handle
     micro_batches: int                              # per step and process, at first

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from tinyldm.data.loader import Loader
-from tinyldm.objectives import Objective
+from tinyldm.objectives import Objective, split
 from tinyldm.training.ema import EMA, PowerEMA
 from tinyldm.training.meter import Meter
 
 
 class Validation:
-    """batch: all held-out samples, on the CPU. losses: a micro-batch and the progress of the training -> weighted losses [b], as in
-    training. to_device: moves a micro-batch to the device (Objective.to_device)."""
+    """batch: all held-out samples, on the CPU. micro_batch: how many of them at once, at most. losses: a micro-batch and the progress
+    of the training -> weighted losses [b], as in training. to_device: moves a micro-batch to the device (Objective.to_device)."""
 
     def __init__(self, batch: NamedTuple, micro_batch: int, device: torch.device, losses: Callable[[NamedTuple, float], Tensor],
                  to_device: Callable[[NamedTuple, torch.device], NamedTuple]):
@@ -34,12 +34,19 @@ class Validation:
     def __call__(self, progress: float = 0.0) -> dict[str, Any]:
         """{"loss": mean loss, "t_bins": mean loss by noise level, if the batch has times}, of the current weights."""
         meter, n = Meter(self.device), len(self.batch[0])
-        for micro in zip(*(tensor.split(self.micro_batch) for tensor in self.batch)):
-            micro = self.to_device(type(self.batch)(*micro), self.device)
+        for micro in split(self.batch, equal_parts(n, self.micro_batch)):
+            micro = self.to_device(micro, self.device)
             meter.add(self.losses(micro, progress), 1 / n, getattr(micro, "t", None))
         meter.keep(0.0)
         row = meter.row()
         return {name: row[name] for name in ("loss", "t_bins") if name in row}
+
+
+def equal_parts(count: int, largest: int) -> int:
+    """Into how many parts of at most `largest` to cut `count` samples: as few as possible, but up to twice as many where these are of
+    one size, because torch.compile makes a graph for every size."""
+    fewest = -(-count // largest)
+    return next((parts for parts in range(fewest, 2 * fewest) if count % parts == 0), fewest)
 
 
 def held_out_batch(loader: Loader, objective: Objective, seed: int) -> NamedTuple | None:
