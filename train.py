@@ -22,7 +22,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyldm.cli import best_effort, guard, outlive_terminal
+from tinyldm.cli import allow_growing_segments, best_effort, guard, outlive_terminal
 from tinyldm.config import Config, flatten, parse
 
 FLAGS = {"--dry-run": dict(action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")}
@@ -30,12 +30,14 @@ STARTED = time.monotonic()                                   # running time coun
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
     CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS)
+    allow_growing_segments()
 
 import torch
 
-from tinyldm.device import autocast, deterministic, memory_gb, pick_device, prefer_plain_attention
+from tinyldm.data.loader import prefetch
+from tinyldm.device import autocast, deterministic, fast_convolutions, memory_gb, pick_device, pin, prefer_plain_attention
 from tinyldm.files import write_file
-from tinyldm.objectives import Turn, split, turns_at
+from tinyldm.objectives import Turn, each_tensor, split, turns_at
 from tinyldm.planning.show import Measured, compare, print_plan
 from tinyldm.random_streams import generator
 from tinyldm.training import checkpoint
@@ -50,6 +52,7 @@ from tinyldm.training.loss_monitor import RECENT, LossMonitor
 from tinyldm.training.micro_batches import MicroBatches
 from tinyldm.training.preflight import check_run, check_settings
 from tinyldm.training.progress import ProgressBar
+from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.report import refresh_report
 from tinyldm.training.rollback import Diverged, skipped_before
 from tinyldm.training.run_folder import find_paths, write_settings
@@ -72,6 +75,7 @@ class Trainer:
         self.stage, self.context, config = stage, context, stage.config
         self.learner = Learner(stage.trained, stage.objective, stage.settings, stage.world, context.device, stage.average)
         state = self.learner.load(last) if last else {}
+        self.learner.make_equal()
         if last:
             stage.check_resume(state)
         # In state.json the phase is called stage_number, and the number of skipped batches window.
@@ -116,17 +120,18 @@ class Trainer:
     def train_phase(self, phase: Phase) -> None:
         """Train at one picture size, until its fraction of the training is over."""
         stage, learner, timing, device, run = self.stage, self.learner, self.timing, self.context.device, phase.config.run
-        objective, batch_size, world = stage.objective, stage.settings.batch_size, stage.world
+        objective, batch_size = stage.objective, stage.settings.batch_size
         micro_batches = self.cut_batches(phase)
         timing.timer.restart()
 
-        def next_batch(position: int) -> NamedTuple:
-            samples = next(loader)                              # this process's part of the global batch at this position
+        def draw(position: int) -> NamedTuple:                  # runs in a thread, some steps ahead
+            samples = phase.samples(position)                   # this process's part of the global batch at this position
             random = generator(stage.stream, run.seed, position)
-            return objective.draw(samples, random, batch_size, phase.part, device)      # noise, times, dropped captions
+            batch = objective.draw(samples, random, batch_size, phase.part)             # noise, times, dropped captions
+            return each_tensor(batch, pin) if device.type == "cuda" else batch
 
-        with closing(phase.loader(self.position)) as loader:
-            upcoming = next_batch(self.position)
+        with closing(prefetch(draw, self.position)) as batches:
+            upcoming = objective.to_device(next(batches), device)
             while not (timing.done(self.step) or timing.phase_over(self.step, self.phase_index)):
                 batch, upcoming = upcoming, None
                 log_due, updates = (self.step + 1) % run.log_every == 0, {}
@@ -136,12 +141,12 @@ class Trainer:
                         with attempt:                                   # catches out-of-memory errors only
                             self.accumulate(phase, turn, split(batch, attempt.count))
                         attempt.failed = timing.synchronise(attempt.failed)     # time, signals, memory: the same for all processes
-                    if upcoming is None:                                # in the first turn: the CPU works while the device computes
-                        upcoming = next_batch(self.position + 1)
+                    if upcoming is None:                                # in the first turn: copied while the device computes
+                        upcoming = objective.to_device(next(batches), device)
                     # No DDP wrapper: gradients are summed once, after the last micro-batch, so there is no no_sync() and no
                     # .module. The price: the sum does not overlap with the backward pass, as DDP's buckets do. (Gradients that
-                    # --fsdp shards are summed as they arise; sum() leaves them alone.)
-                    world.sum(learner.to_sum(turn))                     # gradients, and the measured losses
+                    # --fsdp shards are summed as they arise; all_reduce() leaves them alone.)
+                    learner.all_reduce(turn, run.reduce_dtype)          # gradients, and the measured losses
                     norm = clip(learner.weights(turn), stage.settings.grad_clip)        # here the device is waited for
                     update = learner.update(turn, norm, timing.factor(self.step), measure=log_due)      # AdamW, Muon; zero_grad
                     if update.skipped:                                  # the loss or the norm is not finite
@@ -288,10 +293,11 @@ def train_all(config: Config, context: RunContext) -> None:
     begun = last is not None and last.name.startswith("step")
 
     first_stage(config, context, last)
+    config, micro_batches = rehearse(config, context, last if begun else None)      # one step, before pictures are encoded for hours
     vae, caches = prepare_latents(config, context, begun)
     last = last if begun else None
     for rollbacks in range(MOST_ROLLBACKS + 1):
-        trainer = Trainer(LatentStage(config, context, vae, caches, last), context, last, skipped)
+        trainer = Trainer(LatentStage(config, context, vae, caches, last, micro_batches), context, last, skipped)
         try:
             with world.peer_errors():
                 return trainer.train()
@@ -351,6 +357,8 @@ def main() -> None:
         prefer_plain_attention()
     if config.run.deterministic or device.type == "cpu":        # on CPUs it costs no speed
         deterministic()
+    else:
+        fast_convolutions()
     run = Path(config.run.out)
     if started_again(run):                                      # by torchrun, after one of the processes has died
         config = parse([*sys.argv[1:], "--resume", "auto"], __doc__, FLAGS)[0]
@@ -364,10 +372,11 @@ def main() -> None:
     except Interrupted:
         start = "python" if processes == 1 else "torchrun (as before)"
         print(f"saved; continue with: {start} train.py --out {run} --resume yes")
+        world.close()
         sys.exit(128 + signals.received)
     finally:
         clock.close()
-        world.close()
+    world.close()                                               # not after an error: NCCL would wait for processes that have ended
     print(f"done: look at {run / 'report.html'}, and draw what you like: python sample.py \"a red fox\" --model {run}")
 
 

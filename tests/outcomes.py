@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from helpers import load_script, pictures, train_here
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tinyldm.config import check
+from tinyldm.config import change, check
 from tinyldm.data import encoding
 from tinyldm.data.cache import Cache
 from tinyldm.models import layers
@@ -23,6 +24,7 @@ from tinyldm.training import preflight, second_stage
 from tinyldm.training.ema import EMA
 from tinyldm.training.learner import Learner
 from tinyldm.training.log import read
+from tinyldm.training.rehearsal import wants_compile
 from tinyldm.training.track import Tracker
 
 
@@ -50,6 +52,11 @@ def awake(make):
     return made
 
 
+def drawn_when_needed(make, start):
+    """In place of loader.prefetch, which draws batches that are not trained on any more: how many depends on the threads."""
+    return (make(position) for position in count(start))
+
+
 class Watched:
     """What passes between the parts of a run while it goes on: aspect -> list."""
 
@@ -58,6 +65,7 @@ class Watched:
         self.patch = patch
         patch.setattr(os, "fsync", lambda file: None)           # half of the time of such short runs
         patch.setattr(second_stage, "new_network", awake(second_stage.new_network))
+        patch.setattr(train, "prefetch", drawn_when_needed)
         self.after(Denoising, "draw", self.batch)
         self.after(AutoencoderObjective, "draw", lambda batch, *_: self.note(crops=batch.pixels, posterior=batch.noise))
         self.after(Denoising, "losses", lambda losses, objective, turn, networks, batch, progress: self.note(
@@ -66,11 +74,14 @@ class Watched:
         self.after(train, "clip", lambda norm, weights, limit: self.note(limits=limit))
         self.after(Learner, "__init__", self.begin)
         self.after(Learner, "update", self.update)
+        self.after(Learner, "all_reduce", lambda _, learner, turn, dtype: self.seen.update(sums=dtype))
         self.after(encoding, "posterior", lambda _, vae, images, device, dtype: self.note(encoded=len(images), precision=dtype))
         self.after(layers, "checkpoint", lambda *_, **options: self.note(recomputed=1))
         patch.setattr(preflight, "find_backend", lambda kind: None)         # neither package is needed
         patch.setattr(train, "Tracker", lambda kind, *more: self.note(tracked=kind) or Tracker("", *more))
-        patch.setattr(second_stage.torch, "compile", lambda net: self.note(compiled=type(net).__name__) or net)
+        patch.setattr(train, "rehearse", lambda config, context, last: (change(config, compile=wants_compile(config, context.device)), []))
+        patch.setattr(second_stage.torch, "compile", lambda net, **_: self.note(
+            compiled=getattr(net, "__qualname__", type(net).__name__)) or net)
 
     def note(self, **values) -> None:
         for aspect, value in values.items():
@@ -86,7 +97,7 @@ class Watched:
         self.patch.setattr(owner, name, called)
 
     def batch(self, batch, objective, samples, *_) -> None:
-        self.note(samples=samples.samples, x0=batch.x0, eps=batch.eps, t=batch.t, perturbation=batch.mixed - batch.eps, tokens=batch.tokens,
+        self.note(samples=samples.samples, x0=batch.x0, eps=batch.eps, t=batch.t, perturbation=batch.noise - batch.eps, tokens=batch.tokens,
                   captions=samples.tokens)
 
     def begin(self, _, learner, *more) -> None:

@@ -160,7 +160,7 @@ def known_flags(words: tuple[str, ...]) -> set[str]:
 
 SCRIPTS = {"train.py": ("train.py",), "sample.py": ("sample.py",), "prepare.py": ("prepare.py",), "evaluate.py": ("evaluate.py",),
            "tinyldm.export": ("-m", "tinyldm.export"), "tinyldm.reconstruct": ("-m", "tinyldm.reconstruct"),
-           "minimal.py": ("examples/minimal.py",)}
+           "minimal.py": ("examples/minimal.py",), "gpu.py": ("benchmarks/gpu.py",)}
 
 
 def commands(content: str) -> list[tuple[str, list[str]]]:
@@ -183,7 +183,7 @@ def test_every_command_in_the_documents_has_flags_that_its_script_knows():
 
 
 def test_every_flag_that_the_documents_name_belongs_to_a_script():
-    known = set.union(*(known_flags(words) for words in SCRIPTS.values())) | {"--nproc-per-node", "--max-restarts", "--help"}
+    known = set.union(*(known_flags(words) for words in SCRIPTS.values())) | {"--nproc-per-node", "--max-restarts", "--shutdown-timeout", "--help"}
     for path in WRITTEN_HERE:
         named = {flag for span in re.findall(r"`([^`\n]+)`", text(path)) for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", span)}
         assert named <= known, (path.name, named - known)

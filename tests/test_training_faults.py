@@ -139,8 +139,8 @@ def test_pictures_and_validation_may_fail_and_training_goes_on(vae, tmp_path, mo
 
 
 def note_positions(monkeypatch, train) -> list[int]:
-    """-> the positions of the batches that are trained on, in their order. (They are drawn one step ahead, and one that was drawn
-    when the loss diverged is drawn again.)"""
+    """-> the positions of the batches that are trained on, in their order. (They are drawn some steps ahead, and those that were drawn
+    when the loss diverged are drawn again.)"""
     drawn, positions, trained = [], {}, []
     generator, draw, losses = train.generator, Denoising.draw, Denoising.losses
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class Architecture(NamedTuple):
     # How it is trained:
     blocks: tuple[type[nn.Module], ...] = ()    # the repeated blocks, for gradient checkpointing and sharding
     inner: tuple[str, ...] = ()                 # substrings of parameter names: Muon trains the matrices whose names have one
+    compile_options: Mapping[str, Any] = MappingProxyType({})   # of torch.compile
     # For networks that denoise latents:
     fields: Callable[[NetworkShapes], dict] = lambda shapes: {}     # the fields of its config that the other parts determine
     divisor: Callable[[Any], int] = lambda config: 1                # config -> height and width of latents are multiples of this
@@ -74,6 +76,9 @@ NETWORKS: dict[str, Architecture] = {           # keyed by the name on the comma
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels,
                                    context_dim=shapes.text.context, sample_size=shapes.sample_size),
         divisor=lambda config: 2 ** (len(config.widths) - 1), trained_size=lambda config: config.sample_size,
+        # Channels-last convolutions, which Inductor refuses for training graphs with a convolution that halves the channels
+        # (torch/_inductor/graph.py, decide_layout_opt), though bfloat16 convolutions on GPUs want them.
+        compile_options={"force_layout_optimization": True},
         # Its conditions have no mask: StableDiffusionPipeline attends to the padding, so an exported model would lose it.
         pipeline=pipelines.STABLE_DIFFUSION),
     "dit": Architecture(

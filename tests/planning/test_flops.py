@@ -50,6 +50,9 @@ def test_useful_flops_follow_the_networks_they_are_given():
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA GeForce RTX 5090", 209.5), ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA L4", 121),
     ("NVIDIA L40S", 362), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
+    ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA GeForce RTX 5090 D", 50),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
+    ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 50),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", 50), ("NVIDIA A10", 50), ("NVIDIA L40", 50), ("NVIDIA GeForce RTX 3090 Ti", 50)])
 def test_a_gpu_s_peak_is_that_of_its_name_and_of_others_the_flag_s(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -51,8 +51,10 @@ class RunConfig:
     seed: int = fixed(0, "every random choice is a function of (seed, step, position in the batch)")
     device: str = free("auto", "auto, cpu, cuda (or cuda:1, ...), mps")
     dtype: str = free("auto", "autocast: auto (bf16 where the device computes it natively), bf16 (bfloat16), fp32 (float32)")
-    compile: bool | None = free(None, "torch.compile the network (default: on CUDA only)")
+    compile: bool | None = free(None, "torch.compile the network, and the VAE while it encodes (default: on CUDA, for half an hour of work or more)")
     fsdp: bool = free(False, "several GPUs: shard weights, gradients and optimizer state over them too (FSDP2)")
+    reduce_dtype: str = free("fp32", "several GPUs: gradients are sent and summed in fp32, or in bf16: half the bytes, but each sum of "
+                                     "two is rounded to 8 bits (an error of up to 1/256)")
     deterministic: bool = free(False, "use only algorithms that give the same bits every time: on CUDA slower, on CPUs always on")
     log_every: int = free(20, "steps per line of log.jsonl")
     track: str = free("", "repeat the log in tensorboard or wandb (pip install 'tinyldm[tensorboard]' or 'tinyldm[wandb]')")
@@ -251,6 +253,7 @@ SETTINGS: dict[str, Setting] = _settings()                      # by their names
 OTHER_NAMES = {other: name for name, setting in SETTINGS.items() for other in setting.also}
 # Settings whose values have several spellings: functions that return the library's own, with which the code and config.json work.
 SPELLINGS = {"device": device_name, "dtype": dtype_name, "deadline": with_zone,
+             "reduce_dtype": lambda typed: dtype_name(typed, ("fp32", "bf16"), "--reduce-dtype"),
              "optimizer": lambda typed: lookup({"muon": "muon", "adamw": "adamw"}, typed.lower(), "--optimizer")}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyldm.config import Config, PlanConfig, phases
+from tinyldm.config import Config, PlanConfig, change, phases
 from tinyldm.lookup import build_dataclass, lookup
 from tinyldm.model import TEXT_ENCODERS, Model, NetworkShapes, architecture, new_network
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
@@ -27,7 +27,8 @@ from tinyldm.text.encoders import JOINS
 PEAKS = {
     r"\bRTX 5090$": 209.5e12, r"\bRTX 5080$": 112.6e12, r"\bRTX 4090$": 165.2e12, r"\bRTX 4080$": 97.5e12, r"\bRTX 3090$": 71e12,
     r"\bRTX 6000 Ada\b": 364.2e12, r"\bRTX A6000$": 154.8e12, r"\bL4$": 121e12, r"\bL40S$": 362e12, r"\bA100\b": 312e12,
-    r"\bH100 PCIe": 756e12, r"\bH100 NVL": 835e12, r"\bH100\b": 989e12, r"\bG?H200\b": 989e12, r"\bB200\b": 2250e12}
+    r"\bH100 PCIe": 756e12, r"\bH100 NVL": 835e12, r"\bH100\b": 989e12, r"\bG?H200\b": 989e12, r"\bB200\b": 2250e12,
+    r"\bGB200\b": 2500e12, r"\bRTX PRO 6000 Blackwell (?!Max-Q)": 503.8e12}
 
 
 class MetaNetworks(NamedTuple):
@@ -88,6 +89,12 @@ def useful_flops(config: Config, model: Model | None = None) -> int:
             networks = MetaNetworks(*(type(module)(module.config) for module in (model.net, model.text.modules["text"], model.vae)))
     calls = forwards(networks if model else meta_networks(config), config.data.resolution, join=config.text.join)
     return sum(count_flops(calls[part]) * (1 if part == "text" and config.text.weights else 3) for part in ("net", "text"))
+
+
+def on_this_gpu(config: Config, device: torch.device) -> Config:
+    """The config with the plan's GPU replaced by this machine's, if it has one."""
+    peak = peak_flops(config.plan, device)
+    return change(config, gpu_tflops=peak / 1e12) if peak else config
 
 
 def peak_flops(plan: PlanConfig, device: torch.device) -> float | None:

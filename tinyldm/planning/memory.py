@@ -21,7 +21,7 @@ from tinyldm.models.layers import Cond
 RESERVE = 1.5e9        # estimate: CUDA context, workspaces, fragmentation
 # torch.compile's partitioner (torch 2.13) saves this many times what SavedActivations counts: traced for the DiT and the U-Net.
 PARTITIONER = 1.07
-EAGER = 1.6            # estimate: a further factor without torch.compile, where every cast and every norm saves its own tensors
+EAGER = 1.6            # estimate: a further factor for networks that are not compiled: every cast and norm saves its own tensors
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -127,8 +127,9 @@ def count_saved(forward: Callable[[], object], dtype: torch.dtype = torch.bfloat
     return activations, sum(copy.untyped_storage().nbytes() for copy in copies)
 
 
-def activations(config: Config, *calls: tuple[nn.Module, Callable[[], object]]) -> tuple[float, int]:
-    """Memory of training networks on one picture: (bytes of activations, an estimate; bytes of the casts of weights).
+def saved_bytes(config: Config, *calls: tuple[nn.Module, Callable[[], object]]) -> tuple[list[float], int]:
+    """What training networks on one picture saves for the backward pass: (bytes of activations of each network under torch.compile,
+    an estimate; bytes of the casts of weights).
 
     calls: (network, a function that runs its forward pass on one picture)"""
     dtype = torch.float32 if config.run.dtype == "fp32" else torch.bfloat16
@@ -136,8 +137,8 @@ def activations(config: Config, *calls: tuple[nn.Module, Callable[[], object]]) 
     for net, call in calls:
         checkpointed = config.network.grad_checkpointing and hasattr(net, "grad_checkpointing")
         counts.append(count_saved(call, dtype, repeated_blocks(net) if checkpointed else ()))
-    saved, casts = (sum(column) for column in zip(*counts))
-    return saved * PARTITIONER * (EAGER if config.run.compile is False else 1), casts
+    saved, casts = zip(*counts)
+    return [count * PARTITIONER for count in saved], sum(casts)
 
 
 def memory(config: Config, trained: Mapping[str, nn.Module], frozen: int, saved: float, casts: int) -> dict[str, float]:

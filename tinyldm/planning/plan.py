@@ -10,15 +10,21 @@ import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from tinyldm.config import Config, change, phases
 from tinyldm.durations import parse_date, parse_duration
+from tinyldm.models.tiling import AT_ONCE
 from tinyldm.planning.flops import MetaNetworks, count_flops, forwards, meta_networks, size
-from tinyldm.planning.memory import activations, memory
+from tinyldm.planning.memory import EAGER, RESERVE, memory, saved_bytes
+from tinyldm.planning.peak import peak_bytes
 
-ENCODE_UTILISATION = 0.4    # estimate: fraction of the GPU's peak that the VAE's encoder reaches
+# Estimates of the fraction of the GPU's peak that the VAE's encoder reaches: compiled (norms fused, channels last), and not.
+ENCODE_UTILISATION = {True: 0.45, False: 0.36}
 OVERHEAD = 0.04             # estimate: fraction of the running time for sample grids, validation, checkpoints and restarts
+WORTH_COMPILING = 0.5       # hours of work on a GPU: compiling takes some minutes, and saves perhaps a fifth of the rest (estimates)
+GRID = 16                   # pictures in a sample grid: about 8 prompts, two of each
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,13 @@ class PlannedPhase:
     trained: dict[str, nn.Module]
     frozen: int                     # number of parameters of frozen networks on the GPU
     flops: dict[str, int]           # per image, by part: three times those of the forward pass where the part is trained
-    activations: float              # bytes per image, an estimate
+    saved: dict[str, float]         # bytes of activations per image under torch.compile, by trained part, an estimate
     casts: int                      # bytes of the casts of weights
+    peaks: dict[str, int]           # bytes per image of forward passes without gradients, by part
     cache_bytes: int = 0            # bytes per picture on disk; 0: the first stage, which has no cache
     steps: int = 0
     encoding: float = 0.0           # hours of encoding the latents, a projection
+    compiled: bool = False          # whether the network and the VAE's encoder are compiled
 
     @property
     def useful(self) -> int:
@@ -54,13 +62,29 @@ class PlannedPhase:
     def hours(self) -> float:
         return self.steps * self.batch / self.rate / 3600
 
+    @property
+    def activations(self) -> float:
+        """Bytes of activations per image, an estimate. Of all networks only `net` may be compiled."""
+        return sum(count * (1 if part == "net" and self.compiled else EAGER) for part, count in self.saved.items())
+
     def memory(self, micro: int | None = None) -> dict[str, float]:
-        """Bytes on the GPU, by kind."""
-        return memory(self.config, self.trained, self.frozen, self.activations * (micro or self.micro), self.casts)
+        """Bytes on the GPU while training, by kind."""
+        return memory(self.config, self.trained, self.frozen, self.activations * (self.micro if micro is None else micro), self.casts)
 
     def memory_gb(self, micro: int | None = None) -> float:
-        """Total memory on the GPU in GB."""
+        """Total memory on the GPU in GB while training."""
         return sum(self.memory(micro).values()) / 1e9
+
+    def encoding_gb(self, vae: nn.Module) -> float:
+        """Memory in GB while latents are made, --encode-batch-size pictures at once, an estimate."""
+        return (4 * size(vae) + self.config.data.encode_batch_size * self.peaks["encode"] + RESERVE) / 1e9
+
+    def grid_gb(self) -> float:
+        """Memory in GB while a sample grid is drawn, an estimate: what training keeps between two steps, and the larger one of the
+        network's memory (guidance doubles the pictures) and the decoder's."""
+        kept = sum(size for kind, size in self.memory(0).items() if not kind.startswith(("gradients", "their casts")))
+        decoded = max(1, min(GRID, AT_ONCE // self.config.data.resolution**2))
+        return (kept + max(2 * GRID * self.peaks["net"], decoded * self.peaks["decode"])) / 1e9
 
 
 class Plan(NamedTuple):
@@ -83,16 +107,33 @@ def make_plan(config: Config, must_fit: bool = True) -> Plan:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
     networks, parts, budget = meta_networks(config), phases(config), budget_hours(config)
     first = [] if config.autoencoder.weights else [plan_vae_phase(parts[0], networks)]
-    planned = [*first, *(plan_network_phase(part, networks) for part in parts)]
-    if must_fit:
-        for index, phase in enumerate(planned, -len(first)):
-            check_fit(config, phase, index)
+    planned = [plan_network_phase(part, networks) for part in parts]
     pictures = config.data.scenes if config.data.sources == ["toyworld"] else config.plan.pictures
-    if not config.data.cache:
-        speed = ENCODE_UTILISATION * config.plan.gpu_tflops * 1e12 * 3600                              # FLOPs per hour
-        planned = [replace(s, encoding=pictures * s.flops["encode"] / speed) if s.cache_bytes else s for s in planned]
-    left = budget * (1 - OVERHEAD) - sum(s.encoding + s.hours for s in planned)      # only the first stage's steps are set yet
-    return Plan(config, networks, [*first, *share_out(config, planned[len(first):], left)], pictures, budget)
+    on_first = sum(s.hours for s in first)                                           # only the first stage's steps are set yet
+    shared = lambda compiled: share_out(config, [replace(s, compiled=compiled, encoding=encoding_hours(s, pictures, compiled))
+                                                 for s in planned], budget * (1 - OVERHEAD) - on_first)
+    plan = Plan(config, networks, [*first, *shared(False)], pictures, budget)
+    if compiles(config, plan.hours):
+        plan = plan._replace(phases=[*first, *shared(True)])
+    if must_fit:
+        for index, phase in enumerate(plan.phases, -len(first)):
+            check_fit(config, phase, index)
+    return plan
+
+
+def compiles(config: Config, hours: float, device: str = "cuda") -> bool:
+    """Whether a run of so many hours compiles its network and the VAE's encoder: as --compile says, else on GPUs where it pays back.
+    A sharded network is not compiled unless --compile is given. device: a torch.device's type."""
+    if config.run.compile is not None:
+        return config.run.compile
+    return device == "cuda" and not config.run.fsdp and hours >= WORTH_COMPILING
+
+
+def encoding_hours(phase: PlannedPhase, pictures: int, compiled: bool) -> float:
+    """Hours of encoding the latents of all pictures, a projection; 0 with --cache."""
+    if phase.config.data.cache:
+        return 0.0
+    return pictures * phase.flops["encode"] / (ENCODE_UTILISATION[compiled] * phase.config.plan.gpu_tflops * 1e12 * 3600)
 
 
 def budget_hours(config: Config) -> float:
@@ -106,9 +147,10 @@ def budget_hours(config: Config) -> float:
 
 
 def share_out(config: Config, planned: list[PlannedPhase], hours: float) -> list[PlannedPhase]:
-    """The same phases with their numbers of steps: each phase's fraction of the hours, or of --max-steps where that is set."""
+    """The same phases with their numbers of steps: each phase's fraction of the hours that their encoding leaves, or of --max-steps
+    where that is set."""
     weights, done, result = config.data.phases or {str(config.data.resolution): 1.0}, 0.0, []
-    total = config.optimisation.max_steps
+    total, hours = config.optimisation.max_steps, hours - sum(phase.encoding for phase in planned)
     for phase, weight in zip(planned, weights.values()):
         begin, done = done, done + weight / sum(weights.values())
         steps = (round(total * done) - round(total * begin) if total
@@ -123,8 +165,9 @@ def plan_vae_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
     side, batch = min(settings.crop or config.data.resolution, config.data.resolution), settings.batch_size
     calls = {part: call for part, call in forwards(networks, side).items() if part in ("encode", "decode")}
     flops = {part: 3 * count_flops(call) for part, call in calls.items()}
-    saved, casts = activations(config, *((vae, call) for call in calls.values()))
-    return PlannedPhase(f"VAE, {side} px", config, batch, batch, {"vae": vae}, 0, flops, saved, casts, steps=settings.steps)
+    saved, casts = saved_bytes(config, *((vae, call) for call in calls.values()))
+    return PlannedPhase(f"VAE, {side} px", config, batch, batch, {"vae": vae}, 0, flops, dict(zip(calls, saved)), casts, {},
+                        steps=settings.steps)
 
 
 def plan_network_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
@@ -132,11 +175,13 @@ def plan_network_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
     (net, text, vae), side, calls = networks, config.data.resolution, forwards(networks, config.data.resolution, join=config.text.join)
     trained = {"net": net} if config.text.weights else {"net": net, "text": text}
     flops = {part: (3 if part in trained else 1) * count_flops(call) for part, call in calls.items()}
-    saved, casts = activations(config, *((module, calls[part]) for part, module in trained.items()))
+    saved, casts = saved_bytes(config, *((module, calls[part]) for part, module in trained.items()))
+    dtype = torch.float32 if config.run.dtype == "fp32" else torch.bfloat16
     latent = vae.config.latent_channels * (side // vae.config.downscale) ** 2
     batch = config.optimisation.batch_size
     return PlannedPhase(f"{side} px", config, batch, -(-batch // config.optimisation.grad_accum), trained,
-                   size(*networks) - size(*trained.values()), flops, saved, casts,
+                   size(*networks) - size(*trained.values()), flops, dict(zip(trained, saved)), casts,
+                   {part: peak_bytes(call, dtype) for part, call in calls.items()},
                    cache_bytes=2 * (latent + text.config.context_length))                   # latents in fp16, token ids of 16 bits
 
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from tinyldm.config import Config
 from tinyldm.device import pick_device
 from tinyldm.durations import parse_duration, show_duration
-from tinyldm.planning.flops import size
-from tinyldm.planning.plan import ENCODE_UTILISATION, OVERHEAD, Plan, PlannedPhase, make_plan
+from tinyldm.planning.flops import on_this_gpu, size
+from tinyldm.planning.plan import ENCODE_UTILISATION, GRID, OVERHEAD, Plan, PlannedPhase, make_plan
+from tinyldm.planning.step import step_seconds
 
 
 def render(plan: Plan) -> str:
@@ -32,15 +33,21 @@ def render(plan: Plan) -> str:
     for kind in planned[0].memory():
         row(kind, lambda s: f"{s.memory()[kind] / 1e9:.3f}")
     row("all", lambda s: f"{s.memory_gb():.3f}")
-    lines += ["", f"time (projection: {config.plan.utilisation:.0%} of {config.plan.gpu_tflops:g} TFLOP/s)"]
+    row(f"encoding, {config.data.encode_batch_size} pictures at once (estimate)", lambda s: f"{s.encoding_gb(networks.vae):.3f}", diffusion=True)
+    row(f"sample grid, {GRID} pictures (estimate)", lambda s: f"{s.grid_gb():.3f}", diffusion=True)
+    compiled = "compiled" if planned[-1].compiled else "not compiled"
+    lines += ["", f"time (projection: {config.plan.utilisation:.0%} of {config.plan.gpu_tflops:g} TFLOP/s; the network is {compiled})"]
     row("images per second", lambda s: f"{s.rate:,.0f}")
     row("steps", lambda s: f"{s.steps:,}")
     row("images", lambda s: f"{s.steps * s.batch:,}")
+    row("seconds per step", lambda s: f"{s.batch / s.rate:.4g}")
+    for part in step_seconds(planned[-1]):
+        row(f"  of them {part} (estimate)", lambda s: f"{step_seconds(s)[part]:.2g}", diffusion=True)
     row("time", lambda s: show_duration(3600 * s.hours))
     if pictures:
         row(f"epochs over {pictures:,} pictures", lambda s: f"{s.steps * s.batch / pictures:,.1f}", diffusion=True)
         row("GB on disk (latents in fp16, token ids)", lambda s: f"{pictures * s.cache_bytes / 1e9:,.3g}", diffusion=True)
-        row(f"time to encode them (at {ENCODE_UTILISATION:.0%})", lambda s: show_duration(3600 * s.encoding), diffusion=True)
+        row(f"time to encode them (at {ENCODE_UTILISATION[planned[-1].compiled]:.0%})", lambda s: show_duration(3600 * s.encoding), diffusion=True)
     return "\n".join([*lines, *render_hours(plan)])
 
 
@@ -77,16 +84,18 @@ class Measured(NamedTuple):
 
 
 def compare(config: Config, measured: Measured, whole: Config | None = None, after: int = 200) -> str:
-    """A table that compares measurements with the plan, whose times are projections for --gpu-tflops at --utilisation.
+    """A table that compares measurements with the plan, whose times are projections for this machine's GPU at --utilisation, or for
+    --gpu-tflops where it has none or an unknown one.
 
     config   settings of the phase that was measured
     whole    settings of the run, where it has several phases: `steps in all` and `finish` are the whole run's
     after    number of steps that were measured
 
     A number that is not known is shown as "-"; this never raises an error."""
-    plan, phase = None, None
+    plan, phase, device = None, None, pick_device(config.run.device)
+    config = on_this_gpu(config, device)
     try:
-        plan = make_plan(whole or config, must_fit=False)
+        plan = make_plan(on_this_gpu(whole or config, device), must_fit=False)
         phase = next((s for s in plan.phases if s.cache_bytes and s.config.data.resolution == config.data.resolution), None)
     except ValueError:                                         # the deadline has passed, or the VAE has another downscale
         pass
@@ -101,9 +110,9 @@ def compare(config: Config, measured: Measured, whole: Config | None = None, aft
             ("finish", "", plan and planned_finish(plan), measured.finish)]
     lines = [f"{f'after {after} steps':20}{'plan':>20}{'measured':>20}"]
     lines += [f"  {label:18}{show(planned, form):>20}{show(found, form):>20}" for label, form, planned, found in rows]
-    device = pick_device(config.run.device).type
-    if device != "cuda":
-        lines.append(f"  (the plan is for a GPU of {config.plan.gpu_tflops:g} TFLOP/s, this is {'a CPU' if device == 'cpu' else device})")
+    if device.type != "cuda":
+        this = "a CPU" if device.type == "cpu" else device.type
+        lines.append(f"  (the plan is for a GPU of {config.plan.gpu_tflops:g} TFLOP/s, this is {this})")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tinyldm.data import toyworld
 from tinyldm.data.cache import Cache, write_tokens
 from tinyldm.data.loader import Loader
 from tinyldm.data.sources import parse_sources
-from tinyldm.device import autocast
+from tinyldm.device import DTYPES, autocast
 from tinyldm.folders.load import load_text, load_tokenizer
 from tinyldm.lookup import build_dataclass, lookup
 from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, new_network
@@ -44,15 +44,21 @@ class LatentStage(Stage):
 
     name, stream, reported = "step", Stream.NOISE, True
 
-    def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None):
-        """last: the checkpoint to continue from."""
-        torch.manual_seed(config.run.seed + 1)
-        self.config, self.context, self.caches = config, context, caches
+    def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None,
+                 micro_batches: list[int] | None = None):
+        """last: the checkpoint to continue from. micro_batches: per phase, at least this number of them (see rehearsal.py)."""
+        self.caches, self.micro_batches = caches, micro_batches
         self.cache_digests = [cache.digest for cache in caches]
+        self.build(config, context, vae, caches[0].all_captions(), last)
+
+    def build(self, config: Config, context: RunContext, vae: nn.Module, captions: Iterable[str], last: Path | None) -> None:
+        """All networks, on the device, and the objective. captions: a new tokenizer is trained on them."""
+        torch.manual_seed(config.run.seed + 1)
+        self.config, self.context = config, context
         self.settings, self.phases, self.world, self.title = config.optimisation, phases(config), context.world, config.network.name
         sizes = [float(fraction) for fraction in config.data.phases.values()] or [1.0]
         self.fractions = [size / sum(sizes) for size in sizes]
-        text = build_text_encoders(config, caches[0].all_captions(), last)
+        text = build_text_encoders(config, captions, last)
         self.model = at_phase(build_model(config, vae, text), self.phases[0])
         for part in self.model.modules.values():
             part.to(context.device)
@@ -63,24 +69,32 @@ class LatentStage(Stage):
         net, plain = self.model.net, None
         if config.run.fsdp:                             # a sharded state_dict would be gathered while training goes on
             plain = copy.deepcopy(net).to("meta")
-            shard(net, self.world)
+            with autocast(context.device, config.run.dtype):
+                shard(net, self.world, DTYPES[config.run.reduce_dtype])
         parts = trained_parts(config, self.model)
         self.trained = TrainedModel(lambda: self.model, parts, context.folder / "vae", plain)
         self.objective = lookup(OBJECTIVES, config.objective.name, "objective")(config, self.model, parts)
         for network in self.objective.networks.values():
             network.to(context.device)
 
+    def networks(self, index: int) -> dict[str, Any]:
+        """Begin a phase -> what to call in it, by part name: for the network its compiled handle, where --compile says so."""
+        config = self.phases[index]
+        self.model = at_phase(self.model, config)
+        self.objective.begin_phase(config, self.model)
+        compiled = {"net": compile_network(self.model.net, config)} if config.run.compile else {}
+        return self.model.modules | dict(self.objective.networks) | compiled
+
+    def count(self, index: int) -> int:
+        """The number of micro-batches per step and process with which a phase begins."""
+        world, known = self.world, self.micro_batches[index] if self.micro_batches else 1
+        return min(max(known, -(-self.phases[index].optimisation.grad_accum // world.size)), self.settings.batch_size // world.size)
+
     def begin_phase(self, index: int) -> Phase:
         config, device, objective = self.phases[index], self.context.device, self.objective
-        self.model = at_phase(self.model, config)
-        objective.begin_phase(config, self.model)
-        loader = make_loader(config, self.caches[index], self.model.text.tokenizers, device, self.world)
+        networks, count = self.networks(index), self.count(index)
+        loader = make_loader(config, self.caches[index], self.model.text.tokenizers, self.world)
         most = self.settings.batch_size // self.world.size
-        count = min(-(-config.optimisation.grad_accum // self.world.size), most)
-        networks: dict[str, Any] = self.model.modules | dict(objective.networks)
-        if config.run.compile if config.run.compile is not None else device.type == "cuda" and not config.run.fsdp:
-            torch.compiler.reset()              # otherwise torch.compile switches to dynamic shapes at the second picture size
-            networks["net"] = torch.compile(self.model.net)
 
         def losses(micro: Any, progress: float) -> torch.Tensor:
             with autocast(device, config.run.dtype):
@@ -88,7 +102,7 @@ class LatentStage(Stage):
 
         held_out = held_out_batch(loader, objective, config.run.seed)
         validation = held_out and Validation(held_out, -(-most // count), device, losses, objective.to_device)
-        return Phase(config, loader.run, loader.part, networks, count, validation)
+        return Phase(config, loader.batch, loader.part, networks, count, validation)
 
     def state(self) -> dict[str, Any]:
         return {"data": self.cache_digests}
@@ -116,6 +130,15 @@ class LatentStage(Stage):
 
 
 # ---------------------------------------------------------------- the model
+
+
+def compile_network(net: nn.Module, config: Config) -> Callable[..., torch.Tensor]:
+    """A compiled handle of the network, which shares its parameters."""
+    torch.compiler.reset()              # otherwise torch.compile switches to dynamic shapes at the second picture size
+    # Micro-batches of two sizes get a static graph each. With --mask-padding (captions are cut to the longest one) and with --buckets
+    # there may be more shapes than torch.compile keeps graphs, so it may switch to dynamic ones.
+    dynamic = None if config.objective.mask_padding or config.data.buckets else False
+    return torch.compile(net, dynamic=dynamic, options=dict(architecture(net).compile_options) or None)
 
 
 def build_text_encoders(config: Config, captions: Iterable[str], last: Path | None) -> TextEncoders:
@@ -170,7 +193,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
 # ---------------------------------------------------------------- the data
 
 
-def make_loader(config: Config, data: Cache, tokenizers: list[Tokenizer], device: torch.device, world: World) -> Loader:
+def make_loader(config: Config, data: Cache, tokenizers: list[Tokenizer], world: World) -> Loader:
     """A loader of this process's part of every batch, with sources and captions mixed as --data and --caption-key say."""
     own_tokens = Path(config.run.out) / f"tokens-{config.data.resolution}" if config.data.cache else None
     missing = [tokenizer for tokenizer in tokenizers if not has_tokens(data, tokenizer)]
@@ -182,7 +205,7 @@ def make_loader(config: Config, data: Cache, tokenizers: list[Tokenizer], device
     weights = [source.weight for source in parse_sources(config.data.sources)]
     loader = Loader(data, [tokenizer.fingerprint for tokenizer in tokenizers], batch_size=config.optimisation.batch_size,
                     seed=config.run.seed, rank=world.rank, world=world.size,
-                    weights=weights if len(weights) > 1 and weights[0] else None, pin=device.type == "cuda",
+                    weights=weights if len(weights) > 1 and weights[0] else None,
                     hold_out=config.run.val_samples, caption_weights=tuple(split_weights(config.data.caption_key).values()) or (1.0,))
     for size, count in loader.order.never_drawn:
         print(f"{count:,} pictures of latent size {size} are never drawn: fewer than one batch of {config.optimisation.batch_size}")

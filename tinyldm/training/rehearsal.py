@@ -1,0 +1,140 @@
+"""One step of everything that a run does on its GPU, on random numbers, before hours are spent on encoding pictures.
+
+What fails here costs a minute: a compiler that is missing or that gives up, or memory that does not suffice. Compiled kernels stay in
+torch's cache on the disk, so that compiling them again for the training takes less time.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from tinyldm.config import Config, change
+from tinyldm.data.encoding import CompiledVAE, encode
+from tinyldm.data.loader import Batch
+from tinyldm.device import autocast, in_parts, out_of_memory
+from tinyldm.folders.load import load_vae
+from tinyldm.objectives import Turn
+from tinyldm.pipeline import decode
+from tinyldm.planning.flops import on_this_gpu
+from tinyldm.planning.plan import compiles, make_plan
+from tinyldm.training.context import RunContext
+from tinyldm.training.distributed import World, clip
+from tinyldm.training.learner import Learner
+from tinyldm.training.micro_batches import MicroBatches
+from tinyldm.training.second_stage import LatentStage
+
+
+class Rehearsed(NamedTuple):
+    config: Config              # run.compile is True or False in it
+    micro_batches: list[int]    # per phase and process: as many as the memory needs, at least as many as the config asks for
+
+
+def rehearse(config: Config, context: RunContext, last: Path | None) -> Rehearsed:
+    """Decide whether the run compiles, and try every phase. last: the checkpoint to continue from.
+
+    Where torch.compile fails and the same step works without it, the run goes on without it. ValueError where that happens although
+    --compile was given, and where a single picture does not fit into memory. On CPUs and MPS only --compile is tried."""
+    typed, device = config.run.compile, context.device
+    config = change(config, compile=wants_compile(config, device))
+    if device.type != "cuda" and not config.run.compile:
+        return Rehearsed(config, [])
+    vae, broken = load_vae(context.folder / "vae", device), False
+    try:
+        counts = try_phases(config, context, vae, last)
+    except Exception as error:
+        if not config.run.compile or isinstance(error, ValueError) or out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        config, broken = change(config, compile=False), True
+    if broken:
+        forget(device)                                          # outside of `except`, whose traceback keeps the networks alive
+        counts = try_phases(config, context, vae, last)         # raises what is not the compiler's fault
+        if typed:
+            raise ValueError(f"--compile: torch.compile fails on this machine ({reason}): leave the flag out, or install what is missing")
+        print(f"torch.compile fails on this machine ({reason}): the run goes on without it, more slowly")
+    forget(device)
+    broken_anywhere, *counts = map(int, context.world.all_reduce_max(broken, *counts))
+    return Rehearsed(change(config, compile=False) if broken_anywhere else config, counts)
+
+
+def wants_compile(config: Config, device: torch.device) -> bool:
+    """Whether to compile, by the run's hours on this GPU."""
+    hours = 0.0
+    if compiles(config, hours, device.type) != compiles(config, math.inf, device.type):        # then they matter
+        try:
+            hours = make_plan(on_this_gpu(config, device), must_fit=False).hours
+        except ValueError:                                      # the deadline has passed: the run is about to end
+            pass
+    return compiles(config, hours, device.type)
+
+
+def forget(device: torch.device) -> None:
+    """Free compiled graphs and the memory of networks that nothing refers to any more."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def try_phases(config: Config, context: RunContext, vae: nn.Module, last: Path | None) -> list[int]:
+    """-> the number of micro-batches of each phase that fits into memory."""
+    stage = RehearsalStage(config, context, vae, last)
+    # Each process tries by itself, because one may be out of memory where the others are not; a sharded network needs all of them.
+    world = stage.world if config.run.fsdp else World()
+    learner = Learner(stage.trained, stage.objective, stage.settings, world, context.device)
+    return [stage.try_phase(index, learner) for index in range(len(stage.phases))]
+
+
+class RehearsalStage(LatentStage):
+    """The second stage without data."""
+
+    def __init__(self, config: Config, context: RunContext, vae: nn.Module, last: Path | None):
+        self.micro_batches = None
+        self.build(config, context, vae, ["a picture"], last)
+
+    def try_phase(self, index: int, learner: Learner) -> int:
+        """One micro-batch of every turn, one update, one batch to encode, one picture to decode."""
+        config, device, vae = self.phases[index], self.context.device, self.model.vae
+        networks, most = self.networks(index), self.settings.batch_size // self.world.size
+
+        def start_over(count: int) -> None:
+            learner.drop_gradients()
+            forget(device)
+
+        sizes = MicroBatches(self.count(index), most, f"a picture of {config.data.resolution} px", start_over, retry=not config.run.fsdp)
+        for turn in self.objective.turns:
+            for attempt in sizes.attempts():
+                with attempt:
+                    self.try_micro_batch(turn, networks, config, -(-most // attempt.count), learner)
+        images = np.zeros((config.data.encode_batch_size, config.data.resolution, config.data.resolution, 3), np.uint8)
+        if not config.data.cache:
+            encoder = CompiledVAE(vae, SimpleNamespace(count=len(images))) if config.run.compile else vae
+            [*in_parts(lambda part: encode(encoder, part, device, config.run.dtype, config.data.flip), images, len(images))]
+        with torch.no_grad(), autocast(device, config.run.dtype):
+            decode(vae, self.latents(1, config).to(device))
+        return sizes.count
+
+    def try_micro_batch(self, turn: Turn, networks: dict, config: Config, size: int, learner: Learner) -> None:
+        """Forward and backward pass of a micro-batch of random latents, then an update."""
+        tokens = self.model.text.tokenize([f"picture {i}" for i in range(size)])
+        samples = Batch(np.arange(size), self.latents(size, config), tokens)
+        batch = self.objective.draw(samples, torch.Generator().manual_seed(0), size, slice(0, size))
+        batch = self.objective.to_device(batch, self.context.device)
+        with autocast(self.context.device, config.run.dtype):
+            losses = self.objective.losses(turn, networks, batch, 0.0)
+        losses.mean().backward()
+        learner.meters[turn.name].add(losses, 1 / size)
+        learner.update(turn, clip(learner.weights(turn), self.settings.grad_clip), 1.0, measure=True)
+
+    def latents(self, count: int, config: Config) -> torch.Tensor:
+        vae = self.model.vae.config
+        side = config.data.resolution // vae.downscale
+        return torch.randn(count, vae.latent_channels, side, side)
