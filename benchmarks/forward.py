@@ -3,8 +3,9 @@
     python benchmarks/forward.py [--scale full|small] [--rounds 7]
 
 U-Net: 32x32 latents, batch 2; VAE: decoding to 256x256; text: CLIP ViT-L/14's, 8 captions of 77 tokens. Each is timed with
-torch's default attention, which sample.py uses, and with attention as plain matrix products, which train.py uses on a CPU. The
-switch is torch's own, so it also applies to the peer. The two take turns; medians.
+torch's default attention, which sample.py uses, and without flash attention, which on a CPU means plain matrix products, as train.py
+uses them there, and on a GPU another fused kernel. The switch is torch's own, so it also applies to the peer. The two take turns;
+medians.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device()
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {args.scale} size, ms\n")
-    print("| forward | default attention: tinyldm | peer | ratio | plain attention: tinyldm | peer | ratio |")
+    print("| forward | default attention: tinyldm | peer | ratio | no flash attention: tinyldm | peer | ratio |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for name, config in (FULL if args.scale == "full" else SMALL).items():
         for dtype in TOLERANCE:

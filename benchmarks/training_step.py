@@ -66,7 +66,8 @@ def main() -> None:
         torch.backends.cuda.enable_flash_sdp(True)
         if not fused:
             prefer_plain_attention()
-        print(f"attention: {'torch default (fused)' if fused else 'plain products (what train.py does on a CPU)'}")
+        without = "plain products (what train.py does on a CPU)" if device.type == "cpu" else "another fused kernel (flash attention off)"
+        print(f"attention: {'torch default (fused)' if fused else without}")
         for name, (our_module, our_forward, their_module, their_forward) in pairs(args.batch_size, device).items():
             times = [(step(our_module, our_forward, device), step(their_module, their_forward, device))
                      for _ in range(args.rounds)]
