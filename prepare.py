@@ -70,12 +70,12 @@ def decode_check(config: Config, vae: AutoencoderKL, device: torch.device, count
     """Write a sheet of pictures, each above its reconstruction from the mean of the posterior, and print the PSNR."""
     images = np.stack([item.image for item in some_pictures(config, count, signals.check)[0]])
 
-    def through_vae(batch: np.ndarray) -> np.ndarray:
+    def reconstruct(batch: np.ndarray) -> np.ndarray:
         signals.check()
         return to_bytes(decode(vae, vae.to_latents(posterior(vae, batch, device, config.run.dtype).mean)))
 
     with torch.no_grad():
-        decoded = np.concatenate([*in_parts(through_vae, images, config.data.encode_batch_size)])
+        decoded = np.concatenate([*in_parts(reconstruct, images, config.data.encode_batch_size)])
     decibels = psnr(decoded, images)
     rows = [part for start in range(0, len(images), 8) for part in (images[start : start + 8], decoded[start : start + 8])]
     width = min(8, len(images))

@@ -22,7 +22,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyldm.cli import allow_growing_segments, best_effort, guard, outlive_terminal
+from tinyldm.cli import allow_expandable_segments, best_effort, guard, outlive_terminal
 from tinyldm.config import Config, flatten, parse
 
 FLAGS = {"--dry-run": dict(action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")}
@@ -30,14 +30,14 @@ STARTED = time.monotonic()                                   # running time coun
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
     CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS)
-    allow_growing_segments()
+    allow_expandable_segments()
 
 import torch
 
 from tinyldm.data.loader import prefetch
 from tinyldm.device import autocast, deterministic, fast_convolutions, memory_gb, pick_device, pin, prefer_plain_attention
 from tinyldm.files import write_file
-from tinyldm.objectives import Turn, each_tensor, split, turns_at
+from tinyldm.objectives import Turn, map_tensors, split, turns_at
 from tinyldm.planning.show import Measured, compare, print_plan
 from tinyldm.random_streams import generator
 from tinyldm.training import checkpoint
@@ -75,7 +75,7 @@ class Trainer:
         self.stage, self.context, config = stage, context, stage.config
         self.learner = Learner(stage.trained, stage.objective, stage.settings, stage.world, context.device, stage.average)
         state = self.learner.load(last) if last else {}
-        self.learner.make_equal()
+        self.learner.broadcast_state()
         if last:
             stage.check_resume(state)
         # In state.json the phase is called stage_number, and the number of skipped batches window.
@@ -124,13 +124,15 @@ class Trainer:
         micro_batches = self.cut_batches(phase)
         timing.timer.restart()
 
-        def draw(position: int) -> NamedTuple:                  # runs in a thread, some steps ahead
+        def draw(position: int) -> NamedTuple:                  # for a GPU it runs in a thread, some steps ahead
             samples = phase.samples(position)                   # this process's part of the global batch at this position
             random = generator(stage.stream, run.seed, position)
             batch = objective.draw(samples, random, batch_size, phase.part)             # noise, times, dropped captions
-            return each_tensor(batch, pin) if device.type == "cuda" else batch
+            return map_tensors(batch, pin) if device.type == "cuda" else batch
 
-        with closing(prefetch(draw, self.position)) as batches:
+        # On a CPU all cores compute: the threads of torch's operations there and in another thread would wait for each other.
+        depth = 0 if device.type == "cpu" else 4
+        with closing(prefetch(draw, self.position, depth=depth)) as batches:
             upcoming = objective.to_device(next(batches), device)
             while not (timing.done(self.step) or timing.phase_over(self.step, self.phase_index)):
                 batch, upcoming = upcoming, None
@@ -180,7 +182,7 @@ class Trainer:
             self.learner.drop_gradients()
             if self.context.device.type == "cuda":
                 torch.cuda.empty_cache()
-                torch.compiler.reset()                          # otherwise torch.compile switches to dynamic shapes
+                torch.compiler.reset()                          # forgets the graphs of larger micro-batches: it keeps only a few
             text = f"out of memory: micro-batch {-(-most // count)}, accumulation {count * world.size}"
             print(f"\n{text}", flush=True)
             self.note("memory", self.step + 1, text)

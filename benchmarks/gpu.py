@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py                              a page in benchmarks/results
     python benchmarks/gpu.py --minutes 20                 the parts that eight minutes leave no time for, too
-    python benchmarks/gpu.py --only "memory" "sampling"   some of the parts
+    python benchmarks/gpu.py --only memory sampling       some of the parts
     python benchmarks/gpu.py --device cpu --scale tiny    without a GPU: that the command works, not how fast it is
 
 Each part runs in a process of its own and cannot hurt the others. The page is written again after each of them, and ends with a
-verdict per line. PARTS below says what they are; `--list` prints it.
+verdict per line. --list prints the parts.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ TIMES_ON_A_CPU = 10         # a part may take this many times longer there: the 
 PARTS = [
     Part("machine", "hardware, driver and versions, kernels for this GPU, the rate of large products", "gpu_parts.machine:machine", 60),
     Part("networks", "random networks and latents for the other parts", "gpu_parts.materials:materials", 60),
-    Part("learning", "two minutes of training, and what the model then draws", "gpu_parts.learning:learning", 180, False),
-    Part("numbers", "bf16 and fp32, compiled and eager, fused and plain AdamW, pinned copies", "gpu_parts.numbers:numbers", 150, False),
+    Part("learning", "two minutes of training, and what the model then draws", "gpu_parts.learning:learning", 240, False),
+    Part("numbers", "bf16 and fp32, compiled and eager, fused and plain AdamW, pinned copies", "gpu_parts.numbers:numbers", 240, False),
     Part("resume", "--deterministic, kill -9 and resume: the same bytes as an undisturbed run", "gpu_parts.runs:resume", 90, False),
     Part("signal", "SIGTERM while a checkpoint is written", "gpu_parts.runs:stop", 90, False),
     Part("memory", "the GPU's memory runs out: smaller micro-batches, the same losses", "gpu_parts.memory:memory", 90, False),
-    Part("processes", "NCCL with one process; torchrun, and its restart after a kill -9", "gpu_parts.runs:processes", 120, False),
+    Part("processes", "NCCL with one process; torchrun, and its restart after a kill -9", "gpu_parts.runs:processes", 180, False),
     Part("5090_week", "the training step: time, MFU, memory, waits, profile, checkpoint, grid", "gpu_parts.steps:dit", 240),
     Part("5090_week_unet", "the training step of the U-Net", "gpu_parts.steps:unet", 240),
     Part("encoding", "pictures to latents and back", "gpu_parts.drawing:encoding", 80),
@@ -85,7 +85,7 @@ class Run:
         allowed = min(allowed, left)
         print(f"{part.name}: {part.shows}", flush=True)
         results, log = self.job.folder(f"{part.name}.jsonl"), self.job.folder(f"{part.name}.log")
-        ended = start(part, job_file, results, log, allowed)
+        ended = run_part(part, job_file, results, log, allowed)
         items = read_results(results)
         if ended and not any(isinstance(item, Finding) and item.name == WHOLE for item in items):
             items.append(Finding(WHOLE, verdict=FAILED, note=f"{ended}: {last_line(log)}"))
@@ -112,13 +112,13 @@ class Run:
                 print(f"  {item.verdict:8} {item.name}: {item.measured} (expected {item.expected}) {item.note}", flush=True)
 
 
-def start(part: Part, job_file: Path, results: Path, log: Path, allowed: float) -> str:
-    """Run a part in a process of its own -> "", or how it ended where that was not by itself."""
+def run_part(part: Part, job_file: Path, results: Path, log: Path, allowed: float) -> str:
+    """Run a part in a process of its own, for `allowed` seconds at most -> "", or how it ended where that was not with success."""
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     results.unlink(missing_ok=True)                             # of an earlier run in the same --work
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen([sys.executable, "-m", "gpu_parts.child", part.function, str(job_file), str(results)], cwd=ROOT,
-                                   env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.DEVNULL, stdout=output,
+                                   env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(allowed)
@@ -126,14 +126,22 @@ def start(part: Part, job_file: Path, results: Path, log: Path, allowed: float) 
             return f"ended after its {allowed:.0f} seconds"
         finally:
             end_all(process)
-    return "" if code == 0 else f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    return f"ended with code {code}" if code else ""
 
 
 def end_all(process: subprocess.Popen) -> None:
-    """End a part and the processes that it has started."""
+    """End a part and the processes that it has started. torchrun, which has started others in sessions of their own, gets some
+    seconds to end them."""
     try:
         if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)              # its session has its number
+            os.killpg(process.pid, signal.SIGTERM)              # its session has its number
+            for _ in range(50):
+                process.poll()                                  # takes note of its end, if it has ended
+                os.killpg(process.pid, 0)                       # an error: all have ended
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
     except ProcessLookupError:
@@ -158,7 +166,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
     except OSError:
         return "not known"
-    return (found or "not known") + " with changes" * bool(changed)
+    return f"{found or 'not known'}{' with changes' if changed else ''}"
 
 
 def gpu_name() -> str:
@@ -172,7 +180,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)")
-    add("--scale", choices=("full", "tiny"), help="networks and sizes of the presets, or a few pixels (default: full on cuda)")
+    add("--scale", choices=("full", "tiny"), help="networks and sizes of the presets, or a few pixels "
+        "(default: full on cuda, else tiny)")
     add("--minutes", type=float, help="for all parts together; those that no longer fit are listed (default: 8, tiny: 60)")
     add("--only", nargs="+", metavar="PART", choices=[part.name for part in PARTS], help="some of the parts (see --list)")
     add("--skip", nargs="+", metavar="PART", choices=[part.name for part in PARTS], default=[], help="all parts but these")

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -52,11 +51,6 @@ def awake(make):
     return made
 
 
-def drawn_when_needed(make, start):
-    """In place of loader.prefetch, which draws batches that are not trained on any more: how many depends on the threads."""
-    return (make(position) for position in count(start))
-
-
 class Watched:
     """What passes between the parts of a run while it goes on: aspect -> list."""
 
@@ -65,7 +59,6 @@ class Watched:
         self.patch = patch
         patch.setattr(os, "fsync", lambda file: None)           # half of the time of such short runs
         patch.setattr(second_stage, "new_network", awake(second_stage.new_network))
-        patch.setattr(train, "prefetch", drawn_when_needed)
         self.after(Denoising, "draw", self.batch)
         self.after(AutoencoderObjective, "draw", lambda batch, *_: self.note(crops=batch.pixels, posterior=batch.noise))
         self.after(Denoising, "losses", lambda losses, objective, turn, networks, batch, progress: self.note(

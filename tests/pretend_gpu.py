@@ -9,10 +9,10 @@ what is moved there or made there, and the results of operations on marked tenso
 device, and torch.cuda answers as it would with one GPU. What is written down, with the line of this project that does it:
 
     wait        the host waits until the GPU has done all that was queued: a value is read, or a copy blocks
-    pageable    an asynchronous copy to the GPU from memory that is not page-locked: a large one waits as well
+    pageable    an asynchronous copy to the GPU from memory that is not pinned: a large one waits as well
     upload      a copy to the GPU that nothing waits for
     download    the same in the other direction
-    pin         a copy to page-locked memory, which the host makes itself
+    pin         a copy to pinned memory, which the host makes itself
     mixed       an operation on tensors of both devices, which a real GPU would refuse; it is refused here too
 
 What it does not see: what happens inside torch's C++ code and inside of functions that torch passes to a mode as a whole (such as
@@ -83,7 +83,7 @@ def move(tensor: Tensor) -> Tensor:
 
 
 def page_locked(tensor: Tensor) -> Tensor:
-    """A copy in page-locked memory."""
+    """A copy in pinned memory."""
     tensor = tensor.clone()
     tensor.untyped_storage().pinned = True
     return tensor

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import ENVIRONMENT, ROOT, load_script
 
-from tinyldm.cli import BestEffortStream, allow_growing_segments, guard
+from tinyldm.cli import BestEffortStream, allow_expandable_segments, guard
 
 NAME = "狐 caf\udce9"                     # no terminal shows the second word, whose last letter is a byte that is not UTF-8
 PRINTS = f"""
@@ -144,6 +144,6 @@ def test_the_allocator_s_blocks_may_grow_unless_the_environment_says_otherwise(m
     monkeypatch.setattr(sys, "platform", platform)
     for name, value in before.items():
         monkeypatch.setenv(name, value)
-    allow_growing_segments()
+    allow_expandable_segments()
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == after
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)

@@ -155,6 +155,16 @@ def test_a_device_s_other_name_is_the_same_device():
         pick_device("gpu:99" if torch.cuda.is_available() else "gpu")
 
 
+def test_of_several_gpus_the_typed_one_is_taken_or_by_torchrun_s_processes_one_each(monkeypatch):
+    for function, answer in dict(is_available=True, device_count=2, get_arch_list=[], get_device_capability=(9, 0)).items():
+        monkeypatch.setattr(torch.cuda, function, lambda device=None, answer=answer: answer)
+    assert pick_device("cuda") == pick_device("auto") == torch.device("cuda", 0) and pick_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("gpu") == pick_device("auto") == torch.device("cuda", 1) and pick_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="--device cuda:2: .* no such device"):
+        pick_device("cuda:2")
+
+
 @pytest.mark.parametrize("typed, meant", [("DDIM", "ddim"), ("Dpmpp 2M", "dpmpp_2m"), ("Logit-Normal", "logit_normal")])
 def test_the_nearest_name_is_found_in_any_case(typed, meant):
     assert nearest(typed, ["ddim", "ddpm", "dpmpp_2m", "logit_normal", "normal"]) == f"did you mean '{meant}'? "

@@ -310,14 +310,14 @@ def test_pictures_are_decoded_in_batches_of_so_many_pixels_and_smaller_ones_wher
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode_batch(z)
 
-    monkeypatch.setattr(pipeline, "AT_ONCE", at_once)
+    monkeypatch.setattr(pipeline, "PIXELS_AT_ONCE", at_once)
     monkeypatch.setattr(model.vae, "decode", decode_few)
     assert abs(drawn(model, seeds=(1, 2, 3)) - plain).max() <= 1 or not batches
     assert tried == (batches or [])                            # None: too large even alone, so decoded in tiles
 
 
 def test_four_pictures_of_512_pixels_are_decoded_at_once_and_larger_ones_than_1024_never_whole():
-    assert [max(1, pipeline.AT_ONCE // side**2) for side in (256, 512, 768, 1024)] == [16, 4, 1, 1] and pipeline.AT_ONCE == 1024**2
+    assert [max(1, pipeline.PIXELS_AT_ONCE // side**2) for side in (256, 512, 768, 1024)] == [16, 4, 1, 1] and pipeline.PIXELS_AT_ONCE == 1024**2
 
 
 @torch.no_grad()
@@ -325,7 +325,7 @@ def test_very_large_pictures_are_encoded_and_decoded_in_tiles_close_to_the_whole
     pixels, shapes, fine = to_pixels(scene(160, 144)[None]), [], model.vae.decode_fine
     z = encode(model.vae, pixels)
     plain = to_bytes(decode(model.vae, z)).astype(int)
-    monkeypatch.setattr(pipeline, "AT_ONCE", 160 * 144 - 1)
+    monkeypatch.setattr(pipeline, "PIXELS_AT_ONCE", 160 * 144 - 1)
     monkeypatch.setattr(model.vae, "decode_fine", lambda x: (shapes.append(tuple(x.shape[2:])), fine(x))[1])
     tiled, there = to_bytes(decode(model.vae, z)).astype(int), encode(model.vae, pixels)
     assert set(shapes) == {(64, 64)} and len(shapes) == 4

@@ -20,12 +20,14 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu
 from gpu_parts.child import WHOLE
-from gpu_parts.findings import FAILED, NO_TIME, NOT_HERE, OFF, OK, VERDICTS, Detail, Finding, Job, Limit, NotPossible, Part, each, judge
-from gpu_parts.machine import runs_on
+from gpu_parts.findings import FAILED, NO_TIME, NOT_HERE, OFF, OK, VERDICTS, Detail, Finding, Job, Limit, NotPossible, Part, judge, run_checks
 from gpu_parts.page import render, slug, table
 from gpu_parts.profile import Profile, Work, busy, read_profile, top
-from gpu_parts.steps import timed_steps
+from gpu_parts.steps import afterwards, timed_steps
 from gpu_parts.waits import ALLOWED, EACH_STEP, LOGGED, counted, unexpected
+
+from tinyldm.config import make_config
+from tinyldm.device import runs_on
 
 INFINITE = float("inf")
 BAD_PARTS = """
@@ -52,7 +54,11 @@ def leaves(job, report):
 def hangs(job, report):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path(job.work, "pid").write_text(str(child.pid))
+    print("about to hang")
     time.sleep(600)
+
+def allocator(job, report):
+    report(Finding("allocator", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "not set")))
 
 def cannot(job, report):
     raise NotPossible("no NCCL")
@@ -81,6 +87,7 @@ def run_parts(tmp_path, monkeypatch):
     """Runs parts of BAD_PARTS -> {part: (verdict, finding's name, note)}, the page."""
     (tmp_path / "bad_parts.py").write_text(BAD_PARTS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
     def run(*names: str, minutes: float = 5, seconds: float = 6, jobs: int = 1) -> tuple[list[list[str]], str]:
         parts = [Part(name, f"what {name} shows", f"bad_parts:{name}", 0.1 if name == "hangs" else seconds, jobs == 1) for name in names]
@@ -102,10 +109,25 @@ def test_parts_that_fail_crash_or_hang_leave_the_others_and_what_they_reported_b
     assert notes["raises"] == "RuntimeError: CUDA error: an illegal memory access \\| was encountered"
     assert notes["aborts"].startswith("ended by SIGABRT") and "terminate called" in page
     assert notes["leaves"] == "SystemExit: 3" and notes["cannot"] == "no NCCL"
-    assert notes["hangs"].startswith("ended after its 1 seconds")
+    assert notes["hangs"] == "ended after its 1 seconds: about to hang"
     assert "**3 ok, 0 off, 5 failed, 1 not possible here, 0 no time**" in page and "## A table\n\n| a |" in page
     process = Path("/proc") / (tmp_path / "pid").read_text()               # what the part had started was ended with it
     assert not process.exists() or "Z" in (process / "stat").read_text().split(")")[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has them")
+def test_parts_that_train_in_their_own_process_have_the_allocator_of_train_py(run_parts, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert run_parts("allocator")[0][0][2] == "expandable_segments:True"
+
+
+def test_where_the_sample_grid_failed_the_checkpoint_and_the_loader_are_reported_all_the_same():
+    found, config = [], make_config()
+    phase = {"config": config, "samples": lambda position: None, "ends": [1.0, 2.0, 3.0, 4.0, 5.0]}
+    afterwards(Job("cpu", "tiny", "", ""), found.append, SimpleNamespace(times={"copy": 0.5, "write": 2.0}, phases=[phase]))
+    assert [(item.name.partition(":")[0], item.verdict) for item in found] == [
+        ("sample grid at the end", FAILED), ("checkpoint", NOT_HERE), ("checkpoint", NOT_HERE), ("loader", OK)]
 
 
 def test_a_part_that_no_longer_fits_is_listed_and_not_begun(run_parts):
@@ -117,7 +139,7 @@ def test_a_part_that_no_longer_fits_is_listed_and_not_begun(run_parts):
 
 def test_the_page_exists_after_the_first_part_and_names_those_to_come(tmp_path, monkeypatch):
     pages, page = [], tmp_path / "page.md"
-    monkeypatch.setattr(gpu, "start", lambda part, *_: pages.append(page.exists() and page.read_text()) or "")
+    monkeypatch.setattr(gpu, "run_part", lambda part, *_: pages.append(page.exists() and page.read_text()) or "")
     parts = [Part(name, name, "m:f", 1) for name in "abc"]
     gpu.Run(parts, Job("cpu", "tiny", str(tmp_path), ""), page, "a test", 1).all()
     assert pages[0] is False and "Still to come, or cut off: b, c." in pages[1] and "Still to come, or cut off: c." in pages[2]
@@ -149,7 +171,7 @@ def test_a_check_that_fails_is_a_finding_and_the_others_of_its_part_run():
         raise RuntimeError("CUDNN_STATUS_\nNOT_SUPPORTED")
 
     found = []
-    each(Job("cpu", "tiny", "", ""), found.append, broken, on_a_gpu, a_sum)
+    run_checks(Job("cpu", "tiny", "", ""), found.append, broken, on_a_gpu, a_sum)
     assert found == [Finding("broken", verdict=FAILED, note="RuntimeError: CUDNN_STATUS_ NOT_SUPPORTED"),
                      Finding("on a GPU", verdict=NOT_HERE, note="no GPU"), Finding("a sum", "2", "2")]
 
@@ -172,9 +194,8 @@ def test_pages_are_named_after_the_gpu():
 
 
 def test_kernels_run_on_later_minor_versions_and_ptx_on_all_later_gpus():
-    assert runs_on(12, 0, ["sm_90", "sm_120"]) and runs_on(8, 6, ["sm_80"]) and runs_on(9, 0, ["sm_90a"])
-    assert not runs_on(12, 0, ["sm_80", "sm_90"]) and not runs_on(8, 0, ["sm_86"]) and not runs_on(7, 5, ["compute_80"])
-    assert runs_on(12, 0, ["sm_80", "compute_90"])
+    assert runs_on("sm_120", (12, 0)) and runs_on("sm_80", (8, 6)) and runs_on("sm_90a", (9, 0)) and runs_on("compute_90", (12, 0))
+    assert not runs_on("sm_90", (12, 0)) and not runs_on("sm_86", (8, 0)) and not runs_on("compute_80", (7, 5))
 
 
 def test_the_gpu_is_idle_where_no_kernel_runs():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import load_script, pictures, train_here
-from outcomes import awake, drawn_when_needed, flags
+from outcomes import awake, flags
 
 from tinyldm.config import parse
 from tinyldm.folders.load import load_model
@@ -156,7 +156,6 @@ def test_after_a_rollback_samples_noise_times_and_captions_are_those_of_later_ba
         return seen[skipped][-1][1]
 
     monkeypatch.setattr(Denoising, "draw", drawn)
-    monkeypatch.setattr(run.train, "prefetch", drawn_when_needed)
     monkeypatch.setattr(run.train, "Trainer", lambda stage, context, last, _: trainer(stage, context, last, skipped))
     for skipped, steps in ((0, 4), (2, 2)):
         run(out=str(tmp_path / str(skipped)), max_steps=steps, caption_dropout=0.5)

@@ -180,12 +180,12 @@ def learner(world, folder):
     own = Learner(SimpleNamespace(modules={"net": nn.Linear(30, 20)}), One(), SETTINGS, world, torch.device("cpu"))
     own.optimizers["one"][0].state[own.parameters["net.bias"]]["exp_avg"] = torch.randn(20)
     own.trained.modules["net"].register_buffer("table", torch.randn(4))
-    found = {"at first": attempt(lambda: own.check_equal(0))}
-    own.make_equal()
+    found = {"at first": attempt(lambda: own.check_equal_weights(0))}
+    own.broadcast_state()
     equal = {**own.parameters, "table": own.trained.modules["net"].table.clone(), "ema": own.ema.shadow["net.weight"], "moments": checkpoint.optimizer_tensors(
         own.all_optimizers, own.parameters)["net.bias/exp_avg"]}
     own.trained.modules["net"].table.fill_(world.rank)         # statistics of a batch norm
-    found |= {"made equal": attempt(lambda: own.check_equal(0)), "equal": digest({name: p.detach() for name, p in equal.items()})}
+    found |= {"made equal": attempt(lambda: own.check_equal_weights(0)), "equal": digest({name: p.detach() for name, p in equal.items()})}
 
     sent, real, weights = [], dist.all_reduce, list(own.parameters.values())
     dist.all_reduce = lambda tensor, *more, **options: sent.append(tensor.nbytes) or real(tensor, *more, **options)
@@ -224,10 +224,11 @@ def messages(world, folder):
     distributed.BUCKET = usual
     shared = [torch.full(shape, world.rank + 0.5, dtype=dtype) for shape, dtype in (
         ((3, 5), torch.bfloat16), ((2, 3), torch.float32), ((4,), torch.float64), ((0,), torch.float32), ((7,), torch.bfloat16))]
-    world.share(shared), world.share([])
+    one = torch.full((2,), world.rank + 0.5)                    # of which the last process has none
+    world.all_gather(shared), world.all_gather([]), world.all_gather([one])
     first = [torch.full((3, 4), 1.0 + world.rank).t(), torch.full((), world.main), torch.full((5,), float("nan") if world.main else 1.0)]
     world.broadcast_tensors(first)
-    found |= {"shared": [tensor.tolist() for tensor in shared],
+    found |= {"shared": [tensor.tolist() for tensor in [*shared, one]],
               "first": [first[0].tolist(), first[1].tolist(), bool(first[2].isnan().all())]}
     return found | {"sums": [tensor.tolist() for tensor in mixed], "strides": [list(tensor.stride()) for tensor in mixed]}
 

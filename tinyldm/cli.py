@@ -18,7 +18,8 @@ from tinyldm.lookup import nearest
 from tinyldm.unicode import check_unicode
 
 # What torch, CUDA, cuBLAS and cuDNN (since version 9 in names that end in ALLOCATION_FAILED) say when memory has run out.
-NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED",
+             "unable to find an engine")                       # cuDNN, where none of its algorithms had room to work
 SIGPIPE = 13                            # Windows' signal module does not know it
 
 
@@ -52,9 +53,10 @@ def print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def allow_growing_segments() -> None:
-    """Before torch is loaded: let its CUDA allocator extend blocks that are too small, since the shapes of captions change in every
-    step and would leave gaps. Only Linux has this. The name is the older one, which all versions of torch read."""
+def allow_expandable_segments() -> None:
+    """Before torch is loaded: let its CUDA allocator extend blocks that are too small. Otherwise the lengths of captions, which change
+    in every step, would leave gaps that no later tensor fits into. Only Linux has this. The variable has its older name, which all
+    versions of torch read."""
     if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 

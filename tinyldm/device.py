@@ -1,4 +1,4 @@
-"""Chooses the device and the precision."""
+"""Devices: which one, in which precision, with which algorithms; what happens when its memory runs out; copies that nobody waits for."""
 
 from __future__ import annotations
 
@@ -20,33 +20,37 @@ from tinyldm.lookup import device_name, dtype_name
 def pick_device(name: str = "auto") -> torch.device:
     """The device of this name; auto: CUDA, else Apple's MPS, else the CPU. ValueError where this machine does not have it."""
     name = device_name(name)
-    if name == "auto":
+    if name in ("auto", "cuda"):
         if torch.cuda.is_available():                          # LOCAL_RANK is torchrun's number of a process on its host
             return check_kernels(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if name == "auto":
+            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
-    if not available():
+    if not available() or device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch {torch.__version__} finds no such device on this machine; use --device cpu")
     return check_kernels(device) if device.type == "cuda" else device
 
 
 def check_kernels(device: torch.device) -> torch.device:
-    """The same GPU. ValueError where this torch was built without kernels for its architecture: the first operation would fail.
-
-    A kernel for sm_XY runs on every GPU of capability X.Z with Z >= Y; compute_XY is code that the driver compiles for XY and every
-    later one (CUDA C++ Programming Guide, "Application Compatibility")."""
+    """The same GPU. ValueError where this torch was built without kernels for its architecture: the first operation would fail."""
     built = torch.cuda.get_arch_list() if torch.version.cuda else []        # AMD's architectures have other names
     capability = torch.cuda.get_device_capability(device) if built else (0, 0)
-    for arch in built:
-        kind, major, minor = re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", arch).groups()
-        if (int(major) == capability[0] and int(minor) <= capability[1]) if kind == "sm" else (int(major), int(minor)) <= capability:
-            return device
-    if not built:
+    if not built or any(runs_on(arch, capability) for arch in built):
         return device
     raise ValueError(f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (sm_{capability[0]}"
                      f"{capability[1]}), only for {' '.join(built)}: install a build of torch for this GPU (RTX 50: CUDA 12.8 or "
                      "newer), or use --device cpu")
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels for an architecture run on a GPU of this compute capability: those for sm_XY on every X.Z with Z >= Y;
+    compute_XY is code that the driver compiles for XY and every later one (CUDA C++ Programming Guide, "Application Compatibility")."""
+    kind, major, minor = re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", arch).groups()
+    built = int(major), int(minor)
+    if kind == "compute":
+        return built <= capability
+    return built[0] == capability[0] and built[1] <= capability[1]
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -90,7 +94,7 @@ def deterministic() -> None:
 
 
 def fast_convolutions() -> None:
-    """Let cuDNN time its algorithms for every new shape, and take the fastest: worth it for shapes that return thousands of times."""
+    """Let cuDNN time its algorithms for every new shape, and take the fastest: worth it for shapes that occur thousands of times."""
     torch.backends.cudnn.benchmark = True
 
 
@@ -105,6 +109,12 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a GPU or the CPU is out of memory. CUDNN_STATUS_INTERNAL_ERROR does not: it has many other causes."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
+
+
+def first_line(error: BaseException) -> str:
+    """The type and the first line of an error: torch's messages go on for pages."""
+    line, _, _ = str(error).partition("\n")
+    return f"{type(error).__name__}: {line}"
 
 
 def in_parts(function: Callable[[Any], Any], items: Any, size: int) -> Iterator[Any]:
@@ -126,25 +136,29 @@ def in_parts(function: Callable[[Any], Any], items: Any, size: int) -> Iterator[
         torch.cuda.empty_cache()        # for cuBLAS and cuDNN, which cannot use what torch keeps; here the error's tensors are freed
 
 
-refusals: list[str] = []                # why the system refused page-locked memory: it is asked for no more
+pin_refusals: list[str] = []            # why the system refused pinned memory; after that it is not asked again
 
 
 def pin(tensor: Tensor) -> Tensor:
-    """A copy in page-locked memory, from which a GPU reads while the host goes on. WSL2 and containers may allow little of it: where
-    they refuse, the tensor itself."""
+    """A copy in pinned (page-locked) memory, from which a GPU reads while the host goes on. WSL2 and containers may allow little of
+    it: where they refuse, the tensor itself. For batches, whose few shapes return: torch keeps their memory and uses it again.
+    (Checkpoints have too many shapes for that, see training/pinned_memory.py.)"""
     try:
-        return tensor if refusals else tensor.pin_memory()
+        return tensor if pin_refusals else tensor.pin_memory()
     except RuntimeError as error:
-        refusals.append(str(error).partition("\n")[0])
-        print(f"no page-locked memory for batches ({refusals[-1]}): training waits a little for each copy to the GPU", flush=True)
+        pin_refusals.append(str(error).partition("\n")[0])
+        print(f"no pinned memory for batches ({pin_refusals[-1]}): training waits a little for each copy to the GPU", flush=True)
         return tensor
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, without waiting for it: copies from ordinary memory may wait for all that a GPU has to do."""
+    """Begin to copy a CPU tensor to the device, and return the copy. The tensor is pinned first, because a copy from ordinary memory
+    may wait for all work that is queued on a GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = pin(tensor)
-    return tensor.to(device, non_blocking=True)
+    # A copy from ordinary memory must be waited for, because the caller may free or overwrite that memory before it is read (CUDA
+    # Runtime API, "API synchronization behavior"; for MPS, PyTorch #189690).
+    return tensor.to(device, non_blocking=tensor.is_pinned())
 
 
 def memory_gb(device: torch.device) -> float:

@@ -20,7 +20,7 @@ from tinyldm.diffusion.process import Level
 from tinyldm.diffusion.samplers import find_sampler, sampler_name
 from tinyldm.model import Model, architecture
 from tinyldm.models.layers import Cond
-from tinyldm.models.tiling import AT_ONCE, decode_tiled, tiled
+from tinyldm.models.tiling import PIXELS_AT_ONCE, decode_tiled, tiled
 from tinyldm.pictures.pixels import to_bytes
 from tinyldm.vendor_loaders.scheduler import Sampling, sampling
 
@@ -197,7 +197,7 @@ def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
     """Pixels [b, 3, h, w] in [-1, 1] -> standardised latents [b, c, h/f, w/f], float32: the mean of the posterior."""
     means, f = lambda part: vae.encode(part).mean, vae.config.downscale
     pixels = pixels.to(next(vae.parameters()).dtype)
-    large = pixels.shape[2] * pixels.shape[3] > AT_ONCE
+    large = pixels.shape[2] * pixels.shape[3] > PIXELS_AT_ONCE
     z = tiled(means, pixels, 1 / f, tile=64 * f, overlap=16 * f) if large else means(pixels)
     return vae.to_latents(z.float())
 
@@ -208,7 +208,7 @@ def decode(vae: nn.Module, x: Tensor) -> Tensor:
     z = vae.from_latents(x).to(next(vae.parameters()).dtype)
     area, f = z.shape[2] * z.shape[3] * vae.config.downscale**2, vae.config.downscale
     tiles = lambda part: decode_tiled(vae.decode_fine, vae.decode_coarse(part), f)
-    pixels = torch.cat([*in_parts(tiles if area > AT_ONCE else vae.decode, z, max(1, AT_ONCE // area))])
+    pixels = torch.cat([*in_parts(tiles if area > PIXELS_AT_ONCE else vae.decode, z, max(1, PIXELS_AT_ONCE // area))])
     if not pixels.isfinite().all():
         raise ValueError("the pictures are not finite numbers: use --dtype fp32 (float16 overflows in some models) or a lower --cfg")
     return pixels

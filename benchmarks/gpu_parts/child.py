@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from gpu_parts.findings import FAILED, NOT_HERE, Detail, Finding, Job, NotPossible, one_line
+from tinyldm.cli import allow_expandable_segments
 
 KINDS = {"finding": Finding, "detail": Detail}
 WHOLE = "the part as a whole"       # name of the finding where a part ends before its time
@@ -49,4 +50,5 @@ def run(function: str, job: Job, results: Path) -> int:
 
 
 if __name__ == "__main__":
+    allow_expandable_segments()         # before a part loads torch, as train.py does: in this process it would come too late
     sys.exit(run(sys.argv[1], Job(**json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))), Path(sys.argv[3])))

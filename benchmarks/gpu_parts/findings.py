@@ -60,7 +60,7 @@ class Part(NamedTuple):
     name: str
     shows: str
     function: str                   # "module:function", called with (job, report)
-    seconds: float                  # that it may take at full scale; it begins while half of them are left
+    seconds: float                  # that it may take at full scale; it begins only where half of them are left
     alone: bool = True              # False: it measures no time, and may run beside others
 
 
@@ -91,12 +91,12 @@ def judge(name: str, measured: float, expected: float | None, limit: Limit, unit
     return Finding(name, quantity(measured, unit), shown, OK if fits else OFF, join(note, limit.source))
 
 
-def same(name: str, fits: bool, measured: str, expected: str, note: str = "") -> Finding:
+def judge_fact(name: str, fits: bool, measured: str, expected: str, note: str = "") -> Finding:
     """A finding about something that is as expected or is not."""
     return Finding(name, measured, expected, OK if fits else OFF, note)
 
 
-def each(job: Job, report: Report, *checks: Callable[[Job, Report], None]) -> None:
+def run_checks(job: Job, report: Report, *checks: Callable[[Job, Report], None]) -> None:
     """Run the checks of a part. One that fails becomes a finding, and the others run all the same."""
     for check in checks:
         name = check.__name__.replace("_", " ").replace("gpu", "GPU").replace("nccl", "NCCL")

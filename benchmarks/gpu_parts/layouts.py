@@ -14,7 +14,7 @@ from torch import nn
 
 from gpu_parts.findings import FAILED, NOT_HERE, OK, Detail, Finding, Job, Limit, NotPossible, Report, judge, one_line, quantity
 from gpu_parts.machine import median_seconds
-from gpu_parts.materials import SCALES, config_of, words
+from gpu_parts.materials import SCALES, config_of, train_flags
 from gpu_parts.page import table
 from tinyldm.config import phases
 from tinyldm.device import autocast, pick_device
@@ -26,29 +26,29 @@ from tinyldm.planning.flops import meta_networks
 PARITY = Limit(0, 1.05, "as on a CPU, where the two take the same time (cpu-2-cores.md)")
 LAYOUT = Limit(0, 1, "that channels last are no slower where the compiler is made to use them: a guess")
 ROUNDS = {"cuda": 10, "cpu": 2}
-FORCED = {"options": {"force_layout_optimization": True}}       # of Inductor, which leaves U-Nets with few output channels as they are
+FORCED = {"options": {"force_layout_optimization": True}}       # of Inductor: see the U-Net's compile_options in tinyldm/model.py
 
 
 def layouts(job: Job, report: Report) -> None:
-    """Milliseconds of a micro-batch of 5090_week_unet at its first size: compiled as usual, compiled with channels last forced, and
-    with weights in channels last; eager for comparison."""
+    """Milliseconds of a micro-batch of 5090_week_unet at its first size: compiled with Inductor's own choice of layouts, compiled with
+    channels last forced, as train.py does it, and with weights in channels last; eager for comparison."""
     scale, device = SCALES[job.scale], pick_device("auto" if job.on_gpu else "cpu")
-    config = phases(config_of(words(job, scale, "5090_week_unet", scale.sizes[:1])))[0]
+    config = phases(config_of(train_flags(job, scale, "5090_week_unet", scale.sizes[:1])))[0]
     torch.manual_seed(0)
     net = fresh(meta_networks(config).net, device, torch.float32).train().requires_grad_(True)
     batch, side = -(-config.optimisation.batch_size // config.optimisation.grad_accum), scale.sizes[0] // 8
     x = torch.randn(batch, net.config.in_channels, side, side, device=device)
     t, cond = torch.full((batch,), 500.0, device=device), Cond(torch.randn(batch, 77, net.config.context_dim, device=device))
     last = torch.channels_last
-    variants = {"eager": (net, {}, None), "eager, channels last": (net, {}, last), "compiled": (net, None, None),
-                "compiled, layout forced": (net, FORCED, None), "compiled, weights in channels last": (net, None, last)}
+    # Options of torch.compile, None for eager; the memory format of the weights.
+    variants = {"eager": (None, torch.contiguous_format), "eager, channels last": (None, last), "compiled": ({}, torch.contiguous_format),
+                "compiled, layout forced": (FORCED, torch.contiguous_format), "compiled, weights in channels last": ({}, last)}
     found: dict[str, float] = {}
-    for name, (module, options, layout) in variants.items():
-        eager = name.startswith("eager")
-        if not eager and not job.on_gpu:
+    for name, (options, layout) in variants.items():
+        if options is not None and not job.on_gpu:
             continue
         try:
-            seconds, note = layout_seconds(job, module, None if eager else options or {}, layout, (x, t, cond), device)
+            seconds, note = layout_seconds(job, net, options, layout, (x, t, cond), device)
         except Exception as error:
             report(Finding(f"U-Net, {name}: ms per micro-batch", verdict=FAILED, note=one_line(error)))
             continue
@@ -64,10 +64,10 @@ def layouts(job: Job, report: Report) -> None:
         report(judge("U-Net: time with the layout forced, of that without", ratio, 1.0, LAYOUT, note=f"the fastest is: {best}"))
 
 
-def layout_seconds(job: Job, net: nn.Module, options: dict | None, layout: torch.memory_format | None, inputs: tuple,
+def layout_seconds(job: Job, net: nn.Module, options: dict | None, layout: torch.memory_format, inputs: tuple,
                    device: torch.device) -> tuple[float, str]:
-    """Median seconds of forward and backward pass, and how long the first took. options: of torch.compile; None: not compiled."""
-    net.to(memory_format=layout or torch.contiguous_format)
+    """Median seconds of forward and backward pass, and how long the first took. options: arguments of torch.compile; None: not compiled."""
+    net.to(memory_format=layout)
     torch.compiler.reset()
     gc.collect()
     call = net if options is None else torch.compile(net, dynamic=False, **options)

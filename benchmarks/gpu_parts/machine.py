@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import torch
 
-from gpu_parts.findings import OK, Detail, Job, Limit, NotPossible, Report, each, judge, same
+from gpu_parts.findings import OK, Detail, Job, Limit, NotPossible, Report, judge, judge_fact, run_checks
 from gpu_parts.page import table
 from tinyldm.config import PlanConfig
-from tinyldm.device import native_bf16
+from tinyldm.device import native_bf16, runs_on
 from tinyldm.planning.flops import peak_flops
 
 PRODUCT = Limit(0.6, 1.05, "the data sheet's peak; that products of 8192 x 8192 reach 60 % of it is an estimate")
@@ -26,7 +26,7 @@ SIZES = {"cuda": 8192, "cpu": 512}
 
 def machine(job: Job, report: Report) -> None:
     report(Detail("Machine", table(["", ""], facts(job).items())))
-    each(job, report, kernels_for_this_gpu, a_compiler_for_triton, bf16_in_hardware, rate_of_large_products)
+    run_checks(job, report, kernels_for_this_gpu, a_compiler_for_triton, bf16_in_hardware, rate_of_large_products)
 
 
 def facts(job: Job) -> dict[str, object]:
@@ -69,23 +69,11 @@ def ask_driver() -> dict[str, str]:
 
 
 def kernels_for_this_gpu(job: Job, report: Report) -> None:
-    if not job.on_gpu:
-        raise NotPossible("no GPU")
-    major, minor = torch.cuda.get_device_capability()
-    known = torch.cuda.get_arch_list()
-    report(same("kernels for this GPU", runs_on(major, minor, known), f"sm_{major}{minor}", "among the architectures of this torch"))
-
-
-def runs_on(major: int, minor: int, known: list[str]) -> bool:
-    """Whether a GPU runs kernels of one of these architectures: compiled for its major version and no later minor one, or as PTX
-    (compute_XX), which the driver compiles for any later GPU."""
-    for name in known:
-        kind, _, number = name.partition("_")
-        number = number.rstrip("af")                            # sm_90a
-        found = int(number[:-1]), int(number[-1])
-        if kind == "sm" and found[0] == major and found[1] <= minor or kind == "compute" and found <= (major, minor):
-            return True
-    return False
+    if not job.on_gpu or not torch.version.cuda:
+        raise NotPossible("no GPU of NVIDIA's")
+    capability = torch.cuda.get_device_capability()
+    fits = any(runs_on(arch, capability) for arch in torch.cuda.get_arch_list())
+    report(judge_fact("kernels for this GPU", fits, "sm_{}{}".format(*capability), "among the architectures of this torch"))
 
 
 def a_compiler_for_triton(job: Job, report: Report) -> None:
@@ -93,16 +81,15 @@ def a_compiler_for_triton(job: Job, report: Report) -> None:
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), "")
     if not job.on_gpu:
         raise NotPossible("no GPU")
-    triton = importlib.util.find_spec("triton") is not None
-    report(same("what torch.compile needs", bool(triton and compiler), f"Triton {version('triton')}, compiler {compiler or 'missing'}",
-                "both"))
+    both = importlib.util.find_spec("triton") is not None and bool(compiler)
+    report(judge_fact("what torch.compile needs", both, f"Triton {version('triton')}, compiler {compiler or 'missing'}", "both"))
 
 
 def bf16_in_hardware(job: Job, report: Report) -> None:
     if not job.on_gpu:
         raise NotPossible("no GPU")
     native = native_bf16(torch.device("cuda"))
-    report(same("bfloat16 in hardware", native, str(native), "True"))
+    report(judge_fact("bfloat16 in hardware", native, str(native), "True"))
 
 
 def rate_of_large_products(job: Job, report: Report) -> None:
@@ -110,15 +97,15 @@ def rate_of_large_products(job: Job, report: Report) -> None:
     one, two = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = median_seconds(lambda: one @ two, device, rounds=20)
     rate = 2 * size**3 / seconds
-    peak = peak_flops(PlanConfig(gpu_tflops=rate / 1e12), device)           # what is measured here, for a GPU that is not known
-    finding = judge(f"products of {size} x {size} matrices in bf16", rate / 1e12, peak and peak / 1e12, PRODUCT, "TFLOP/s")
-    if peak == rate:
-        finding = finding._replace(verdict=OK, expected="-", note="the peak of this GPU is not known: its place is taken by this figure")
+    known = peak_flops(PlanConfig(gpu_tflops=rate / 1e12), device)          # what is measured here, for a GPU that is not known
+    finding = judge(f"products of {size} x {size} matrices in bf16", rate / 1e12, known and known / 1e12, PRODUCT, "TFLOP/s")
+    if known == rate:
+        finding = finding._replace(verdict=OK, expected="-", note="the peak of this GPU is not known: this figure is used for it")
     report(finding)
     job.folder("machine.json").write_text(json.dumps({"flops": rate}), encoding="utf-8")
 
 
-def peak(job: Job) -> float | None:
+def peak_rate(job: Job) -> float | None:
     """FLOP/s of this GPU in bf16: of the data sheet, else as measured by this part; None without a GPU."""
     file = job.folder("machine.json")
     measured = json.loads(file.read_text(encoding="utf-8"))["flops"] if file.exists() else None

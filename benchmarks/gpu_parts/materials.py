@@ -43,7 +43,7 @@ class Scale(NamedTuple):
     pictures: int                           # in the caches
     sampling_steps: int
     batches: tuple[int, ...]                # for drawing
-    encode: int                             # pictures that are encoded at once
+    encode_batch: int                       # pictures that are encoded at once
 
 
 PRESETS = {"5090_week": "dit", "5090_week_unet": "unet"}
@@ -63,14 +63,14 @@ def materials(job: Job, report: Report) -> None:
     """The part: everything that the others need."""
     for name, scale in (("large", SCALES[job.scale]), ("small", SMALL)):
         begun = time.perf_counter()
-        folder = models(job, scale)
+        folder = networks_folder(job, scale)
         for size in scale.sizes:
-            cache(job, scale, size)
+            cache_folder(job, scale, size)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e9
         report(Finding(f"{name} networks and latents", f"{quantity(size, 'GB')}, {time.perf_counter() - begun:.1f} s"))
 
 
-def models(job: Job, scale: Scale) -> Path:
+def networks_folder(job: Job, scale: Scale) -> Path:
     """A folder with vae/ and clip/, random, of this scale; made where it is missing."""
     folder = job.folder("small" if scale is SMALL else "large")
 
@@ -80,18 +80,18 @@ def models(job: Job, scale: Scale) -> Path:
         cpu, length = torch.device("cpu"), CLIPTextConfig().context_length
         tokenizer = Tokenizer.train((sample(i, 64, 0).caption for i in range(200)), 1024, length)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
-        sized = {} if scale.text.get("width") is None else {"vocab_size": len(tokenizer)}
+        sized = {"vocab_size": len(tokenizer)} if "width" in scale.text else {}         # at full scale CLIP's own vocabulary
         text = fresh(CLIPText(build_dataclass(CLIPTextConfig, scale.text | ids | sized, "text")), cpu, torch.float32)
         save_vae(partial / "vae", fresh(AutoencoderKL(build_dataclass(VAEConfig, scale.vae, "vae")), cpu, torch.float32))
         write_part(partial / "clip", text)
         tokenizer.save(partial / "clip")
 
-    return made(folder, fill)
+    return filled(folder, fill)
 
 
-def cache(job: Job, scale: Scale, size: int) -> Path:
+def cache_folder(job: Job, scale: Scale, size: int) -> Path:
     """A cache of random latents of pictures of this size, with captions of which nearly all differ; made where it is missing."""
-    vae_folder = models(job, scale) / "vae"
+    vae_folder = networks_folder(job, scale) / "vae"
 
     def fill(partial: Path) -> None:
         folder = partial / "shards" / "s"
@@ -110,23 +110,23 @@ def cache(job: Job, scale: Scale, size: int) -> Path:
         (partial / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
         write_index(partial, settings, [{"spec": SPEC, "shards": ["s"]}])
 
-    return made(job.folder(f"{vae_folder.parent.name}-latents-{size}"), fill)
+    return filled(job.folder(f"{vae_folder.parent.name}-latents-{size}"), fill)
 
 
-def made(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """The folder, filled where it is missing."""
+def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """The folder, made by fill() where it is missing."""
     if not folder.exists():
         replace_folder(folder, fill)
     return folder
 
 
-def words(job: Job, scale: Scale, preset: str, sizes: tuple[int, ...], *more: object) -> list[str]:
+def train_flags(job: Job, scale: Scale, preset: str, sizes: tuple[int, ...], *more: object) -> list[str]:
     """train.py's flags for a preset on random networks and latents. sizes: of pictures; several: in turn."""
-    folder = models(job, scale)
+    folder = networks_folder(job, scale)
     stages = ["--resolution", sizes[0]] if len(sizes) == 1 else ["--stages", *(f"{size}=1" for size in sizes)]
     device = [] if job.on_gpu else ["--device", "cpu"]          # a GPU is found by itself, as in a run that somebody starts
-    found = ["--preset", preset, *scale.networks[preset], *device, "--vae-weights", folder / "vae", "--text-weights",
-             folder / "clip", "--cache", *(cache(job, scale, size) for size in sizes), *stages, "--val-samples", 0, "--sample-every", 0,
+    found = ["--preset", preset, *scale.networks[preset], *device, "--vae-weights", folder / "vae", "--text-weights", folder / "clip",
+             "--cache", *(cache_folder(job, scale, size) for size in sizes), *stages, "--val-samples", 0, "--sample-every", 0,
              "--save-every", 10**6, "--sample-prompts", "a red fox", *more]
     return [str(word) for word in found]
 
@@ -146,8 +146,8 @@ def config_of(flags: list[str]) -> Config:
 def random_model(job: Job, preset: str, dtype: torch.dtype) -> Model:
     """A whole model of the preset's shapes on the device, with random weights of which none is zero."""
     scale, device = SCALES[job.scale], torch.device(job.device)
-    config = config_of(words(job, scale, preset, scale.sizes[:1]))
-    folder = models(job, scale)
+    config = config_of(train_flags(job, scale, preset, scale.sizes[:1]))
+    folder = networks_folder(job, scale)
     vae, text = load_vae(folder / "vae", device, dtype), load_text(folder / "clip", device, dtype)
     tokenizer = load_tokenizer(folder / "clip", text.config.context_length)
     with torch.device("meta"):

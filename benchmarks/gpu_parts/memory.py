@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import torch
 
-from gpu_parts.findings import Job, Limit, Report, each, judge, same
-from gpu_parts.materials import SMALL, new_run, words
+from gpu_parts.findings import Job, Limit, Report, judge, judge_fact, run_checks
+from gpu_parts.materials import SMALL, new_run, train_flags
 from gpu_parts.numbers import furthest
 from gpu_parts.stepping import Watch, run_training
 from tinyldm.training.log import read
@@ -58,16 +58,16 @@ class Capped(Watch):
 
 
 def memory(job: Job, report: Report) -> None:
-    each(job, report, micro_batches_that_do_not_fit)
+    run_checks(job, report, micro_batches_that_do_not_fit)
 
 
-def trained(job: Job, name: str, watch: Capped, accumulate: int, compile: str = "--no-compile") -> tuple[Capped, list[dict]]:
+def run_capped(job: Job, name: str, watch: Capped, accumulate: int, compile: str = "--no-compile") -> tuple[Capped, list[dict]]:
     """A run of a few steps -> the watch, the rows of its log about memory."""
     run = new_run(job, name)
     flags = [*(LARGE if job.full else TINY), "--max-steps", STEPS, "--warmup-steps", 2, "--log-every", 1, "--grad-accum", accumulate]
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-    run_training(words(job, SMALL, "5090_week", (256,) if job.full else SMALL.sizes[:1], *flags, compile, "--out", run), watch)
+    run_training(train_flags(job, SMALL, "5090_week", (256,) if job.full else SMALL.sizes[:1], *flags, compile, "--out", run), watch)
     if torch.cuda.is_initialized():
         torch.cuda.set_per_process_memory_fraction(1.0)
     gc.collect()
@@ -79,20 +79,20 @@ def events(run: Path) -> list[dict]:
 
 
 def micro_batches_that_do_not_fit(job: Job, report: Report) -> None:
-    whole, _ = trained(job, "memory-1", Capped(), 1)
-    halved, _ = trained(job, "memory-2", Capped(), 2)
+    whole, _ = run_capped(job, "memory-1", Capped(), 1)
+    halved, _ = run_capped(job, "memory-2", Capped(), 2)
     cap, samples = (whole.peak + halved.peak) / 2, None if job.on_gpu else 4
     how = f"whole {whole.peak:.2f} GB, halved {halved.peak:.2f} GB, cap {cap:.2f} GB" if job.on_gpu else "no GPU: the error was made up"
-    found, rows = trained(job, "memory-capped", Capped(cap, samples), 1)
+    found, rows = run_capped(job, "memory-capped", Capped(cap, samples), 1)
     said = rows[0]["text"] if rows else "nothing"
-    report(same("memory runs out in training, and it goes on", bool(rows) and len(found.losses) == STEPS,
-                f"{len(found.losses)} steps; micro-batches made smaller {len(rows)} x ({said})", f"{STEPS} steps; 1 x or more", how))
+    report(judge_fact("memory runs out in training, and it goes on", bool(rows) and len(found.losses) == STEPS,
+                      f"{len(found.losses)} steps; micro-batches made smaller {len(rows)} x ({said})", f"{STEPS} steps; 1 x or more", how))
     report(judge("its losses differ from those of that many micro-batches by", furthest(found.losses, halved.losses), 1e-3, SAME, "%"))
     rehearsed = Capped(cap, samples, rehearse=True)
     if job.on_gpu:
-        found, rows = trained(job, "memory-rehearsed", rehearsed, 1)
+        found, rows = run_capped(job, "memory-rehearsed", rehearsed, 1)
     else:                                                       # where only a run that compiles is rehearsed
         with patch.object(torch, "compile", lambda net, **options: net):
-            found, rows = trained(job, "memory-rehearsed", rehearsed, 1, "--compile")
-    report(same("memory runs out in the rehearsal, and training begins with", found.micro_batches == [2] and not rows,
-                f"{found.micro_batches[0]} micro-batches, made smaller {len(rows)} x later", "2 micro-batches, 0 x", how))
+            found, rows = run_capped(job, "memory-rehearsed", rehearsed, 1, "--compile")
+    report(judge_fact("memory runs out in the rehearsal, and training begins with", found.micro_batches == [2] and not rows,
+                      f"{found.micro_batches[0]} micro-batches, made smaller {len(rows)} x later", "2 micro-batches, 0 x", how))

@@ -9,12 +9,12 @@ from unittest.mock import patch
 
 import torch
 
-from gpu_parts.findings import Job, Limit, Report, each, judge, same
-from gpu_parts.materials import PRESETS, SMALL, new_run, words
+from gpu_parts.findings import Job, Limit, Report, judge, judge_fact, run_checks
+from gpu_parts.materials import PRESETS, SMALL, new_run, train_flags
 from gpu_parts.stepping import Enough, Watch, run_training
 from tinyldm.training.checkpoint import host_copy
 
-# bf16 has 8 significant bits, so each rounding changes a number by at most 2^-9 = 0.2 %; sums of many average that out.
+# bf16 has 8 significant bits, so each rounding changes a number by at most 2^-8 = 0.4 %; sums of many average that out.
 BF16 = Limit(0, 1, "8 significant bits; an estimate")
 COMPILED = Limit(0, 1, "rounding in another order, over some steps; an estimate")
 FUSED = Limit(0, 1, "float32 rounding")
@@ -23,7 +23,7 @@ TRAIN = ["--batch-size", 16, "--grad-accum", 2, "--max-steps", STEPS, "--warmup-
 
 
 def numbers(job: Job, report: Report) -> None:
-    each(job, report, bf16_against_fp32, compiled_against_eager, fused_adamw, copies_to_the_host)
+    run_checks(job, report, bf16_against_fp32, fused_adamw, copies_to_the_host, compiled_against_eager)
 
 
 class Gradients(Watch):
@@ -49,7 +49,8 @@ def bf16_against_fp32(job: Job, report: Report) -> None:
     for preset, network in PRESETS.items():
         watches = {}
         for dtype in ("fp32", "bf16"):
-            flags = words(job, SMALL, preset, SMALL.sizes[:1], *TRAIN, "--no-compile", "--dtype", dtype, "--out", new_run(job, "dtypes"))
+            flags = train_flags(job, SMALL, preset, SMALL.sizes[:1], *TRAIN, "--no-compile", "--dtype", dtype,
+                                "--out", new_run(job, "dtypes"))
             watches[dtype] = run_training(flags, Gradients())
         exact, rounded = watches["fp32"], watches["bf16"]
         report(judge(f"{network}: the loss in bf16 differs from that in fp32 by", furthest(rounded.losses, exact.losses), 0.01, BF16, "%"))
@@ -64,7 +65,7 @@ def compiled_against_eager(job: Job, report: Report) -> None:
         losses, seconds = {}, {}
         for flag in ("--no-compile", "--compile"):
             begun = time.perf_counter()
-            flags = words(job, SMALL, preset, SMALL.sizes[:1], *TRAIN, flag, "--out", new_run(job, "compiled"))
+            flags = train_flags(job, SMALL, preset, SMALL.sizes[:1], *TRAIN, flag, "--out", new_run(job, "compiled"))
             with patch.object(torch, "compile", compile):
                 losses[flag] = run_training(flags, Watch()).losses
             seconds[flag] = time.perf_counter() - begun
@@ -94,7 +95,7 @@ def fused_adamw(job: Job, report: Report) -> None:
             optimizer.step()
         results[kind] = torch.cat([p.detach().flatten() for p in weights])
     apart = (results["fused"] - results["foreach"]).abs().max() / 1e-2                  # ten steps move a weight by 1e-2 at most
-    report(judge("fused AdamW differs from plain AdamW, of the way it goes, by", float(apart), 1e-3, FUSED, "%"))
+    report(judge("fused AdamW differs from plain AdamW, relative to the weights' change, by", float(apart), 1e-3, FUSED, "%"))
 
 
 class Copying(Watch):
@@ -115,9 +116,10 @@ class Copying(Watch):
 
 
 def copies_to_the_host(job: Job, report: Report) -> None:
-    flags = words(job, SMALL, "5090_week", SMALL.sizes[:1], *TRAIN, "--no-compile", "--out", new_run(job, "copies"))
+    flags = train_flags(job, SMALL, "5090_week", SMALL.sizes[:1], *TRAIN, "--no-compile", "--out", new_run(job, "copies"))
     watch = run_training(flags, Copying())
     pinned = f"{watch.pinned} of {len(watch.copy)} copies in pinned memory" if job.on_gpu else "no pinned memory without a GPU"
-    report(same("host copies that differ from the weights at their step, after further steps",
-                not watch.unequal and watch.moved > 0, f"{len(watch.unequal)} of {len(watch.copy)}; {watch.moved} weights moved since",
-                "0; more than 0", pinned))
+    report(judge_fact("host copies that differ from the weights at their step, after further steps",
+                      not watch.unequal and watch.moved > 0,
+                      f"{len(watch.unequal)} of {len(watch.copy)}; {watch.moved} weights moved since",
+                      "0; more than 0", pinned))

@@ -21,9 +21,9 @@ def slug(name: str) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> str:
     """A Markdown table. right: the columns that are aligned on the right."""
-    lines = [" | ".join(head), "|".join("---:" if i in right else "---" for i in range(len(head)))]
-    lines += [" | ".join(cell(value) for value in row) for row in rows]
-    return "\n".join(f"| {lines[0]} |" if i == 0 else f"|{line}|" if i == 1 else f"| {line} |" for i, line in enumerate(lines))
+    line = lambda cells: f"| {' | '.join(cells)} |"
+    rule = "|".join("---:" if i in right else "---" for i in range(len(head)))
+    return "\n".join([line(head), f"|{rule}|", *(line(map(cell, row)) for row in rows)])
 
 
 def cell(value: object) -> str:

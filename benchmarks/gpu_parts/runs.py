@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gpu_parts.findings import Job, NotPossible, Report, each, same
-from gpu_parts.materials import SMALL, new_run, words
+from gpu_parts.findings import Job, NotPossible, Report, judge_fact, run_checks
+from gpu_parts.materials import SMALL, new_run, train_flags
 from gpu_parts.stepping import finish, start
 from tinyldm.training import checkpoint
 
@@ -29,7 +29,7 @@ def command(job: Job, run: Path, *more: object) -> list[str]:
     """train.py on a small DiT, with checkpoints."""
     steps, every = LENGTH[job.device]
     small = ["--batch-size", 8, "--max-steps", steps, "--warmup-steps", 2, "--save-every", every, "--keep-last", 99, "--log-every", 6]
-    return ["train.py", *words(job, SMALL, "5090_week", SMALL.sizes[:1], *small, "--out", run, *more)]
+    return ["train.py", *train_flags(job, SMALL, "5090_week", SMALL.sizes[:1], *small, "--out", run, *more)]
 
 
 def resume(job: Job, report: Report) -> None:
@@ -50,8 +50,8 @@ def resume(job: Job, report: Report) -> None:
     apart = [name for name, data in contents(whole / "checkpoints" / last).items()
              if contents(cut / "checkpoints" / last).get(name) != data]
     count = len(contents(whole / "checkpoints" / last))
-    report(same("files of the last checkpoint that differ after kill -9 and resume", not apart and count > 0,
-                f"{len(apart)} of {count} ({', '.join(apart[:3]) or 'none'})", "0", f"--deterministic; killed after {at}"))
+    report(judge_fact("files of the last checkpoint that differ after kill -9 and resume", not apart and count > 0,
+                      f"{len(apart)} of {count} ({', '.join(apart[:3]) or 'none'})", "0", f"--deterministic; killed after {at}"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -79,17 +79,17 @@ def stop(job: Job, report: Report) -> None:
     code = process.wait(PATIENCE)
     damage = {folder.name: checkpoint.find_damage(folder) for folder in checkpoint.names(run)}
     bad = [f"{name}: {what}" for name, what in damage.items() if what]
-    report(same("SIGTERM during a checkpoint: exit code", code == 128 + signal.SIGTERM, f"{code}, {time.monotonic() - begun:.1f} s later",
-                str(128 + signal.SIGTERM)))
-    report(same("damaged checkpoints after it", damage and not bad, f"{len(bad)} of {len(damage)} {'; '.join(bad)}".strip(), "0"))
+    report(judge_fact("SIGTERM during a checkpoint: exit code", code == 128 + signal.SIGTERM,
+                      f"{code}, {time.monotonic() - begun:.1f} s later", str(128 + signal.SIGTERM)))
+    report(judge_fact("damaged checkpoints after it", bool(damage) and not bad, f"{len(bad)} of {len(damage)} {'; '.join(bad)}".strip(), "0"))
     finish(["train.py", "--out", run, "--resume", "yes", "--save-every", every])
     finished = checkpoint.read_state(checkpoint.names(run)[-1])
-    report(same("the stopped run, resumed, ends after", finished["step"] == steps and finished["finished"], f"{finished['step']} steps",
-                f"{steps} steps"))
+    report(judge_fact("the stopped run, resumed, ends after", finished["step"] == steps and finished["finished"],
+                      f"{finished['step']} steps", f"{steps} steps"))
 
 
 def processes(job: Job, report: Report) -> None:
-    each(job, report, nccl_with_one_process, torchrun_with_one_process, restart_after_kill_9)
+    run_checks(job, report, nccl_with_one_process, torchrun_with_one_process, restart_after_kill_9)
 
 
 def nccl_with_one_process(job: Job, report: Report) -> None:
@@ -104,18 +104,18 @@ def nccl_with_one_process(job: Job, report: Report) -> None:
     dist.all_reduce(summed)
     fits = torch.equal(numbers, summed)
     dist.destroy_process_group()
-    report(same("NCCL: the sum over one process", fits, "the same numbers" if fits else "other numbers", "the same numbers"))
+    report(judge_fact("NCCL: the sum over one process", fits, "the same numbers" if fits else "other numbers", "the same numbers"))
 
 
 def torchrun_with_one_process(job: Job, report: Report) -> None:
     run = new_run(job, "torchrun")
     finish([*TORCHRUN, *command(job, run, "--max-steps", 8)])
     step = checkpoint.read_state(checkpoint.names(run)[-1])["step"]
-    report(same("torchrun --nproc-per-node 1 train.py ends after", step == 8, f"{step} steps", "8 steps"))
+    report(judge_fact("torchrun --nproc-per-node 1 train.py ends after", step == 8, f"{step} steps", "8 steps"))
 
 
 def restart_after_kill_9(job: Job, report: Report) -> None:
-    """A CUDA error ends a process; torchrun starts it again, and the run goes on from its newest checkpoint."""
+    """torchrun starts a killed process again, as it would one that a CUDA error ends: the run goes on from its newest checkpoint."""
     if sys.platform != "linux":
         raise NotPossible("the processes that torchrun has started are found in /proc")
     run, (steps, every) = new_run(job, "restarted"), LENGTH[job.device]
@@ -127,8 +127,8 @@ def restart_after_kill_9(job: Job, report: Report) -> None:
     os.kill(workers[0], signal.SIGKILL)
     code = launcher.wait(PATIENCE)
     step = checkpoint.read_state(checkpoint.names(run)[-1])["step"]
-    report(same("torchrun after a kill -9 of its process", code == 0 and step == steps, f"exit code {code}, {step} steps",
-                f"exit code 0, {steps} steps"))
+    report(judge_fact("torchrun after a kill -9 of its process", code == 0 and step == steps, f"exit code {code}, {step} steps",
+                      f"exit code 0, {steps} steps"))
 
 
 def children(pid: int) -> list[int]:

@@ -15,9 +15,9 @@ from unittest.mock import patch
 
 import torch
 
-from gpu_parts.findings import FAILED, NOT_HERE, OFF, Detail, Finding, Job, Limit, Report, judge, one_line, quantity, same
-from gpu_parts.machine import peak
-from gpu_parts.materials import SCALES, config_of, new_run, words
+from gpu_parts.findings import FAILED, NOT_HERE, OFF, Detail, Finding, Job, Limit, Report, judge, judge_fact, one_line, quantity
+from gpu_parts.machine import peak_rate
+from gpu_parts.materials import SCALES, config_of, new_run, train_flags
 from gpu_parts.memory import Capped, events
 from gpu_parts.page import table
 from gpu_parts.profile import Profile, read_profile, top
@@ -39,7 +39,7 @@ MEMORY = Limit(0.85, 1.1, "the plan without its reserve; its activations are an 
 IDLE = Limit(0, 1, "5 %: an estimate")
 COPY = Limit(0, 1, "an estimate; the first copy allocates pinned memory")
 WRITE = Limit(0, 1, "an estimate for a slow disk")
-GRID = Limit(0, 1.1, "the plan without its reserve, counted on shapes")
+GRID_MEMORY = Limit(0, 1.1, "the plan without its reserve, counted on shapes")
 LOADER = Limit(1, float("inf"), "the training's own rate")
 
 
@@ -49,7 +49,7 @@ class Steps(Capped):
     def __init__(self, job: Job, report: Report, flags: list[str]):
         super().__init__(job.memory_gb, rehearse=True)
         self.job, self.report, self.flags, self.stack, self.begun = job, report, flags, ExitStack(), time.perf_counter()
-        self.phases: list[dict[str, Any]] = []                  # per picture size: resolution, micro_batches, ends, peak
+        self.phases: list[dict[str, Any]] = []                  # per picture size: see phase(), stepped()
         self.waits: Counter = Counter()
         self.times: dict[str, float] = {}                       # seconds of what happens besides steps
 
@@ -166,10 +166,10 @@ def steps(job: Job, report: Report, preset: str, kind: type[Steps]) -> Steps:
 
 
 def flags_of(job: Job, preset: str) -> list[str]:
-    scale, found = SCALES[job.scale], peak(job)
+    scale, found = SCALES[job.scale], peak_rate(job)
     stages = ["--stages", *(f"{size}={count}" for size, count in zip(scale.sizes, scale.steps))]
     gpu = ["--gpu-tflops", f"{found / 1e12:g}", "--gpu-gb", str(job.memory_gb)] if found else []
-    return words(job, scale, preset, scale.sizes, *stages, "--max-steps", sum(scale.steps), "--log-every", WAITING.stop - 1,
+    return train_flags(job, scale, preset, scale.sizes, *stages, "--max-steps", sum(scale.steps), "--log-every", WAITING.stop - 1,
                  "--sample-steps", scale.sampling_steps, *gpu)
 
 
@@ -181,7 +181,7 @@ def timed_steps(index: int, ends: list[float]) -> list[float]:
 
 def phase_findings(job: Job, report: Report, flags: list[str], index: int, phase: dict[str, Any]) -> None:
     """Time, MFU and memory at one picture size."""
-    config, speed = phase["config"], peak(job)
+    config, speed = phase["config"], peak_rate(job)
     name = f"{config.network.name}, {config.data.resolution} px"
     if not (times := timed_steps(index, phase["ends"])):
         return report(Finding(f"{name}: timed steps", verdict=FAILED, note="the run ended before them"))
@@ -211,8 +211,8 @@ def profile_findings(job: Job, report: Report, profile: Profile, phase: dict[str
         return
     others, total, most = unexpected(waits), sum(waits.values()), EACH_STEP * steps + LOGGED
     report(Detail(f"Waits of the host in {steps} steps of the {name}", table(["where", "times"], waits.most_common(), right=(1,))))
-    report(same(f"{name}: waits for the GPU in {steps} steps", not others and total <= most,
-                f"{total}, at {len(others)} unknown places {' '.join(others)}".strip(), f"at most {most}, at no unknown place"))
+    report(judge_fact(f"{name}: waits for the GPU in {steps} steps", not others and total <= most,
+                      f"{total}, at {len(others)} unknown places {' '.join(others)}".strip(), f"at most {most}, at no unknown place"))
     report(judge(f"{name}: GPU idle in a profiled step", profile.idle, 0.05, IDLE, "%", f"{profile.launches:,} launches"))
 
 
@@ -222,9 +222,13 @@ def afterwards(job: Job, report: Report, watch: Steps) -> None:
     for what, name, expected, limit in (("grid", "sample grid at the end: seconds", 30, Limit(0, 1, "an estimate")),
                                         ("copy", "checkpoint: seconds in which training stands still", 3, COPY),
                                         ("write", "checkpoint: seconds until it is on the disk", 40, WRITE)):
+        if what not in watch.times:                             # training goes on where the grid fails
+            report(Finding(name, verdict=FAILED, note="the log says why"))
+            continue
         report(judge(name, watch.times[what], here(expected), limit, "s"))
-    planned = make_plan(config_of(watch.flags), must_fit=False).phases[-1].grid_gb() - RESERVE / 1e9
-    report(judge("sample grid at the end: highest memory", watch.grid_peak, here(planned), GRID, "GB"))
+    if "grid" in watch.times:
+        planned = make_plan(config_of(watch.flags), must_fit=False).phases[-1].grid_gb() - RESERVE / 1e9
+        report(judge("sample grid at the end: highest memory", watch.grid_peak, here(planned), GRID_MEMORY, "GB"))
     phase, count = watch.phases[0], 20
     batch, begun = phase["config"].optimisation.batch_size, time.perf_counter()
     for position in range(count):

@@ -22,7 +22,7 @@ ALLOWED = {
 EACH_STEP, LOGGED = 2, 2    # waits in every step, and more of them for a row of the log
 
 
-def place() -> str:
+def caller() -> str:
     """"file function" of the library or of a script from which the current line was called."""
     frame = sys._getframe(1)
     while frame is not None:
@@ -38,7 +38,7 @@ def counted(found: Counter) -> Iterator[None]:
     """While this lasts, every wait for the GPU is counted by its place."""
     def shown(message, *_, **__):
         if "called a synchronizing" in str(message):            # c10/cuda/CUDAFunctions.cpp
-            found[place()] += 1
+            found[caller()] += 1
 
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

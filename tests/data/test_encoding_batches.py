@@ -1,6 +1,7 @@
 """How pictures are put into batches for the VAE: when memory runs out, with torch.compile, and while a GPU is busy."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,14 +154,14 @@ def test_of_several_processes_that_run_out_of_memory_the_smallest_size_is_noted(
 def test_a_batch_is_written_while_the_next_one_is_encoded(tmp_path, monkeypatch):
     """On a GPU, which computes one batch while the host fetches, checks and writes the one before."""
     shard(tmp_path / "s.tar", numbered(0, 10))
-    events, encode, to_host = [], encoding.encode, encoding.to_host
+    events, encode, begin_copy = [], encoding.encode, encoding.begin_copy_to_host
     monkeypatch.setattr(encoding, "encode", lambda *arguments: (events.append("encode"), encode(*arguments))[1])
 
     def later(z):
-        latents = to_host(z)
+        latents = begin_copy(z)
         return lambda: (events.append("fetch"), latents())[1]
 
-    monkeypatch.setattr(encoding, "to_host", later)
+    monkeypatch.setattr(encoding, "begin_copy_to_host", later)
     cache = run(settings(tmp_path, "s.tar"), tmp_path / "cache")
     assert events == ["encode", "encode", "fetch", "encode", "fetch", "fetch"]
     assert all(torch.allclose(torch.from_numpy(cache.latents([i]))[0, 0].float(), latent(i), atol=2e-3) for i in range(10))
@@ -174,9 +175,20 @@ def test_on_a_gpu_the_host_waits_once_per_batch_and_after_the_next_one_was_begun
         begun = len(gpu.events)
         assert prepare.prepare(settings(tmp_path, "s.tar"), tmp_path / "cache", vae, torch.device("cuda", 0)).kept == 10
     steps = [(event.kind, event.place.split()[-1]) for event in gpu.events[begun:] if "fingerprint" not in event.place]
-    begin, fetch = [("pageable", "posterior"), ("download", "to_host")], ("wait", "write")
+    begin, fetch = [("pin", "pin"), ("upload", "upload"), ("download", "begin_copy_to_host")], ("wait", "fetch")
     assert steps == [*begin, *begin, fetch, *begin, fetch, fetch] and not gpu.mixed
     assert contents(tmp_path / "cache" / "shards") == contents(tmp_path / "plain" / "shards")
+
+
+def test_latents_on_another_gpu_than_the_current_one_are_waited_for_on_that_gpu(monkeypatch):
+    recorded = []
+    with PretendGpu():
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"the stream of {device or 'the current GPU'}")
+        monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(
+            record=lambda stream=None: recorded.append(stream), synchronize=lambda: recorded.append("waited")))
+        latents = encoding.begin_copy_to_host(torch.arange(3.0).to("cuda"))
+        assert recorded == ["the stream of cuda:0"] and latents().tolist() == [0, 1, 2]
+    assert recorded[1:] == ["waited"]
 
 
 # ---------------------------------------------------------------- compiled

@@ -211,3 +211,11 @@ def test_impossible_options_are_refused_at_once(cache, options, message):
 def test_a_tokenizer_without_tokens_in_the_cache_is_refused_at_once(cache):
     with pytest.raises(ValueError, match="not encoded by this tokenizer"):
         Loader(cache, ["0" * 64], batch_size=10, seed=0, caption_weights=(1.0, 1.0))
+
+
+def test_without_depth_each_result_is_made_when_it_is_asked_for_and_there_is_no_thread():
+    made = []
+    run = prefetch(lambda position: made.append(position) or position, 7, depth=0)
+    assert [next(run), next(run)] == [7, 8] and made == [7, 8] and not threads()
+    run.close()
+    assert list(prefetch(lambda position: position, 3, 6, depth=0)) == [3, 4, 5]

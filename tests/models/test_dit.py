@@ -192,3 +192,16 @@ def test_errors_say_what_to_do():
         build(pooled_dim=10)(x, t, cond)
     with pytest.raises(ValueError, match="multiple of 16"):
         build(width=40)
+
+
+@pytest.mark.parametrize("rounded, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_residual_stream_under_autocast_is_float32_unless_it_is_to_be_rounded(rounded, dtype):
+    net, seen = build(rounded_residual=rounded), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda block, inputs, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = net(*inputs())
+    assert seen == [dtype] * 3
+    plain = build()(*inputs())
+    assert relative(answer.float(), plain) < (0.03 if rounded else 0.02)
+    torch.testing.assert_close(build(rounded_residual=rounded)(*inputs()), plain, rtol=0, atol=0)     # without autocast: no difference

@@ -135,7 +135,7 @@ def test_equal_captions_are_encoded_once_by_every_encoder(text):
 def test_many_captions_are_encoded_in_parts_with_the_same_result(text, monkeypatch):
     captions = [FOX, BOAT, "", FOX, "grass", "sea"]
     whole, seen = text.encode_ids(text.tokenize(captions), CPU), []
-    monkeypatch.setattr(encoders, "AT_ONCE", 2)
+    monkeypatch.setattr(encoders, "CAPTIONS_AT_ONCE", 2)
     hook = text.modules["text"].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     parts = text.encode_ids(text.tokenize(captions), CPU)
     hook.remove()

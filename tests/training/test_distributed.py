@@ -169,7 +169,7 @@ def test_sums_of_all_dtypes_shapes_and_layouts(trained):
 def test_tensor_i_is_shared_by_process_i_and_rank_0_s_are_broadcast(trained):
     values = [i % trained.size + 0.5 for i in range(5)]
     for said in trained.said:
-        assert said["shared"] == [[[values[0]] * 5] * 3, [[values[1]] * 3] * 2, [values[2]] * 4, [], [values[4]] * 7]
+        assert said["shared"] == [[[values[0]] * 5] * 3, [[values[1]] * 3] * 2, [values[2]] * 4, [], [values[4]] * 7, [0.5] * 2]
         assert said["first"] == [[[1.0] * 3] * 4, True, True]
 
 

@@ -178,13 +178,21 @@ def test_without_page_locked_memory_a_batch_is_copied_all_the_same_and_that_is_s
         asked.append(tensor)
         raise RuntimeError("CUDA error: out of memory\nmore lines")
 
-    monkeypatch.setattr(device, "refusals", [])
+    monkeypatch.setattr(device, "pin_refusals", [])
     with PretendGpu() as gpu, monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "pin_memory", nothing_left)
         for _ in range(2):
             assert device.upload(torch.arange(3), GPU).device == GPU
-    assert [event.kind for event in gpu.events] == ["pageable"] * 2 and len(asked) == 1
-    assert capsys.readouterr().out.startswith("no page-locked memory for batches (CUDA error: out of memory): ")
+    assert [event.kind for event in gpu.events] == ["wait"] * 2 and len(asked) == 1
+    assert capsys.readouterr().out.startswith("no pinned memory for batches (CUDA error: out of memory): ")
+
+
+def test_only_copies_from_pinned_memory_are_not_waited_for():
+    """PyTorch #189690: MPS reads ordinary memory later, when the caller may have freed it."""
+    for pinned in (False, True):
+        tensor = SimpleNamespace(device=torch.device("cpu"), is_pinned=lambda pinned=pinned: pinned,
+                                 to=lambda where, non_blocking: (where.type, non_blocking))
+        assert device.upload(tensor, torch.device("mps")) == ("mps", pinned)
 
 
 # ---------------------------------------------------------------- sizes, for each of which torch.compile makes a graph

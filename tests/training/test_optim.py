@@ -107,6 +107,17 @@ def test_long_matrices_and_no_others_are_multiplied_in_tf32_on_a_gpu(monkeypatch
     assert orthogonalise(torch.ones(1, 4, 8)).dtype == orthogonalise(torch.ones(1, 8, 4)).dtype == torch.float32 and used == ["cpu"] * 2
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9 has one name for a precision")
+def test_what_is_compiled_before_muon_s_first_step_is_found_in_torch_s_cache_after_it():
+    key = lambda: torch.backends.cuda.matmul.fp32_precision      # a part of it, of torch._inductor.codecache.FxGraphHashDetails
+    torch.backends.cuda.matmul.fp32_precision = "none"          # as in a new process
+    Muon([nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    before = key()
+    with tf32(torch.device("cuda")):
+        assert key() == "tf32"
+    assert key() == before and torch.get_float32_matmul_precision() == "highest"
+
+
 def test_orthogonalising_keeps_the_singular_vectors():
     u, _, vh = torch.linalg.svd(torch.randn(1, 12, 20, generator=torch.Generator().manual_seed(2)), full_matrices=False)
     matrix = u @ torch.diag_embed(torch.linspace(1, 3, 12)[None]) @ vh
@@ -176,7 +187,7 @@ def test_muon_orthogonalises_a_bounded_number_of_matrices_at_a_time(monkeypatch)
 
     whole, sizes = step()
     assert sizes == [9 * 256, 5 * 512, 6400]                   # by shape
-    monkeypatch.setattr(optim, "AT_ONCE", 1024)
+    monkeypatch.setattr(optim, "BYTES_AT_ONCE", 1024)
     parts, sizes = step()
     assert max(sizes[:-1]) <= 1024 and sizes[-1] == 6400 and sum(sizes) == 9 * 256 + 5 * 512 + 6400
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(whole, parts))

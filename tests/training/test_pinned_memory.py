@@ -116,7 +116,7 @@ def test_where_pinned_memory_is_refused_ordinary_memory_takes_its_place_and_is_s
             assert all(torch.equal(copies[name], tensor) for name, tensor in made.items())
             assert sum(copy.is_pinned() for copy in copies.values()) == pinned
     out = capsys.readouterr().out
-    assert out.count("no more page-locked memory for checkpoints (CUDA error: out of memory more lines): ordinary memory") == (pinned < 2)
+    assert out.count("no more pinned memory for checkpoints (CUDA error: out of memory more lines): ordinary memory") == (pinned < 2)
     assert len(asked) == pinned + (pinned < 2)                  # once refused, it is not asked for again
 
 

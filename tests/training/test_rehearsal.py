@@ -77,16 +77,30 @@ def broken(net, **options):
 # ---------------------------------------------------------------- what is tried
 
 
-def test_every_phase_trains_a_micro_batch_of_its_size_updates_encodes_and_decodes(rehearse, monkeypatch):
+def test_every_phase_trains_micro_batches_of_its_size_updates_encodes_and_decodes(rehearse, monkeypatch):
     trained = note(monkeypatch, denoising, "sample_losses", lambda net, x0, *more: tuple(x0.shape))
     encoded = note(monkeypatch, AutoencoderKL, "encode", lambda vae, x: tuple(x.shape))
     decoded = note(monkeypatch, rehearsal, "decode", lambda vae, z: tuple(z.shape))
     updates = note(monkeypatch, Learner, "update", lambda learner, turn, norm, *more: norm)
     found = rehearse(grad_accum=2)
-    assert trained == [(4, 8, 8, 8), (1, 8, 16, 16)]            # grad_accum is 2, and 8 for four times the pixels
+    assert trained == [(4, 8, 8, 8)] * 3 + [(1, 8, 16, 16)] * 3             # grad_accum is 2, and 8 for four times the pixels
     assert found.micro_batches == [2, 8] and found.config.run.compile is True
     assert encoded == [(3, 3, 16, 16), (3, 3, 32, 32)] and decoded == [(1, 8, 8, 8), (1, 8, 16, 16)]
-    assert len(updates) == 2 and all(norm > 0 for norm in updates)
+    assert len(updates) == 4 and all(norm > 0 for norm in updates)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_it_takes_as_much_memory_as_a_later_step_of_the_run(rehearse, monkeypatch, accumulated):
+    learners, found, real, begin = [], [], denoising.sample_losses, Learner.__init__
+
+    def sample_losses(*arguments, **options):
+        found.append((any(p.grad is not None for p in learners[0].parameters.values()), any(o.state for o in learners[0].all_optimizers)))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(denoising, "sample_losses", sample_losses)
+    monkeypatch.setattr(Learner, "__init__", lambda learner, *arguments: (learners.append(learner), begin(learner, *arguments))[1])
+    rehearse(grad_accum=accumulated, stages={})
+    assert found == [(False, False), (False, True), (True, True)][:accumulated + 1]        # (gradients, the optimizer's state)
 
 
 def test_latents_that_are_there_are_not_encoded_once_more(rehearse, monkeypatch):
@@ -122,7 +136,8 @@ def test_the_run_begins_with_the_micro_batches_that_fit(undisturbed, on_gpu, tmp
     trained = note(monkeypatch, denoising, "sample_losses", lambda net, x0, *more: (torch.is_grad_enabled(), len(x0)))
     train_here(load_script("train"), ["--out", str(tmp_path / "run"), *WORDS], monkeypatch)
     sizes = [size for gradients, size in trained if gradients]
-    assert sizes == [1, 8, 4, 2, 2, *[2] * 4 * 4]              # 1: the check of the settings; two phases are tried, then 4 steps of 4 micro-batches
+    # 1: the check of the settings. Then two phases are tried, 3 micro-batches each; then 4 steps of 4.
+    assert sizes == [1, 8, 4, *[2] * 2 * 3, *[2] * 4 * 4]
     assert not [row for row in log_without_timing(tmp_path / "run") if row.get("event") == "memory"]
 
 
@@ -165,7 +180,7 @@ def test_each_process_tries_alone_and_all_go_on_as_the_one_with_the_least_memory
         def wait(self, *tensors):
             raise AssertionError("the other process does not answer yet")
 
-        sum = share = broadcast_tensors = wait
+        sum = all_gather = broadcast_tensors = wait
 
     config, counts = rehearse(Others(0, 2))
     assert config.run.compile is False and counts == [4, 2]
@@ -175,7 +190,7 @@ def test_a_rehearsal_changes_nothing_in_the_run(undisturbed, on_gpu, tmp_path, m
     """Its random numbers, networks and gradients are its own."""
     updates = note(monkeypatch, Learner, "update")
     train_here(load_script("train"), ["--out", str(tmp_path / "run"), *WORDS], monkeypatch)
-    assert len(updates) == 1 + 2 + 4
+    assert len(updates) == 1 + 2 * 2 + 4
     one, two = (weights(folder / "checkpoints" / "step-000004") for folder in (undisturbed, tmp_path / "run"))
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
     assert log_without_timing(undisturbed) == log_without_timing(tmp_path / "run")

@@ -34,7 +34,7 @@ from tinyldm.data.decoding import Framing, Unusable, decode, make_buckets
 from tinyldm.data.readers import Damaged, Sample, Skip, caption_keys, captions
 from tinyldm.data.shard import read_facts
 from tinyldm.data.source_kind import Shard
-from tinyldm.device import autocast, in_parts, out_of_memory
+from tinyldm.device import autocast, first_line, in_parts, out_of_memory, upload
 from tinyldm.files import Claims, write_file
 from tinyldm.models.vae import AutoencoderKL, Posterior
 from tinyldm.pictures.pixels import to_pixels
@@ -111,7 +111,7 @@ def decoded(samples: Iterable[Sample | Skip], recipe: Recipe, pool: ThreadPoolEx
 @torch.no_grad()
 def posterior(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtype: str) -> Posterior:
     """uint8 [b, h, w, 3] -> the VAE's posterior, float32 on the device, where the pixels are converted to floats."""
-    pixels = to_pixels(torch.from_numpy(images).to(device, non_blocking=True))
+    pixels = to_pixels(upload(torch.from_numpy(images), device))
     with autocast(device, dtype):
         mean, logvar = vae.encode(pixels)
     return Posterior(mean.float(), logvar.float())
@@ -128,14 +128,18 @@ def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtype: 
     return torch.stack(encoded, dim=1).half()
 
 
-def to_host(z: Tensor) -> Callable[[], np.ndarray]:
-    """Begin to copy a tensor to the host -> a function that waits for the copy and returns it. Work that is queued on a GPU between the
-    two is not waited for."""
+def begin_copy_to_host(z: Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy a tensor to the host -> a function that waits for the copy and returns it. It does not wait for work that is
+    queued on the GPU in between."""
     if not z.is_cuda:
         return z.cpu().numpy
-    copy, done = z.to("cpu", non_blocking=True), torch.cuda.Event()                     # torch makes the copy in pinned memory
-    done.record()
-    return lambda: (done.synchronize(), copy.numpy())[1]
+    copy, done = z.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)        # torch makes the copy in pinned memory
+    done.record(torch.cuda.current_stream(z.device))                                    # z may be on another GPU than the current one
+
+    def fetch() -> np.ndarray:
+        done.synchronize()
+        return copy.numpy()
+    return fetch
 
 
 class BatchSize:
@@ -161,7 +165,7 @@ class BatchSize:
         tqdm.write(f"out of memory with {len(batch)} pictures of {width}x{height} pixels: encoding goes on with {self.count} at once")
 
     def _smallest(self) -> int:
-        """The noted size where that is smaller than this one."""
+        """The smaller one of the noted size and this one."""
         try:
             return max(1, min(self.count, int(self.file.read_text(encoding="utf-8"))))
         except (OSError, ValueError):                          # nothing noted
@@ -193,8 +197,7 @@ class CompiledVAE:
         return self.vae.encode(pixels)
 
     def _go_without(self, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        tqdm.write(f"torch.compile failed, pictures are encoded without it: {reason}")
+        tqdm.write(f"torch.compile failed, pictures are encoded without it: {first_line(error)}")
         self.compiled = None
 
 
@@ -253,7 +256,7 @@ class Encoder:
         stays as it is and the next batches are smaller."""
         batch = waiting[:self.size.count]
         try:
-            latents = to_host(self.encode(batch, self.dtype))
+            latents = begin_copy_to_host(self.encode(batch, self.dtype))
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -274,7 +277,8 @@ class Encoder:
         fine = np.isfinite(z).all(axis=(1, 2, 3, 4, 5))
         if not fine.all():                                     # a VAE can overflow in 16 bits: encode these again in 32
             again = [item for item, good in zip(batch, fine.tolist()) if not good]
-            z[~fine] = np.concatenate([*in_parts(lambda part: to_host(self.encode(part, "fp32"))(), again, self.size.count)])
+            encode_again = lambda part: self.encode(part, "fp32").cpu().numpy()
+            z[~fine] = np.concatenate([*in_parts(encode_again, again, self.size.count)])
             fine = np.isfinite(z).all(axis=(1, 2, 3, 4, 5))
             for item, good in zip(batch, fine.tolist()):
                 if not good:

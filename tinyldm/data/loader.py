@@ -96,11 +96,14 @@ class Loader:
 
 def prefetch(make: Callable[[int], T], start: int, stop: int | None = None, depth: int = 4) -> Iterator[T]:
     """make(position) for start .. stop - 1 (None: without end), ahead of time, by one thread that ends with the iterator. depth: how
-    many results are kept ready.
+    many results are kept ready; 0: each is made when it is asked for, without a thread.
 
     An exception in the thread is raised here, after the results that were made before it.
     """
     positions = count(start) if stop is None else range(start, stop)
+    if not depth:
+        yield from map(make, positions)
+        return
     ready: Queue = Queue(depth)
     abandoned = Event()
 

@@ -214,7 +214,7 @@ def prepare(config: Config, folder: Path, vae: AutoencoderKL, device: torch.devi
     """
     check_size(torch.empty(1, 3, config.data.resolution, config.data.resolution, device="meta"), vae.config.downscale)
     settings = settings_of(config, vae, device)
-    sources = find_shards(config.data, config.run.seed, finished(folder))
+    sources = find_shards(config.data, config.run.seed, finished_shards(folder))
     check_folder(folder)
     claims = Claims(folder / "claims", int(os.environ.get("WORLD_SIZE", 1)))
     with claims.held("settings"):
@@ -260,7 +260,7 @@ def read_sources(folder: Path) -> list[dict[str, Any]]:
     return read_index(folder, missing={"sources": []})["sources"]
 
 
-def finished(folder: Path) -> dict[str, list[Shard]]:
+def finished_shards(folder: Path) -> dict[str, list[Shard]]:
     """{spec: shards} of a finished cache. These shards have a name and a stamp, but cannot be read."""
     return {source["spec"]: [Shard(shard["name"], "", shard["stamp"], True, None) for shard in source["shards"]]
             for source in read_sources(folder)}

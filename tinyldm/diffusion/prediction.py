@@ -49,8 +49,8 @@ def to_target(kind: str, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
 
 def to_x0(kind: str, x: Tensor, out: Tensor, level: Level) -> Tensor:
     """The x0 that the network's output for x implies. Of 2c channels only the first c count; the others hold a learned
-    variance. ValueError for eps-prediction at alpha = 0, where the output implies no x0; not on a GPU, which the host would have to
-    wait for: training asks its process before it begins (Denoising.check), and drawing has levels of Python floats."""
+    variance. ValueError for eps-prediction at alpha = 0, where the output implies no x0. An alpha on a GPU is not checked, because the
+    host would have to wait for it: Denoising.check does it before a training begins, and drawing has levels of Python floats."""
     alpha = torch.as_tensor(level.alpha)
     if kind == "eps" and alpha.device.type == "cpu" and bool((alpha == 0).any()):
         raise ValueError("eps-prediction does not determine x0 at alpha = 0 (pure noise): "

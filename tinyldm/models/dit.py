@@ -33,6 +33,7 @@ class DiTConfig:
     pooled_dim: int | None = None     # width of the pooled text feature; None: the time alone modulates
     time_dim: int = 256               # number of sinusoids in the time embedding
     rope_theta: float = 100.0         # the slowest pair turns one radian in roughly this many tokens; 10,000 suits long texts
+    rounded_residual: bool = False    # under autocast, keep the residual stream in bfloat16 too: less memory traffic, more rounding
 
     def __post_init__(self):
         check_counts(self, "in_channels", "out_channels", "patch", "width", "heads", "mlp_width", "context_dim", "pooled_dim")
@@ -132,10 +133,14 @@ class DiTBlock(nn.Module):
         self.cross = Attention(width, config.heads, qk_norm=True)
         self.norm3 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = two_layers(width, config.mlp_width, width)
+        self.rounded_residual = config.rounded_residual
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, modulation: Tensor,
                 rope: tuple[Tensor, Tensor]) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + modulation).unbind(1)    # each [b, 1, width]
+        # Under autocast the table is float32 and the other summand bfloat16. So the sum is float32, and so is x after the first gate.
+        shared = self.table + modulation
+        shared = shared.to(x.dtype) if self.rounded_residual else shared
+        shift1, scale1, gate1, shift2, scale2, gate2 = shared.unbind(1)        # each [b, 1, width]
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope=rope)
         x = x + self.cross(self.norm2(x), context, mask)
         return x + gate2 * self.mlp(self.norm3(x) * (1 + scale2) + shift2)

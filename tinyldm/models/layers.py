@@ -46,9 +46,9 @@ class Cond:
     def tensor_split(self, parts: int) -> list[Cond]:
         """Parts along the batch, of the sizes that Tensor.tensor_split gives: views of the same memory."""
         cut = lambda value: [None] * parts if value is None else value.tensor_split(parts)
-        extras = zip(*map(cut, self.extra.values())) if self.extra else [()] * parts
-        return [Cond(*fields, dict(zip(self.extra, extra)))
-                for *fields, extra in zip(cut(self.context), cut(self.mask), cut(self.pooled), extras)]
+        context, mask, pooled = cut(self.context), cut(self.mask), cut(self.pooled)
+        extra = {name: cut(value) for name, value in self.extra.items()}
+        return [Cond(context[i], mask[i], pooled[i], {name: pieces[i] for name, pieces in extra.items()}) for i in range(parts)]
 
 
 def runner(net: nn.Module) -> Callable[..., Tensor]:
@@ -165,10 +165,10 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(double(x))
+        return self.conv(upsample_nearest(x))
 
 
-def double(x: Tensor) -> Tensor:
+def upsample_nearest(x: Tensor) -> Tensor:
     """Repeat every pixel of x [b, c, h, w] in a 2x2 square: [b, c, 2h, 2w]."""
     if not torch.compiler.is_compiling():
         return F.interpolate(x, scale_factor=2.0, mode="nearest")

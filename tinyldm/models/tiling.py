@@ -23,7 +23,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-AT_ONCE = 1024 * 1024   # pixels that a VAE decodes at once: several small pictures, one large one, or a part of a larger one
+PIXELS_AT_ONCE = 1024 * 1024   # pixels that a VAE decodes at once: several small pictures, one large one, or a part of a larger one
 MARGIN = 0.25       # the fraction of the overlap, next to a tile's edge, that is dropped because padding affects it
 
 

@@ -1,7 +1,7 @@
 """What a training step minimises, one file each, and the tables of them."""
 
 from tinyldm.objectives.autoencoder import AutoencoderObjective
-from tinyldm.objectives.base import Objective, Turn, each_tensor, split, turns_at
+from tinyldm.objectives.base import Objective, Turn, map_tensors, split, turns_at
 from tinyldm.objectives.denoising import Denoising
 
 # Of the network (--objective), called with (config, model, names of the trained parts), and of the autoencoder
@@ -9,4 +9,4 @@ from tinyldm.objectives.denoising import Denoising
 OBJECTIVES: dict[str, type[Objective]] = {"denoising": Denoising}
 FIRST_STAGE_OBJECTIVES: dict[str, type[Objective]] = {"autoencoder": AutoencoderObjective}
 
-__all__ = ["FIRST_STAGE_OBJECTIVES", "OBJECTIVES", "Objective", "Turn", "each_tensor", "split", "turns_at"]
+__all__ = ["FIRST_STAGE_OBJECTIVES", "OBJECTIVES", "Objective", "Turn", "map_tensors", "split", "turns_at"]

@@ -63,7 +63,7 @@ class Objective:
     def to_device(self, batch: NamedTuple, device: torch.device) -> NamedTuple:
         """A drawn batch on the device, without waiting for the copies. An objective may leave tensors on the CPU that it only needs
         there, and adds what is computed once per step rather than in every micro-batch."""
-        return each_tensor(batch, lambda tensor: upload(tensor, device))
+        return map_tensors(batch, lambda tensor: upload(tensor, device))
 
     def losses(self, turn: Turn, networks: Networks, batch: NamedTuple, progress: float) -> Tensor:
         """The loss of every sample of a micro-batch, float32 [b], under autocast.
@@ -82,8 +82,8 @@ class Objective:
         """Called after every optimizer step, on all processes; a moving target network is updated here, for example."""
 
 
-def each_tensor(batch: NamedTuple, function: Callable[[Tensor], Tensor]) -> NamedTuple:
-    """The batch whose tensors are those that function(tensor) gives. Fields that are None stay None."""
+def map_tensors(batch: NamedTuple, function: Callable[[Tensor], Tensor]) -> NamedTuple:
+    """The same batch with function(tensor) in place of each tensor. Fields that are None stay None."""
     return type(batch)(*(None if field is None else function(field) for field in batch))
 
 

@@ -71,12 +71,12 @@ class Denoising(Objective):
                      settings.stratified_times)
         dropped = torch.rand(batch_size, generator=generator) < settings.caption_dropout
         tokens = torch.where(dropped[part, None], self.empty, samples.tokens)               # [b, n]
-        mixed = None if noise.mixed is noise.eps else noise.mixed[part]                     # not the same numbers twice to the device
+        mixed = None if noise.mixed is noise.eps else noise.mixed[part]      # None: equal numbers are copied to the device once
         return DenoisingBatch(x0, noise.eps[part], t[part], mixed, tokens)
 
     def to_device(self, batch: DenoisingBatch, device: torch.device) -> DenoisingBatch:
-        """All but the token ids, which encode_ids needs on the CPU to find equal captions. Frozen text encoders encode the captions
-        here, at once for all micro-batches. Those that are trained do it in `losses`, with gradients."""
+        """Moves all but the token ids, which encode_ids needs on the CPU to find equal captions. Frozen text encoders encode the
+        captions here, at once for all micro-batches. Those that are trained do it in `losses`, with gradients."""
         moved = super().to_device(batch._replace(tokens=None), device)._replace(tokens=batch.tokens)
         if self.text_trained:
             return moved

@@ -23,6 +23,10 @@ RESERVE = 1.5e9        # estimate: CUDA context, workspaces, fragmentation
 PARTITIONER = 1.07
 EAGER = 1.6            # estimate: a further factor for networks that are not compiled: every cast and norm saves its own tensors
 
+CASTS, GRADIENTS = "their casts, for autocast", "gradients, fp32"       # kinds of memory that exist within a training step only
+# What autocast runs in 16 bits, and in float32.
+PRODUCTS, NORMS = (F.linear, F.conv2d), (F.group_norm, F.layer_norm, F.rms_norm)
+
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
@@ -45,8 +49,6 @@ class SavedActivations(TorchFunctionMode):
     save only outputs of matrix products; everything else is recomputed, roughly as torch.compile does.
     """
 
-    products, norms = (F.linear, F.conv2d), (F.group_norm, F.layer_norm, F.rms_norm)
-
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype, self.running = dtype, None            # running: the function being called
@@ -63,11 +65,11 @@ class SavedActivations(TorchFunctionMode):
             q, k, v = (self.cast(x) for x in args[:3])                                    # [b, heads, n, d]
             out = empty(q.shape[0], q.shape[2], *v.shape[1::2], dtype=v.dtype).transpose(1, 2)
             return SaveForBackward.apply(out, q, k, v, out, empty(*q.shape[:3]))
-        if function in self.norms:
+        if function in NORMS:
             with torch.no_grad():
                 out = function(args[0].float(), *args[1:], **kwargs)
             return SaveForBackward.apply(out, args[0])
-        if function in self.products:
+        if function in PRODUCTS:
             out = function(*map(self.cast, args), **{key: self.cast(x) for key, x in kwargs.items()})
             self.products_made[storage(out)] = out
             return out
@@ -82,7 +84,7 @@ class SavedActivations(TorchFunctionMode):
         return self.casts[x]
 
     def pack(self, x: Tensor) -> Tensor:
-        if self.running in (*self.products, *self.norms, F.scaled_dot_product_attention) or storage(x) in self.products_made:
+        if self.running in (*PRODUCTS, *NORMS, F.scaled_dot_product_attention) or storage(x) in self.products_made:
             self.current[storage(x)] = x
         return x
 
@@ -141,14 +143,14 @@ def saved_bytes(config: Config, *calls: tuple[nn.Module, Callable[[], object]]) 
     return [count * PARTITIONER for count in saved], sum(casts)
 
 
-def memory(config: Config, trained: Mapping[str, nn.Module], frozen: int, saved: float, casts: int) -> dict[str, float]:
+def memory(config: Config, trained: Mapping[str, nn.Module], frozen: int, saved: float, casts: int, batches: int) -> dict[str, float]:
     """Bytes on the GPU, by kind. frozen: number of parameters that are not trained; saved: bytes of activations; casts: bytes of
-    the casts of weights."""
+    the casts of weights; batches: bytes of this batch and the next, which is uploaded meanwhile."""
     named = {f"{part}.{name}": p.numel() for part, module in trained.items() for name, p in module.named_parameters()}
     chosen = muon_matrices(trained) if config.optimisation.optimizer == "muon" else ()
     count, matrices = sum(named.values()), sum(named[name] for name in chosen)
     averages = max(1, len(config.optimisation.ema_widths)) if "net" in trained else 0
-    return {"weights, fp32": 4 * count, "their casts, for autocast": casts, "gradients, fp32": 4 * count,
+    return {"weights, fp32": 4 * count, CASTS: casts, GRADIENTS: 4 * count,
             f"optimizer ({config.optimisation.optimizer})": 8 * (count - matrices) + 4 * matrices,
             "averaged weights, fp32": 4 * count * averages, "frozen networks, fp32": 4 * frozen,
-            "activations (estimate)": saved, "CUDA, fragmentation (estimate)": RESERVE}
+            "two batches, fp32": batches, "activations (estimate)": saved, "CUDA, fragmentation (estimate)": RESERVE}

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PRODUCTS, NORMS = (F.linear, F.conv2d), (F.group_norm, F.layer_norm, F.rms_norm)
+from tinyldm.planning.memory import NORMS, PRODUCTS
 
 
 class AutocastOnMeta(TorchFunctionMode):

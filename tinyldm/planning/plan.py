@@ -15,16 +15,18 @@ from torch import nn
 
 from tinyldm.config import Config, change, phases
 from tinyldm.durations import parse_date, parse_duration
-from tinyldm.models.tiling import AT_ONCE
+from tinyldm.model import architecture
+from tinyldm.models.tiling import PIXELS_AT_ONCE
 from tinyldm.planning.flops import MetaNetworks, count_flops, forwards, meta_networks, size
-from tinyldm.planning.memory import EAGER, RESERVE, memory, saved_bytes
+from tinyldm.planning.memory import CASTS, EAGER, GRADIENTS, RESERVE, memory, saved_bytes
 from tinyldm.planning.peak import peak_bytes
+from tinyldm.text.encoders import JOINS
 
 # Estimates of the fraction of the GPU's peak that the VAE's encoder reaches: compiled (norms fused, channels last), and not.
 ENCODE_UTILISATION = {True: 0.45, False: 0.36}
 OVERHEAD = 0.04             # estimate: fraction of the running time for sample grids, validation, checkpoints and restarts
 WORTH_COMPILING = 0.5       # hours of work on a GPU: compiling takes some minutes, and saves perhaps a fifth of the rest (estimates)
-GRID = 16                   # pictures in a sample grid: about 8 prompts, two of each
+GRID_PICTURES = 16          # pictures in a sample grid: about 8 prompts, two of each
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class PlannedPhase:
     saved: dict[str, float]         # bytes of activations per image under torch.compile, by trained part, an estimate
     casts: int                      # bytes of the casts of weights
     peaks: dict[str, int]           # bytes per image of forward passes without gradients, by part
+    batch_bytes: int                # per image of a batch on the GPU: x0, noise, and the features of frozen text encoders
     cache_bytes: int = 0            # bytes per picture on disk; 0: the first stage, which has no cache
     steps: int = 0
     encoding: float = 0.0           # hours of encoding the latents, a projection
@@ -69,7 +72,8 @@ class PlannedPhase:
 
     def memory(self, micro: int | None = None) -> dict[str, float]:
         """Bytes on the GPU while training, by kind."""
-        return memory(self.config, self.trained, self.frozen, self.activations * (self.micro if micro is None else micro), self.casts)
+        saved = self.activations * (self.micro if micro is None else micro)
+        return memory(self.config, self.trained, self.frozen, saved, self.casts, 2 * self.batch * self.batch_bytes)
 
     def memory_gb(self, micro: int | None = None) -> float:
         """Total memory on the GPU in GB while training."""
@@ -82,9 +86,9 @@ class PlannedPhase:
     def grid_gb(self) -> float:
         """Memory in GB while a sample grid is drawn, an estimate: what training keeps between two steps, and the larger one of the
         network's memory (guidance doubles the pictures) and the decoder's."""
-        kept = sum(size for kind, size in self.memory(0).items() if not kind.startswith(("gradients", "their casts")))
-        decoded = max(1, min(GRID, AT_ONCE // self.config.data.resolution**2))
-        return (kept + max(2 * GRID * self.peaks["net"], decoded * self.peaks["decode"])) / 1e9
+        kept = sum(size for kind, size in self.memory(0).items() if kind not in (CASTS, GRADIENTS))
+        decoded = max(1, min(GRID_PICTURES, PIXELS_AT_ONCE // self.config.data.resolution**2))
+        return (kept + max(2 * GRID_PICTURES * self.peaks["net"], decoded * self.peaks["decode"])) / 1e9
 
 
 class Plan(NamedTuple):
@@ -110,11 +114,14 @@ def make_plan(config: Config, must_fit: bool = True) -> Plan:
     planned = [plan_network_phase(part, networks) for part in parts]
     pictures = config.data.scenes if config.data.sources == ["toyworld"] else config.plan.pictures
     on_first = sum(s.hours for s in first)                                           # only the first stage's steps are set yet
-    shared = lambda compiled: share_out(config, [replace(s, compiled=compiled, encoding=encoding_hours(s, pictures, compiled))
-                                                 for s in planned], budget * (1 - OVERHEAD) - on_first)
-    plan = Plan(config, networks, [*first, *shared(False)], pictures, budget)
+
+    def with_steps(compiled: bool) -> list[PlannedPhase]:
+        encoded = [replace(s, compiled=compiled, encoding=encoding_hours(s, pictures, compiled)) for s in planned]
+        return [*first, *share_out(config, encoded, budget * (1 - OVERHEAD) - on_first)]
+
+    plan = Plan(config, networks, with_steps(compiled=False), pictures, budget)
     if compiles(config, plan.hours):
-        plan = plan._replace(phases=[*first, *shared(True)])
+        plan = plan._replace(phases=with_steps(compiled=True))
     if must_fit:
         for index, phase in enumerate(plan.phases, -len(first)):
             check_fit(config, phase, index)
@@ -167,7 +174,7 @@ def plan_vae_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
     flops = {part: 3 * count_flops(call) for part, call in calls.items()}
     saved, casts = saved_bytes(config, *((vae, call) for call in calls.values()))
     return PlannedPhase(f"VAE, {side} px", config, batch, batch, {"vae": vae}, 0, flops, dict(zip(calls, saved)), casts, {},
-                        steps=settings.steps)
+                        4 * (3 * side**2 + latent_numbers(vae, side)), steps=settings.steps)
 
 
 def plan_network_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
@@ -177,12 +184,18 @@ def plan_network_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
     flops = {part: (3 if part in trained else 1) * count_flops(call) for part, call in calls.items()}
     saved, casts = saved_bytes(config, *((module, calls[part]) for part, module in trained.items()))
     dtype = torch.float32 if config.run.dtype == "fp32" else torch.bfloat16
-    latent = vae.config.latent_channels * (side // vae.config.downscale) ** 2
-    batch = config.optimisation.batch_size
+    latent, batch = latent_numbers(vae, side), config.optimisation.batch_size
+    widths = JOINS[config.text.join].widths([architecture(text).widths(text.config)])
+    features = 0 if "text" in trained else text.config.context_length * widths.context
     return PlannedPhase(f"{side} px", config, batch, -(-batch // config.optimisation.grad_accum), trained,
                    size(*networks) - size(*trained.values()), flops, dict(zip(trained, saved)), casts,
-                   {part: peak_bytes(call, dtype) for part, call in calls.items()},
+                   {part: peak_bytes(call, dtype) for part, call in calls.items()}, 4 * (2 * latent + features),
                    cache_bytes=2 * (latent + text.config.context_length))                   # latents in fp16, token ids of 16 bits
+
+
+def latent_numbers(vae: nn.Module, side: int) -> int:
+    """How many numbers the latents of a square picture are."""
+    return vae.config.latent_channels * (side // vae.config.downscale) ** 2
 
 
 def check_fit(config: Config, phase: PlannedPhase, index: int) -> None:

@@ -9,7 +9,7 @@ from tinyldm.config import Config
 from tinyldm.device import pick_device
 from tinyldm.durations import parse_duration, show_duration
 from tinyldm.planning.flops import on_this_gpu, size
-from tinyldm.planning.plan import ENCODE_UTILISATION, GRID, OVERHEAD, Plan, PlannedPhase, make_plan
+from tinyldm.planning.plan import ENCODE_UTILISATION, GRID_PICTURES, OVERHEAD, Plan, PlannedPhase, make_plan
 from tinyldm.planning.step import step_seconds
 
 
@@ -33,8 +33,9 @@ def render(plan: Plan) -> str:
     for kind in planned[0].memory():
         row(kind, lambda s: f"{s.memory()[kind] / 1e9:.3f}")
     row("all", lambda s: f"{s.memory_gb():.3f}")
-    row(f"encoding, {config.data.encode_batch_size} pictures at once (estimate)", lambda s: f"{s.encoding_gb(networks.vae):.3f}", diffusion=True)
-    row(f"sample grid, {GRID} pictures (estimate)", lambda s: f"{s.grid_gb():.3f}", diffusion=True)
+    row(f"encoding, {config.data.encode_batch_size} pictures at once (estimate)", lambda s: f"{s.encoding_gb(networks.vae):.3f}",
+        diffusion=True)
+    row(f"sample grid, {GRID_PICTURES} pictures (estimate)", lambda s: f"{s.grid_gb():.3f}", diffusion=True)
     compiled = "compiled" if planned[-1].compiled else "not compiled"
     lines += ["", f"time (projection: {config.plan.utilisation:.0%} of {config.plan.gpu_tflops:g} TFLOP/s; the network is {compiled})"]
     row("images per second", lambda s: f"{s.rate:,.0f}")
@@ -42,12 +43,13 @@ def render(plan: Plan) -> str:
     row("images", lambda s: f"{s.steps * s.batch:,}")
     row("seconds per step", lambda s: f"{s.batch / s.rate:.4g}")
     for part in step_seconds(planned[-1]):
-        row(f"  of them {part} (estimate)", lambda s: f"{step_seconds(s)[part]:.2g}", diffusion=True)
+        row(f"  of which {part} (estimate)", lambda s: f"{step_seconds(s)[part]:.2g}", diffusion=True)
     row("time", lambda s: show_duration(3600 * s.hours))
     if pictures:
         row(f"epochs over {pictures:,} pictures", lambda s: f"{s.steps * s.batch / pictures:,.1f}", diffusion=True)
         row("GB on disk (latents in fp16, token ids)", lambda s: f"{pictures * s.cache_bytes / 1e9:,.3g}", diffusion=True)
-        row(f"time to encode them (at {ENCODE_UTILISATION[planned[-1].compiled]:.0%})", lambda s: show_duration(3600 * s.encoding), diffusion=True)
+        utilisation = ENCODE_UTILISATION[planned[-1].compiled]
+        row(f"time to encode them (at {utilisation:.0%})", lambda s: show_duration(3600 * s.encoding), diffusion=True)
     return "\n".join([*lines, *render_hours(plan)])
 
 

@@ -19,7 +19,7 @@ BANDWIDTH = 1.5e12          # bytes/s, estimate: what pointwise operations reach
 # float32 (2 + 4, 4 + 2): estimate.
 PER_MICRO_BATCH = 18
 PER_STEP = 40               # the same per step: norm, clipping, momentum, weights, averages (estimate)
-ITERATIONS = 5              # of Muon's Newton-Schulz iteration
+ITERATIONS = 5              # steps of Muon's Newton-Schulz iteration (orthogonalise in training/optim.py)
 
 
 def step_seconds(phase: PlannedPhase) -> dict[str, float]:

@@ -21,9 +21,9 @@ from tinyldm.models.layers import Cond
 from tinyldm.text.prompt_weights import plain, token_weights
 from tinyldm.text.tokenizer import Tokenizer
 
-# The captions that a text encoder takes at once. More would not be faster, and CLIP's large tower needs 2.2 MB for each: a whole
-# step's captions together might need memory that the micro-batches do not.
-AT_ONCE = 256
+# The captions that a text encoder takes at once. More would not be faster, and CLIP ViT-L/14's needs 2.2 MB for each: all captions of
+# a step together might need more memory than a micro-batch of the network.
+CAPTIONS_AT_ONCE = 256
 
 
 class TextEncoder(NamedTuple):
@@ -150,8 +150,8 @@ def encode(module: nn.Module, distinct: Tensor, inverse: Tensor, device: torch.d
     if mask_padding:
         mask = torch.arange(distinct.shape[1]) <= module.ends(distinct)[:, None]            # [k, n]
         mask = upload(mask[inverse], device)
-    parts = [(features.hidden, features.pooled) for features in in_parts(partial(module, **call), upload(distinct, device), AT_ONCE)]
-    hidden, pooled = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
+    parts = [*in_parts(partial(module, **call), upload(distinct, device), CAPTIONS_AT_ONCE)]
+    hidden, pooled = torch.cat([part.hidden for part in parts]), torch.cat([part.pooled for part in parts])
     inverse = upload(inverse, device)
     # index_select, because the backward pass of hidden[inverse] adds in the order of the threads, and is slower on a CPU.
     return Encoded(hidden.index_select(0, inverse), mask, pooled.index_select(0, inverse))

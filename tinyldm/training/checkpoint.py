@@ -140,8 +140,8 @@ class Writer:
         self.memory = PinnedMemory()
 
     def copier(self, keep: bool = True) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-        """Wait for the previous write -> host_copy() for the tensors of the next one, into the memory that the previous one used. So
-        copies must not be used after the write that they were made for."""
+        """Wait for the previous write, then return host_copy() with the memory that the copies of that write used. So no copy may be
+        used after the write that it was made for. keep: as in host_copy()."""
         self.wait()
         self.memory.clear()
         return partial(host_copy, keep=keep, memory=self.memory)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from tinyldm.model import repeated_blocks
-from tinyldm.training.packing import buckets, checksum, pack, slices
+from tinyldm.training.packing import buckets, checksum, copy_all, pack, slices
 
 TIMEOUT = timedelta(hours=1)                               # the other processes wait while rank 0 draws and writes, for minutes
 # All such waits are gloo's. NCCL's operations begin at the same time everywhere, and one that waits for a process on another host that
@@ -92,22 +92,22 @@ class World:
                 torch._foreach_copy_(bucket, parts)
 
     @torch.no_grad()
-    def share(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensor i by that of process i % size, in all processes. They must pass contiguous tensors of the same shapes and
+    def all_gather(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensor i by that of process i % size, in all processes. All must pass contiguous tensors of the same shapes and
         dtypes in the same order, all on one device.
 
-        Needs memory for one more copy of the tensors."""
+        Needs memory for two more copies of the tensors (of which NCCL makes one)."""
         if self.size == 1 or not tensors:
             return
         owned = [[tensor.view(-1).view(torch.uint8) for tensor in tensors[rank::self.size]] for rank in range(self.size)]
         longest = max(sum(part.numel() for part in parts) for parts in owned)
-        own = owned[0][0].new_empty(longest)                   # all send equally much, as NCCL wants it: up to one tensor of padding
+        own = owned[0][0].new_empty(longest)                   # as NCCL wants it, all send equally much: some pad
         found = list(own.new_empty(self.size, longest))
-        torch._foreach_copy_(slices(own, owned[self.rank]), owned[self.rank])
+        copy_all(slices(own, owned[self.rank]), owned[self.rank])
         with self.peer_errors():
             dist.all_gather(found, own)
         for flat, parts in zip(found, owned):
-            torch._foreach_copy_(parts, slices(flat, parts))
+            copy_all(parts, slices(flat, parts))
 
     @torch.no_grad()
     def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
@@ -121,7 +121,7 @@ class World:
                 dist.broadcast(flat, 0)
                 torch._foreach_copy_(bucket, parts)
 
-    def same(self, tensors: Sequence[Tensor]) -> bool:
+    def all_equal(self, tensors: Sequence[Tensor]) -> bool:
         """Whether all processes hold the same bits in these tensors, by a checksum. Sharded ones are skipped."""
         if self.size == 1:
             return True
@@ -231,7 +231,7 @@ def shard(net: nn.Module, world: World, reduce_dtype: torch.dtype | None = None)
 
     Weights, gradients and optimizer state stay float32. Where autocast would cast the weights of a layer, they are gathered in its
     dtype instead: the copies that autocast makes are kept for the backward pass, by every process, of the whole network. Parameters
-    that autocast leaves in float32 (norms, tables) are small and then not sharded: World.sum() sums their gradients.
+    that autocast leaves in float32 (norms, embedding tables) are small and then not sharded: World.sum() sums their gradients.
 
     The parameters become DTensors: whole(), local(), fill() and clip() work on these and on ordinary tensors."""
     if world.size == 1:
@@ -241,16 +241,20 @@ def shard(net: nn.Module, world: World, reduce_dtype: torch.dtype | None = None)
 
     device = next(net.parameters()).device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    plain = {p for module in net.modules() if not isinstance(module, AUTOCAST) for p in module.parameters(recurse=False)} if cast else set()
+    unsharded = set()
+    if cast:
+        others = [module for module in net.modules() if not isinstance(module, AUTOCAST)]
+        unsharded = {p for module in others for p in module.parameters(recurse=False)}
     # Gradients are summed for every micro-batch. FSDP could do it after the last one alone (set_requires_gradient_sync), but until
     # then every process would keep the gradients of the whole network, which may not fit.
+    ignored = {"ignored_params": unsharded} if unsharded else {}            # torch 2.6 does not know the argument
     policy = MixedPrecisionPolicy(cast, reduce_dtype or torch.float32, cast_forward_inputs=False)
     world.broadcast_tensors([*net.parameters(), *net.buffers()])
     mesh = init_device_mesh(device, (world.size,))
     # Each block is gathered only while it computes. net's remaining weights are resharded too: gathered copies that stayed after
     # the forward pass would still be there after the optimizer step, with the old values.
     for module in (*repeated_blocks(net), net):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=plain)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, **ignored)
     for module in net.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -74,7 +74,7 @@ class Learner:
     def weights(self, turn: Turn) -> list[nn.Parameter]:
         return list(self.named(turn).values())
 
-    def make_equal(self) -> None:
+    def broadcast_state(self) -> None:
         """Overwrite all that training changes by rank 0's, in all processes. Hosts may differ in their random numbers (other CPUs
         take other vector instructions) and in their copies of a checkpoint."""
         modules = [*self.trained.modules.values(), *self.objective.networks.values()]
@@ -83,13 +83,13 @@ class Learner:
         moments = checkpoint.optimizer_tensors(self.all_optimizers, self.parameters)
         self.world.broadcast_tensors([*weights, *averages, *self.further_averages().values(), *(moments[name] for name in sorted(moments))])
 
-    def check_equal(self, step: int) -> None:
+    def check_equal_weights(self, step: int) -> None:
         """ValueError where the processes' trained parameters differ: gradients of different weights cannot be summed. (Buffers may
         differ: the statistics of a batch norm are those of a process's own part of each batch.)"""
-        if not self.world.same(list(self.parameters.values())):
+        if not self.world.all_equal(list(self.parameters.values())):
             raise ValueError(f"after step {step:,} the {self.world.size} processes hold different weights, so no checkpoint was written: "
                              "continue from the last one with --resume yes, which gives all of them the same. If that happens again, "
-                             "a GPU is faulty, or the hosts have other GPUs or another torch")
+                             "a GPU is faulty, or the hosts differ in their GPUs or versions of torch")
 
     def all_reduce(self, turn: Turn, dtype: str = "fp32") -> None:
         """After the backward pass: sum over all processes the gradients, sent in this dtype, and the measured losses."""
@@ -142,7 +142,7 @@ class Learner:
         """Copy all that training changes to the host; the main process then writes the copy in the background. ValueError where the
         processes' weights differ."""
         to_host, modules = writer.copier(keep=self.world.main), self.trained.modules        # waits, so the host holds at most one copy
-        self.check_equal(step)
+        self.check_equal_weights(step)
         averages = {} if self.ema is None else {part: to_host(self.ema.state_dict(part)) for part in modules}
         stored = Stored({part: to_host(module.state_dict()) for part, module in modules.items()}, averages)
         moments = to_host(checkpoint.optimizer_tensors(self.all_optimizers, self.parameters))

@@ -33,7 +33,7 @@ class Meter:
 
     def keep(self, norm: float) -> None:
         """The update was made: add its pending measurements to the sums. norm: its gradient norm."""
-        self.pending[1].fill_(norm), self.pending[2].fill_(1.0)         # an assignment would wait for the optimizer to end on a GPU
+        self.pending[1].fill_(norm), self.pending[2].fill_(1.0)         # on a GPU, an assignment would wait for the optimizer
         self.sums += self.pending
         self.pending.zero_()
         self.in_a_row = 0

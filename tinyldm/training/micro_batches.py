@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from tinyldm.device import out_of_memory
+from tinyldm.device import first_line, out_of_memory
 
 
 class MicroBatches:
@@ -24,7 +24,7 @@ class MicroBatches:
 
     def __init__(self, count: int, most: int, sample: str, start_over: Callable[[int], None], retry: bool = True):
         self.count, self.most, self.sample, self.start_over, self.retry = count, most, sample, start_over, retry
-        self.failed = False
+        self.failed, self.words = False, ""                    # words: the error's own
 
     def attempts(self) -> Iterator[MicroBatches]:
         """ValueError where even single samples do not fit."""
@@ -35,7 +35,7 @@ class MicroBatches:
                 return
             if self.count == self.most:
                 raise ValueError(f"out of memory with {self.sample} alone: use a smaller network, --grad-checkpointing, or --stages of "
-                                 "fewer pixels")
+                                 f"fewer pixels ({self.words or 'in another process'})")
             self.count = min(2 * self.count, self.most)
             self.start_over(self.count)
 
@@ -44,4 +44,6 @@ class MicroBatches:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> bool:
         self.failed = self.retry and error is not None and out_of_memory(error)
+        if self.failed:
+            self.words = first_line(error)
         return self.failed

@@ -21,7 +21,7 @@ from tinyldm.training.distributed import World, local, part_of, sharded, whole
 from tinyldm.training.packing import buckets
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-AT_ONCE = 256 * 2**20                                      # bytes of matrices that are orthogonalised at the same time
+BYTES_AT_ONCE = 256 * 2**20                                # of matrices that are orthogonalised at the same time
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -30,7 +30,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     Quintic Newton-Schulz iteration x <- (a + b G + c G^2) x, G = x x^T, with Muon's coefficients, which trade
     accuracy for speed: the singular values end between about 0.7 and 1.2. Near-square matrices run it in bfloat16,
     as is customary. Long ones keep to the small side: the factors commute with G, so their product is built from
-    G alone and meets the long matrix once (in float32, since G squares the condition number).
+    G alone, then multiplied with the long matrix once (in float32, since G squares the condition number).
     """
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
@@ -104,23 +104,26 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, world: World | None = None):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.world = world or World()
+        # After tf32() torch calls the usual precision "ieee" and not "none" any more, which is a part of the key of torch.compile's cache
+        # on the disk. From the start on, so that what is compiled before the first step is found after it.
+        torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
 
     @torch.no_grad()
     def step(self) -> None:
         """Uses up the gradients: it overwrites them, which saves a copy."""
         for group in self.param_groups:
             params = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
-            for some in buckets(params, AT_ONCE):              # so that the memory needed does not grow with the network
-                self.step_some(some, group)
+            for bucket in buckets(params, BYTES_AT_ONCE):      # so that the memory needed does not grow with the network
+                self.step_bucket(bucket, group)
 
-    def step_some(self, params: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+    def step_bucket(self, params: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
         by_shape, updates, first = defaultdict(list), [], 0
         for p in params:
             by_shape[p.shape, sharded(p)].append(p)
         for same in by_shape.values():
             updates.append(self.directions(self.nesterov(same, group["momentum"]), first))
             first += len(same)
-        self.world.share([update for stack in updates for update in stack])
+        self.world.all_gather([update for stack in updates for update in stack])
         for same, stack in zip(by_shape.values(), updates):
             own, (rows, columns) = parts(same), stack.shape[1:]
             if group["weight_decay"]:
@@ -130,7 +133,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(own, moves, alpha=-0.2 * math.sqrt(max(rows, columns)) * group["lr"])
 
     def nesterov(self, params: Sequence[nn.Parameter], momentum: float) -> Sequence[Tensor]:
-        """The gradients of parameters of one shape, moved on to what the momentum would be after the same gradient again; whole."""
+        """For parameters of one shape: update their momentum with their gradients, and overwrite the gradients by Nesterov's
+        direction, what the momentum would be after the same gradient once more. -> these; of sharded parameters the whole tensors"""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -37,9 +37,15 @@ def slices(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(flat[:sum(sizes)].split(sizes), tensors)]
 
 
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target. torch._foreach_copy_ refuses empty lists."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """48 bits, which a float64 holds, of a hash of the tensors' bits. Tensors are summed up as whole numbers on their device."""
+    """48 bits, which a float64 holds, of a hash of the tensors' bits. Each tensor is summed up on its device, its bits read as integers."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [tensor.detach().view(kinds[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
     numbers = torch.stack(sums).tolist() if sums else []
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:6])
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:6], "big")          # Python 3.10 has no default

@@ -1,4 +1,4 @@
-"""Host memory to which GPUs copy asynchronously, for the tensors of checkpoints."""
+"""Pinned (page-locked) host memory for copies of a GPU's tensors in checkpoints."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 class PinnedMemory:
-    """Page-locked host memory, to which GPUs copy asynchronously, in blocks that are used again for every checkpoint. torch rounds
-    each pinned tensor up to a power of two and never returns it to the system: the many tensors of a U-Net would take 1.6 times
-    their size. Where the system grants no (more) such memory, as WSL and some containers do, ordinary memory takes its place."""
+    """Pinned host memory, to which GPUs copy asynchronously, in blocks that are used again for every checkpoint. torch rounds each
+    pinned tensor up to a power of two and never returns it to the system: the many tensors of a U-Net would take 1.6 times their
+    size. (Batches, which are copied to a GPU, have few shapes, so torch's own pinned memory serves them: device.pin.) Where the
+    system grants no more pinned memory, as happens in WSL2 and some containers, ordinary memory takes its place."""
 
     BLOCK = 2**28               # bytes of the largest blocks that hold several tensors; all sizes are powers of two
 
@@ -43,7 +44,7 @@ class PinnedMemory:
             self.blocks.append(torch.empty(2 ** (size - 1).bit_length(), dtype=torch.uint8, pin_memory=True))
         except RuntimeError as error:
             self.refused = True
-            print(f"no more page-locked memory for checkpoints ({' '.join(str(error).split())[:100]}): ordinary memory is used, "
+            print(f"no more pinned memory for checkpoints ({' '.join(str(error).split())[:100]}): ordinary memory is used, "
                   "and training waits a little longer for each", flush=True)
             return False
         self.used.append(0)

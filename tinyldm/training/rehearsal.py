@@ -19,7 +19,7 @@ from torch import nn
 from tinyldm.config import Config, change
 from tinyldm.data.encoding import CompiledVAE, encode
 from tinyldm.data.loader import Batch
-from tinyldm.device import autocast, in_parts, out_of_memory
+from tinyldm.device import autocast, first_line, in_parts, out_of_memory
 from tinyldm.folders.load import load_vae
 from tinyldm.objectives import Turn
 from tinyldm.pipeline import decode
@@ -30,6 +30,9 @@ from tinyldm.training.distributed import World, clip
 from tinyldm.training.learner import Learner
 from tinyldm.training.micro_batches import MicroBatches
 from tinyldm.training.second_stage import LatentStage
+
+
+REFUSED = "--compile: torch.compile fails on this machine ({}): leave the flag out, or install what is missing"
 
 
 class Rehearsed(NamedTuple):
@@ -46,29 +49,30 @@ def rehearse(config: Config, context: RunContext, last: Path | None) -> Rehearse
     config = change(config, compile=wants_compile(config, device))
     if device.type != "cuda" and not config.run.compile:
         return Rehearsed(config, [])
-    vae, broken = load_vae(context.folder / "vae", device), False
+    vae, reason = load_vae(context.folder / "vae", device), ""  # reason: why torch.compile failed
     try:
         counts = try_phases(config, context, vae, last)
     except Exception as error:
         if not config.run.compile or isinstance(error, ValueError) or out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        config, broken = change(config, compile=False), True
-    if broken:
-        forget(device)                                          # outside of `except`, whose traceback keeps the networks alive
+        if config.run.fsdp:                                     # the other processes would not try again with this one
+            raise ValueError(REFUSED.format(first_line(error))) from error
+        config, reason = change(config, compile=False), first_line(error)
+    if reason:
+        free_memory(device)                                     # outside of `except`, whose traceback keeps the networks alive
         counts = try_phases(config, context, vae, last)         # raises what is not the compiler's fault
         if typed:
-            raise ValueError(f"--compile: torch.compile fails on this machine ({reason}): leave the flag out, or install what is missing")
+            raise ValueError(REFUSED.format(reason))
         print(f"torch.compile fails on this machine ({reason}): the run goes on without it, more slowly")
-    forget(device)
-    broken_anywhere, *counts = map(int, context.world.all_reduce_max(broken, *counts))
-    return Rehearsed(change(config, compile=False) if broken_anywhere else config, counts)
+    free_memory(device)
+    failed_anywhere, *counts = map(int, context.world.all_reduce_max(bool(reason), *counts))
+    return Rehearsed(change(config, compile=False) if failed_anywhere else config, counts)
 
 
 def wants_compile(config: Config, device: torch.device) -> bool:
     """Whether to compile, by the run's hours on this GPU."""
     hours = 0.0
-    if compiles(config, hours, device.type) != compiles(config, math.inf, device.type):        # then they matter
+    if compiles(config, hours, device.type) != compiles(config, math.inf, device.type):        # then the hours matter
         try:
             hours = make_plan(on_this_gpu(config, device), must_fit=False).hours
         except ValueError:                                      # the deadline has passed: the run is about to end
@@ -76,7 +80,7 @@ def wants_compile(config: Config, device: torch.device) -> bool:
     return compiles(config, hours, device.type)
 
 
-def forget(device: torch.device) -> None:
+def free_memory(device: torch.device) -> None:
     """Free compiled graphs and the memory of networks that nothing refers to any more."""
     torch.compiler.reset()
     gc.collect()
@@ -101,37 +105,42 @@ class RehearsalStage(LatentStage):
         self.build(config, context, vae, ["a picture"], last)
 
     def try_phase(self, index: int, learner: Learner) -> int:
-        """One micro-batch of every turn, one update, one batch to encode, one picture to decode."""
+        """Two updates of every turn, one batch to encode, one picture to decode."""
         config, device, vae = self.phases[index], self.context.device, self.model.vae
-        networks, most = self.networks(index), self.settings.batch_size // self.world.size
+        networks, most = self.prepare_networks(index), self.settings.batch_size // self.world.size
+        sample = f"a picture of {config.data.resolution} px"
 
         def start_over(count: int) -> None:
             learner.drop_gradients()
-            forget(device)
+            free_memory(device)
 
-        sizes = MicroBatches(self.count(index), most, f"a picture of {config.data.resolution} px", start_over, retry=not config.run.fsdp)
+        micro_batches = MicroBatches(self.micro_batch_count(index), most, sample, start_over, retry=not config.run.fsdp)
         for turn in self.objective.turns:
-            for attempt in sizes.attempts():
+            for attempt in micro_batches.attempts():
                 with attempt:
-                    self.try_micro_batch(turn, networks, config, -(-most // attempt.count), learner)
+                    # The second update finds in memory what later ones do: the optimizer's state, and gradients of a micro-batch before.
+                    for count in (1, min(2, attempt.count)):
+                        self.try_update(turn, networks, config, -(-most // attempt.count), count, learner)
         images = np.zeros((config.data.encode_batch_size, config.data.resolution, config.data.resolution, 3), np.uint8)
         if not config.data.cache:
-            encoder = CompiledVAE(vae, SimpleNamespace(count=len(images))) if config.run.compile else vae
+            size = SimpleNamespace(count=len(images))           # in place of BatchSize, which would read and write the cache's folder
+            encoder = CompiledVAE(vae, size) if config.run.compile else vae
             [*in_parts(lambda part: encode(encoder, part, device, config.run.dtype, config.data.flip), images, len(images))]
         with torch.no_grad(), autocast(device, config.run.dtype):
             decode(vae, self.latents(1, config).to(device))
-        return sizes.count
+        return micro_batches.count
 
-    def try_micro_batch(self, turn: Turn, networks: dict, config: Config, size: int, learner: Learner) -> None:
-        """Forward and backward pass of a micro-batch of random latents, then an update."""
+    def try_update(self, turn: Turn, networks: dict, config: Config, size: int, count: int, learner: Learner) -> None:
+        """Forward and backward passes of `count` equal micro-batches of random latents, then an update."""
         tokens = self.model.text.tokenize([f"picture {i}" for i in range(size)])
         samples = Batch(np.arange(size), self.latents(size, config), tokens)
         batch = self.objective.draw(samples, torch.Generator().manual_seed(0), size, slice(0, size))
         batch = self.objective.to_device(batch, self.context.device)
-        with autocast(self.context.device, config.run.dtype):
-            losses = self.objective.losses(turn, networks, batch, 0.0)
-        losses.mean().backward()
-        learner.meters[turn.name].add(losses, 1 / size)
+        for _ in range(count):
+            with autocast(self.context.device, config.run.dtype):
+                losses = self.objective.losses(turn, networks, batch, 0.0)
+            losses.mean().backward()
+            learner.meters[turn.name].add(losses, 1 / size)
         learner.update(turn, clip(learner.weights(turn), self.settings.grad_clip), 1.0, measure=True)
 
     def latents(self, count: int, config: Config) -> torch.Tensor:

@@ -77,22 +77,23 @@ class LatentStage(Stage):
         for network in self.objective.networks.values():
             network.to(context.device)
 
-    def networks(self, index: int) -> dict[str, Any]:
-        """Begin a phase -> what to call in it, by part name: for the network its compiled handle, where --compile says so."""
+    def prepare_networks(self, index: int) -> dict[str, Any]:
+        """Set the model and the objective to a phase -> what to call in it, by part name: for the network its compiled handle, where
+        it is compiled."""
         config = self.phases[index]
         self.model = at_phase(self.model, config)
         self.objective.begin_phase(config, self.model)
         compiled = {"net": compile_network(self.model.net, config)} if config.run.compile else {}
         return self.model.modules | dict(self.objective.networks) | compiled
 
-    def count(self, index: int) -> int:
+    def micro_batch_count(self, index: int) -> int:
         """The number of micro-batches per step and process with which a phase begins."""
         world, known = self.world, self.micro_batches[index] if self.micro_batches else 1
         return min(max(known, -(-self.phases[index].optimisation.grad_accum // world.size)), self.settings.batch_size // world.size)
 
     def begin_phase(self, index: int) -> Phase:
         config, device, objective = self.phases[index], self.context.device, self.objective
-        networks, count = self.networks(index), self.count(index)
+        networks, count = self.prepare_networks(index), self.micro_batch_count(index)
         loader = make_loader(config, self.caches[index], self.model.text.tokenizers, self.world)
         most = self.settings.batch_size // self.world.size
 
@@ -134,7 +135,7 @@ class LatentStage(Stage):
 
 def compile_network(net: nn.Module, config: Config) -> Callable[..., torch.Tensor]:
     """A compiled handle of the network, which shares its parameters."""
-    torch.compiler.reset()              # otherwise torch.compile switches to dynamic shapes at the second picture size
+    torch.compiler.reset()              # forgets the graphs of the last picture size: torch.compile keeps only a few
     # Micro-batches of two sizes get a static graph each. With --mask-padding (captions are cut to the longest one) and with --buckets
     # there may be more shapes than torch.compile keeps graphs, so it may switch to dynamic ones.
     dynamic = None if config.objective.mask_padding or config.data.buckets else False
