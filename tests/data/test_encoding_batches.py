@@ -184,7 +184,7 @@ def test_latents_on_another_gpu_than_the_current_one_are_waited_for_on_that_gpu(
     recorded = []
     with PretendGpu():
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"the stream of {device or 'the current GPU'}")
-        monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(
+        monkeypatch.setattr(torch.cuda, "Event", lambda **options: SimpleNamespace(
             record=lambda stream=None: recorded.append(stream), synchronize=lambda: recorded.append("waited")))
         latents = encoding.begin_copy_to_host(torch.arange(3.0).to("cuda"))
         assert recorded == ["the stream of cuda:0"] and latents().tolist() == [0, 1, 2]
