@@ -28,7 +28,7 @@ def launch(size, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = ENVIRONMENT | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = ENVIRONMENT | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONFAULTHANDLER": "1"}
     return [subprocess.Popen([sys.executable, ROOT / "tests" / "workers.py", folder], env=common | {"RANK": str(rank)})
             for rank in range(size)]
 
