@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinyldm.folders.rename import export_renamed, load_renamed, published_names
+from tinyldm.folders.rename import export_renamed, load_renamed, published_names, published_shapes
 
 RULES = [(r"^first\.", "stem."), (r"^second\.(\w)", r"head.0.\1")]
 
@@ -98,3 +98,45 @@ def test_a_wrong_shape_names_the_tensor_and_both_shapes_and_changes_nothing():
         load_renamed(net, tensors, RULES)
     assert "stem.weight is [4, 5], expected [4, 3]" in message(error)
     assert torch.equal(net.second.weight, before)
+
+
+class Fused(nn.Module):
+    """A query, a key and an MLP four times as wide as each, which are stored in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.mlp, self.last = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 8), nn.Linear(5, 4)
+
+
+FUSED = [(r"^q\.(.*)", r"all.\1@0/6"), (r"^k\.(.*)", r"all.\1@1/6"), (r"^mlp\.(.*)", r"all.\1@2-5/6"), (r"^last\.(.*)", r"end.\1@swap")]
+
+
+def test_parts_of_different_sizes_and_swapped_halves_are_written_and_read():
+    net = Fused()
+    tensors = export_renamed(net.state_dict(), FUSED)
+    assert torch.equal(tensors["all.weight"], torch.cat([net.q.weight, net.k.weight, net.mlp.weight]))
+    assert torch.equal(tensors["all.bias"], torch.cat([net.q.bias, net.k.bias, net.mlp.bias]))
+    assert torch.equal(tensors["end.weight"], net.last.weight[[2, 3, 0, 1]])
+    assert torch.equal(tensors["end.bias"], net.last.bias[[2, 3, 0, 1]])
+    assert published_shapes(net.state_dict(), FUSED) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    other = Fused()
+    load_renamed(other, tensors, FUSED)
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), net.state_dict().values()))
+
+
+def test_the_parts_of_a_fused_tensor_are_written_in_order_where_there_are_more_than_ten():
+    values = {f"part.{i}": torch.full((1, 2), float(i)) for i in reversed(range(12))}
+    fused = export_renamed(values, [(r"part\.(\d+)", r"all@\1/12")])["all"]
+    assert fused[:, 0].tolist() == [float(i) for i in range(12)]
+
+
+@pytest.mark.parametrize("parts", [(0, 2), (0, 1), (1, 2), (0, 1, 1, 2)], ids=str)
+def test_rules_that_do_not_use_each_part_of_a_fused_tensor_once_are_an_error(parts):
+    names = [f"{i}.{part}" for i, part in enumerate(parts)]
+    with pytest.raises(ValueError, match="same name|each part must be used once"):
+        export_renamed({name: torch.zeros(2) for name in names}, [(r"\d+\.(\d+)", r"all@\1/3")])
+
+
+def test_an_unknown_form_is_an_error():
+    with pytest.raises(ValueError, match="no form @twist"):
+        export_renamed({"x": torch.zeros(2)}, [(r"x", "y@twist")])

@@ -7,8 +7,12 @@ inverse table. Loading is strict: a published tensor that is not used, or one of
 Where a published tensor is stored differently from ours, a suffix of its name in the table says how:
 
     name@1/3    ours is the second of three equal parts along the first axis (open_clip fuses q, k and v)
+    name@3-6/7  ours is the fourth to the seventh of seven equal parts (FLUX fuses q, k and v with the four times as wide MLP)
+    name@swap   the two halves of the first axis are swapped (Stability's last modulation: shift, scale; diffusers': scale, shift)
     name@T      stored transposed
     name@1x1    a matrix stored as a 1x1 convolution
+
+Each form is a row of FORMS.
 
 A `Layout` is such a table, and the way to recognise the files that it is for: by a tensor name that only they contain, never by
 the file's own name.
@@ -17,7 +21,8 @@ the file's own name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,17 +59,23 @@ def published_names(ours: Iterable[str], rules: Rules) -> dict[str, str]:
 
 def published_shapes(state_dict: Mapping[str, Tensor], rules: Rules) -> dict[str, Shape]:
     """Published name -> shape of the tensor there."""
-    places = (_place(name) for name in published_names(state_dict, rules).values())
-    return {name: _outer_shape(tensor.shape, how) for (name, how), tensor in zip(places, state_dict.values())}
+    return {name: parts[0].form.outer_shape(tuple(state_dict[parts[0].key].shape), parts[0].how)
+            for name, parts in _places(state_dict, rules).items()}
 
 
 def export_renamed(state_dict: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     """A state dict (a module's, or an EMA's) under published names: contiguous CPU tensors, ready for safetensors."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, published in published_names(state_dict, rules).items():
-        name, how = _place(published)
-        parts.setdefault(name, {})[how] = state_dict[key].detach().cpu()
-    return {name: _outwards(part).contiguous() for name, part in parts.items()}
+    tensors = {}
+    for name, parts in _places(state_dict, rules).items():
+        stored = [part.form.outwards(state_dict[part.key].detach().cpu(), part.how) for part in parts]
+        tensors[name] = (torch.cat(stored) if len(stored) > 1 else stored[0]).contiguous()
+    return tensors
+
+
+def read_renamed(published: str, read: Callable[[str], Tensor]) -> Tensor:
+    """One of our tensors, by its name in published_names; `read` reads the published tensor of a name."""
+    name, form, how = _form(published)
+    return form.inwards(read(name), how)
 
 
 @torch.no_grad()
@@ -72,22 +83,20 @@ def load_renamed(module: nn.Module, weights: Weights | Mapping[str, Tensor], rul
                  device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
     """Copy published tensors into module, one at a time, in the dtype that module has.
 
-    A module on the meta device is given memory on `device`, in `dtype` where that is not None.
+    A module on the meta device is given memory on `device`, in `dtype` where that is not None. Where `device` is the meta device, too,
+    no tensor is read.
     ValueError for missing and unexpected names and for shapes that differ; module is then unchanged.
     """
     weights = weights if isinstance(weights, Weights) else Weights.of(weights)
     own = module.state_dict()
     _check(type(module).__name__, weights.shapes, own, rules)
-    places: dict[str, list[tuple[str, str]]] = {}               # published name -> (how it is stored, our key) of each part
-    for key, published in published_names(own, rules).items():
-        name, how = _place(published)
-        places.setdefault(name, []).append((how, key))
+    places = _places(own, rules)
     empty = any(tensor.is_meta for tensor in own.values())
     if empty:
         own = {key: torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for key, t in own.items()}
-    for name, tensor in weights.stream():
-        for how, key in places[name]:
-            own[key].copy_(_inwards(tensor, how))
+    for name, tensor in weights.stream() if torch.device(device).type != "meta" else ():
+        for part in places[name]:
+            own[part.key].copy_(part.form.inwards(tensor, part.how))
     if empty:
         module.load_state_dict(own, assign=True)
 
@@ -108,37 +117,73 @@ def _check(what: str, shapes: Mapping[str, Shape], own: Mapping[str, Tensor], ru
 # ---- how a published tensor is stored
 
 
-def _place(published: str) -> tuple[str, str]:
-    """'attn.in_proj_weight@1/3' -> ('attn.in_proj_weight', '1/3')."""
-    name, _, how = published.partition("@")
-    return name, how
+class Form(NamedTuple):
+    """A form in which tensors are stored. Each function takes the match of the suffix as its second argument."""
+
+    outer_shape: Callable[[Shape, re.Match], Shape]             # our shape -> that of the stored tensor
+    inwards: Callable[[Tensor, re.Match], Tensor]               # the stored tensor -> ours
+    outwards: Callable[[Tensor, re.Match], Tensor]              # ours -> the stored tensor, or our part of it
 
 
-def _outer_shape(shape: Iterable[int], how: str) -> Shape:
-    shape = tuple(shape)
-    if how == "T":
-        return shape[::-1]
-    if how == "1x1":
-        return shape + (1, 1) if len(shape) == 2 else shape          # a bias stays as it is
-    return (shape[0] * int(how.partition("/")[2]), *shape[1:]) if how else shape
+def _span(how: re.Match) -> tuple[int, int, int]:
+    """'3-6/7' -> (3, 7, 7), '1/3' -> (1, 2, 3): the first part, the one after the last, and the number of parts."""
+    return int(how[1]), int(how[2] or how[1]) + 1, int(how[3])
 
 
-def _inwards(tensor: Tensor, how: str) -> Tensor:
-    if how == "T":
-        return tensor.T
-    if how == "1x1":
-        return tensor.flatten(1) if tensor.dim() == 4 else tensor
-    part, _, count = how.partition("/")
-    return tensor.chunk(int(count))[int(part)] if how else tensor
+def _fused_shape(shape: Shape, how: re.Match) -> Shape:
+    start, stop, count = _span(how)
+    return (shape[0] * count // (stop - start), *shape[1:])
 
 
-def _outwards(parts: Mapping[str, Tensor]) -> Tensor:
-    how, tensor = next(iter(parts.items()))
-    if how == "T":
-        return tensor.T
-    if how == "1x1":
-        return tensor[:, :, None, None] if tensor.dim() == 2 else tensor
-    return torch.cat([parts[how] for how in sorted(parts)]) if how else tensor
+def _part(tensor: Tensor, how: re.Match) -> Tensor:
+    start, stop, count = _span(how)
+    return tensor[tensor.shape[0] * start // count : tensor.shape[0] * stop // count]
+
+
+SWAP = lambda tensor, how: tensor.roll(tensor.shape[0] // 2, 0)
+
+FORMS = {                                                       # keyed by the regex of the suffix
+    r"": Form(lambda shape, how: shape, lambda tensor, how: tensor, lambda tensor, how: tensor),
+    r"(\d+)(?:-(\d+))?/(\d+)": Form(_fused_shape, _part, lambda tensor, how: tensor),
+    r"swap": Form(lambda shape, how: shape, SWAP, SWAP),
+    r"T": Form(lambda shape, how: shape[::-1], lambda tensor, how: tensor.T, lambda tensor, how: tensor.T),
+    r"1x1": Form(lambda shape, how: shape + (1, 1) if len(shape) == 2 else shape,           # a bias stays as it is
+                 lambda tensor, how: tensor.flatten(1) if tensor.dim() == 4 else tensor,
+                 lambda tensor, how: tensor[:, :, None, None] if tensor.dim() == 2 else tensor),
+}
+
+
+def _form(published: str) -> tuple[str, Form, re.Match]:
+    """'attn.qkv.weight@1/3' -> 'attn.qkv.weight', the form of parts, and the match of '1/3'."""
+    name, _, suffix = published.partition("@")
+    for pattern, form in FORMS.items():
+        if how := re.fullmatch(pattern, suffix):
+            return name, form, how
+    raise ValueError(f"the rename rules store a tensor as {published}: there is no form @{suffix}")
+
+
+class _Place(NamedTuple):
+    """Where one of our tensors is found in a published one."""
+
+    key: str                                                    # ours
+    form: Form
+    how: re.Match                                               # of the form's suffix
+
+
+def _places(ours: Iterable[str], rules: Rules) -> dict[str, list[_Place]]:
+    """Published name -> what of ours it holds, in the order of the parts. ValueError for rules that leave a part to nobody."""
+    places: dict[str, list[_Place]] = {}
+    for key, published in published_names(ours, rules).items():
+        name, form, how = _form(published)
+        places.setdefault(name, []).append(_Place(key, form, how))
+    for name, parts in places.items():
+        if parts[0].how.re.groups:                              # a fused tensor
+            parts.sort(key=lambda part: _span(part.how))
+            spans = [_span(part.how) for part in parts]
+            if [0, *(stop for _, stop, _ in spans)] != [*(start for start, _, _ in spans), spans[-1][2]]:
+                raise ValueError(f"the rename rules use the parts {', '.join(part.how[0] for part in parts)} of {name}: each part "
+                                 f"must be used once")
+    return places
 
 
 # ---- what went wrong
