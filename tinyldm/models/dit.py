@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
-from tinyldm.models.layers import Attention, Cond, TimeEmbedding, runner
+from tinyldm.models.layers import Attention, Cond, TimeEmbedding, runner, two_layers
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,6 @@ class DiTBlock(nn.Module):
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope=rope)
         x = x + self.cross(self.norm2(x), context, mask)
         return x + gate2 * self.mlp(self.norm3(x) * (1 + scale2) + shift2)
-
-
-def two_layers(dim: int, hidden: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
 
 
 def axial_rope(rows: int, cols: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -34,14 +34,15 @@ class Cond:
     pooled: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def cat(self, other: Cond) -> Cond:
-        """Both conditions along the batch, self first: [b] and [b'] become [b + b']."""
-        if self.extra.keys() != other.extra.keys():
-            raise ValueError(f"conditions with extra {sorted(self.extra)} and {sorted(other.extra)} cannot be joined: "
-                             "give both the same names")
-        join = lambda a, b: None if a is None else torch.cat([a, b])
-        return Cond(join(self.context, other.context), join(self.mask, other.mask), join(self.pooled, other.pooled),
-                    {name: join(value, other.extra[name]) for name, value in self.extra.items()})
+    def cat(self, *others: Cond) -> Cond:
+        """All these conditions along the batch, self first: [b] and [b'] become [b + b']."""
+        for other in others:
+            if self.extra.keys() != other.extra.keys():
+                raise ValueError(f"conditions with extra {sorted(self.extra)} and {sorted(other.extra)} cannot be joined: "
+                                 "give both the same names")
+        all_, join = (self, *others), lambda values: None if values[0] is None else torch.cat(values)
+        return Cond(join([cond.context for cond in all_]), join([cond.mask for cond in all_]), join([cond.pooled for cond in all_]),
+                    {name: join([cond.extra[name] for cond in all_]) for name in self.extra})
 
     def tensor_split(self, parts: int) -> list[Cond]:
         """Parts along the batch, of the sizes that Tensor.tensor_split gives: views of the same memory."""
@@ -112,12 +113,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
                 rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """mask [b, m]: True = may be attended to; numbers are weights. rope: (cos, sin), each [n, head_dim], for self-attention."""
-        context = x if context is None else context
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # [b, heads, n, d/heads]
-        q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
-        if isinstance(self.q_norm, nn.RMSNorm):
-            # Under autocast q and k are bfloat16 and the weights float32, which PyTorch's fused kernel does not take.
-            q, k = (norm(y.to(norm.weight.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        q, k, v = (y.transpose(1, 2) for y in self.project(x, context))        # [b, heads, n, d/heads]
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         dtype = torch.float32 if self.upcast and v.dtype == torch.float16 else v.dtype
@@ -126,6 +122,20 @@ class Attention(nn.Module):
             mask = weights[:, None, None, :]                                    # [b, 1, 1, m]
         out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2).to(v.dtype))
+
+    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries of x [b, n, heads, d/heads], and the keys and values of the context [b, m, heads, d/heads]."""
+        context = x if context is None else context
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        if isinstance(self.q_norm, nn.RMSNorm):
+            # Under autocast q and k are bfloat16 and the weights float32, which PyTorch's fused kernel does not take.
+            q, k = (norm(y.to(norm.weight.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        return q, k, v
+
+
+def two_layers(dim: int, hidden: int, out: int) -> nn.Sequential:
+    """The MLP of transformers of images: with GELU in its approximation by tanh."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
