@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinyldm.diffusion.grids import Levels
 from tinyldm.diffusion.prediction import to_output
-from tinyldm.diffusion.process import Level, input_scale
+from tinyldm.diffusion.process import Flow, Level, at_size, input_scale
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Mixture:
 
     def network(self, process, kind: str):
         """The denoiser as a network that predicts `kind`, and that knows of the level only its t."""
+        if isinstance(at_size(process), Flow):
+            process = Flow()  # a shift changes when a time comes, not what it means
 
         def net(x: Tensor, t: Tensor, cond: None) -> Tensor:
             assert bool((t == t[0]).all())

@@ -35,6 +35,7 @@ EXPECTED = {
     "schedule exponential": dict(rho=math.inf, shape=1.0, sigma_min=None, sigma_max=None, ends=None, offset=0, rounded=False),
     "schedule log_snr": dict(rho=math.inf, shape=1.0, sigma_min=None, sigma_max=None, ends=None, offset=0, rounded=False),
     "schedule beta": dict(rho=1.0, shape=0.6, sigma_min=None, sigma_max=None, ends=None, offset=0, rounded=False),
+    "schedule flow_match": dict(twice=True),
     "schedule flow_sigmas": dict(from_noise=False),
     "process scaled_linear": dict(beta_start=0.00085, beta_end=0.012, steps=1000, zero_snr=False),     # Stable Diffusion's
     "process linear": dict(beta_start=1e-4, beta_end=0.02, steps=1000, zero_snr=False),                 # DDPM's
@@ -44,6 +45,7 @@ EXPECTED = {
     "process ve": dict(sigma_min=0.01, sigma_max=50.0),
     "process edm": dict(sigma_min=0.002, sigma_max=80.0),
     "process flow": dict(shift=1.0),
+    "process dynamic_flow": dict(base_shift=0.5, max_shift=1.15, base_tokens=256, max_tokens=4096, exponential=True),   # FLUX.1 dev's
     "cfg": dict(rescale=0.0, prediction="x0"),
     "dynamic_threshold": dict(quantile=0.995, bound=1.0),
     "classifier_guidance": dict(scale=1.0),

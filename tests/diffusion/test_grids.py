@@ -19,7 +19,7 @@ def times(*args, **options):
 
 def fits(name, schedule):
     on_flows, on_tables = {"flow_match", "flow_sigmas"}, {"leading", "linspace", "linspace_unrounded"}
-    return schedule not in (on_flows if name != "flow" else set()) | (on_tables if name not in DISCRETE else set())
+    return schedule not in (on_flows if not name.endswith("flow") else set()) | (on_tables if name not in DISCRETE else set())
 
 
 PAIRS = [(name, schedule) for name in PROCESSES for schedule in SCHEDULES if fits(name, schedule)]

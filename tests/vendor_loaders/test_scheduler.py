@@ -13,7 +13,7 @@ from tinyldm.diffusion.samplers import SAMPLERS, ddim
 from tinyldm.diffusion.step import signal
 from tinyldm.vendor_loaders import scheduler
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, PUBLISHED_PROCESSES, Sampling, sampling, to_config, why_not_public
-from tinyldm.vendor_loaders.scheduler_classes import FLOW_FIELDS, OWN_PROCESSES, REFUSAL_REASONS, USES_ROW_OF
+from tinyldm.vendor_loaders.scheduler_classes import FLOW_FIELDS, FLOWS, OWN_PROCESSES, REFUSAL_REASONS, USES_ROW_OF
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -34,7 +34,8 @@ PAIRS = [(process, options, prediction, flow_match)
                                   ("betas", {"betas": [0.1, 0.2, 0.25, 0.3, 0.5, 0.9]}), ("vp", {"beta_max": 15.0}), ("ve", {}),
                                   ("edm", {}), ("betas", {"betas": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "zero_snr": True}),
                                   ("cosine", {"offset": 0.02}), ("linear", {"zero_snr": True}), ("flow", {}),
-                                  ("flow", {"shift": 2.5}))
+                                  ("flow", {"shift": 2.5}), ("dynamic_flow", {}),
+                                  ("dynamic_flow", {"base_tokens": 64, "max_shift": 1.5, "exponential": False}))
          for prediction in ("eps", "x0", "v", "flow") for flow_match in (False, True)]
 
 
@@ -45,9 +46,10 @@ def test_every_pair_of_process_and_prediction_survives_its_config(process, optio
     assert trained.name == process and trained.prediction == prediction and options.items() <= trained.options.items()
     assert to_config(*trained, flow_match=flow_match) == config
     found = scheduler.from_config(config)
-    assert found.prediction == prediction and isinstance(found.process, Discrete) == (process not in ("flow", *CONTINUOUS))
-    known = (process == "flow") == (prediction == "flow") and options != {"offset": 0.02} and process not in CONTINUOUS
-    assert (config["_class_name"] != "TinyLDMScheduler") == known == (why_not_public(process, options, prediction) is None)
+    assert found.prediction == prediction and isinstance(found.process, Discrete) == (process not in (*FLOWS, *CONTINUOUS))
+    known = (process in FLOWS) == (prediction == "flow") and options != {"offset": 0.02} and process not in CONTINUOUS
+    known = known and (flow_match or process != "dynamic_flow")
+    assert (config["_class_name"] != "TinyLDMScheduler") == known == (why_not_public(process, options, prediction, flow_match) is None)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -280,7 +282,7 @@ def check_export(process, prediction, sampler, flow_match, learned_variance):
     """The config of this combination, through JSON, says how to sample on a grid that grid() accepts, or gives the reason."""
     config = json.loads(json.dumps(to_config(process, {}, prediction, sampler, flow_match=flow_match,
                                              learned_variance=learned_variance)))
-    reason = why_not_public(process, {}, prediction)
+    reason = why_not_public(process, {}, prediction, flow_match)
     assert (config["_class_name"] == "TinyLDMScheduler") == (reason is not None or learned_variance)
     assert scheduler.read_process(config)[::2] == (process, prediction) or process == "betas"
     for chosen in (None, sampler):

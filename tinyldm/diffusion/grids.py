@@ -25,7 +25,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from tinyldm.diffusion.process import CLEAN, Discrete, Flow, Level, Process, check_options, find_t
+from tinyldm.diffusion.process import CLEAN, Discrete, Flow, Level, Process, at_size, check_options, find_t
 from tinyldm.lookup import lookup
 
 
@@ -53,7 +53,7 @@ def grid(
     drop_last         make steps + 1 levels and leave out the least noisy one, as DPM-Solver++ does in diffusers
     set_alpha_to_one  False: end at the first entry of a discrete table instead of at clean data
     alpha_floor       replaces an alpha of 0; 2**-12 in those schedulers of diffusers that divide by alpha
-    options           offset (leading); from_noise (flow_sigmas); those of _by_noise (karras, exponential, beta)
+    options           offset (leading); from_noise (flow_sigmas); twice (flow_match); those of _by_noise (karras, exponential, beta)
 
     A table with zero terminal SNR must be sampled from its last entry (arXiv:2305.08891, Section 3.3): at any other the
     network expects a trace of signal, above all the mean brightness, which the initial noise does not contain. "trailing"
@@ -61,7 +61,7 @@ def grid(
 
     ValueError for unknown names and for counts and strengths out of range; it says which are valid.
     """
-    make_levels = find_schedule(schedule)
+    make_levels, process = find_schedule(schedule), at_size(process)
     options = check_options(make_levels, options, f"{schedule} option")
     max_steps = len(process) - drop_last if isinstance(process, Discrete) else math.inf
     if not 1 <= steps <= max_steps:
@@ -161,9 +161,10 @@ def _by_noise(
     return [level._replace(t=float(round(level.t))) for level in levels] if rounded else levels
 
 
-def _flow_match(process: Process, steps: int) -> list[Level]:
-    """diffusers' FlowMatchEuler: linspace from 1 to the shifted time of 1/1000; the process then shifts each once more."""
-    low = _evaluate(_only(process, Flow, "flow_match"), 1 / 1000).sigma
+def _flow_match(process: Process, steps: int, twice: bool = True) -> list[Level]:
+    """diffusers' FlowMatchEuler: linspace from 1 to the shifted time of 1/1000; the process then shifts each once more. With dynamic
+    shifting (twice=False), that time is 1/1000 itself."""
+    low = _evaluate(_only(process, Flow, "flow_match"), 1 / 1000).sigma if twice else 1 / 1000
     return [_evaluate(process, 1 + i / max(steps - 1, 1) * (low - 1)) for i in range(steps)]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from tinyldm.diffusion.prediction import PREDICTIONS, Network, to_target, to_x0
-from tinyldm.diffusion.process import Discrete, Flow, Level, Process, find_t, input_scale
+from tinyldm.diffusion.process import Discrete, Flow, Level, Process, at_size, find_t, input_scale
 from tinyldm.lookup import lookup
 
 Weight = Callable[[Level], Tensor]
@@ -115,7 +115,7 @@ def make_weight(name: str, prediction: str, gamma: float | None = None, process:
     lookup(PREDICTIONS, prediction, "prediction")
     if v_weight is None:
         return uniform_weight
-    if prediction == "flow" or isinstance(process, Flow):
+    if prediction == "flow" or isinstance(at_size(process), Flow):
         raise ValueError(f"{name} weighs the levels of a diffusion by their SNR; rectified flow chooses its levels by how often "
                          "they are drawn: use weight 'none' with times 'logit_normal', or another process with 'eps', 'v' or 'x0'")
 

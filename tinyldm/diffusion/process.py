@@ -114,6 +114,45 @@ class Flow:
 
 
 @dataclass(frozen=True)
+class DynamicFlow:
+    """A flow whose shift grows with the picture, as FLUX.1's does: mu is linear in the number of tokens that the network makes of
+    the latents, from base_shift at base_tokens to max_shift at max_tokens and beyond both, and the shift is exp(mu), or mu itself
+    (from the code of FLUX; the reason for it is in arXiv:2403.03206, Sec. 5.3.2). Called without a size, it is the flow of
+    base_tokens."""
+
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    exponential: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.base_tokens < self.max_tokens:
+            raise ValueError(f"base_tokens {self.base_tokens} and max_tokens {self.max_tokens} must be positive and rising: 256 and "
+                             "4096 are usual")
+        if not (abs(self.base_shift) <= 10 and abs(self.max_shift) <= 10):
+            raise ValueError(f"base_shift {self.base_shift} and max_shift {self.max_shift} must lie between -10 and 10: 0.5 and 1.15 "
+                             "are usual")
+        self.for_tokens()
+
+    def for_tokens(self, tokens: int | None = None) -> Flow:
+        """The flow for pictures of this many tokens, None: base_tokens. ValueError where mu is the shift itself and not positive."""
+        tokens = self.base_tokens if tokens is None else tokens
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        mu = self.base_shift + slope * (tokens - self.base_tokens)
+        return Flow(math.exp(mu) if self.exponential else mu)
+
+    def __call__(self, t: Tensor) -> Level:
+        return self.for_tokens()(t)
+
+
+def at_size(process: Process, tokens: int | None = None) -> Process:
+    """The process for pictures of this many tokens (latent height * width / divisor^2); None: of the size that it takes by itself.
+    Only a process with a method `for_tokens` depends on it; the others are returned as they are."""
+    return process.for_tokens(tokens) if hasattr(process, "for_tokens") else process
+
+
+@dataclass(frozen=True)
 class VP:
     """DDPM in continuous time, beta(t) = beta_min + t (beta_max - beta_min)  (arXiv:2011.13456, Eqs. 29 and 33)."""
 
@@ -203,6 +242,7 @@ PROCESSES: dict[str, Callable[..., Process]] = {
     "ve": VE,
     "edm": partial(VE, sigma_min=0.002, sigma_max=80.0),  # arXiv:2206.00364, Table 1
     "flow": Flow,
+    "dynamic_flow": DynamicFlow,
 }
 
 

@@ -17,7 +17,7 @@ ending at clean data.
     flow                           flow        False       unipc             UniPCMultistepScheduler
     flow                           flow        False       ddim, euler       DPMSolverMultistepScheduler, order 1
     flow                           flow        False       others            DPMSolverMultistepScheduler, order 2
-    flow                           flow        True        all               FlowMatchEulerDiscreteScheduler
+    flow, dynamic_flow             flow        True        all               FlowMatchEulerDiscreteScheduler
     everything else                            either      all               TinyLDMScheduler
 
 `flow_match` says whether the pipeline of the network runs FlowMatchEulerDiscreteScheduler (a field of pipelines.py).
@@ -31,49 +31,35 @@ tinyldm.json of a model folder names the sampler itself.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tinyldm.diffusion.grids import find_schedule
 from tinyldm.diffusion.prediction import PREDICTIONS
-from tinyldm.diffusion.process import PROCESSES, Process, make_process
+from tinyldm.diffusion.process import Process, make_process
 from tinyldm.diffusion.samplers import SAMPLERS, sampler_name
-from tinyldm.lookup import fit, lookup
+from tinyldm.lookup import lookup
 from tinyldm.vendor_loaders.scheduler_classes import (
+    BETA_SCHEDULES,
+    DYNAMIC_FIELDS,
     FLOW_FIELDS,
+    FLOW_MATCH,
+    FLOWS,
+    OWN,
     OWN_PROCESSES,
+    PREDICTION_TYPES,
     PUBLISHED,
+    PUBLISHED_PROCESSES,
     REFUSAL_REASONS,
     SDE_FIELDS,
     SDE_SAMPLERS,
     SIGMA_SCHEDULES,
+    TIME_SHIFT_TYPES,
     USES_ROW_OF,
     OwnProcess,
     Published,
 )
-
-OWN = "TinyLDMScheduler"
-FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
-
-# Our names -> those of diffusers.
-BETA_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
-PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flow_prediction"}
-
-PUBLISHED_PROCESSES = (*BETA_SCHEDULES, "betas", "flow")  # the processes for which diffusers has schedulers
-
-# The range of beta of a config that states none, and the one that HeunDiscreteScheduler takes then.
-DEFAULT_BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
-HEUN_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-
-
-class NamedProcess(NamedTuple):
-    """The arguments of make_process, so that the process can be written to a file again, and what the network predicts."""
-
-    name: str
-    options: dict[str, Any]
-    prediction: str
-
+from tinyldm.vendor_loaders.scheduler_process import NamedProcess, default_options, read_process
 
 FIRST_ORDER = {"dpmpp_2m": "ddim", "dpmpp_2m_sde": "ddpm"}  # sampler -> the one that it is with solver_order 1
 
@@ -118,7 +104,7 @@ def sampling(config: dict, sampler: str | None = None, schedule: str | None = No
     if config.get("_class_name") == OWN:
         own = OWN_PROCESSES.get(trained.name, OwnProcess(start_at_sigma=trained.name not in PUBLISHED_PROCESSES))
         return Sampling(name, {}, schedule or own.schedule, {}, own.start_at_sigma)
-    if trained.name == "flow":
+    if trained.name in FLOWS:
         found = _flow_sampling(config, name, schedule)
     else:
         published = _row(name, config)
@@ -168,7 +154,7 @@ def _flow_sampling(config: dict, name: str, schedule: str | None) -> Sampling:
         return Sampling(name, {}, schedule, {}, False)
     _refuse_unsupported(config, FLOW_FIELDS)
     if config.get("_class_name") == FLOW_MATCH:
-        return Sampling(name, {}, "flow_match", {}, False)
+        return Sampling(name, {}, "flow_match", {"twice": False} if config.get("use_dynamic_shifting") else {}, False)
     # UniPC starts at sigma = 1 - 1e-6. In float32 its alpha, 1 - sigma, is 17 * 2^-24.
     grid = {"from_noise": True, "alpha_floor": 17 * 2.0**-24} if name == "unipc" else {}
     return Sampling(name, {}, "flow_sigmas", grid, False)
@@ -222,43 +208,6 @@ def from_config(config: dict) -> ProcessAndPrediction:
     return ProcessAndPrediction(make_process(name, **options), prediction)
 
 
-def read_process(config: dict) -> NamedProcess:
-    """As from_config, with the process by name: `to_config(*read_process(config))` writes it again.
-
-    ValueError for curves that make_process cannot make.
-    """
-    if config.get("_class_name") == OWN:
-        return NamedProcess(config["process"], config["options"], config["prediction"])
-    if config.get("use_dynamic_shifting"):
-        raise ValueError("the scheduler shifts its times by image size (use_dynamic_shifting): only a fixed shift "
-                         "can be expressed here")
-    if config.get("_class_name") == FLOW_MATCH:
-        return NamedProcess("flow", {"shift": config.get("shift", 1.0)}, "flow")
-    predictions = {published: ours for ours, published in PREDICTION_TYPES.items()}
-    prediction = lookup(predictions, config.get("prediction_type", "epsilon"), "prediction_type")
-    if config.get("use_flow_sigmas", False) != (prediction == "flow"):
-        raise ValueError(f"the scheduler has use_flow_sigmas={config.get('use_flow_sigmas', False)} with "
-                         f"prediction_type {PREDICTION_TYPES[prediction]!r}: diffusers does not compute this pair")
-    if prediction == "flow":
-        return NamedProcess("flow", {"shift": config.get("flow_shift", 1.0)}, "flow")
-    steps = fit(config.get("num_train_timesteps", 1000), int, "the scheduler has num_train_timesteps")
-    zero_snr = {"zero_snr": True} if config.get("rescale_betas_zero_snr") else {}
-    if betas := fit(config.get("trained_betas"), tuple[float, ...] | None, "the scheduler has trained_betas"):
-        if len(betas) != steps:
-            raise ValueError(f"the scheduler has {len(betas)} trained_betas for {steps} num_train_timesteps: "
-                             "it needs one for each")
-        return NamedProcess("betas", {"betas": list(betas), **zero_snr}, prediction)
-    names = {published: ours for ours, published in BETA_SCHEDULES.items()}
-    name = lookup(names, config.get("beta_schedule", "linear"), "beta_schedule")
-    if not 1 < steps <= 100_000:
-        raise ValueError(f"the scheduler has num_train_timesteps={steps}: use 2 to 100000, 1000 is usual")
-    options = {"steps": steps}
-    if name != "cosine":
-        defaults = HEUN_BETAS if config.get("_class_name") == PUBLISHED["heun"].name else DEFAULT_BETAS
-        options |= {field: config.get(field, value) for field, value in defaults.items()}
-    return NamedProcess(name, options | zero_snr, prediction)
-
-
 # ---- writing a config
 
 
@@ -276,19 +225,27 @@ def to_config(
     ValueError for unknown names.
     """
     name = None if sampler is None else sampler_name(sampler)
-    reason = why_not_public(process_name, options, prediction)
-    options = _default_options(process_name) | options
+    reason = why_not_public(process_name, options, prediction, flow_match)
+    options = default_options(process_name) | options
     if reason or learned_variance:
         return {"_class_name": OWN, "process": process_name, "options": options, "prediction": prediction}
-    if process_name != "flow":
+    if process_name not in FLOWS:
         return _table_config(process_name, options, prediction, name)
     if flow_match:
-        return {"_class_name": FLOW_MATCH, "num_train_timesteps": 1000, "shift": options["shift"]}
+        return {"_class_name": FLOW_MATCH, "num_train_timesteps": 1000, **_flow_match_fields(process_name, options)}
     published = PUBLISHED["unipc" if name == "unipc" else "dpmpp_2m"]
     order = {"solver_order": 1} if name in ("ddim", "euler") else {}
     return {"_class_name": published.name, "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
             "use_flow_sigmas": True, "flow_shift": options["shift"], **published.writes, **_sde_fields(name), **order,
             "steps_offset": 1}  # without effect here, but StableDiffusionPipeline insists on 1
+
+
+def _flow_match_fields(process_name: str, options: dict[str, Any]) -> dict[str, Any]:
+    if process_name == "flow":
+        return {"shift": options["shift"]}
+    names = {ours: published for published, ours in TIME_SHIFT_TYPES.items()}
+    return {"use_dynamic_shifting": True, "time_shift_type": names[options["exponential"]],
+            **{field: options[option] for option, field in DYNAMIC_FIELDS.items()}}
 
 
 def _table_config(process_name: str, options: dict[str, Any], prediction: str, name: str | None) -> dict:
@@ -310,8 +267,8 @@ def _sde_fields(name: str | None) -> dict[str, Any]:
     return SDE_FIELDS if name in SDE_SAMPLERS else {}
 
 
-def why_not_public(process_name: str, options: dict[str, Any], prediction: str) -> str | None:
-    """The reason, in a sentence, why no scheduler of diffusers computes this pair; None where one does."""
+def why_not_public(process_name: str, options: dict[str, Any], prediction: str, flow_match: bool = False) -> str | None:
+    """The reason, in a sentence, why no scheduler of diffusers computes this pair; None where one does. flow_match: as in to_config."""
     make_process(process_name, **options)
     lookup(PREDICTIONS, prediction, "prediction")
     if process_name in OWN_PROCESSES:
@@ -324,22 +281,16 @@ def why_not_public(process_name: str, options: dict[str, Any], prediction: str) 
         return f"no scheduler of diffusers takes the prediction '{prediction}': train with {', '.join(PREDICTION_TYPES)}"
     if process_name == "betas" and not options.get("betas"):
         return "process 'betas' without betas leaves nothing to write: use process 'linear', which is the same curve"
-    if process_name == "flow" and prediction != "flow":
+    if process_name == "dynamic_flow" and not flow_match:
+        return "StableDiffusionPipeline does not tell its scheduler the size of a picture, so it has no dynamic_flow: train with 'flow'"
+    if process_name in FLOWS and prediction != "flow":
         return (f"on flow times diffusers reads every network output as a flow velocity, never as {prediction}: "
                 "train with prediction 'flow'")
-    if process_name != "flow" and prediction == "flow":
+    if process_name not in FLOWS and prediction == "flow":
         return (f"diffusers reads a flow velocity on flow times only, not on '{process_name}': "
                 "train with prediction 'v' or 'eps', or with process 'flow'")
-    defaults = _default_options(process_name)
+    defaults = default_options(process_name)
     changed = [name for name in ("offset", "max_beta") if options.get(name, defaults.get(name)) != defaults.get(name)]
     if changed:
         return f"diffusers has only one cosine, with the usual {' and '.join(changed)}"
     return None
-
-
-def _default_options(process_name: str) -> dict[str, Any]:
-    """The default of every option of a process, recorded so that a later change of a default leaves old models alone.
-    Only what JSON can hold: a process that was registered from outside may have other defaults, or parameters without."""
-    parameters = inspect.signature(PROCESSES[process_name]).parameters
-    return {name: parameter.default for name, parameter in parameters.items()
-            if parameter.default is None or isinstance(parameter.default, (bool, int, float, str, list, tuple))}

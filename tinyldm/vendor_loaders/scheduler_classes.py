@@ -15,6 +15,19 @@ from tinyldm.diffusion.step import signal
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
+OWN = "TinyLDMScheduler"
+
+# Our names -> those of diffusers.
+BETA_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flow_prediction"}
+
+FLOWS = ("flow", "dynamic_flow")
+PUBLISHED_PROCESSES = (*BETA_SCHEDULES, "betas", *FLOWS)  # the processes for which diffusers has schedulers
+
+# The range of beta of a config that states none, and the one that HeunDiscreteScheduler takes then.
+DEFAULT_BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
+HEUN_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+
 
 class Published(NamedTuple):
     """A scheduler class of diffusers. In picture_fields and solver_fields, each field of its config comes with the values
@@ -113,8 +126,14 @@ SDE_SAMPLERS = ("dpmpp_2m_sde", "dpmpp_sde")  # both are written as DPMSolverMul
 
 # Fields of a scheduler config for a flow, with the values that work here.
 FLOW_FIELDS = {"final_sigmas_type": ("zero",), "num_train_timesteps": (1000,)} | dict.fromkeys(
-    ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_dynamic_shifting",
-     "shift_terminal", "invert_sigmas", "stochastic_sampling", "thresholding"), (False, None))
+    ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "shift_terminal", "invert_sigmas",
+     "stochastic_sampling", "thresholding"), (False, None))
+
+# The class of the pipelines of SD 3 and FLUX. With use_dynamic_shifting, it has an option of dynamic_flow in the field:
+FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
+DYNAMIC_FIELDS = {"base_shift": "base_shift", "max_shift": "max_shift", "base_tokens": "base_image_seq_len",
+                  "max_tokens": "max_image_seq_len"}
+TIME_SHIFT_TYPES = {"exponential": True, "linear": False}       # time_shift_type -> `exponential` of dynamic_flow
 
 # Why another value of a field is refused.
 _CLAMPS = "clamping x0 is for pixels, and latents have no fixed range"
@@ -132,8 +151,8 @@ REFUSAL_REASONS = {
     "algorithm_type": "the solvers here step with x0, as dpmsolver++ does, not with eps; name a sampler to draw with another one",
     "predict_x0": "the solvers here step with x0, not with eps; name a sampler to draw with another one",
 } | dict.fromkeys(("solver_order", "solver_type", "solver_p"), _OTHER_SOLVER) | dict.fromkeys(
-    ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_karras_sigmas", "use_dynamic_shifting",
-     "interpolation_type", "shift_terminal", "invert_sigmas"), "there is no such schedule here")
+    ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_karras_sigmas", "interpolation_type", "shift_terminal",
+     "invert_sigmas"), "there is no such schedule here")
 
 
 class OwnProcess(NamedTuple):
