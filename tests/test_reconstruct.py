@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomise, script, small_text, weights
+from safetensors import safe_open
 
 from tinyldm import reconstruct
 from tinyldm.cli import guard
@@ -15,6 +16,7 @@ from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.dit import DiT, DiTConfig
+from tinyldm.models.mmdit import MMDiT, MMDiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.training import checkpoint
@@ -30,6 +32,8 @@ def parts():
     tokenizer, text = small_text()
     return SimpleNamespace(
         dit=randomise(DiT(DiTConfig(width=16, layers=1, heads=2, mlp_width=16, context_dim=32, time_dim=16)), 1),
+        mmdit=randomise(MMDiT(MMDiTConfig(in_channels=4, out_channels=4, width=16, layers=2, heads=2, context_dim=32, pooled_dim=32,
+                                          max_positions=4, sample_size=8)), 6),
         unet=randomise(UNet(UNetConfig(widths=(8,), depth=1, attention=(True,), heads=(2,), context_dim=32, groups=4, sample_size=8)), 2),
         vae=randomise(AutoencoderKL(VAEConfig(widths=(8, 8), depth=1, groups=4, sample_size=16)), 3),
         text=randomise(CLIPText(text), 4), second=randomise(CLIPText(replace(text, projection_dim=8)), 5), tokenizer=tokenizer)
@@ -45,22 +49,23 @@ def course(sigma_rel, step):
 @pytest.fixture
 def make_run(parts, tmp_path):
     """make_run(network, ...) writes a run as train.py leaves it: averages of every width at every step."""
-    def make(network="dit", widths=("0.05", "0.1"), steps=STEPS, text_weights="", encoders=1):
+    def make(network="dit", widths=("0.05", "0.1"), steps=STEPS, text_weights="", encoders=1, name_of=lambda name: name):
         run, net = tmp_path / f"run-{network}", getattr(parts, network)
         texts = dict(list({"text": parts.text, "text_2": parts.second}.items())[:encoders])
         trained = {"net": net} if text_weights else {"net": net} | texts
-        scheduler = to_config("flow", {}, "flow", "euler", flow_match=network == "dit")
+        scheduler = to_config("flow", {}, "flow", "euler", flow_match=network != "unet")
         for step in steps:
-            at = lambda part, width: {name: x * course(float(width), step) for name, x in trained[part].state_dict().items()}
+            at = lambda part, width: {name: x * course(float(width), step) for name, x in trained[part].named_parameters()}
             raw = {part: {name: x * 7 for name, x in module.state_dict().items()} for part, module in trained.items()}
-            averaged = {part: (module, at(part, widths[0])) for part, module in trained.items()}
+            averaged = {part: (module, module.state_dict() | at(part, widths[0])) for part, module in trained.items()}
 
             def fill(folder):
                 save_model(folder / "model", net=averaged["net"], vae=parts.vae, non_ema=raw,
                            texts=[averaged.get(part, module) for part, module in texts.items()],
                            tokenizers=[parts.tokenizer] * encoders, scheduler=scheduler, defaults=DEFAULTS | {"step": step})
                 checkpoint.save_tensors(folder / "averages.safetensors", {
-                    f"{float(width)}/{part}.{name}": x for width in widths[1:] for part in trained for name, x in at(part, width).items()})
+                    f"{float(width)}/{part}.{name_of(name)}": x
+                    for width in widths[1:] for part in trained for name, x in at(part, width).items()})
 
             checkpoint.write(run, "step", step, fill, {}, keep=9)
         (run / "config.json").write_text(json.dumps({"preset": "tiny", "ema_widths": list(widths), "text_weights": text_weights}))
@@ -87,13 +92,23 @@ def scale(tensors, first):
 
 
 @pytest.mark.parametrize("network, words, width, step", [
-    ("dit", ["--width", 0.08], 0.08, 400), ("unet", ["--width", 0.06, "--step", 300], 0.06, 300)])
+    ("dit", ["--width", 0.08], 0.08, 400), ("unet", ["--width", 0.06, "--step", 300], 0.06, 300), ("mmdit", ["--width", 0.08], 0.08, 400)])
 def test_an_average_of_another_width_and_step_is_the_one_training_would_have_kept(parts, make_run, made, network, words, width, step):
     model = load_model(made(make_run(network), *words))
     expected = course(width, step)
     for part, first in (("net", getattr(parts, network)), ("text", parts.text)):
-        assert scale(model.modules[part].state_dict(), first.state_dict()) == pytest.approx(expected, abs=4e-3)
+        found = dict(model.modules[part].named_parameters())
+        assert scale(found, dict(first.named_parameters())) == pytest.approx(expected, abs=4e-3)
+        assert all(torch.equal(x, dict(first.named_buffers())[name]) for name, x in model.modules[part].named_buffers())
     assert min(abs(expected - course(other, 400)) for other in (0.05, 0.1)) > 5e-3            # not just one of those kept
+
+
+def test_averages_of_older_runs_name_the_one_block_of_a_u_net_s_transformer_without_a_number(parts, make_run, made):
+    run = make_run("unet", name_of=lambda name: name.replace(".blocks.0.", ".block."))
+    with safe_open(run / "checkpoints" / "step-000400" / "averages.safetensors", "np") as tensors:
+        assert any(".attentions.0.block.norm1." in name for name in tensors.keys())
+    model = load_model(made(run, "--width", 0.06, "--step", 300))
+    assert scale(model.net.state_dict(), parts.unet.state_dict()) == pytest.approx(course(0.06, 300), abs=4e-3)
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1])

@@ -57,7 +57,7 @@ from torch import Tensor, nn
 
 from tinyldm.files import replace_folder
 from tinyldm.folders.load import load_model
-from tinyldm.folders.rename import published_names
+from tinyldm.folders.rename import published_names, read_renamed
 from tinyldm.folders.save import save_model, weights_name, written_rules
 from tinyldm.model import Model, architecture
 from tinyldm.training import checkpoint
@@ -65,7 +65,8 @@ from tinyldm.training.ema import coefficients, overlap, reconstruct, to_gamma
 
 
 class Stored(Mapping[str, Tensor]):
-    """A mapping of names to tensors in files. locations: name -> (file, name in that file). A tensor is read on each access."""
+    """A mapping of names to tensors in files. locations: name -> (file, name in that file, and where it is stored in another form,
+    which, as in published_names). A tensor is read on each access."""
 
     def __init__(self, locations: dict[str, tuple[Path, str]]):
         self.locations = locations
@@ -74,7 +75,8 @@ class Stored(Mapping[str, Tensor]):
         file, stored_name = self.locations[name]
         try:
             with safe_open(file, "pt") as tensors:
-                return tensors.get_tensor(stored_name)
+                names = {checkpoint.current_name(name): name for name in tensors.keys()}
+                return read_renamed(stored_name, lambda name: tensors.get_tensor(names.get(name, name)))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} does not hold {stored_name} ({error}): is config.json of another run?") from None
 

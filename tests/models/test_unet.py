@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -91,7 +93,8 @@ def test_a_latent_size_that_does_not_halve_evenly_is_refused(net, size):
 
 @pytest.mark.parametrize("changes, message", [
     ({"heads": (2, 2)}, "same levels"), ({"widths": (16, 36, 32)}, "36 must be a multiple"),
-    ({"heads": (2, 3, 4)}, "heads=3"),
+    ({"heads": (2, 3, 4)}, "heads=3"), ({"transformer_layers": (1, 2)}, r"\(1, 2\) must have one number for each"),
+    ({"transformer_layers": (1, 0, 2)}, "transformer_layers=.* must be 1 or more"), ({"pooled_dim": 0}, "pooled_dim=0 must be 1 or more"),
 ])
 def test_a_config_that_cannot_be_built_says_why(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -101,3 +104,52 @@ def test_a_config_that_cannot_be_built_says_why(changes, message):
 def test_stable_diffusion_1_has_860_million_parameters():
     with torch.device("meta"):
         assert sum(p.numel() for p in UNet(UNetConfig()).parameters()) == 859_520_964
+
+
+# ---- Stable Diffusion XL's additions
+
+
+XL = replace(SMALL, transformer_layers=(1, 2, 3), pooled_dim=10)
+POOLED, SIZES = torch.randn(3, 10, generator=torch.Generator().manual_seed(2)), torch.arange(18.0).view(3, 6) * 50
+
+
+def test_stable_diffusion_xl_has_2_6_billion_parameters():
+    with torch.device("meta"):
+        net = UNet(UNetConfig(widths=(320, 640, 1280), attention=(False, True, True), heads=(5, 10, 20), context_dim=2048,
+                              linear_projection=True, transformer_layers=(1, 2, 10), pooled_dim=1280))
+    assert sum(p.numel() for p in net.parameters()) == 2_567_463_684            # diffusers' count for the published config
+
+
+def test_transformers_have_their_level_s_number_of_blocks_and_the_middle_the_last_level_s():
+    net = UNet(XL)
+    assert [[len(transformer.blocks) for transformer in level.attentions] for level in net.down] == [[], [2, 2], [3, 3]]
+    assert [[len(transformer.blocks) for transformer in level.attentions] for level in net.up] == [[3, 3, 3], [2, 2, 2], []]
+    assert len(net.middle.attentions[0].blocks) == 3
+
+
+def test_gradients_reach_every_parameter_of_a_network_that_is_told_sizes_and_pooled_text():
+    net = perturb(UNet(XL))
+    x, t, cond = inputs()
+    pooled = POOLED.clone().requires_grad_()
+    net(x, t, replace(cond, pooled=pooled, extra={"sizes": SIZES})).square().mean().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.count_nonzero()] == []
+    assert pooled.grad.count_nonzero()
+
+
+@pytest.mark.parametrize("pooled, extra, message", [
+    (None, {"sizes": SIZES}, r"Cond.pooled is missing: pass \[3, 10\]"),
+    (POOLED[:, :8], {"sizes": SIZES}, r"Cond.pooled is \[3, 8\]: pass \[3, 10\].*pooled_dim of its text encoders"),
+    (POOLED, {}, r'Cond.extra\["sizes"\] is missing: pass \[3, 6\]'),
+    (POOLED, {"sizes": SIZES[:, :4]}, r'Cond.extra\["sizes"\] is \[3, 4\]'),
+    (POOLED[:1], {"sizes": SIZES}, r"Cond.pooled is \[1, 10\]"),
+])
+def test_missing_and_misshapen_conditions_are_refused_with_the_fix(pooled, extra, message):
+    x, t, cond = inputs()
+    with pytest.raises(ValueError, match=message):
+        UNet(XL)(x, t, replace(cond, pooled=pooled, extra=extra))
+
+
+def test_a_network_without_pooled_dim_ignores_pooled_text_and_sizes(net):
+    x, t, cond = inputs()
+    perturb(net)
+    assert torch.equal(net(x, t, cond), net(x, t, replace(cond, pooled=POOLED, extra={"sizes": SIZES})))

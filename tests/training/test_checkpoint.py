@@ -62,6 +62,20 @@ def test_a_foreign_optimizer_file_is_refused_with_its_name(tmp_path):
         checkpoint.load_optimizers(tmp_path / "o.safetensors", optimizers_of(other, "adamw"), other)
 
 
+def test_older_checkpoints_name_the_one_block_of_a_u_net_s_transformer_without_a_number(tmp_path):
+    build = lambda: nn.ModuleDict({"attentions": nn.ModuleList([nn.ModuleDict({"blocks": nn.ModuleList([nn.Conv2d(3, 2, 1)])})])})
+    one, two = build(), build()
+    own, named = ({f"net.middle.{name}": p for name, p in net.named_parameters()} for net in (one, two))
+    old = {name.replace(".blocks.0.", ".block."): p for name, p in own.items()}
+    assert sorted(old) == ["net.middle.attentions.0.block.bias", "net.middle.attentions.0.block.weight"]
+    optimizers, restored = optimizers_of(own, "adamw"), optimizers_of(named, "adamw")
+    trained(one["attentions"][0]["blocks"][0], 2, optimizers)
+    checkpoint.save_tensors(tmp_path / "o.safetensors", checkpoint.optimizer_tensors(optimizers, old))
+    checkpoint.load_optimizers(tmp_path / "o.safetensors", restored, named)
+    before, after = checkpoint.optimizer_tensors(optimizers, own), checkpoint.optimizer_tensors(restored, named)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_older_checkpoints_of_the_first_stage_name_parameters_without_their_part(tmp_path):
     one, two = small(), small()
     bare, named = dict(one.named_parameters()), {f"vae.{name}": p for name, p in two.named_parameters()}

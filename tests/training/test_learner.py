@@ -1,6 +1,7 @@
 """What a training step changes: one update of the optimizers, or none; several turns of an objective; checkpoints of both."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -13,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 from tinyldm.config import OptimisationConfig
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
+from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.objectives import Objective, Turn
 from tinyldm.training import checkpoint
 from tinyldm.training.distributed import World, clip
+from tinyldm.training.ema import PowerEMA
 from tinyldm.training.learner import Learner
 from tinyldm.training.trained import Stored
 
@@ -198,3 +201,13 @@ def test_a_checkpoint_brings_back_networks_moments_and_meters_of_every_turn(tmp_
     assert same(tensors_of(one), tensors_of(two)) and one.log_row() == two.log_row() and one.monitor.state() == two.monitor.state()
     assert same(one.ema.shadow, two.ema.shadow)
     assert not (tmp_path / "checkpoints" / "step-000001" / "averages.safetensors").exists()
+
+
+def test_averages_of_older_runs_name_the_one_block_of_a_u_net_s_transformer_without_a_number():
+    build = lambda: {"net": UNet(UNetConfig(widths=(8,), depth=1, attention=(True,), heads=(2,), context_dim=4, groups=4))}
+    one, two = (SimpleNamespace(ema=PowerEMA(modules), trained=SimpleNamespace(modules=modules)) for modules in (build(), build()))
+    saved = {name: torch.rand_like(tensor) for name, tensor in Learner.further_averages(one).items()}
+    old = {name.replace(".blocks.0.", ".block."): tensor for name, tensor in saved.items()}
+    assert sum(".block.norm1." in name for name in old) == 8       # weight and bias in each of 4 transformers
+    Learner.load_further_averages(two, old)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in Learner.further_averages(two).items())

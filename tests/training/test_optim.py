@@ -138,7 +138,7 @@ def test_muon_takes_the_inner_matrices_and_nothing_else():
     parameters, (adamw, muon) = optimizers_of(tiny_unet(), "muon")
     names = {id(p): name for name, p in parameters.items()}
     taken = {names[id(p)] for p in muon.param_groups[0]["params"]}
-    assert "net.down.0.resnets.0.conv1.weight" in taken and "net.middle.attentions.0.block.cross_attention.to_k.weight" in taken
+    assert "net.down.0.resnets.0.conv1.weight" in taken and "net.middle.attentions.0.blocks.0.cross_attention.to_k.weight" in taken
     assert not any(name.startswith(("net.conv_in", "net.conv_out", "net.time_embedding")) or name.endswith("bias") for name in taken)
 
 

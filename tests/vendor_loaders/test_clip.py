@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 from helpers import randomise
+from originals import open_clip
 from safetensors.torch import load_file, save_file
 
 from tinyldm.folders.build import load_weights
 from tinyldm.folders.load import load_text
-from tinyldm.folders.rename import recognise
+from tinyldm.folders.rename import apply, published_shapes, recognise
 from tinyldm.folders.weights import Weights
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.vendor_loaders.clip import LAYOUTS, from_config, to_config
@@ -131,28 +132,12 @@ def test_the_text_tower_of_a_whole_clip_model_loads_with_its_projection(tmp_path
     assert_close(ours(IDS).pooled, theirs.text_projection(theirs.text_model(IDS).pooler_output))
 
 
-def to_open_clip(state):
-    """The same weights as open_clip stores them, written down apart from the rename tables."""
-    state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-    tensors = {"token_embedding.weight": state["embeddings.token_embedding.weight"],
-               "positional_embedding": state["embeddings.position_embedding.weight"],
-               "ln_final.weight": state["final_layer_norm.weight"], "ln_final.bias": state["final_layer_norm.bias"],
-               "text_projection": state["text_projection.weight"].T.contiguous()}
-    for layer, kind in product(range(PLAIN.layers), ("weight", "bias")):
-        of, to = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
-        tensors[f"{to}attn.in_proj_{kind}"] = torch.cat([state[f"{of}self_attn.{part}_proj.{kind}"] for part in "qkv"])
-        for name, other in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-                            ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
-            tensors[f"{to}{other}.{kind}"] = state[f"{of}{name}.{kind}"]
-    return tensors
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ["", "cond_stage_model.model.", "conditioner.embedders.1.model."])
 def test_the_open_clip_layout_gives_the_features_of_the_same_weights_in_transformers(tmp_path, prefix):
     config = replace(PROJECTED, activation="gelu")
     theirs = published(config)
-    tensors = to_open_clip(theirs.state_dict())
+    tensors = open_clip(theirs.state_dict())
     beside = {"logit_scale": torch.zeros(()), "attn_mask": torch.zeros(16, 16), "visual.proj": torch.zeros(8, 24),
               "visual.transformer.resblocks.0.attn.in_proj_weight": torch.zeros(24, 8)}
     tensors = {prefix + name: tensor for name, tensor in (beside | tensors).items()}
@@ -163,6 +148,40 @@ def test_the_open_clip_layout_gives_the_features_of_the_same_weights_in_transfor
     out = theirs(IDS, output_hidden_states=True)
     assert_close(ours(IDS, skip_last=1, norm=False).hidden, out.hidden_states[-2])
     assert_close(ours(IDS).pooled, out.text_embeds)
+
+
+@torch.no_grad()
+def test_a_projection_that_kept_transformers_name_in_an_open_clip_file_is_not_transposed(tmp_path):
+    """As diffusers' older converter wrote SDXL's single files; ComfyUI's hold position_ids at a third place."""
+    config = replace(PROJECTED, activation="gelu")
+    theirs = published(config)
+    tensors = open_clip(theirs.state_dict())
+    tensors["text_projection.weight"] = tensors.pop("text_projection").T.contiguous()
+    tensors |= {"logit_scale": torch.zeros(()), "transformer.text_model.embeddings.position_ids": torch.arange(16.0)[None]}
+    save_file({f"conditioner.embedders.1.model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "sdxl.safetensors")
+    ours = CLIPText(config)
+    load_weights(ours, tmp_path / "sdxl.safetensors")
+    assert_close(ours(IDS).pooled, theirs(IDS).text_embeds)
+
+
+BIG_G = transformers.CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+                                    hidden_act="gelu", projection_dim=1280, architectures=["CLIPTextModelWithProjection"])
+
+
+@pytest.mark.parametrize("layout", ["transformers", "open_clip"])
+def test_big_g_has_a_place_for_every_tensor_in_both_of_its_layouts(layout):
+    with torch.device("meta"):
+        theirs = transformers.CLIPTextModelWithProjection(BIG_G).state_dict()
+        ours = CLIPText(config := from_config(BIG_G.to_dict()))
+    assert (config.width, config.heads, config.projection_dim, config.activation) == (1280, 20, 1280, "gelu")
+    if layout == "open_clip":
+        theirs = open_clip(theirs)
+    found, weights = recognise(Weights.of(theirs), LAYOUTS)
+    assert found is LAYOUTS[layout]
+    names = {apply(found.tidy(config), name): tuple(t.shape) for name, t in theirs.items() if not name.endswith("position_ids")}
+    assert published_shapes(ours.state_dict(), found.rules(config)) == names
+    told = found.config_of(weights.shapes)
+    assert (told.width, told.layers, told.heads, told.mlp_width) == (1280, 32, 20, 5120)
 
 
 def test_what_transformers_saves_is_what_we_would_write(tmp_path):
@@ -191,8 +210,8 @@ def test_an_unknown_activation_is_refused_by_name():
 
 
 @pytest.mark.parametrize("config, reason", [
-    ({"architectures": ["T5EncoderModel"]}, "describes a T5EncoderModel: of text encoders, only CLIP's"),
-    ({"architectures": ["RobertaSeriesModelWithTransformation"]}, "only CLIP's can be read"),
+    ({"architectures": ["T5EncoderModel"]}, "describes a T5EncoderModel: of text encoders, only CLIP's and T5's can"),
+    ({"architectures": ["RobertaSeriesModelWithTransformation"]}, "only CLIP's and T5's can be read"),
     ({"architectures": ["CLIPTextModel"], "use_attention_mask": True}, "use_attention_mask: diffusers hides the padding"),
 ])
 def test_a_text_encoder_that_is_another_one_or_is_called_otherwise_is_refused(config, reason):

@@ -92,6 +92,7 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("name, loader, layout, count", [
     ("sd15_unet", unet, "diffusers", 686),
     ("sd21_unet", unet, "diffusers", 686),
+    ("sdxl_unet", unet, "diffusers", 1680),
     ("ft_mse_vae", vae, "diffusers", 248),
     ("sd3_vae", vae, "diffusers", 244),
     ("flux_vae", vae, "diffusers", 244),
@@ -113,6 +114,7 @@ def test_every_tensor_of_a_published_network_has_its_place_by_its_config(name, l
 @pytest.mark.parametrize("name, loader, layout, like, untold, count", [
     ("sd15_checkpoint", unet, "CompVis", "sd15_unet", ("sample_size",), 686),
     ("sd21_checkpoint", unet, "CompVis", "sd21_unet", ("sample_size",), 686),
+    ("sdxl_checkpoint_unet", unet, "CompVis", "sdxl_unet", ("sample_size",), 1680),
     ("sd15_checkpoint", vae, "CompVis", "ft_mse_vae", ("sample_size",), 248),
     ("sd21_checkpoint", vae, "CompVis", "ft_mse_vae", ("sample_size",), 248),
     ("sd15_checkpoint", clip, "transformers", "sd15_text_encoder", IDS, 196),
@@ -161,7 +163,7 @@ CONVERTERS = {unet: lambda tensors, config: convert_ldm_unet_checkpoint(tensors,
 
 @pytest.mark.parametrize("checkpoint, loader, folder", [
     ("sd15_checkpoint", unet, "sd15_unet"), ("sd15_checkpoint", vae, "ft_mse_vae"),
-    ("sd21_checkpoint", unet, "sd21_unet"), ("sd21_checkpoint", vae, "ft_mse_vae"),
+    ("sd21_checkpoint", unet, "sd21_unet"), ("sd21_checkpoint", vae, "ft_mse_vae"), ("sdxl_checkpoint_unet", unet, "sdxl_unet"),
     ("sd21_checkpoint", clip, "sd21_text_encoder"),
 ], ids=id_of)
 def test_the_files_of_both_layouts_agree_by_diffusers_converters(checkpoint, loader, folder):
@@ -181,7 +183,8 @@ SMALL_CLIP = CLIPTextConfig(vocab_size=50, width=24, layers=3, heads=2, mlp_widt
 @pytest.mark.parametrize("config", [
     SMALL_UNET, replace(SMALL_UNET, depth=2, attention=(True, True, False), linear_projection=True),
     replace(SMALL_UNET, widths=(16, 32), attention=(False, False), heads=(2, 2)),
-], ids=["depth 1", "depth 2, linear", "attention in the middle alone"])
+    replace(SMALL_UNET, depth=2, transformer_layers=(1, 2, 3), pooled_dim=20, linear_projection=True),
+], ids=["depth 1", "depth 2, linear", "attention in the middle alone", "sdxl"])
 def test_diffusers_converts_our_compvis_unet_to_our_diffusers_unet(config):
     tensors = randomise(UNet(config)).state_dict()
     exported = export_renamed(tensors, unet.LAYOUTS["CompVis"].rules(config))

@@ -2,18 +2,21 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from helpers import randomise
+from originals import compvis_unet
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyldm.folders.build import load_weights
-from tinyldm.folders.rename import export_renamed, published_names
+from tinyldm.folders.rename import export_renamed, load_renamed, published_names, recognise
+from tinyldm.folders.weights import Weights
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import TransformerBlock, UNet, UNetConfig
-from tinyldm.vendor_loaders.unet import UNET_RULES, from_config, to_config
+from tinyldm.vendor_loaders.unet import LAYOUTS, UNET_RULES, from_config, to_config
 
 # The published U-Nets, narrow: levels, depth, where there is attention and how it is entered are theirs.
 SD1 = UNetConfig(widths=(32, 64, 96, 96), context_dim=24, groups=8, sample_size=16)
@@ -21,9 +24,16 @@ SD2 = replace(SD1, heads=(1, 2, 3, 3), context_dim=40, linear_projection=True, u
 ODD = replace(SD1, in_channels=5, out_channels=3, widths=(32, 64, 128), depth=1, attention=(False, False, True),
               heads=(4, 4, 4))
 FINE = replace(ODD, depth=2, attention=(True, True, False), heads=(1, 2, 4), linear_projection=True)
-CONFIGS = {"sd 1": SD1, "sd 2": SD2, "other channels and one block": ODD, "attention where it is fine": FINE}
+XL = replace(SD2, widths=(32, 64, 128), attention=(False, True, True), heads=(1, 2, 4), upcast_attention=False,
+             transformer_layers=(1, 2, 3), pooled_dim=20)
+DEEP = replace(FINE, transformer_layers=(2, 2, 2), pooled_dim=7)
+CONFIGS = {"sd 1": SD1, "sd 2": SD2, "other channels and one block": ODD, "attention where it is fine": FINE, "sdxl": XL,
+           "as deep everywhere": DEEP}
 FULL_SD1 = UNetConfig()
 FULL_SD2 = UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True, upcast_attention=True)
+FULL_XL = UNetConfig(widths=(320, 640, 1280), attention=(False, True, True), heads=(5, 10, 20), context_dim=2048, linear_projection=True,
+                     transformer_layers=(1, 2, 10), pooled_dim=1280, sample_size=128)
+FULL = {"full sd 1": (FULL_SD1, 686), "full sd 2": (FULL_SD2, 686), "full sdxl": (FULL_XL, 1680)}
 
 
 def pair(config):
@@ -39,6 +49,19 @@ def inputs(config, size=(8, 16)):
     x = torch.randn(2, config.in_channels, *size, requires_grad=True)
     context = torch.randn(2, 7, config.context_dim, requires_grad=True)
     return x, torch.tensor([999.0, 3.5]), context
+
+
+SIZES = torch.tensor([[768.0, 1024.0, 17.0, 64.0, 512.0, 640.0], [333.0, 250.0, 0.0, 5.0, 256.0, 384.0]])
+
+
+def told(config, net, theirs):
+    """Both networks as functions of (x, t, context), with the same pooled text and sizes where the config has such conditions."""
+    pooled = torch.randn(2, config.pooled_dim or 1, generator=torch.Generator().manual_seed(3))
+    if config.pooled_dim is None:
+        return lambda x, t, context: net(x, t, Cond(context)), lambda x, t, context: theirs(x, t, context).sample
+    added = {"text_embeds": pooled, "time_ids": SIZES}
+    return (lambda x, t, context: net(x, t, Cond(context, pooled=pooled, extra={"sizes": SIZES})),
+            lambda x, t, context: theirs(x, t, context, added_cond_kwargs=added).sample)
 
 
 def run(out, x, context):
@@ -59,16 +82,17 @@ def error(a, exact):
 @pytest.mark.parametrize("size", [(8, 16), (24, 8)])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_exported_weights_give_diffusers_the_same_output_and_gradients(config, size):
-    net, theirs = pair(config)
+    net, theirs = told(config, *pair(config))
     x, t, context = inputs(config, size)
-    assert_close(run(net(x, t, Cond(context)), x, context), run(theirs(x, t, context).sample, x, context))
+    assert_close(run(net(x, t, context), x, context), run(theirs(x, t, context), x, context))
 
 
-@pytest.mark.parametrize("config", [SD1, SD2], ids=["sd 1", "sd 2"])
+@pytest.mark.parametrize("config", [SD1, SD2, XL], ids=["sd 1", "sd 2", "sdxl"])
 def test_every_weight_gets_the_gradient_that_diffusers_gives_it(config):
     net, theirs = pair(config)
     x, t, context = inputs(config, (8, 8))
-    for out in (net(x, t, Cond(context)), theirs(x, t, context).sample):
+    for network in told(config, net, theirs):
+        out = network(x, t, context)
         (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     names = published_names(net.state_dict(), UNET_RULES)
     expected = {name: p.grad for name, p in theirs.named_parameters()}
@@ -89,15 +113,14 @@ def test_times_of_any_type_mean_what_diffusers_means_by_them(t):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [SD1, SD2], ids=["sd 1", "sd 2"])
+@pytest.mark.parametrize("config", [SD1, SD2, XL], ids=["sd 1", "sd 2", "sdxl"])
 def test_in_bf16_we_are_no_further_from_float32_than_diffusers(config):
     exact, theirs = pair(config)
-    ours = randomise(UNet(config)).bfloat16()
-    theirs.bfloat16()
+    ours, theirs = told(config, randomise(UNet(config)).bfloat16(), theirs.bfloat16())
     x, t, context = inputs(config, (16, 24))
-    want = exact(x, t, Cond(context))
+    want = told(config, exact, None)[0](x, t, context)
     x, context = x.bfloat16(), context.bfloat16()
-    a, b = error(ours(x, t, Cond(context)), want), error(theirs(x, t, context).sample, want)
+    a, b = error(ours(x, t, context), want), error(theirs(x, t, context), want)
     assert 1e-4 < a < 1.1 * b and b < 0.05
 
 
@@ -143,15 +166,16 @@ def test_upcast_attention_changes_nothing_outside_float16(dtype):
 
 
 @torch.no_grad()
-def test_a_folder_that_diffusers_saved_loads_as_the_same_network(tmp_path):
-    theirs = randomise(UNet2DConditionModel.from_config(to_config(SD2)))
+@pytest.mark.parametrize("config", [SD2, XL], ids=["sd 2", "sdxl"])
+def test_a_folder_that_diffusers_saved_loads_as_the_same_network(config, tmp_path):
+    theirs = randomise(UNet2DConditionModel.from_config(to_config(config)))
     theirs.save_pretrained(tmp_path)
-    config = from_config(json.loads((tmp_path / "config.json").read_text()))
-    assert config == SD2
+    assert from_config(json.loads((tmp_path / "config.json").read_text())) == config
     net = UNet(config)
     load_weights(net, tmp_path / "diffusion_pytorch_model.safetensors")
-    x, t, context = inputs(SD2, (8, 8))
-    assert_close([net(x, t, Cond(context))], [theirs(x, t, context).sample])
+    ours, theirs = told(config, net, theirs)
+    x, t, context = inputs(config, (8, 8))
+    assert_close([ours(x, t, context)], [theirs(x, t, context)])
 
 
 def test_the_context_mask_means_what_diffusers_means_by_it():
@@ -163,27 +187,27 @@ def test_the_context_mask_means_what_diffusers_means_by_it():
     assert not torch.allclose(ours[0], net(x, t, Cond(context)))
 
 
-@pytest.mark.parametrize("config", [FULL_SD1, FULL_SD2, *CONFIGS.values()], ids=["full sd 1", "full sd 2", *CONFIGS])
-def test_names_and_shapes_are_exactly_those_of_diffusers(config):
+@pytest.mark.parametrize("config, count", [*FULL.values(), *((config, None) for config in CONFIGS.values())], ids=[*FULL, *CONFIGS])
+def test_names_and_shapes_are_exactly_those_of_diffusers(config, count):
     with torch.device("meta"):
         ours = UNet(config)
         theirs = UNet2DConditionModel.from_config(to_config(config))
     shapes = lambda tensors: {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     names = published_names(ours.state_dict(), UNET_RULES)
     assert {names[key]: shape for key, shape in shapes(ours.state_dict()).items()} == shapes(theirs.state_dict())
-    if config in (FULL_SD1, FULL_SD2):
-        assert len(names) == 686
+    assert count in (None, len(names))
 
 
-def test_every_normalisation_has_the_eps_that_diffusers_gives_it():
+@pytest.mark.parametrize("config", [SD1, XL], ids=["sd 1", "sdxl"])
+def test_every_normalisation_has_the_eps_that_diffusers_gives_it(config):
     with torch.device("meta"):
-        ours, theirs = UNet(SD1), UNet2DConditionModel.from_config(to_config(SD1))
+        ours, theirs = UNet(config), UNet2DConditionModel.from_config(to_config(config))
     eps = lambda net: {f"{name}.weight": m.eps for name, m in net.named_modules() if hasattr(m, "eps")}
     names = published_names(ours.state_dict(), UNET_RULES)
     assert {names[key]: value for key, value in eps(ours).items()} == eps(theirs)
 
 
-@pytest.mark.parametrize("config", [FULL_SD1, FULL_SD2, *CONFIGS.values(), replace(ODD, attention=(False,) * 3)])
+@pytest.mark.parametrize("config", [FULL_SD1, FULL_SD2, FULL_XL, *CONFIGS.values(), replace(ODD, attention=(False,) * 3)])
 def test_a_config_survives_json_and_diffusers(config):
     written = json.loads(json.dumps(to_config(config)))
     assert from_config(written) == config
@@ -211,7 +235,9 @@ def test_configs_in_the_short_form_of_old_releases_are_read():
 
 
 @pytest.mark.parametrize("field, value", [
-    ("transformer_layers_per_block", [1, 2, 10]), ("addition_embed_type", "text_time"), ("time_embedding_dim", 99),
+    ("transformer_layers_per_block", [1, 2]), ("transformer_layers_per_block", [1, 2, [4, 10]]),
+    ("transformer_layers_per_block", None), ("transformer_layers_per_block", "2"), ("transformer_layers_per_block", [1, 2, None]),
+    ("addition_embed_type", "text_time"), ("addition_embed_type", "image"), ("time_embedding_dim", 99),
     ("act_fn", "gelu"), ("mid_block_type", None), ("layers_per_block", [1, 2, 2]), ("only_cross_attention", True),
     ("cross_attention_dim", [24, 24, 32]), ("num_attention_heads", 8), ("flip_sin_to_cos", False),
     ("attention_head_dim", 3), ("a_field_of_the_future", "yes"), ("_class_name", "UNet2DModel"),
@@ -226,3 +252,123 @@ def test_what_the_network_cannot_be_is_refused_by_name(field, value):
     known_as = {"_class_name": "UNet2DModel", "down_block_types": "AttnDownBlock2D", "up_block_types": "UpBlock2D",
                 "attention_head_dim": "heads=3"}
     assert known_as.get(field, field) in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- Stable Diffusion XL
+
+
+@torch.no_grad()
+def test_pooled_text_comes_before_the_sizes_and_these_in_the_order_that_the_network_was_trained_with():
+    """Checked against the formula, with a first layer that lets a single input through."""
+    net = randomise(UNet(XL))
+    pooled = torch.randn(2, XL.pooled_dim, generator=torch.Generator().manual_seed(4))
+    first, second = net.add_embedding.linear_1, net.add_embedding.linear_2
+    for p in (first.weight, first.bias, second.weight, second.bias):
+        p.zero_()
+    second.weight[0, 0] = 1.0
+
+    def through(column):
+        first.weight.zero_()
+        first.weight[0, column] = 1.0
+        return net.add_embedding(pooled, SIZES)[:, 0]
+
+    silu = torch.nn.functional.silu
+    assert torch.equal(through(XL.pooled_dim - 1), silu(pooled[:, -1]))
+    for i, size in enumerate(SIZES.unbind(1)):          # original height and width, crop top and left, target height and width
+        for k in (0, 5, 127):
+            angle, start = size * 10_000 ** (-k / 128), XL.pooled_dim + 256 * i
+            torch.testing.assert_close(through(start + k), silu(angle.cos()), rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(through(start + 128 + k), silu(angle.sin()), rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_every_size_and_the_pooled_text_change_the_picture():
+    net = randomise(UNet(XL))
+    x, t, context = inputs(XL, (8, 8))
+    pooled = torch.randn(2, XL.pooled_dim, generator=torch.Generator().manual_seed(4))
+    draw = lambda pooled, sizes: net(x, t, Cond(context, pooled=pooled, extra={"sizes": sizes}))
+    plain = draw(pooled, SIZES)
+    changed = [draw(pooled + 1, SIZES)] + [draw(pooled, SIZES + 100 * torch.eye(6)[i]) for i in range(6)]
+    assert all(error(out, plain) > 1e-3 for out in changed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [
+    XL, replace(XL, depth=1, widths=(64, 64), attention=(True, False), heads=(1, 1), transformer_layers=(3, 2))],
+    ids=["sdxl", "attention where it is fine"])
+def test_a_single_file_of_sdxl_s_shape_is_recognised_by_its_shapes_and_draws_what_diffusers_draws(config):
+    config = replace(config, widths=tuple(64 * heads for heads in config.heads))        # one head per 64 channels, as published
+    theirs = randomise(UNet2DConditionModel.from_config(to_config(config)))
+    file = Weights.of({f"model.diffusion_model.{name}": tensor for name, tensor in compvis_unet(theirs.state_dict(), config).items()})
+    layout, weights = recognise(file, LAYOUTS)
+    assert layout is LAYOUTS["CompVis"]
+    found = layout.config_of(weights.shapes)
+    assert found == replace(config, groups=32, sample_size=64)
+    net = UNet(config)
+    load_renamed(net, weights, layout.rules(config))
+    ours, theirs = told(config, net.eval(), theirs)
+    x, t, context = inputs(config, (8, 12) if config.depth == 2 else (6, 4))
+    assert_close([ours(x, t, context)], [theirs(x, t, context)])
+
+
+def shapes_of(config, changes=()):
+    """Names and shapes of a U-Net in the original layout, some of them changed; those of shape None left out."""
+    with torch.device("meta"):
+        tensors = export_shapes(UNet(config))
+    return {name: shape for name, shape in (tensors | dict(changes)).items() if shape is not None}
+
+
+def export_shapes(net):
+    names = published_names(net.state_dict(), LAYOUTS["CompVis"].rules(net.config))
+    return {names[key]: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
+
+
+REFINER = replace(FULL_XL, widths=(384, 768, 1536, 1536), attention=(False, True, True, False), heads=(6, 12, 24, 24), context_dim=1280,
+                  transformer_layers=(4, 4, 4, 4), pooled_dim=1024)
+
+
+@pytest.mark.parametrize("shapes, message", [
+    (partial(shapes_of, REFINER), "Stable Diffusion XL's refiner.*base model alone"),
+    (partial(shapes_of, replace(FULL_SD2, pooled_dim=512)), "unCLIP"),
+    (partial(shapes_of, FULL_SD2, {"label_emb.weight": (1000, 1280)}), "upscaler"),
+    (partial(shapes_of, FULL_SD1, {"time_embed.cond_proj.weight": (320, 256)}), "latent consistency"),
+], ids=["refiner", "unclip", "upscaler", "lcm"])
+def test_a_single_file_of_another_u_net_is_refused_by_its_name(shapes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        LAYOUTS["CompVis"].config_of(shapes())
+    assert "\n" not in str(error.value)
+
+
+def test_a_single_file_of_a_pruned_u_net_is_refused():
+    whole = shapes_of(FULL_XL)
+    without = lambda text: {name: shape for name, shape in whole.items() if text not in name}
+    fewer = without("output_blocks.1.1.transformer_blocks.9.")
+    no_middle = {name: shape for name, shape in whole.items() if not name.startswith(("middle_block.1.", "middle_block.2."))}
+    for shapes, place in ((fewer, "output_blocks.1 has 9 blocks, not 10"), (no_middle, "middle_block has 0 blocks, not 10")):
+        with pytest.raises(ValueError, match=f"{place}.*SSD-1B"):
+            LAYOUTS["CompVis"].config_of(shapes)
+
+
+@pytest.mark.parametrize("config, changes, message", [
+    (REFINER, {}, "Stable Diffusion XL's refiner"),
+    (XL, {"time_cond_proj_dim": 256}, "time_cond_proj_dim=256.*latent consistency"),
+    (XL, {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}, "addition_time_embed_dim=8"),
+    (XL, {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"}, "Kolors"),
+    (XL, {"mid_block_type": "UNetMidBlock2D"}, "SSD-1B"),
+    (XL, {"transformer_layers_per_block": [1, [2, 2], [4, 4]],
+          "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]}, "SSD-1B"),
+])
+def test_a_folder_of_another_u_net_than_sdxl_s_is_refused_by_its_name(config, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        from_config(to_config(config) | changes)
+    assert "\n" not in str(error.value)
+
+
+def test_depths_in_every_spelling_of_diffusers_are_one_number_per_level():
+    nested = {"transformer_layers_per_block": [[1, 1], [2, 2], [3, 3]], "reverse_transformer_layers_per_block": [[3] * 3, [2] * 3, [1] * 3]}
+    assert from_config(to_config(XL) | nested) == XL
+    assert from_config(to_config(XL) | {"transformer_layers_per_block": [0, 2, 3]}) == XL       # level 0 has no transformer
+    with torch.device("meta"):
+        shapes = [{name: tuple(tensor.shape) for name, tensor in UNet2DConditionModel.from_config(config).state_dict().items()}
+                  for config in (to_config(XL) | nested, to_config(XL))]
+    assert shapes[0] == shapes[1]

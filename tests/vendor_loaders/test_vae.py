@@ -218,6 +218,19 @@ def test_a_config_that_the_flax_branch_of_a_repository_holds_is_read():
     assert from_config(flax) == FULL
 
 
+def test_the_autoencoder_of_sdxl_is_read_with_its_factor_and_its_variant_for_float16_is_the_same_network():
+    xl = to_config(FULL) | {"scaling_factor": 0.13025, "sample_size": 1024, "latents_mean": None, "latents_std": None}
+    assert from_config(xl) == replace(FULL, scaling_factor=0.13025, sample_size=1024)
+    assert from_config(xl | {"force_upcast": False}) == from_config(xl)
+
+
+def test_latents_that_are_standardised_per_channel_are_refused_with_the_reason():
+    """diffusers' StableDiffusionXLPipeline decodes latents * latents_std / scaling_factor + latents_mean."""
+    playground = {"scaling_factor": 0.5, "latents_mean": [-1.6574, 1.886, -1.383, 2.5155], "latents_std": [8.4927, 5.9022, 6.5498, 5.2299]}
+    with pytest.raises(ValueError, match="latents_mean=.*per channel, as Playground 2.5's"):
+        from_config(to_config(FULL) | playground)
+
+
 @pytest.mark.parametrize("field, value", [
     ("act_fn", "gelu"), ("in_channels", 4), ("latents_mean", [0.1, 0.2]), ("use_quant_conv", False),
     ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D"]),

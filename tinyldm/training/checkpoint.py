@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from tinyldm.config import RunConfig
 from tinyldm.files import Claims, read_json, replace_folder, sha256
 from tinyldm.folders.weights import write_weights
+from tinyldm.pinned_memory import PinnedMemory
 from tinyldm.training import distributed
-from tinyldm.training.pinned_memory import PinnedMemory
 
 STAGES = ("vae", "step")                                   # in the order a run goes through them
 NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)~?")
@@ -224,6 +224,11 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     write_weights(file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
+def current_name(name: str) -> str:
+    """The present name of a parameter in a checkpoint. In older ones every transformer of a U-Net has one `block`."""
+    return re.sub(r"(\.attentions\.\d+)\.block\.", r"\1.blocks.0.", name)
+
+
 def load_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> None:
     """Restore a file of optimizer_tensors(). Moments get the memory layout of their parameter: fused AdamW silently corrupts
     contiguous moments beside channels_last weights."""
@@ -231,7 +236,7 @@ def load_optimizers(file: Path, optimizers: list[torch.optim.Optimizer], paramet
     try:
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
-                name, _, part = key.rpartition("/")
+                name, _, part = current_name(key).rpartition("/")
                 if name not in parameters:                     # older checkpoints of the first stage leave the part out
                     name = f"vae.{name}"
                 p, value = parameters[name], tensors.get_tensor(key)

@@ -200,6 +200,7 @@ class Learner:
                 for part in self.trained.modules for name, tensor in self.ema.state_dict(part, i).items()}
 
     def load_further_averages(self, found: Mapping[str, Tensor]) -> None:
+        found = {checkpoint.current_name(name): tensor for name, tensor in found.items()}
         for i, width in enumerate(further_widths(self.ema), 1):
             for part in self.trained.modules:
                 start = f"{width}/{part}."

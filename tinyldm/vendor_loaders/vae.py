@@ -49,14 +49,15 @@ def compvis_rules(config: VAEConfig) -> Rules:
     ]
 
 
-def infer(shapes: Mapping[str, Shape]) -> VAEConfig:
-    """The config of CompVis weights. ValueError where autoencoders with different scaling factors have the same tensors."""
+def infer(shapes: Mapping[str, Shape], scaling: tuple[float, float] | None = None) -> VAEConfig:
+    """The config of CompVis weights. scaling: scaling and shift factor, where something else tells them. ValueError where it is None and
+    autoencoders with different ones have the same tensors."""
     count = lambda text: sum(text.format(i) in shapes for i in range(16))
     levels, channels = count("encoder.down.{}.block.0.norm1.weight"), shapes["decoder.conv_in.weight"][1]
-    if channels not in SCALING:
+    if scaling is None and channels not in SCALING:
         raise ValueError(f"an autoencoder of {channels} latent channels without a config.json: its scaling factor cannot be told "
                          f"from the weights (those of SD 3 and FLUX.1 differ in nothing else); use its diffusers folder")
-    scale, shift = SCALING[channels]
+    scale, shift = scaling or SCALING[channels]
     return VAEConfig(
         latent_channels=channels,
         widths=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
@@ -80,7 +81,11 @@ LAYOUTS = {
 # Published fields for which our autoencoder has one value only.
 FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "latents_mean": None, "latents_std": None}
 
-# Published fields that from_config accepts; it ignores force_upcast, which is about float16 arithmetic, not about the network.
+OTHER_SCALE = "its latents are standardised by a mean and a standard deviation per channel, as Playground 2.5's are for EDM's process"
+REASONS = {"latents_mean": OTHER_SCALE, "latents_std": OTHER_SCALE}
+
+# Published fields that from_config accepts. It ignores force_upcast: no autoencoder works in float16 here, which the one of SDXL
+# overflows, and the variants of it that do not (force_upcast is false there) give the same pictures in float32.
 KNOWN = {"block_out_channels", "down_block_types", "force_upcast", "latent_channels", "layers_per_block",
          "mid_block_add_attention", "norm_num_groups", "sample_size", "scaling_factor", "shift_factor",
          "up_block_types", "use_post_quant_conv", "use_quant_conv"}
@@ -101,7 +106,7 @@ def to_config(config: VAEConfig) -> dict:
         "use_quant_conv": config.quant_convs,
         "use_post_quant_conv": config.quant_convs,
         "scaling_factor": config.scaling_factor,
-        "shift_factor": config.shift_factor or None,
+        "shift_factor": config.shift_factor,
         "sample_size": config.sample_size,
         "force_upcast": True,
     }
@@ -109,7 +114,7 @@ def to_config(config: VAEConfig) -> dict:
 
 def from_config(config: dict) -> VAEConfig:
     """A published config.json -> our config. ValueError for what VAEConfig cannot express."""
-    check(config, CLASS, FIXED, KNOWN)
+    check(config, CLASS, FIXED, KNOWN, REASONS)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if scalar(config.get(name, kind)) != kind:
             raise ValueError(f"autoencoder config has {name}={config[name]}: only {kind} can be expressed here")
