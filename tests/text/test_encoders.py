@@ -17,7 +17,7 @@ from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
-from tinyldm.pipeline import Morph, draw, draw_settings, encode_prompts
+from tinyldm.pipeline import Morph, draw, draw_settings, PromptFeatures
 from tinyldm.text import encoders
 from tinyldm.text.encoders import JOINS, Join, TextEncoder, TextEncoders, TextWidths
 from tinyldm.text.tokenizer import Tokenizer
@@ -158,12 +158,13 @@ def test_a_weight_acts_on_the_word_s_own_tokens_in_every_encoder(text):
     assert torch.equal(cond.pooled, plain.pooled)
 
 
-def test_left_out_is_what_no_encoder_reads():
+def test_what_is_left_out_is_said_for_each_encoder():
     text = pair(lengths=(16, 16))
     one, two = text.tokenizers
-    assert two.cut(FOX) and text.truncated(FOX) == one.cut(FOX) == ""
+    assert one.cut(FOX) == "" and text.truncated(FOX) == [("text_2", 16, two.cut(FOX))]
     long = f"{FOX} " * 4
-    assert text.truncated(long) == one.cut(long) and 0 < len(one.cut(long)) < len(two.cut(long))
+    assert text.truncated(long) == [("text", 16, one.cut(long)), ("text_2", 16, two.cut(long))]
+    assert 0 < len(one.cut(long)) < len(two.cut(long)) and text.truncated("a") == []
 
 
 # ---- padding
@@ -277,7 +278,7 @@ def test_what_is_missing_of_an_encoder_is_named(save, break_it, expected):
 
 
 def test_a_rule_that_is_not_known_is_refused_at_once(text):
-    with pytest.raises(ValueError, match="unknown rule to join text encoders 'sideways': .*known: single, side_by_side"):
+    with pytest.raises(ValueError, match="unknown rule to join text encoders 'sideways': .*known: single, sdxl, sd3, flux, side_by_side"):
         TextEncoders(text.encoders, "sideways")
 
 
@@ -304,7 +305,7 @@ def test_every_encoder_has_a_say_in_the_picture(save, model, part):
     with torch.no_grad():
         for p in loaded.modules[part].parameters():
             p.mul_(0.5)
-    before, after = (encode_prompts(one, [FOX]) for one in (model, loaded))
+    before, after = (PromptFeatures(one)([FOX]) for one in (model, loaded))
     changed = SimpleNamespace(context=(before.context != after.context).any((0, 1)), pooled=(before.pooled != after.pooled).any(0))
     own = slice(0, 32) if part == "text" else slice(32, None)
     assert changed.context[own].all() and changed.pooled[own].all()

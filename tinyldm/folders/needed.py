@@ -11,7 +11,8 @@ from tinyldm.folders.weights import choose
 from tinyldm.model import AUTOENCODERS, NETWORKS, TEXT_ENCODERS, Architecture
 
 CONFIGS = ("config.json", "open_clip_config.json")
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json")
 INDEX = r"(?P<stem>[a-z_]+)(\.(?P<before>\w+))?\.(?P<kind>safetensors|bin)\.index(\.(?P<after>\w+))?\.json"
 
 
@@ -20,8 +21,8 @@ def of_index(names: set[str]) -> list[str]:
     return sorted(names & {"model_index.json"})
 
 
-def of_model(names: set[str], variant: str | None = None) -> list[str]:
-    """Of a whole model: every part, and the files that describe them."""
+def of_model(names: set[str], variant: str | None = None, weights: bool = True) -> list[str]:
+    """Of a whole model: every part, and the files that describe them; without weights only these."""
     if "model_index.json" not in names:
         return []
     kinds = {row.folder: row for row in (*NETWORKS.values(), *AUTOENCODERS.values(), *TEXT_ENCODERS.values())}
@@ -29,7 +30,8 @@ def of_model(names: set[str], variant: str | None = None) -> list[str]:
     parts = [of_folder(names, folder, row, variant) for folder, row in (kinds | numbered).items() if f"{folder}/config.json" in names]
     tokenizers = {name.split("/")[0] + "/" for name in names if re.match(r"tokenizer(_\d)?/", name)}
     return ["model_index.json", *(names & {"tinyldm.json", "scheduler/scheduler_config.json"}),
-            *(name for folder in sorted(tokenizers) for name in _of_tokenizer(names, folder)), *(name for part in parts for name in part)]
+            *(name for folder in sorted(tokenizers) for name in _of_tokenizer(names, folder)),
+            *(name for part in parts for name in part if weights or name.endswith(CONFIGS))]
 
 
 def of_part(names: set[str], rows: Iterable[Architecture], variant: str | None = None) -> list[str]:
@@ -38,6 +40,13 @@ def of_part(names: set[str], rows: Iterable[Architecture], variant: str | None =
     rows: the architectures that the part may have; all have the same folder and the same name of the weights file."""
     row = next(iter(rows))
     return of_folder(names, row.folder if f"{row.folder}/config.json" in names else "", row, variant)
+
+
+def of_texts(names: set[str]) -> list[str]:
+    """Of the text encoders: all of a whole model with their tokenizers, or the one in a repository of its own."""
+    if "model_index.json" not in names:
+        return of_part(names, TEXT_ENCODERS.values()) or of_tokenizer(names)
+    return [name for name in of_model(names) if re.match(r"(model_index|tinyldm)\.json|(text_encoder|tokenizer)(_\d)?/", name)]
 
 
 def of_folder(names: set[str], folder: str, row: Architecture, variant: str | None = None) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from tinyldm.text.tokenizer import Tokenizer
+from tinyldm.text.base_tokenizer import BaseTokenizer
 
 STEP = 1.1
 SYMBOLS = re.compile(r"\\(?P<escaped>[\\()\[\]])|(?P<open>[(\[])|:\s*(?P<weight>[+-]?\d*\.?\d+)\s*\)|(?P<close>[)\]])|[^\\()\[\]:]+|.",
@@ -51,7 +51,7 @@ def plain(text: str) -> str:
     return "".join(piece for piece, _ in parse_weights(text))
 
 
-def token_weights(tokenizer: Tokenizer, text: str) -> list[float]:
+def token_weights(tokenizer: BaseTokenizer, text: str) -> list[float]:
     """One weight for each position of `tokenizer.encode([plain(text)])`: the weight of the token's first letter; 1 for BOS, EOS
     and padding. The plain caption is tokenised in one piece, so that weights of 1 change nothing. (White space is no letter: added
     tokens may take in what is before them.)"""

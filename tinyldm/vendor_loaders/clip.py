@@ -3,7 +3,9 @@
 In transformers files, names carry the prefix `text_model.`. transformers 5 omits it for a CLIPTextModel that was created
 there, and keeps it for one that was loaded from a file with the prefix. The file of a whole CLIPModel also holds
 `vision_model.*`, `visual_projection.*` and `logit_scale`, and old files hold `position_ids`. open_clip files hold both
-towers too, with q, k and v fused into one tensor. LAION's repositories hold both layouts under several file names.
+towers too, with q, k and v fused into one tensor, and the projection as a matrix that is multiplied from the right. LAION's
+repositories hold both layouts under several file names. In checkpoints of SDXL that diffusers' older script has converted
+(huggingface/diffusers, convert_diffusers_to_original_sdxl.py; Playground v2 is one), the projection kept transformers' name and form.
 
 Two settings are not in the weights, and a wrong value of either loads without an error and degrades the pictures: the
 activation (quick_gelu for OpenAI's weights, gelu for LAION's) and the padding token. SOURCES lists both for known sources.
@@ -41,6 +43,7 @@ OPEN_CLIP_RULES = [
     (r"^final_norm\.", "ln_final."),
     (r"^projection\.weight$", "text_projection@T"),
 ]
+CONVERTED_RULES = [(r"^projection\.", "text_projection."), *OPEN_CLIP_RULES]
 
 
 def _unprojected(config: CLIPTextConfig) -> Rules:
@@ -56,7 +59,7 @@ def transformers_tidy(config: CLIPTextConfig) -> Rules:
 
 def open_clip_tidy(config: CLIPTextConfig) -> Rules:
     """Leaves out the image tower and what open_clip stores beside the networks."""
-    return [(r"^visual\..*|^logit_(scale|bias)$|^attn_mask$", ""), *_unprojected(config)]
+    return [(r"^visual\..*|^logit_(scale|bias)$|^attn_mask$|.*position_ids$", ""), *_unprojected(config)]
 
 
 def infer_open_clip(shapes: Mapping[str, Shape]) -> CLIPTextConfig:
@@ -94,6 +97,7 @@ def _config_from_shapes(shapes: Mapping[str, Shape], layer: str, tokens: str, po
 LAYOUTS = {
     "transformers": Layout(r"(.*?)(?:text_model\.)?embeddings\.token_embedding\.weight", lambda config: CLIP_RULES,
                            transformers_tidy, infer_openai),
+    "converted": Layout(r"((?!visual\.).*?)text_projection\.weight", lambda config: CONVERTED_RULES, open_clip_tidy, infer_open_clip),
     "open_clip": Layout(r"((?!visual\.).*?)transformer\.resblocks\.0\.attn\.in_proj_weight", lambda config: OPEN_CLIP_RULES,
                         open_clip_tidy, infer_open_clip),
 }
@@ -159,7 +163,7 @@ def from_config(config: dict, origin: str | None = None) -> CLIPTextConfig:
         return _from_open_clip(config["model_cfg"])
     architecture = (config.get("architectures") or ["CLIPTextModel"])[0].removeprefix("Flax")
     if architecture not in ("CLIPTextModel", *PROJECTED):
-        raise ValueError(f"config.json describes a {architecture}: of text encoders, only CLIP's can be read")
+        raise ValueError(f"config.json describes a {architecture}: of text encoders, only CLIP's and T5's can be read")
     text = next((config[name] for name in ("text_config_dict", "text_config") if config.get(name) is not None), config)
     if config.get("use_attention_mask"):
         raise ValueError("the config says use_attention_mask: diffusers hides the padding from such a text encoder, and here it reads it")
