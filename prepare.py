@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from tinyldm.cli import guard, outlive_terminal
@@ -50,11 +51,13 @@ from tinyldm.data.cache import write_tokens
 from tinyldm.data.encoding import posterior
 from tinyldm.data.prepare import check_folder, phase_folders, picture_divisor, prepare, some_pictures
 from tinyldm.device import fast_convolutions, in_parts, pick_device
-from tinyldm.folders.load import load_tokenizer, load_vae
+from tinyldm.folders.load import load_vae
+from tinyldm.folders.texts import load_texts, tokenizer_only
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.pictures.pixels import psnr, to_bytes, write_picture
 from tinyldm.pictures.sheet import captioned, tile, two_lines
 from tinyldm.pipeline import decode
+from tinyldm.planning.texts import token_counts
 from tinyldm.training.signals import Interrupted, Signals
 
 
@@ -96,7 +99,7 @@ def main() -> None:
         fast_convolutions()
     vae = load_vae(config.autoencoder.weights, device)
     picture_divisor(config, vae)                                # refuses a misspelt network before anything is written
-    tokenizer = load_tokenizer(config.text.weights) if config.text.weights else None
+    texts = load_texts(config.text.weights, "", partial(token_counts, config), tokenizer_only) if config.text.weights else None
     folders = phase_folders(config, out)
     for _, folder in folders:
         check_folder(folder)
@@ -114,7 +117,7 @@ def main() -> None:
         if report is None:
             return print(f"this process is done; others are still encoding into {folder}")
         print(report)
-        if tokenizer:
+        for tokenizer in texts.tokenizers if texts else []:
             write_tokens(folder, tokenizer)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"{size / 1e6:,.1f} MB in {folder}")

@@ -103,7 +103,7 @@ def cache_folder(job: Job, scale: Scale, size: int) -> Path:
         for first in range(0, scale.pictures, 64):
             captions = [[(0, f"{sample(i, 16, 0).caption}, number {i}")] for i in range(first, min(first + 64, scale.pictures))]
             latents = rng.standard_normal((len(captions), 1, 1, vae.config.latent_channels, side, side), np.float32)
-            writer.add(latents.astype(np.float16), captions)
+            writer.add(latents.astype(np.float16), captions, [[[size, size, 0, 0, size, size]]] * len(captions))
         facts = {"name": "s", "url": SPEC, "stamp": "", "content": "", "read": scale.pictures, "kept": scale.pictures, "skipped": {},
                  "filtered": {}, "stats": dict.fromkeys(("numbers", "sum", "squares", "variance"), 0.0)}
         (folder / "shard.json").write_text(json.dumps(facts | writer.close()), encoding="utf-8")

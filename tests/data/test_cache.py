@@ -95,7 +95,7 @@ def test_the_writer_refuses_arrays_that_do_not_fit(tmp_path):
     for wrong in (latents(0, 1).astype(np.float32), latents(0, 1)[0], latents(0, 2)):
         with pytest.raises(ValueError, match="float16"):
             writer.add(wrong, [caption(0)])
-    assert writer.close() == {"groups": [{"size": [4, 4], "count": 1}], "captions": 1, "shape": [1, 1, 3]}
+    assert writer.close() == {"groups": [{"size": [4, 4], "count": 1}], "captions": 1, "shape": [1, 1, 3], "sizes": False}
 
 
 def test_the_index_says_what_was_read_kept_and_skipped(tmp_path):

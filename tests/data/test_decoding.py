@@ -9,7 +9,7 @@ from archives import encode, grey, noise, smooth
 from PIL import Image, ImageFile
 
 from tinyldm.data import decoding
-from tinyldm.data.decoding import Framing, decode, make_buckets
+from tinyldm.data.decoding import Framing, decode, decode_with_sizes, make_buckets
 
 SQUARE = Framing(16)
 
@@ -132,6 +132,24 @@ def test_orientation_in_xmp_counts_and_nonsense_is_ignored():
     text = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\2\0\0\0\2a\0\0\0\0\0\0\0"          # the tag as a string
     for tags in (exif(9), exif(0), b"Exif\0\0nonsense", exif(6)[:14], text):
         assert (decode(encode(stored, exif=tags), SQUARE) == stored).all()
+
+
+def test_a_jpeg_that_is_decoded_smaller_has_its_own_size():
+    data = encode(np.zeros((600, 1600, 3), np.uint8), "JPEG", exif=exif(6))                     # turned by 90 degrees
+    assert decode_with_sizes(data, Framing(32)).sizes() == [1600, 600, 27, 0, 32, 32]         # scaled to 85.3 x 32
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("shape", [(16, 21), (21, 16)])
+def test_the_crop_is_where_the_result_lies_in_the_upright_picture_and_in_its_mirror_image(orientation, shape):
+    stored = noise(*shape, 3)
+    upright = UPRIGHT[orientation](stored)
+    for form in ("PNG", "TIFF"):
+        found = decode_with_sizes(encode(stored, form, exif=exif(orientation)), Framing(16))
+        for mirrored, picture, whole in ((False, found.image, upright), (True, found.image[:, ::-1], upright[:, ::-1])):
+            height, width, top, left, *size = found.sizes(mirrored)
+            assert (height, width) == upright.shape[:2] and size == [16, 16]
+            assert (picture == whole[top:top + 16, left:left + 16]).all()
 
 
 # ---- draft

@@ -237,7 +237,7 @@ def test_some_pictures_come_evenly_from_all_shards(tmp_path):
 def test_taking_a_few_pictures_does_not_read_all_shards(tmp_path, monkeypatch):
     for i in range(10):
         shard(tmp_path / f"s-{i}.tar", numbered(100 * i, 60))
-    decoded, real = [], encoding.decode
-    monkeypatch.setattr(encoding, "decode", lambda data, framing: decoded.append(0) or real(data, framing))
+    decoded, real = [], encoding.decode_with_sizes
+    monkeypatch.setattr(encoding, "decode_with_sizes", lambda data, framing: decoded.append(0) or real(data, framing))
     items, _ = prepare.some_pictures(settings(tmp_path, "s-*"), 2)
     assert [int(item.captions[0][1].split()[1]) for item in items] == [0, 500] and len(decoded) < 40

@@ -1,5 +1,6 @@
 """The diffusion loss as an objective: what is drawn depends on the global batch alone, and the loss is that of the formula."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,10 @@ from helpers import PROMPT, randomise, small_text
 from tinyldm.config import make_config
 from tinyldm.diffusion.loss import make_noise, sample_t
 from tinyldm.diffusion.process import make_process
-from tinyldm.model import Model
+from tinyldm.model import NETWORKS, Model
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.dit import DiT, DiTConfig
-from tinyldm.objectives import OBJECTIVES, split, turns_at
+from tinyldm.objectives import OBJECTIVES, map_tensors, split, turns_at
 from tinyldm.objectives.base import Objective, Turn
 from tinyldm.objectives.denoising import Denoising, process_options
 from tinyldm.random_streams import Stream, generator
@@ -206,11 +207,78 @@ def test_a_phase_has_its_own_process(parts):
 def test_validation_has_times_all_over_and_whole_captions(parts):
     objective, _ = make(parts, caption_dropout=1.0, noise_offset=0.5, input_perturbation=0.5)
     samples = samples_of(parts)
-    one, again, other = (objective.validation_batch(samples.latents, samples.tokens, seed) for seed in (3, 3, 4))
+    one, again, other = (objective.validation_batch(samples, seed) for seed in (3, 3, 4))
     assert same(one, again) and not torch.equal(one.eps, other.eps)
     assert torch.equal(one.tokens, samples.tokens) and one.mixed is one.cond is None and torch.equal(one.x0, samples.latents)
     assert sorted(one.t.tolist()) == pytest.approx([(i + 0.5) / BATCH for i in range(BATCH)])
     assert not torch.equal(one.t, other.t) and torch.equal(one.t.sort().values, other.t.sort().values)     # which sample has which
+
+
+# ---------------------------------------------------------------- what a network is told besides captions
+
+
+TOLD = torch.arange(6.0 * BATCH).reshape(BATCH, 6)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The DiT, as if it were told sizes and a guidance scale."""
+    monkeypatch.setitem(NETWORKS, "dit", NETWORKS["dit"]._replace(extras=lambda config: ("sizes", "guidance")))
+
+
+def with_sizes(parts, part=slice(None)):
+    samples = samples_of(parts, part)
+    samples.sizes = TOLD[part]
+    return samples
+
+
+@pytest.mark.parametrize("trained", [("net",), ("net", "text")])
+def test_a_network_is_told_the_sizes_of_its_own_pictures_and_no_guidance_whatever_is_dropped(parts, told, trained):
+    objective, model = make(parts, trained, network="dit", caption_dropout=1.0)
+    seen = []
+
+    def net(x, t, cond):
+        seen.append(cond.extra)
+        return x
+
+    part = slice(2, 7)
+    batch = objective.draw(with_sizes(parts, part), generator(Stream.NOISE, 0, 3), BATCH, part)
+    assert (batch.tokens == parts[1].tokenize([""])).all()
+    for micro in split(objective.to_device(batch, CPU), 2):
+        objective.losses(objective.turns[0], {"net": net}, micro, 0.0)
+    assert torch.equal(torch.cat([extra["sizes"] for extra in seen]), TOLD[2:]) and [len(extra["sizes"]) for extra in seen] == [3, 2]
+    assert torch.equal(torch.cat([extra["guidance"] for extra in seen]), torch.ones(5))
+    held_out = objective.validation_batch(with_sizes(parts), 0)
+    moved = map_tensors(held_out, lambda tensor: tensor.to("meta"))
+    assert torch.equal(held_out.extra["sizes"], TOLD) and moved.extra["sizes"].is_meta and moved.x0.is_meta
+
+
+def test_a_network_that_asks_for_nothing_is_told_nothing(parts):
+    objective, seen = make(parts)[0], []
+    batch = objective.draw(with_sizes(parts), generator(Stream.NOISE, 0, 3), BATCH, slice(None))
+    objective.losses(objective.turns[0], {"net": lambda x, t, cond: seen.append(cond.extra) or x}, batch, 0.0)
+    assert batch.extra is None and seen == [{}]
+
+
+def test_a_condition_that_training_does_not_have_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "dit", NETWORKS["dit"]._replace(extras=lambda config: ("camera",)))
+    with pytest.raises(ValueError, match="unknown condition that training can tell a dit 'camera': known: sizes, guidance"):
+        Denoising.check(make_config(network="dit"))
+
+
+# ---------------------------------------------------------------- a shift that depends on the size of pictures
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (64, 64), (32, 64)])
+def test_the_shift_is_that_of_the_pictures_of_the_batch(parts, height, width):
+    """FLUX.1 dev: mu is 0.5 for 256 tokens and 1.15 for 4096, the shift is exp(mu); a DiT's token is 2 x 2 latents."""
+    objective, _ = make(parts, process="dynamic_flow")
+    seen, x0 = [], torch.zeros(BATCH, 4, height, width)
+    samples = SimpleNamespace(latents=x0, tokens=samples_of(parts).tokens)
+    batch = objective.draw(samples, generator(Stream.NOISE, 0, 3), BATCH, slice(None))
+    objective.losses(objective.turns[0], {"net": lambda x, t, cond: seen.append(t) or x}, batch, 0.0)
+    shift = math.exp(0.5 + (1.15 - 0.5) * (height * width / 4 - 256) / (4096 - 256))
+    torch.testing.assert_close(seen[0], 1000 * shift * batch.t / (1 + (shift - 1) * batch.t))
 
 
 # ---------------------------------------------------------------- objectives in general

@@ -18,7 +18,9 @@ def config(preset="5090_week", **changes):
 
 def model_of(networks):
     """A model with these networks."""
-    return Model(networks.net, networks.vae, TextEncoders([TextEncoder(networks.text, small_text()[0])]), None, "flow", {}, {})
+    tokenizer = small_text()[0]
+    tokenizer.context_length = networks.text.config.context_length
+    return Model(networks.net, networks.vae, TextEncoders([TextEncoder(networks.text, tokenizer)]), None, "flow", {}, {})
 
 
 def test_attention_is_counted(monkeypatch):
@@ -31,6 +33,13 @@ def test_attention_is_counted(monkeypatch):
 def test_a_linear_layer_has_two_flops_per_weight_and_row():
     layer = nn.Linear(30, 50, device="meta")
     assert count_flops(lambda: layer(empty(7, 30))) == 2 * 7 * 30 * 50
+
+
+def test_a_network_that_is_told_sizes_and_pooled_text_is_counted_with_them():
+    """By preset `tiny`: pooled text of width 128 and 6 x 256 sinusoids go through layers of widths 256 and 256."""
+    unet = dict(PRESETS["tiny"]["unet"])
+    told, plain = (useful_flops(config("tiny", unet=settings)) for settings in (unet | {"pooled_dim": 128}, unet))
+    assert told - plain == 3 * 2 * ((128 + 6 * 256) * 256 + 256 * 256)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "5090_week"])

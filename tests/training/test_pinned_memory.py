@@ -5,8 +5,8 @@ import torch
 from pretend_gpu import PretendGpu
 from safetensors.torch import load_file
 
+from tinyldm.pinned_memory import PinnedMemory
 from tinyldm.training.checkpoint import Writer, host_copy, save_tensors
-from tinyldm.training.pinned_memory import PinnedMemory
 
 SHAPES = {"matrix": (300, 129), "scalar": (), "empty": (0, 4), "large": (700, 900), "vector": (5,)}
 

@@ -13,6 +13,7 @@ from tinyldm.config import make_config
 from tinyldm.data.cache import Cache
 from tinyldm.data.loader import Loader, keep_back
 from tinyldm.diffusion.process import make_process
+from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.objectives import Objective
 from tinyldm.objectives.denoising import Denoising
 from tinyldm.training.ema import EMA
@@ -23,7 +24,8 @@ CPU = torch.device("cpu")
 
 def denoising(**settings) -> Denoising:
     text = SimpleNamespace(modules=["text"], tokenize=lambda captions: torch.from_numpy(TOKENIZER.encode(captions)))
-    return Denoising(make_config(**settings), SimpleNamespace(text=text, process=make_process("flow")), ("net", "text"))
+    net = DiT(DiTConfig(width=32, layers=1, heads=2, mlp_width=32))
+    return Denoising(make_config(**settings), SimpleNamespace(net=net, text=text, process=make_process("flow")), ("net", "text"))
 
 
 def test_what_is_held_out_is_never_drawn(tmp_path):

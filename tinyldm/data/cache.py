@@ -25,6 +25,7 @@ import numpy as np
 from tinyldm.data.positional import Files
 from tinyldm.data.shard import (
     HEADER,
+    SIZES,
     ShardWriter,
     Size,
     check_shard,
@@ -100,7 +101,8 @@ class Cache:
     Samples have flat numbers 0 .. len - 1: source by source, size by size, shard by shard, row by row.
     settings: what the cache was made with. sources: the specs of its sources. shape: (views, parts, channels). sizes: the
     (rows, columns) of the latents in it. ranges: for each source {size: range of flat numbers}. kinds: one more than the
-    highest caption kind. token_folder: where the token ids are, if not in the cache itself.
+    highest caption kind. has_sizes: whether the pictures' sizes are known. token_folder: where the token ids are, if not in the
+    cache itself.
 
     ValueError, with the fix: the cache is not finished, a file is missing or has the wrong size, or there are no samples.
     """
@@ -121,6 +123,7 @@ class Cache:
         self.sizes = sorted({size for source in self.ranges for size in source})
         self.shape: tuple[int, int, int] = tuple(next(shard["shape"] for shard in self._shards if shard["shape"]))
         self.kinds = max(shard["kinds"] for shard in self._shards)
+        self.has_sizes = all(shard.get("sizes") for shard in self._shards if shard["captions"])
         self._has_choice = np.array([shard["captions"] != count_samples(shard) for shard in self._shards])     # several captions
         self._layouts: dict[str, tuple[int, str]] = {}
         self._files = Files()
@@ -172,6 +175,21 @@ class Cache:
         data = self._files.read(lambda piece: os.path.join(self._folders[self._piece_shards[piece]], latents_name(shape[2:])),
                                 pieces, HEADER + rows * size, np.full(len(rows), size))
         return data.view("<f2").reshape(len(rows), *shape)
+
+    def check_has_sizes(self) -> None:
+        """ValueError, with the fix, where the pictures' sizes are not known."""
+        if not self.has_sizes:
+            raise ValueError(f"{self.folder} was made before the sizes of pictures were noted in caches, and this network is told them: "
+                             f"delete {self.folder} and run prepare.py (or train.py, for a cache of its own) again")
+
+    def picture_sizes(self, samples: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        """int32 [b, 6]: height and width of each picture as it was found, top and left of the crop in the scaled picture, height and
+        width of the crop, in pixels. views: as for `latents`. ValueError where they are not known."""
+        self.check_has_sizes()
+        pieces, rows = self._find(samples)
+        rows = (self._piece_offsets[pieces] + rows) * self.shape[0] + (0 if views is None else np.asarray(views))
+        counts = np.full(len(rows), SIZES)
+        return self._read("sizes.npy", self._piece_shards[pieces], rows * SIZES, counts, "<i4").reshape(-1, SIZES)
 
     def _read(self, name: str, shards: np.ndarray, starts: np.ndarray, counts: np.ndarray, dtype: str) -> np.ndarray:
         """From the array `name` of shards[i], counts[i] items beginning with number starts[i]; concatenated over i."""

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
@@ -102,24 +104,49 @@ def make_buckets(resolution: int, unit: int, max_aspect: float) -> tuple[tuple[i
     return tuple(sorted({(a * unit, b * unit) for h, w in kept for a, b in ((h, w), (w, h))}))
 
 
+def workers() -> int:
+    """The number of decoding threads: one for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Decoded(NamedTuple):
+    """A picture that was scaled and cropped, and where it comes from. All numbers of pixels are those of the upright picture."""
+
+    image: np.ndarray           # uint8 [h, w, 3]
+    found: tuple[int, int]      # height and width of the picture as it was found
+    cut: tuple[int, int, int]   # what was cut off at the top, left and right, in pixels of the scaled picture, rounded
+
+    def sizes(self, mirrored: bool = False) -> list[int]:
+        """The six numbers of Cond.extra["sizes"]: height and width as found, top and left of the crop, height and width of the crop."""
+        top, left, right = self.cut
+        return [*self.found, top, right if mirrored else left, *self.image.shape[:2]]
+
+
 def decode(data: bytes | np.ndarray, framing: Framing) -> np.ndarray:
     """The bytes of a picture in one of FORMATS, or uint8 [h, w, 3] or [h, w] in sRGB -> uint8 [h, w, 3].
 
     The result is upright, in sRGB, on white where the picture is transparent, and of the first of several frames. It is scaled
     to cover framing.size and cropped around the centre; a picture of exactly this size is not resampled. Raises Unusable.
     """
+    return decode_with_sizes(data, framing).image
+
+
+def decode_with_sizes(data: bytes | np.ndarray, framing: Framing) -> Decoded:
+    """As `decode`, with the numbers that tell where the result was cut from."""
     if isinstance(data, np.ndarray):
-        image, extent, turn, profile = _from_array(data, framing), data.shape[1::-1], 1, None
+        image, turn, profile = _from_array(data, framing), 1, None
+        extent = full = image.size
     else:
         with _reasons():
-            image, extent, turn = _load(data, framing)
+            image, extent, full, turn = _load(data, framing)
             profile = image.info.get("icc_profile")
             image = _opaque(image)
         if image.mode == "CMYK":                            # averages of inks are not averages of colours: convert, then resize
             image, profile = _to_srgb(image, profile), None
     image = _frame(image, extent, turn, framing)
     image = _to_srgb(image, profile)                        # after the resize, which leaves fewer pixels to convert
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return Decoded(pixels, full if turn in _SIDEWAYS else full[::-1], _cut(full, image.size, turn))
 
 
 def decode_mask(data: bytes, framing: Framing) -> np.ndarray:
@@ -129,7 +156,7 @@ def decode_mask(data: bytes, framing: Framing) -> np.ndarray:
     AUTOMATIC1111's create_binary_mask); of any other it is the luminance. The values are numbers, not colours: no profile is applied.
     """
     with _reasons():
-        image, extent, turn = _load(data, framing)
+        image, extent, _, turn = _load(data, framing)
         image = _alpha(image) or _opaque(image)
     return np.array(_frame(image.convert("RGB").convert("L"), extent, turn, framing))
 
@@ -179,16 +206,18 @@ def _open(data: bytes, framing: Framing) -> Image.Image:
     return image
 
 
-def _load(data: bytes, framing: Framing) -> tuple[Image.Image, tuple[float, float], int]:
-    """The decoded picture as stored, the (width, height) that the picture covers in its pixels, and its orientation (EXIF, 1..8)."""
+def _load(data: bytes, framing: Framing) -> tuple[Image.Image, tuple[float, float], tuple[int, int], int]:
+    """The decoded picture as stored, the (width, height) that the picture covers in its pixels, its own width and height, and its
+    orientation (EXIF, 1..8)."""
     image, drafted = _open(data, framing), None
+    full = image.size
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
         width, height = _target(image.size, _orientation(image), framing)
         drafted = image.draft("RGB", (2 * width, 2 * height))
     image.load()
     # A JPEG that is decoded smaller covers a fraction of its last column and row. The orientation is read again, after load(),
     # because a PNG may store EXIF behind the pixels.
-    return image, drafted[1][2:] if drafted else image.size, _orientation(image)
+    return image, drafted[1][2:] if drafted else image.size, full if drafted else image.size, _orientation(image)
 
 
 def _check(size: tuple[int, int], framing: Framing) -> None:
@@ -263,6 +292,14 @@ def _frame(image: Image.Image, extent: tuple[float, float], turn: int, framing: 
 
 def _cover(image: Image.Image, extent: tuple[float, float], target: tuple[int, int]) -> Image.Image:
     """Scale the top left `extent` of the image to cover the target and crop it around the centre. All sizes: (width, height)."""
+    box = _box(extent, target)
+    if (box[2] - box[0], box[3] - box[1]) == target:
+        return image if image.size == target else image.crop(box)
+    return image.resize(target, FILTER, box=box, reducing_gap=3.0)
+
+
+def _box(extent: tuple[float, float], target: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the part of a picture that is scaled to the target."""
     (width, height), (w, h) = extent, target
     if width * h > height * w:
         width = height * w / h
@@ -271,8 +308,19 @@ def _cover(image: Image.Image, extent: tuple[float, float], target: tuple[int, i
     left, top = (extent[0] - width) / 2, (extent[1] - height) / 2
     if (width, height) == (w, h):                           # no scaling: crop whole pixels, an odd one on the right or below
         left, top = int(left), int(top)
-        return image if image.size == (w, h) else image.crop((left, top, left + w, top + h))
-    return image.resize((w, h), FILTER, box=(left, top, left + width, top + height), reducing_gap=3.0)
+        width, height = w, h
+    return left, top, left + width, top + height
+
+
+def _cut(stored: tuple[int, int], upright: tuple[int, int], turn: int) -> tuple[int, int, int]:
+    """What is cut off an upright picture at its top, left and right, in pixels after scaling. stored: (width, height) of the stored
+    picture; upright: of the result."""
+    target = upright[::-1] if turn in _SIDEWAYS else upright
+    left, top, right, bottom = _box(stored, target)
+    margins = np.array([[0, top, 0], [left, 0, stored[0] - right], [0, stored[1] - bottom, 0]]) * (target[0] / (right - left))
+    margins = Image.fromarray(np.round(margins).astype(np.int32))               # a picture of its own, which is turned as the other was
+    margins = np.asarray(margins.transpose(_TURNS[turn]) if turn in _TURNS else margins)
+    return int(margins[0, 1]), int(margins[1, 0]), int(margins[1, 2])
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections import Counter, deque
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from tinyldm.config import DataConfig, split_weights
 from tinyldm.data.cache import ShardWriter
-from tinyldm.data.decoding import Framing, Unusable, decode, make_buckets
+from tinyldm.data.decoding import Framing, Unusable, decode_with_sizes, make_buckets, workers
 from tinyldm.data.readers import Damaged, Sample, Skip, caption_keys, captions
 from tinyldm.data.shard import read_facts
 from tinyldm.data.source_kind import Shard
@@ -48,6 +47,7 @@ class Item(NamedTuple):
     key: str
     image: np.ndarray | None = None                     # uint8 [h, w, 3]
     captions: list[tuple[int, str]] = []
+    sizes: tuple[list[int], list[int]] = ([], [])       # of the picture and of its mirror image: `Decoded.sizes`
     reason: str = ""
     detail: str = ""
     filtered: bool = False                              # outside the user's own limits, but not broken
@@ -76,7 +76,8 @@ class Recipe:
         if not fitting:
             return Item(sample.key, reason="caption too short or too long", filtered=True)
         try:
-            return Item(sample.key, decode(sample.picture, self.framing), fitting)
+            decoded = decode_with_sizes(sample.picture, self.framing)
+            return Item(sample.key, decoded.image, fitting, (decoded.sizes(), decoded.sizes(mirrored=True)))
         except Unusable as error:
             detail = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))               # memory addresses differ from run to run
             return Item(sample.key, reason=error.reason, detail=detail, filtered=error.filtered)
@@ -87,11 +88,6 @@ def make_recipe(data: DataConfig, unit: int = 0) -> Recipe:
     buckets = make_buckets(data.resolution, unit, data.buckets) if unit and data.buckets else ()
     return Recipe(Framing(data.resolution, buckets, data.min_side, data.max_aspect),
                   tuple(split_weights(data.caption_key)), data.min_caption, data.max_caption)
-
-
-def workers() -> int:
-    """The number of decoding threads: one for each core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decoded(samples: Iterable[Sample | Skip], recipe: Recipe, pool: ThreadPoolExecutor) -> Iterator[Item]:
@@ -291,7 +287,8 @@ class Encoder:
                             ("variance", (std * std).sum(dtype=float))):
             self.sums[name] += float(value)
         self.kept += len(batch)
-        self.writer.add(z if self.settings.moments else z[:, :, :1], [item.captions for item in batch])
+        self.writer.add(z if self.settings.moments else z[:, :, :1], [item.captions for item in batch],
+                        [item.sizes[:z.shape[1]] for item in batch])
 
     def close(self) -> dict[str, Any]:
         """Encode the incomplete batches and finish the files. Returns the counts and sizes for shard.json."""

@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     samples: np.ndarray     # int64 [b]: flat numbers in the cache
     latents: Tensor         # float32 [b, c, h, w], standardised
     tokens: Tensor          # int64 [b, L1 + L2 + ...]: token ids of one caption from each tokenizer, side by side
+    sizes: Tensor | None = None     # float32 [b, 6], see Cache.picture_sizes; None: the loader was not asked for them
 
 
 def keep_back(ranges: Sequence[dict[Size, range]], count: int) -> tuple[list[dict[Size, range]], np.ndarray]:
@@ -50,15 +51,15 @@ class Loader:
     fingerprints: of the tokenizers, one per text encoder, in the order in which their token ids stand in a batch.
     batch_size: of the global batch. weights: one per source, see `Order`. caption_weights: one per caption key, see
     `Cache.tokens`. rank, world: the number of this process, and how many processes there are. hold_out: how many samples are kept
-    for validation (`held_out`) and never drawn.
+    for validation (`held_out`) and never drawn. sizes: whether batches tell the sizes of pictures.
 
-    ValueError: the cache has no tokens of one of the tokenizers, there are too few caption weights, or the batch is too small
-    to give every process a sample.
+    ValueError: the cache has no tokens of one of the tokenizers or does not know the sizes, there are too few caption weights, or
+    the batch is too small to give every process a sample.
     """
 
     def __init__(self, cache: Cache, fingerprints: Sequence[str], *, batch_size: int, seed: int,
                  weights: Sequence[Fraction] | None = None, caption_weights: Sequence[float] = (1.0,), rank: int = 0,
-                 world: int = 1, hold_out: int = 0):
+                 world: int = 1, hold_out: int = 0, sizes: bool = False):
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world} processes: ranks run from 0 to {world - 1}")
         if batch_size < world:
@@ -69,9 +70,11 @@ class Loader:
         for fingerprint in fingerprints:
             cache.check_tokens(fingerprint)
         cache.check_weights(caption_weights)
+        if sizes:
+            cache.check_has_sizes()
         ranges, self.held_out = keep_back(cache.ranges, hold_out)
         self.order = Order(ranges, batch_size, seed, weights)
-        self.cache, self.fingerprints, self.seed = cache, tuple(fingerprints), seed
+        self.cache, self.fingerprints, self.seed, self.sizes = cache, tuple(fingerprints), seed, sizes
         self.caption_weights = tuple(caption_weights)
         part = np.array_split(np.arange(batch_size), world)[rank]
         self.part = slice(int(part[0]), int(part[-1]) + 1)
@@ -91,7 +94,21 @@ class Loader:
             latents = torch.addcmul(latents[:, 0], latents[:, 1], torch.from_numpy(noise))
         else:
             latents = latents[:, 0]
-        return Batch(own, latents, tokens)
+        return Batch(own, latents, tokens, self._sizes(own, views[self.part]))
+
+    def held_out_batch(self) -> Batch | None:
+        """All held-out samples: means of the latents, first views, and of the captions one that is always the same. None: there are
+        no such samples."""
+        chosen, cache = self.held_out, self.cache
+        if not len(chosen):
+            return None
+        latents = torch.from_numpy(cache.latents(chosen)[:, 0]).float()
+        weights = [1.0] * cache.kinds
+        tokens = [cache.tokens(chosen, fingerprint, np.zeros(len(chosen)), weights) for fingerprint in self.fingerprints]
+        return Batch(chosen, latents, torch.from_numpy(np.concatenate(tokens, axis=1)), self._sizes(chosen, None))
+
+    def _sizes(self, samples: np.ndarray, views: np.ndarray | None) -> Tensor | None:
+        return torch.from_numpy(self.cache.picture_sizes(samples, views)).float() if self.sizes else None
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int | None = None, depth: int = 4) -> Iterator[T]:

@@ -6,6 +6,8 @@
     ends.npy               int64 [m]: the byte after the last of each caption
     first.npy              int64 [n + 1]: the number of each sample's first caption; samples count size by size, row by row
     kinds.npy              uint8 [m]: the index of the caption key that each caption comes from
+    sizes.npy              int32 [n, views, 6]: height and width of the picture as it was found, top and left of the crop in the
+                           scaled picture, height and width of the crop, in pixels (`Decoded.sizes`); older caches have none
     tokens-HASH.npy        uint16 or uint32 [m, L]: token ids; HASH: the first 12 digits of the tokenizer's fingerprint
 
 n samples with m captions. views: 1, or 2 with the mirrored picture. parts: 1 (mean) or 2 (mean, standard deviation). Every
@@ -27,6 +29,7 @@ HEADER = 4096               # bytes
 Size = tuple[int, int]
 AGAIN = "run prepare.py again: it repairs what is missing"
 FACTS = ("name", "stamp", "read", "kept", "skipped", "filtered", "groups", "captions", "shape", "stats")
+SIZES = 6                   # numbers of a sample in sizes.npy
 
 
 class ShardWriter:
@@ -40,9 +43,11 @@ class ShardWriter:
         self.folder, self.shape = folder, []
         self._files: dict = {}
         self._captions: dict[Size, list[list[tuple[int, bytes]]]] = {}
+        self._sizes: dict[Size, list[np.ndarray]] = {}
 
-    def add(self, latents: np.ndarray, captions: list[list[tuple[int, str]]]) -> None:
-        """latents: float16 [b, views, parts, c, h, w], of any size; captions: for each sample one or more (kind, text)."""
+    def add(self, latents: np.ndarray, captions: list[list[tuple[int, str]]], sizes: Sequence | None = None) -> None:
+        """latents: float16 [b, views, parts, c, h, w], of any size; captions: for each sample one or more (kind, text);
+        sizes: [b, views, 6], see above; None: not known, which must hold for all samples of the shard."""
         if latents.dtype != np.float16 or latents.ndim != 6 or len(captions) != len(latents):
             raise ValueError(f"latents {latents.dtype} {list(latents.shape)} for {len(captions)} samples: "
                              "pass float16 [b, views, parts, c, h, w], and the captions of each of the b samples")
@@ -57,12 +62,15 @@ class ShardWriter:
         if size not in self._files:
             self._files[size] = open(self.folder / latents_name(size), "wb")
             self._files[size].write(bytes(HEADER))              # a placeholder: the number of rows is known only in close()
-            self._captions[size] = []
+            self._captions[size], self._sizes[size] = [], []
         self._files[size].write(np.ascontiguousarray(latents, "<f2").data)
         self._captions[size] += [[(kind, text.encode("utf-8", "replace")) for kind, text in sample] for sample in captions]
+        if sizes is not None:
+            self._sizes[size].append(np.asarray(sizes, "<i4").reshape(len(latents), shape[0], SIZES))
 
     def close(self) -> dict:
-        """Finish the files. Returns {"groups": ..., "captions": ..., "shape": ...} for shard.json (shape: [] without samples)."""
+        """Finish the files. Returns {"groups", "captions", "shape", "sizes"} for shard.json (shape: [] without samples; sizes:
+        whether they are known)."""
         groups = [{"size": list(size), "count": len(self._captions[size])} for size in sorted(self._captions)]
         for size, file in self._files.items():
             file.seek(0)
@@ -75,9 +83,11 @@ class ShardWriter:
             arrays = {"captions": np.frombuffer(text, "|u1"), "kinds": np.array([kind for kind, _ in captions], "|u1"),
                       "ends": np.cumsum([len(text) for _, text in captions], dtype="<i8"),
                       "first": np.cumsum([0, *map(len, samples)], dtype="<i8")}
+            if known := [array for size in sorted(self._sizes) for array in self._sizes[size]]:
+                arrays["sizes"] = np.concatenate(known)
             for name, array in arrays.items():
                 (self.folder / f"{name}.npy").write_bytes(header(array.dtype.str, array.shape) + array.tobytes())
-        return {"groups": groups, "captions": len(captions), "shape": self.shape}
+        return {"groups": groups, "captions": len(captions), "shape": self.shape, "sizes": any(self._sizes.values())}
 
 
 def read_facts(folder: Path) -> dict:
@@ -94,6 +104,7 @@ def check_shard(folder: Path) -> dict:
     try:
         facts = json.loads((folder / "shard.json").read_text("utf-8"))
         shard = {key: facts.get(key) for key in FACTS} | {"name": folder.name, "text_bytes": 0, "kinds": 0}
+        shard |= {"sizes": True} if facts.get("sizes") else {}          # or an older cache's index would not stay as it was
         if shard["captions"]:
             shard["text_bytes"] = int(np.load(folder / "ends.npy", mmap_mode="r")[-1])
             shard["kinds"] = int(np.load(folder / "kinds.npy", mmap_mode="r").max()) + 1
@@ -112,6 +123,7 @@ def file_sizes(shard: dict) -> dict[str, int]:
              for group in shard["groups"]}
     n, m = count_samples(shard), shard["captions"]
     sizes |= {"captions.npy": shard["text_bytes"], "ends.npy": 8 * m, "first.npy": 8 * (n + 1), "kinds.npy": m}
+    sizes |= {"sizes.npy": 4 * n * views * SIZES} if shard.get("sizes") else {}
     return {name: HEADER + size for name, size in sizes.items()}
 
 

@@ -71,8 +71,8 @@ class Objective:
         progress: the fraction of the training that is over, in [0, 1], for terms that stop at some point."""
         raise TypeError(f"{type(self).__name__} does not say what it minimises: give it a method losses()")
 
-    def validation_batch(self, latents: Tensor, tokens: Tensor, seed: int) -> NamedTuple | None:
-        """A batch of held-out samples [n, ...] on the CPU with fixed noise at fixed times; None: this objective has none."""
+    def validation_batch(self, samples: Any, seed: int) -> NamedTuple | None:
+        """A batch of all held-out samples on the CPU with fixed noise at fixed times; None: this objective has none."""
         return None
 
     def begin_phase(self, config: Config, model: Any) -> None:
@@ -83,13 +83,20 @@ class Objective:
 
 
 def map_tensors(batch: NamedTuple, function: Callable[[Tensor], Tensor]) -> NamedTuple:
-    """The same batch with function(tensor) in place of each tensor. Fields that are None stay None."""
-    return type(batch)(*(None if field is None else function(field) for field in batch))
+    """The same batch with function(tensor) in place of each tensor. Fields that are None stay None; one may map names to tensors."""
+    each = lambda field: {name: function(tensor) for name, tensor in field.items()} if isinstance(field, Mapping) else function(field)
+    return type(batch)(*(None if field is None else each(field) for field in batch))
 
 
 def split(batch: NamedTuple, parts: int) -> list[NamedTuple]:
     """Cut a batch into micro-batches of nearly equal sizes: of one size, or of two that differ by one sample."""
-    return [type(batch)(*micro) for micro in zip(*([None] * parts if field is None else field.tensor_split(parts) for field in batch))]
+    return [type(batch)(*micro) for micro in zip(*(_cut(field, parts) for field in batch))]
+
+
+def _cut(field: Any, parts: int) -> Sequence[Any]:
+    if isinstance(field, Mapping):
+        return [dict(zip(field, pieces)) for pieces in zip(*(tensor.tensor_split(parts) for tensor in field.values()))]
+    return [None] * parts if field is None else field.tensor_split(parts)
 
 
 def turns_at(objective: Objective, step: int) -> list[Turn]:

@@ -6,22 +6,31 @@ The mathematics is in diffusion/loss.py; this file has its settings, its random 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyldm.config import Config, ObjectiveConfig
 from tinyldm.device import autocast
 from tinyldm.diffusion.loss import T_SAMPLERS, make_noise, make_weight, sample_losses, sample_t
 from tinyldm.diffusion.prediction import to_x0
-from tinyldm.diffusion.process import PROCESSES, Process, make_process
+from tinyldm.diffusion.process import PROCESSES, Process, at_size, make_process
 from tinyldm.lookup import lookup
-from tinyldm.model import Model
+from tinyldm.model import NETWORKS, Model, architecture, network_config
 from tinyldm.models.layers import Cond
 from tinyldm.objectives.base import Networks, Objective, Turn
 from tinyldm.random_streams import Stream, generator
+
+
+# What training tells a network besides the caption, by its name in Cond.extra: samples of the data -> [b, ...].
+EXTRAS: dict[str, Callable[[Any], Tensor]] = {
+    "sizes": lambda samples: samples.sizes,
+    # Real pictures are what a network should draw without guidance (kohya-ss/sd-scripts, docs/flux_train_network.md).
+    "guidance": lambda samples: torch.ones(len(samples.latents)),
+}
 
 
 class DenoisingBatch(NamedTuple):
@@ -30,6 +39,7 @@ class DenoisingBatch(NamedTuple):
     t: Tensor           # [b] in [0, 1)
     mixed: Tensor | None        # [b, c, h, w], eps and a perturbation; None: there is no perturbation
     tokens: Tensor      # [b, n] token ids of all text encoders, always on the CPU
+    extra: Mapping[str, Tensor] | None = None       # of Cond, [b, ...]; None: the network is told nothing but the caption
     cond: Cond | None = None    # the encoded captions, on the device; None where text encoders are trained: see to_device
 
     @property
@@ -58,6 +68,9 @@ class Denoising(Objective):
         to_x0(settings.prediction, pixel, pixel, process(torch.ones(1)))        # eps-prediction has no x0 at pure noise
         answer = torch.zeros(1, 1 + settings.learned_variance, 1, 1)
         sample_losses(lambda *inputs: answer, pixel, pixel, torch.ones(1), None, process, **loss_settings(settings, process))
+        row = lookup(NETWORKS, config.network.name, "network")
+        for name in row.extras(network_config(config.network.name, config.network.settings)):
+            lookup(EXTRAS, name, f"condition that training can tell a {config.network.name}")
 
     def begin_phase(self, config: Config, model: Model) -> None:
         self.settings, self.model, self.dtype = config.objective, model, config.run.dtype
@@ -67,12 +80,16 @@ class Denoising(Objective):
         """Noise, times and dropped captions, in this order, from one stream for the whole global batch."""
         settings, x0 = self.settings, samples.latents
         noise = make_noise((batch_size, *x0.shape[1:]), generator, settings.noise_offset, settings.input_perturbation)
-        t = sample_t(settings.times, batch_size, generator, settings.times_mean, settings.times_scale, self.model.process,
+        t = sample_t(settings.times, batch_size, generator, settings.times_mean, settings.times_scale, self.process(x0),
                      settings.stratified_times)
         dropped = torch.rand(batch_size, generator=generator) < settings.caption_dropout
         tokens = torch.where(dropped[part, None], self.empty, samples.tokens)               # [b, n]
         mixed = None if noise.mixed is noise.eps else noise.mixed[part]      # None: equal numbers are copied to the device once
-        return DenoisingBatch(x0, noise.eps[part], t[part], mixed, tokens)
+        return DenoisingBatch(x0, noise.eps[part], t[part], mixed, tokens, extra_conditions(self.model.net, samples))
+
+    def process(self, x0: Tensor) -> Process:
+        """The process for pictures of this size: x0 [b, c, h, w]."""
+        return at_size(self.model.process, x0.shape[2] * x0.shape[3] // architecture(self.model.net).divisor(self.model.net.config) ** 2)
 
     def to_device(self, batch: DenoisingBatch, device: torch.device) -> DenoisingBatch:
         """Moves all but the token ids, which encode_ids needs on the CPU to find equal captions. Frozen text encoders encode the
@@ -87,16 +104,21 @@ class Denoising(Objective):
         return self.model.text.encode_ids(tokens, device, self.settings.mask_padding, trim=True)
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
-        cond = batch.cond or self.encode(batch.tokens, batch.x0.device)
-        return sample_losses(networks["net"], batch.x0, batch.eps, batch.t, cond, self.model.process, mixed=batch.mixed,
+        cond = replace(batch.cond or self.encode(batch.tokens, batch.x0.device), extra=batch.extra or {})
+        return sample_losses(networks["net"], batch.x0, batch.eps, batch.t, cond, self.process(batch.x0), mixed=batch.mixed,
                              **self.loss_settings)
 
-    def validation_batch(self, latents: Tensor, tokens: Tensor, seed: int) -> DenoisingBatch:
+    def validation_batch(self, samples: Any, seed: int) -> DenoisingBatch:
         """Times are evenly spaced in [0, 1), so that rare noise levels are measured as well; no caption is dropped."""
-        n = len(latents)
-        eps = make_noise(latents.shape, generator(Stream.VALIDATION_NOISE, seed)).eps
+        x0, n = samples.latents, len(samples.latents)
+        eps = make_noise(x0.shape, generator(Stream.VALIDATION_NOISE, seed)).eps
         t = (torch.randperm(n, generator=generator(Stream.VALIDATION_TIMES, seed)) + 0.5) / n
-        return DenoisingBatch(latents, eps, t, None, tokens)
+        return DenoisingBatch(x0, eps, t, None, samples.tokens, extra_conditions(self.model.net, samples))
+
+
+def extra_conditions(net: nn.Module, samples: Any) -> dict[str, Tensor] | None:
+    """What the network is told of samples besides their captions, by name; None: nothing."""
+    return {name: EXTRAS[name](samples) for name in architecture(net).extras(net.config)} or None
 
 
 def loss_settings(settings: ObjectiveConfig, process: Process) -> dict[str, Any]:

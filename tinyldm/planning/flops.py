@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,12 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinyldm.config import Config, PlanConfig, change, phases
 from tinyldm.lookup import build_dataclass, lookup
-from tinyldm.model import TEXT_ENCODERS, Model, NetworkShapes, architecture, new_network
-from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
-from tinyldm.models.layers import Cond
+from tinyldm.model import Model, NetworkShapes, architecture, new_network
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.planning.memory import empty
-from tinyldm.text.encoders import JOINS
+from tinyldm.planning.texts import condition, encoders, join_of, like, meta_text, run_encoders
+from tinyldm.text.encoders import JOINS, TextEncoders
 
 # Dense bf16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets and white papers; the first pattern found in the name counts.
 PEAKS = {
@@ -30,27 +30,30 @@ PEAKS = {
     r"\bH100 PCIe": 756e12, r"\bH100 NVL": 835e12, r"\bH100\b": 989e12, r"\bG?H200\b": 989e12, r"\bB200\b": 2250e12,
     r"\bGB200\b": 2500e12, r"\bRTX PRO 6000 Blackwell (?!Max-Q)": 503.8e12}
 
+EXTRA_SHAPES: dict[str, tuple[int, ...]] = {"sizes": (6,), "guidance": ()}      # of the conditions in Cond.extra, per picture
+
 
 class MetaNetworks(NamedTuple):
     """The networks of a model on the meta device."""
 
     net: nn.Module
-    text: nn.Module
+    text: nn.Module         # an nn.ModuleList where there are several text encoders
     vae: nn.Module
 
 
-def meta_networks(config: Config) -> MetaNetworks:
-    """The networks that train.py would build or load. Pretrained weights are assumed to have Stable Diffusion 1's shapes."""
-    vae = VAEConfig() if config.autoencoder.weights else build_dataclass(VAEConfig, config.autoencoder.fields, "--vae")
-    row = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
-    text = (CLIPTextConfig(activation="gelu") if config.text.weights else
-            build_dataclass(row.config, config.text.fields | {"vocab_size": config.text.vocab_size}, "--text"))
+def meta_networks(config: Config, loaded: nn.Module | None = None, texts: TextEncoders | None = None) -> MetaNetworks:
+    """The networks that train.py would build or load. loaded, texts: the pretrained VAE and text encoders; None: a pretrained VAE is
+    assumed to have Stable Diffusion 1's shapes, and for text encoders see meta_text."""
+    vae = loaded.config if loaded else VAEConfig() if config.autoencoder.weights else build_dataclass(
+        VAEConfig, config.autoencoder.fields, "--vae")
+    text, join = (like(texts), texts.join) if texts else (meta_text(config), join_of(config))
+    widths = [architecture(module).widths(module.config) for module in encoders(text)]
     shapes = NetworkShapes(vae.latent_channels, vae.latent_channels * (1 + config.objective.learned_variance),
-                           lookup(JOINS, config.text.join, "rule to join text encoders").widths([row.widths(text)]),
+                           lookup(JOINS, join, "rule to join text encoders").widths(widths),
                            phases(config)[-1].data.resolution // vae.downscale)
     with torch.device("meta"):
         net = new_network(config.network.name, config.network.settings, shapes)
-        return MetaNetworks(net, (CLIPText if config.text.weights else row.module)(text), AutoencoderKL(vae))
+        return MetaNetworks(net, text, loaded or AutoencoderKL(vae))
 
 
 def forwards(networks: MetaNetworks, resolution: int, batch: int = 1, join: str = "single") -> dict[str, Callable[[], object]]:
@@ -59,10 +62,9 @@ def forwards(networks: MetaNetworks, resolution: int, batch: int = 1, join: str 
     if resolution % f:
         raise ValueError(f"resolution {resolution} is not a multiple of the VAE's {f}: use {-(-resolution // f) * f}")
     x = empty(batch, vae.config.latent_channels, resolution // f, resolution // f)
-    ids = empty(batch, text.config.context_length, dtype=torch.long)
-    widths = JOINS[join].widths([architecture(text).widths(text.config)])
-    cond = Cond(empty(*ids.shape, widths.context), pooled=empty(batch, widths.pooled))
-    return {"net": lambda: net(x, empty(batch), cond), "text": lambda: text(ids),
+    extra = {name: empty(batch, *lookup(EXTRA_SHAPES, name, "condition")) for name in architecture(net).extras(net.config)}
+    cond = replace(condition(text, join, batch), extra=extra)
+    return {"net": lambda: net(x, empty(batch), cond), "text": lambda: run_encoders(text, join, batch),
             "encode": lambda: vae.encode(empty(batch, 3, resolution, resolution)), "decode": lambda: vae.decode(x)}
 
 
@@ -84,10 +86,11 @@ def useful_flops(config: Config, model: Model | None = None) -> int:
     What gradient checkpointing computes twice counts once.
 
     model: the run's own, on any device (default: the networks that the config describes)"""
+    join = model.text.join if model else join_of(config)
     if model:
         with torch.device("meta"):
-            networks = MetaNetworks(*(type(module)(module.config) for module in (model.net, model.text.modules["text"], model.vae)))
-    calls = forwards(networks if model else meta_networks(config), config.data.resolution, join=config.text.join)
+            net, vae = (type(module)(module.config) for module in (model.net, model.vae))
+    calls = forwards(MetaNetworks(net, like(model.text), vae) if model else meta_networks(config), config.data.resolution, join=join)
     return sum(count_flops(calls[part]) * (1 if part == "text" and config.text.weights else 3) for part in ("net", "text"))
 
 

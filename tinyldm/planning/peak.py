@@ -18,18 +18,18 @@ from tinyldm.planning.memory import NORMS, PRODUCTS
 
 class AutocastOnMeta(TorchFunctionMode):
     """CUDA's autocast and fused attention, which the meta device does not have: matrix products run in `dtype`, norms in float32,
-    and attention keeps no matrix of weights."""
+    and attention keeps no matrix of weights. dtype None: no autocast."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype | None):
         super().__init__()
         self.dtype = dtype
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in (*PRODUCTS, F.scaled_dot_product_attention):
+        if self.dtype and function in (*PRODUCTS, F.scaled_dot_product_attention):
             cast = lambda x: x.to(self.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
             args, kwargs = tuple(map(cast, args)), {name: cast(x) for name, x in kwargs.items()}
-        if function in NORMS:
+        if self.dtype and function in NORMS:
             args = (args[0].float(), *args[1:])
         if function is F.scaled_dot_product_attention:
             return torch.empty_like(args[0])

@@ -15,12 +15,11 @@ from torch import nn
 
 from tinyldm.config import Config, change, phases
 from tinyldm.durations import parse_date, parse_duration
-from tinyldm.model import architecture
 from tinyldm.models.tiling import PIXELS_AT_ONCE
 from tinyldm.planning.flops import MetaNetworks, count_flops, forwards, meta_networks, size
 from tinyldm.planning.memory import CASTS, EAGER, GRADIENTS, RESERVE, memory, saved_bytes
 from tinyldm.planning.peak import peak_bytes
-from tinyldm.text.encoders import JOINS
+from tinyldm.planning.texts import caption_tokens, condition, join_of
 
 # Estimates of the fraction of the GPU's peak that the VAE's encoder reaches: compiled (norms fused, channels last), and not.
 ENCODE_UTILISATION = {True: 0.45, False: 0.36}
@@ -179,18 +178,18 @@ def plan_vae_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
 
 def plan_network_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
     """Plan the second stage at one picture size."""
-    (net, text, vae), side, calls = networks, config.data.resolution, forwards(networks, config.data.resolution, join=config.text.join)
+    (net, text, vae), side, join = networks, config.data.resolution, join_of(config)
+    calls = forwards(networks, side, join=join)
     trained = {"net": net} if config.text.weights else {"net": net, "text": text}
     flops = {part: (3 if part in trained else 1) * count_flops(call) for part, call in calls.items()}
     saved, casts = saved_bytes(config, *((module, calls[part]) for part, module in trained.items()))
     dtype = torch.float32 if config.run.dtype == "fp32" else torch.bfloat16
     latent, batch = latent_numbers(vae, side), config.optimisation.batch_size
-    widths = JOINS[config.text.join].widths([architecture(text).widths(text.config)])
-    features = 0 if "text" in trained else text.config.context_length * widths.context
+    features = 0 if "text" in trained else condition(text, join).context.numel()
     return PlannedPhase(f"{side} px", config, batch, -(-batch // config.optimisation.grad_accum), trained,
                    size(*networks) - size(*trained.values()), flops, dict(zip(trained, saved)), casts,
                    {part: peak_bytes(call, dtype) for part, call in calls.items()}, 4 * (2 * latent + features),
-                   cache_bytes=2 * (latent + text.config.context_length))                   # latents in fp16, token ids of 16 bits
+                   cache_bytes=2 * (latent + caption_tokens(text)))                   # latents in fp16, token ids of 16 bits
 
 
 def latent_numbers(vae: nn.Module, side: int) -> int:

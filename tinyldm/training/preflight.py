@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tinyldm.config import Config, change, flatten, phases
 from tinyldm.data.cache import Cache
@@ -16,18 +18,20 @@ from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.samplers import find_sampler
 from tinyldm.durations import parse_date
-from tinyldm.folders.load import load_text, load_tokenizer, load_vae
+from tinyldm.folders.load import load_vae
+from tinyldm.folders.texts import load_texts
 from tinyldm.lookup import build_dataclass, fit, lookup, type_of
 from tinyldm.model import NETWORKS, TEXT_ENCODERS, network_config
 from tinyldm.models.vae import VAEConfig
 from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
 from tinyldm.objectives.denoising import process_of
 from tinyldm.planning.flops import forwards, meta_networks
-from tinyldm.text.encoders import JOINS
+from tinyldm.planning.texts import join_of, token_counts
+from tinyldm.text.encoders import JOINS, TextEncoders
 from tinyldm.training import checkpoint
 from tinyldm.training.distributed import launched
 from tinyldm.training.ema import parse_widths
-from tinyldm.training.second_stage import scheduler_config
+from tinyldm.training.second_stage import needs_sizes, scheduler_config
 from tinyldm.training.track import find_backend
 from tinyldm.vendor_loaders.scheduler import sampling
 
@@ -50,6 +54,9 @@ def check_run(config: Config) -> Config:
                 raise ValueError(f"--out {out} is the folder of --data, where its samples would be taken for data: name another, such as "
                                  f"--out {out / 'run'}")
         find_shards(config.data, config.run.seed)                               # raises where a data source is missing
+    for _, folder in phase_folders(config, out / "latents") if needs_sizes(config) else []:
+        if (folder / "index.json").exists():
+            Cache(folder).check_has_sizes()
     return check_parts(config)
 
 
@@ -58,7 +65,8 @@ def check_settings(config: Config) -> None:
     fit are refused."""
     row = lookup(NETWORKS, config.network.name, "network")
     text = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
-    lookup(JOINS, config.text.join, "rule to join text encoders")
+    if config.text.join:
+        lookup(JOINS, config.text.join, "rule to join text encoders")
     objective = lookup(OBJECTIVES, config.objective.name, "objective")
     lookup(FIRST_STAGE_OBJECTIVES, config.autoencoder.objective, "objective of the autoencoder")
     for name, value in config.objective.options.items():
@@ -84,7 +92,7 @@ def check_process(config: Config) -> None:
     OBJECTIVES[config.objective.name].check(config)
     level = grid(process, config.drawing.steps)[0]
     to_x0(config.objective.prediction, torch.zeros(1, 1), torch.zeros(1, 1), level)     # raises for eps at pure noise
-    found = sampling(scheduler_config(config), config.drawing.sampler)
+    found = sampling(scheduler_config(config, join_of(config)), config.drawing.sampler)
     grid(process, config.drawing.steps, found.schedule, **found.grid)
 
 
@@ -94,6 +102,7 @@ def check_parts(config: Config) -> Config:
     run, resumed = Path(config.run.out), config.run.resume != "no"
     own_vae = resumed and (run / "vae").is_dir()
     own_text = resumed and any(folder.name.startswith("step") for folder in checkpoint.names(run))
+    vae = None
     if config.autoencoder.weights:
         vae = load_vae(run / "vae" if own_vae else config.autoencoder.weights)
         for phase in phases(config):
@@ -103,16 +112,23 @@ def check_parts(config: Config) -> Config:
             adopted = flatten(adopt(phase, Cache(Path(phase.data.cache[0])), vae))
             kept = ("resolution", "stages", "cache", "grad_accum", "shift")     # settings of the run that a phase has changed
             config = change(config, **{name: value for name, value in adopted.items() if name not in kept})
+    texts = None
     if config.text.weights and not own_text:
-        load_text(config.text.weights), load_tokenizer(config.text.weights)
+        texts = load_texts(config.text.weights, config.text.join, partial(token_counts, config))
     elif config.run.fsdp and not config.text.weights:
         raise ValueError("--fsdp shards only the network, so the text encoder cannot be trained: name a pretrained one with "
                          "--text-weights")
-    if not config.autoencoder.weights:
-        networks = meta_networks(config)                        # shapes without values: indivisible sizes fail here, in a second
-        sizes = {phase.data.resolution for phase in phases(config)}
-        for size in sizes | {config.autoencoder.crop or config.data.resolution}:
-            for part, forward in forwards(networks, size, join=config.text.join).items():
-                if part != "net" or size in sizes:
-                    forward()
+    if not own_text:
+        try_shapes(config, vae, texts)
     return config
+
+
+def try_shapes(config: Config, vae: nn.Module | None, texts: TextEncoders | None) -> None:
+    """Run all networks that are trained on shapes without values: widths and sizes that do not fit fail here, in a second. vae, texts:
+    those that are pretrained."""
+    networks, join = meta_networks(config, vae, texts), texts.join if texts else join_of(config)
+    sizes = {phase.data.resolution for phase in phases(config) if not vae or phase.data.resolution % picture_divisor(phase, vae) == 0}
+    for size in sizes | (set() if vae else {config.autoencoder.crop or config.data.resolution}):
+        for part, forward in forwards(networks, size, join=join).items():
+            if size in sizes if part == "net" else part == "text" or not vae:
+                forward()

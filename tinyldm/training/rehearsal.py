@@ -19,6 +19,7 @@ from torch import nn
 from tinyldm.config import Config, change
 from tinyldm.data.encoding import CompiledVAE, encode
 from tinyldm.data.loader import Batch
+from tinyldm.data.shard import SIZES
 from tinyldm.device import autocast, first_line, in_parts, out_of_memory
 from tinyldm.folders.load import load_vae
 from tinyldm.objectives import Turn
@@ -133,7 +134,7 @@ class RehearsalStage(LatentStage):
     def try_update(self, turn: Turn, networks: dict, config: Config, size: int, count: int, learner: Learner) -> None:
         """Forward and backward passes of `count` equal micro-batches of random latents, then an update."""
         tokens = self.model.text.tokenize([f"picture {i}" for i in range(size)])
-        samples = Batch(np.arange(size), self.latents(size, config), tokens)
+        samples = Batch(np.arange(size), self.latents(size, config), tokens, torch.rand(size, SIZES) * config.data.resolution)
         batch = self.objective.draw(samples, torch.Generator().manual_seed(0), size, slice(0, size))
         batch = self.objective.to_device(batch, self.context.device)
         for _ in range(count):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,20 @@ from tinyldm.data.cache import Cache, write_tokens
 from tinyldm.data.loader import Loader
 from tinyldm.data.sources import parse_sources
 from tinyldm.device import DTYPES, autocast
-from tinyldm.folders.load import load_text, load_tokenizer
+from tinyldm.folders.texts import load_texts
 from tinyldm.lookup import build_dataclass, lookup
-from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, new_network
+from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, network_config, new_network
 from tinyldm.objectives import OBJECTIVES
 from tinyldm.objectives.denoising import process_of, process_options
 from tinyldm.pictures.pixels import write_picture
 from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import draw, draw_settings
 from tinyldm.planning.flops import peak_flops, useful_flops
+from tinyldm.planning.texts import token_counts
 from tinyldm.random_streams import Stream
 from tinyldm.text.encoders import TextEncoder, TextEncoders
-from tinyldm.text.tokenizer import Tokenizer, open_tokenizer
+from tinyldm.text.base_tokenizer import BaseTokenizer
+from tinyldm.text.tokenizer import open_tokenizer
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, shard
 from tinyldm.training.ema import EMA, PowerEMA
@@ -94,7 +97,7 @@ class LatentStage(Stage):
     def begin_phase(self, index: int) -> Phase:
         config, device, objective = self.phases[index], self.context.device, self.objective
         networks, count = self.prepare_networks(index), self.micro_batch_count(index)
-        loader = make_loader(config, self.caches[index], self.model.text.tokenizers, self.world)
+        loader = make_loader(config, self.caches[index], self.model.text.tokenizers, self.world, needs_sizes(config))
         most = self.settings.batch_size // self.world.size
 
         def losses(micro: Any, progress: float) -> torch.Tensor:
@@ -143,19 +146,19 @@ def compile_network(net: nn.Module, config: Config) -> Callable[..., torch.Tenso
 
 
 def build_text_encoders(config: Config, captions: Iterable[str], last: Path | None) -> TextEncoders:
-    """Pretrained frozen text encoders, or new ones that are trained with the network. last: the checkpoint that a resumed run
-    continues from. Its text encoder and tokenizer are used, whatever has become of --text-weights since."""
+    """Pretrained frozen text encoders, or a new one that is trained with the network. last: the checkpoint that a resumed run
+    continues from. Its text encoders and tokenizers are used, whatever has become of --text-weights since."""
     settings, saved = config.text, last and last / "model"
     if settings.weights:
-        module = load_text(saved or settings.weights)
-        return TextEncoders([TextEncoder(module, load_tokenizer(saved or settings.weights, module.config.context_length))], settings.join)
+        return load_texts(saved or settings.weights, settings.join, partial(token_counts, config))
     length = settings.fields.get("context_length", 77)
     row = lookup(TEXT_ENCODERS, settings.encoder, "text encoder")
     tokenizer = (open_tokenizer(saved / "tokenizer") if saved else
                  row.tokenizer.train(captions, settings.vocab_size, length))
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    known = {field.name for field in fields(row.config)}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id") if name in known}
     module = row.module(build_dataclass(row.config, settings.fields | ids | {"vocab_size": len(tokenizer)}, "--text"))
-    return TextEncoders([TextEncoder(module, tokenizer)], settings.join)
+    return TextEncoders([TextEncoder(module, tokenizer)], settings.join or "single")
 
 
 def build_model(config: Config, vae: nn.Module, text: TextEncoders) -> Model:
@@ -180,13 +183,14 @@ def at_phase(model: Model, config: Config) -> Model:
                     cfg=drawing.cfg, data=[*map(portable_data, config.data.sources)], mask_padding=objective.mask_padding)
     if model.text.join != "single":
         defaults["text_join"] = model.text.join
-    return replace(model, process=process_of(objective), scheduler=scheduler_config(config), defaults=defaults)
+    return replace(model, process=process_of(objective), scheduler=scheduler_config(config, model.text.join), defaults=defaults)
 
 
-def scheduler_config(config: Config) -> dict[str, Any]:
-    """The scheduler_config.json of a model trained with this config."""
+def scheduler_config(config: Config, join: str) -> dict[str, Any]:
+    """The scheduler_config.json of a model trained with this config. join: the rule that joins its text encoders."""
     objective = config.objective
-    pipeline = pipelines.PIPELINES[lookup(NETWORKS, config.network.name, "network").pipeline]
+    network = lookup(NETWORKS, config.network.name, "network").classes[0]
+    pipeline = pipelines.PIPELINES[pipelines.written_as(network, join)]
     return scheduler.to_config(objective.process, process_options(objective), objective.prediction, config.drawing.sampler,
                                flow_match=pipeline.flow_match, learned_variance=objective.learned_variance)
 
@@ -194,7 +198,12 @@ def scheduler_config(config: Config) -> dict[str, Any]:
 # ---------------------------------------------------------------- the data
 
 
-def make_loader(config: Config, data: Cache, tokenizers: list[Tokenizer], world: World) -> Loader:
+def needs_sizes(config: Config) -> bool:
+    """Whether the network is told the sizes of pictures, which the data then must know."""
+    return "sizes" in NETWORKS[config.network.name].extras(network_config(config.network.name, config.network.settings))
+
+
+def make_loader(config: Config, data: Cache, tokenizers: Sequence[BaseTokenizer], world: World, sizes: bool = False) -> Loader:
     """A loader of this process's part of every batch, with sources and captions mixed as --data and --caption-key say."""
     own_tokens = Path(config.run.out) / f"tokens-{config.data.resolution}" if config.data.cache else None
     missing = [tokenizer for tokenizer in tokenizers if not has_tokens(data, tokenizer)]
@@ -206,14 +215,14 @@ def make_loader(config: Config, data: Cache, tokenizers: list[Tokenizer], world:
     weights = [source.weight for source in parse_sources(config.data.sources)]
     loader = Loader(data, [tokenizer.fingerprint for tokenizer in tokenizers], batch_size=config.optimisation.batch_size,
                     seed=config.run.seed, rank=world.rank, world=world.size,
-                    weights=weights if len(weights) > 1 and weights[0] else None,
+                    weights=weights if len(weights) > 1 and weights[0] else None, sizes=sizes,
                     hold_out=config.run.val_samples, caption_weights=tuple(split_weights(config.data.caption_key).values()) or (1.0,))
     for size, count in loader.order.never_drawn:
         print(f"{count:,} pictures of latent size {size} are never drawn: fewer than one batch of {config.optimisation.batch_size}")
     return loader
 
 
-def has_tokens(data: Cache, tokenizer: Tokenizer) -> bool:
+def has_tokens(data: Cache, tokenizer: BaseTokenizer) -> bool:
     try:
         data.check_tokens(tokenizer.fingerprint)
     except ValueError:

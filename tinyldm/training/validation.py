@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,9 +51,5 @@ def equal_parts(count: int, largest: int) -> int:
 def held_out_batch(loader: Loader, objective: Objective, seed: int) -> NamedTuple | None:
     """The held-out samples of a loader as a batch of the objective; None where none are held out or the objective has no
     validation batch."""
-    chosen, cache = loader.held_out, loader.cache
-    if not len(chosen):
-        return None
-    latents = torch.from_numpy(cache.latents(chosen)[:, 0]).float()
-    tokens = [cache.tokens(chosen, fingerprint, np.zeros(len(chosen)), [1.0] * cache.kinds) for fingerprint in loader.fingerprints]
-    return objective.validation_batch(latents, torch.from_numpy(np.concatenate(tokens, axis=1)), seed)
+    samples = loader.held_out_batch()
+    return samples and objective.validation_batch(samples, seed)

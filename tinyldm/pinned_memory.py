@@ -1,20 +1,25 @@
-"""Pinned (page-locked) host memory for copies of a GPU's tensors in checkpoints."""
+"""Pinned (page-locked) host memory, between which and a GPU copies need not be waited for."""
 
 from __future__ import annotations
+
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
 
 class PinnedMemory:
-    """Pinned host memory, to which GPUs copy asynchronously, in blocks that are used again for every checkpoint. torch rounds each
-    pinned tensor up to a power of two and never returns it to the system: the many tensors of a U-Net would take 1.6 times their
-    size. (Batches, which are copied to a GPU, have few shapes, so torch's own pinned memory serves them: device.pin.) Where the
-    system grants no more pinned memory, as happens in WSL2 and some containers, ordinary memory takes its place."""
+    """Pinned host memory in blocks that hold many tensors, for copies of a GPU's tensors in checkpoints, which use it again and again,
+    and for weights that wait for a GPU. torch rounds each pinned tensor up to a power of two and never returns it to the system: the
+    many tensors of a U-Net would take 1.6 times their size. (Batches, which are copied to a GPU, have few shapes, so torch's own
+    pinned memory serves them: device.pin.) Where the system grants no more pinned memory, as happens in WSL2 and some containers,
+    ordinary memory takes its place."""
 
     BLOCK = 2**28               # bytes of the largest blocks that hold several tensors; all sizes are powers of two
 
-    def __init__(self):
+    def __init__(self, contents: str = "checkpoints", cost: str = "training waits a little longer for each", out: TextIO | None = None):
+        """For the note that the system refuses: what the memory is for, what it costs to do without, and where to print (None: stdout)."""
+        self.contents, self.cost, self.out = contents, cost, out
         self.blocks: list[Tensor] = []          # uint8
         self.used: list[int] = []               # bytes in each
         self.refused = False
@@ -44,8 +49,8 @@ class PinnedMemory:
             self.blocks.append(torch.empty(2 ** (size - 1).bit_length(), dtype=torch.uint8, pin_memory=True))
         except RuntimeError as error:
             self.refused = True
-            print(f"no more pinned memory for checkpoints ({' '.join(str(error).split())[:100]}): ordinary memory is used, "
-                  "and training waits a little longer for each", flush=True)
+            print(f"no more pinned memory for {self.contents} ({' '.join(str(error).split())[:100]}): ordinary memory is used, "
+                  f"and {self.cost}", file=self.out, flush=True)
             return False
         self.used.append(0)
         return True

@@ -1,0 +1,95 @@
+"""The text encoders of a planned run, as shapes without values, and the condition that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tinyldm.config import Config
+from tinyldm.folders.parts import config_in
+from tinyldm.folders.texts import join_in
+from tinyldm.lookup import build_dataclass, lookup
+from tinyldm.model import NETWORKS, TEXT_ENCODERS, architecture, network_config
+from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
+from tinyldm.models.layers import Cond
+from tinyldm.models.t5 import T5, T5Config
+from tinyldm.planning.memory import empty
+from tinyldm.text.encoders import JOINS, Encoded, TextEncoders
+from tinyldm.vendor_loaders import pipelines
+
+CLIP_L = CLIPTextConfig(activation="gelu")
+BIG_G = CLIPTextConfig(activation="gelu", width=1280, layers=32, heads=20, mlp_width=5120, projection_dim=1280)
+# Published text encoders by the rule that joins them, for pretrained ones that are not on this machine.
+PUBLISHED = {"single": (CLIP_L,), "sdxl": (CLIP_L, BIG_G), "sd3": (replace(CLIP_L, projection_dim=768), BIG_G, T5Config()),
+             "flux": (CLIP_L, T5Config())}
+MODULES = {CLIPTextConfig: CLIPText, T5Config: T5}
+
+
+def join_of(config: Config) -> str:
+    """The rule that joins a run's text encoders: --text-join, else that of the model folder in --text-weights."""
+    return config.text.join or (join_in(Path(config.text.weights)) if config.text.weights else "single")
+
+
+def token_counts(config: Config, join: str) -> Sequence[int | None]:
+    """How many tokens each text encoder reads in a published model of such a network; None or too few: as its tokenizer says."""
+    row = lookup(NETWORKS, config.network.name, "network")
+    network = row.to_config(network_config(config.network.name, config.network.settings))
+    return pipelines.PIPELINES[pipelines.written_as(row.classes[0], join)].lengths(network)
+
+
+def meta_text(config: Config) -> nn.Module:
+    """The text encoder that a run would build or load, on the meta device; several in an nn.ModuleList. Pretrained ones are those of
+    the folder in --text-weights; where there is no such folder, the published ones of --text-join are assumed."""
+    if not config.text.weights:
+        row = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
+        with torch.device("meta"):
+            return row.module(build_dataclass(row.config, config.text.fields | {"vocab_size": config.text.vocab_size}, "--text"))
+    join, path = join_of(config), Path(config.text.weights)
+    if path.is_dir():
+        folders = sorted(path.glob("text_encoder*"))[:1 if join == "single" else None] or [path]
+        found = [config_in(folder, TEXT_ENCODERS.values()) for folder in folders]
+    else:
+        found = [(None, published) for published in lookup(PUBLISHED, join, "rule to join text encoders")]
+    counts = [*token_counts(config, join), *[None] * len(found)]
+    kinds = [row.module if row else MODULES[type(own)] for row, own in found]
+    return on_meta(zip(kinds, (replace(own, context_length=count) if count else own for (_, own), count in zip(found, counts))))
+
+
+def on_meta(kinds: Iterable[tuple[type[nn.Module], object]]) -> nn.Module:
+    with torch.device("meta"):
+        made = [kind(own) for kind, own in kinds]
+    return made[0] if len(made) == 1 else nn.ModuleList(made)
+
+
+def like(texts: TextEncoders) -> nn.Module:
+    """The same text encoders on the meta device, for captions of as many tokens."""
+    return on_meta((type(module), replace(module.config, context_length=tokenizer.context_length)) for module, tokenizer in texts.encoders)
+
+
+def encoders(text: nn.Module) -> list[nn.Module]:
+    return [*text] if isinstance(text, nn.ModuleList) else [text]
+
+
+def run_encoders(text: nn.Module, join: str, batch: int) -> list:
+    """Forward passes of all text encoders on `batch` captions."""
+    modules = encoders(text)
+    calls = JOINS[join].calls or [{}] * len(modules)
+    return [module(empty(batch, module.config.context_length, dtype=torch.long), **call) for module, call in zip(modules, calls)]
+
+
+def condition(text: nn.Module, join: str, batch: int = 1) -> Cond:
+    """What a network gets of `batch` captions: shapes on the meta device."""
+    def features(module: nn.Module) -> Encoded:
+        widths = architecture(module).widths(module.config)
+        return Encoded(empty(batch, module.config.context_length, widths.context), None, empty(batch, widths.pooled))
+
+    return JOINS[join].conds([features(module) for module in encoders(text)])
+
+
+def caption_tokens(text: nn.Module) -> int:
+    """The number of token ids of a caption, for all text encoders together."""
+    return sum(module.config.context_length for module in encoders(text))
