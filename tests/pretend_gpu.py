@@ -26,7 +26,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -112,7 +112,7 @@ class PretendGpu(TorchFunctionMode):
     def __enter__(self) -> PretendGpu:
         group, autocast = torch._C._group_tensors_by_device_and_dtype, torch.autocast
         waits = dict(synchronize=lambda: self.write("wait", "synchronize"), record=lambda stream=None: None, query=lambda: True)
-        stream = SimpleNamespace(**waits, cuda_stream=0, device=GPU)
+        stream = SimpleNamespace(**waits, cuda_stream=0, device=GPU, wait_stream=lambda other: None)        # a stream waits, not the host
         properties = SimpleNamespace(name=self.name, total_memory=32 * 10**9, major=self.capability[0], minor=self.capability[1],
                                      multi_processor_count=170)
         answers = dict(
@@ -120,7 +120,8 @@ class PretendGpu(TorchFunctionMode):
             get_device_name=lambda device=None: self.name, get_device_capability=lambda device=None: self.capability,
             get_device_properties=lambda device=None: properties, get_arch_list=lambda: ["sm_{}{}".format(*self.capability)],
             is_bf16_supported=lambda *_, **__: True, is_current_stream_capturing=lambda: False, empty_cache=lambda: None,
-            current_stream=lambda device=None: stream, Event=lambda **options: SimpleNamespace(**waits),
+            current_stream=lambda device=None: stream, Stream=lambda device=None: stream, stream=lambda chosen: nullcontext(),
+            Event=lambda **options: SimpleNamespace(**waits),
             synchronize=lambda device=None: self.write("wait", "synchronize"),
             max_memory_allocated=lambda device=None: 10**9, max_memory_reserved=lambda device=None: 10**9,
             memory_allocated=lambda device=None: 10**9, memory_reserved=lambda device=None: 10**9,

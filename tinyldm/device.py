@@ -142,7 +142,7 @@ pin_refusals: list[str] = []            # why the system refused pinned memory; 
 def pin(tensor: Tensor) -> Tensor:
     """A copy in pinned (page-locked) memory, from which a GPU reads while the host goes on. WSL2 and containers may allow little of
     it: where they refuse, the tensor itself. For batches, whose few shapes return: torch keeps their memory and uses it again.
-    (Checkpoints have too many shapes for that, see training/pinned_memory.py.)"""
+    (Checkpoints have too many shapes for that, see pinned_memory.py.)"""
     try:
         return tensor if pin_refusals else tensor.pin_memory()
     except RuntimeError as error:
@@ -159,6 +159,14 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     # A copy from ordinary memory must be waited for, because the caller may free or overwrite that memory before it is read (CUDA
     # Runtime API, "API synchronization behavior"; for MPS, PyTorch #189690).
     return tensor.to(device, non_blocking=tensor.is_pinned())
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The bytes of a GPU that are free for tensors, those included that torch holds and does not use. None: not known (only of CUDA)."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def memory_gb(device: torch.device) -> float:

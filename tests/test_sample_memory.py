@@ -1,0 +1,39 @@
+"""sample.py's flags for large models: what drawing takes, and weights that wait in the host's memory."""
+
+import numpy as np
+import pytest
+from helpers import PROMPT, mistake, script
+from PIL import Image
+from small_models import unet_model
+
+from tinyldm.folders.save import save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, model = tmp_path_factory.mktemp("sample") / "model", unet_model()
+    save_model(path, net=model.net, vae=model.vae, texts=[*model.text.modules.values()], tokenizers=model.text.tokenizers,
+               scheduler=model.scheduler, defaults=model.defaults)
+    return path
+
+
+def test_a_dry_run_says_what_drawing_takes_and_draws_nothing(folder, tmp_path):
+    done = script("sample.py", PROMPT, "a boat", "--model", folder, "--dry-run", "--device", "cpu", "--batch-size", 2, "-n", 3,
+                  "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "out").exists()
+    assert "activations (estimate): 2 x 16x16, cfg 3; 3 captions" in done.stdout
+    assert "network calls per picture: 6 (3 steps of ddim, cfg 3)" in done.stdout
+
+
+@pytest.mark.parametrize("how", [[], ["parts"], ["blocks"]])
+def test_on_a_cpu_offload_draws_the_same(folder, tmp_path, how):
+    for name, words in (("plain.png", []), ("moved.png", ["--offload", *how])):
+        done = script("sample.py", PROMPT, "--model", folder, "--device", "cpu", "--out", tmp_path / name, *words)
+        assert done.returncode == 0, done.stderr
+    assert np.array_equal(*(np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "moved.png")))
+
+
+@pytest.mark.parametrize("words, message", [(["--offload", "block"], "--offload block: use auto, parts or blocks"),
+                                            (["--offload", "blocks", "--compile"], "use --offload parts")])
+def test_ways_that_cannot_be_are_refused(words, message, capsys):
+    assert message in mistake("sample", [PROMPT, *words], capsys)
