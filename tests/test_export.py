@@ -6,6 +6,7 @@ well-scaled weights; the picture's contrast is checked, so that neither grey nor
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,8 +19,11 @@ import pytest
 import torch
 import transformers
 from helpers import PROMPT, randomise, small_text
+from originals import compvis_unet
 from PIL import Image
+from published import write_flux, write_sd3, write_sdxl
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tinyldm import export
 from tinyldm.config import PRESETS, preset_config
@@ -27,16 +31,19 @@ from tinyldm.folders import single_file
 from tinyldm.folders.load import load_model
 from tinyldm.folders.rename import published_shapes
 from tinyldm.folders.save import save_model, written_rules
-from tinyldm.folders.single_file import SD1, why_not_one_file
+from tinyldm.folders.single_file import why_not_one_file
 from tinyldm.model import Model, architecture
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
+from tinyldm.models.flux import Flux, FluxConfig
+from tinyldm.models.mmdit import MMDiT, MMDiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pipeline import draw, draw_settings
 from tinyldm.planning.flops import meta_networks
 from tinyldm.text.encoders import JOINS, TextEncoder, TextEncoders
 from tinyldm.training.run_folder import find_model
+from tinyldm.vendor_loaders.families import SD1
 from tinyldm.vendor_loaders.scheduler import PUBLISHED, from_config, to_config
 
 ROOT = Path(__file__).parent.parent
@@ -231,7 +238,8 @@ def test_a_u_net_with_two_text_encoders_is_for_sample_py_and_the_command_says_so
                    defaults=DEFAULTS | {"sampler": "heun", "text_join": "first"})
     folder = exported(run)
     output, model = capsys.readouterr().out, load_model(folder)
-    assert "No stock pipeline of diffusers" in output and "StableDiffusionPipeline" not in output + (folder / "README.md").read_text()
+    assert "No stock pipeline of diffusers fits (StableDiffusionPipeline needs one text encoder" in output
+    assert "from_pretrained" not in output + (folder / "README.md").read_text()
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
     assert model.defaults["sampler"] == "heun" and model.text.join == "first" and model.vae.config == parts.both.config
     assert [module.config for module in model.text.modules.values()] == [parts.text.config, parts.projected.config]
@@ -356,6 +364,90 @@ def test_what_fails_on_the_way_leaves_no_folder(make_run, exported, monkeypatch,
     with pytest.raises(type(failure)):
         exported(run)
     assert not list((run.parent / "given").iterdir())
+
+
+# ---- models with several text encoders
+
+
+PUBLISHED_FAMILIES = {"sdxl": (write_sdxl, {}, {}), "sd3": (write_sd3, {"qk_norm": True, "dual": True}, {}),
+                      "sd3 without T5": (write_sd3, {"t5": False}, {}), "dev": (write_flux, {}, {}),
+                      "schnell": (write_flux, {"guidance": False}, {"max_sequence_length": 256})}
+
+
+def drawn_there(folder, pipeline=None, **how):
+    """What the snippet of the model card draws, at a size of its own. pipeline: another to draw with."""
+    kind, left_out = re.search(r'\npipeline = (\w+)\.from_pretrained\("\w+"(.*)\)\n', text := (folder / "README.md").read_text()).groups()
+    if pipeline is None:
+        absent = dict.fromkeys(re.findall(r", (\w+)=None", left_out))
+        pipeline = getattr(diffusers, kind).from_pretrained(folder, **absent)
+    snippet = re.search(r"\npipeline\((.*)\)\.images", text)[1]
+    named = dict(word.split("=") for word in snippet.split(", ")[1:])
+    pipeline.set_progress_bar_config(disable=True)
+    values = {name: json.loads(value) for name, value in named.items()} | {"num_inference_steps": 3} | how
+    return np.asarray(pipeline(PROMPT, generator=torch.Generator().manual_seed(SEED), width=48, height=32, **values).images[0]).astype(int)
+
+
+def drawn_here(folder):
+    model = load_model(folder)
+    return draw(model, [PROMPT], [SEED], draw_settings(model, steps=3), width=48, height=32)[0].astype(int)
+
+
+@pytest.mark.parametrize("family", PUBLISHED_FAMILIES)
+def test_a_published_model_of_several_text_encoders_is_exported_for_its_pipeline(exported, tmp_path, capsys, family):
+    write, options, how = PUBLISHED_FAMILIES[family]
+    theirs = write(tmp_path / "source", **options)
+    capsys.readouterr()
+    folder = exported(tmp_path / "source")
+    kind = type(theirs).__name__
+    assert f"{kind}.from_pretrained" in capsys.readouterr().out and f"from diffusers import {kind}" in (folder / "README.md").read_text()
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == kind
+    picture = drawn_there(folder, **how)
+    assert_same(picture, drawn_here(folder), drawn_here(tmp_path / "source"))
+    named = {"guidance_scale": 7.0} if "sd3" in family else {"guidance_scale": 5.0} if family == "sdxl" else {"guidance_scale": 3.5}
+    assert_same(picture, drawn_there(folder, theirs, **named, **how))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1159])
+def test_clips_without_projection_get_the_identity_where_the_pipeline_wants_one(parts, exported, tmp_path, capsys, shift):
+    theirs = write_sd3(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs")
+    plain = [*map(export.without_projection, model.text.modules.values())]
+    vae = AutoencoderKL(replace(model.vae.config, shift_factor=shift))
+    vae.load_state_dict(model.vae.state_dict())
+    save_model(tmp_path / "source", net=model.net, vae=vae.eval(), texts=plain, tokenizers=model.text.tokenizers,
+               scheduler=model.scheduler, defaults=model.defaults)
+    assert json.loads((tmp_path / "source" / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
+    folder = exported(tmp_path / "source")
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == type(theirs).__name__
+    assert_same(drawn_there(folder), drawn_here(folder))
+
+
+@pytest.mark.parametrize("which", ["mmdit", "flux", "u-net with sizes"])
+def test_a_network_with_one_clip_is_for_sample_py_and_the_reason_is_printed(make_run, exported, parts, capsys, which):
+    pooled = parts.text.config.width
+    net, reason = {
+        "mmdit": (MMDiT(MMDiTConfig(in_channels=4, out_channels=4, width=64, layers=2, heads=2, context_dim=32, pooled_dim=pooled,
+                                    max_positions=16, sample_size=16)), "StableDiffusion3Pipeline needs two CLIP text encoders"),
+        "flux": (Flux(FluxConfig(in_channels=4, out_channels=4, width=64, heads=2, double_layers=1, single_layers=1, context_dim=32,
+                                 pooled_dim=pooled, rope_axes=(4, 14, 14))), "FluxPipeline needs the text encoders CLIP and T5"),
+        "u-net with sizes": (UNet(replace(parts.net.config, pooled_dim=pooled)), "StableDiffusionXLPipeline needs CLIP's text encoder"),
+    }[which]
+    folder = exported(make_run("flow", {"shift": 3.0}, "flow", net=randomise(net, 8)))
+    said = capsys.readouterr().out
+    assert "No stock pipeline of diffusers" in said and reason in said and reason in (folder / "README.md").read_text()
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
+    assert_same(ours(folder), ours(folder.parent.parent / "run"))
+
+
+def test_a_single_file_with_its_parts_is_exported_as_a_folder(exported, tmp_path):
+    theirs = write_sdxl(tmp_path / "theirs")
+    net = {f"model.diffusion_model.{name}": tensor for name, tensor in
+           compvis_unet(theirs.unet.state_dict(), load_model(tmp_path / "theirs").net.config).items()}
+    save_file(net, tmp_path / "xl.safetensors")
+    folder = exported(tmp_path / "xl.safetensors", "--tokenizer", tmp_path / "theirs", "--parts", tmp_path / "theirs")
+    assert_same(drawn_here(folder), drawn_here(tmp_path / "theirs"))
+    with pytest.raises(ValueError, match="a U-Net of Stable Diffusion 1's shape"):
+        exported(tmp_path / "theirs", "--single-file", tmp_path / "one.safetensors", name="more")
 
 
 # ---- one file

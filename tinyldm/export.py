@@ -4,18 +4,20 @@
     python -m tinyldm.export runs/tiny my-model/ --dtype fp16          half the size
     python -m tinyldm.export runs/mine my-model/ --single-file my.safetensors     and one file, for a Stable Diffusion 1
 
-The folder has diffusers' layout and a model card with the facts of the training. Of a U-Net,
-StableDiffusionPipeline.from_pretrained(FOLDER) draws the pictures that sample.py draws; where no scheduler of
-diffusers computes the model's process and prediction, that is refused with the reason. The folder of a DiT, or of a
-model with several text encoders, is for sample.py: no stock pipeline of diffusers fits it.
+The folder has diffusers' layout and a model card with the facts of the training. The pipeline of diffusers for its
+network and text encoders draws from it the pictures that sample.py draws: StableDiffusionPipeline, StableDiffusionXLPipeline,
+StableDiffusion3Pipeline or FluxPipeline. Where no scheduler of diffusers computes the process and prediction of a U-Net, that is
+refused with the reason. Where no such pipeline takes the parts together, the folder is for sample.py, and the reason is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tinyldm.cli import Parser, fail, guard
 
@@ -28,7 +30,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sampler", metavar="NAME", help="the sampler that the folder names as its default (default: the model's)")
     add("--dtype", default="fp32", metavar="NAME", help="of the weights: fp32, fp16, bf16 (default: fp32)")
     add("--no-ema", action="store_true", help="the raw weights instead of the averaged ones")
-    add("--tokenizer", metavar="FOLDER|ID", help="of a checkpoint file, which holds none (default: CLIP's, from the hub)")
+    add("--tokenizer", action="append", metavar="FOLDER|ID", help="of a checkpoint file, which holds none (default: CLIP's and T5's, from "
+        "the hub); once for each text encoder, or a model folder")
+    add("--parts", nargs="+", metavar="SOURCE", help="for a checkpoint file without text encoders or VAE: files, folders or hub ids of these")
     add("--prediction", metavar="NAME", help="of a single file that does not say it: eps or v (default: v for "
         "Stable Diffusion 2, eps for 1)")
     add("--single-file", metavar="FILE", help="also write one .safetensors in CompVis' layout, for models of Stable Diffusion 1's shape")
@@ -58,7 +62,8 @@ from tinyldm.folders.single_file import save_checkpoint, why_not_one_file
 from tinyldm.model import Model, architecture
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.vae import AutoencoderKL
-from tinyldm.pipeline import draw_settings
+from tinyldm.pipeline import DrawSettings, draw_settings
+from tinyldm.text.absent import AbsentText
 from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.training.portable import portable, portable_data, trained_here
 from tinyldm.training.run_folder import find_model
@@ -97,34 +102,73 @@ def without_projection(text: nn.Module) -> nn.Module:
     return plain
 
 
-def for_stable_diffusion(model: Model) -> Model:
-    """The same model in a form that StableDiffusionPipeline computes correctly. ValueError, with the reason, where none exists."""
+def with_projection(text: nn.Module) -> nn.Module:
+    """The same text encoder of the class that projects its pooled feature: where it has no projection, by the identity."""
+    if not isinstance(text, CLIPText) or text.projection is not None:
+        return text
+    with torch.device("meta"):
+        projected = CLIPText(replace(text.config, projection_dim=text.config.width))
+    weights = text.state_dict()
+    like = weights["token_embedding.weight"]
+    weights["projection.weight"] = torch.eye(text.config.width, dtype=like.dtype, device=like.device)
+    projected.load_state_dict(weights, assign=True)
+    return projected
+
+
+def with_texts(model: Model, *changes: Callable[[nn.Module], nn.Module]) -> Model:
+    """The same model after a change of each of its first text encoders."""
+    encoders = [TextEncoder(change(module), tokenizer) for change, (module, tokenizer) in zip(changes, model.text.encoders)]
+    return replace(model, text=TextEncoders([*encoders, *model.text.encoders[len(encoders):]], model.text.join))
+
+
+def for_u_net(model: Model, *changes: Callable[[nn.Module], nn.Module]) -> Model:
+    """The same model in a form that the pipelines of U-Nets compute correctly, which ignore shift_factor, after a change of each text
+    encoder. ValueError, with the reason, where none exists."""
     if model.net.config.out_channels == 2 * model.net.config.in_channels:
         raise ValueError("this model cannot be exported: it learned its variance, and of diffusers' schedulers only "
                          "DDPMScheduler reads the channels for it. sample.py draws with its run folder")
     if reason := scheduler.why_not_public(*scheduler.read_process(model.scheduler)):
         raise ValueError(f"this model cannot be exported: {reason}. sample.py draws with its run folder")
-    encoders = [TextEncoder(without_projection(module), tokenizer) for module, tokenizer in model.text.encoders]
-    return replace(model, vae=without_shift(model.vae), text=TextEncoders(encoders, model.text.join))
+    return replace(with_texts(model, *changes), vae=without_shift(model.vae))
 
 
-ADAPT = {pipelines.STABLE_DIFFUSION: for_stable_diffusion}      # published pipeline -> function that adapts a model to it
+# Published pipeline -> the same model in a form that it computes correctly, if there is one.
+ADAPT: dict[str, Callable[[Model], Model]] = {
+    pipelines.STABLE_DIFFUSION: lambda model: for_u_net(model, without_projection),
+    pipelines.SDXL: lambda model: for_u_net(model, without_projection, with_projection),
+    pipelines.SD3: lambda model: with_texts(model, with_projection, with_projection),
+    pipelines.FLUX: lambda model: model,
+}
+
+
+def configs(model: Model) -> pipelines.Configs:
+    """The configs of the model's parts, as they are written."""
+    config = lambda module: architecture(module).to_config(module.config)
+    return pipelines.Configs(model.scheduler, config(model.net), config(model.vae), [*map(config, model.text.modules.values())])
+
+
+def pipeline_of(model: Model) -> str:
+    """The pipeline that the model is written for: a key of PIPELINES."""
+    name = pipelines.written_as(architecture(model.net).classes[0], model.text.join)
+    if name == pipelines.STABLE_DIFFUSION:              # a model with these parts is refused where it cannot be exported, others are OWN
+        own = [type(module) for module in model.text.modules.values()] != [CLIPText] or "sizes" in architecture(model.net).extras(model.net.config)
+        return pipelines.OWN if own else name
+    return name
 
 
 def public(model: Model, sampler: str | None) -> Model:
     """The model in a form that published classes can hold, with a scheduler config that draws with `sampler`."""
-    learned = scheduler.read_process(model.scheduler)
-    name = architecture(model.net).pipeline
-    if name == pipelines.STABLE_DIFFUSION and [type(module) for module in model.text.modules.values()] != [CLIPText]:
-        name = pipelines.OWN                                    # StableDiffusionPipeline has exactly one text encoder, CLIP's
-    pipeline = pipelines.PIPELINES[name]
-    if adapt := ADAPT.get(name):
-        model = adapt(model)
-    wanted = sampler or model.defaults.get("sampler")
-    fits = pipeline.flow_match or model.scheduler["_class_name"] != scheduler.FLOW_MATCH
-    config = model.scheduler if not wanted and fits else scheduler.to_config(*learned, wanted, flow_match=pipeline.flow_match)
+    learned, name = scheduler.read_process(model.scheduler), pipeline_of(model)
+    adapted = ADAPT[name](model) if name in ADAPT else model
+    trial = replace(adapted, scheduler=_scheduler(adapted, name, learned, sampler))
+    if pipelines.for_parts(configs(trial), model.text.join) == name:
+        model = adapted
+    else:
+        name = pipelines.OWN
+    pipeline, stock = pipelines.PIPELINES[name], name != pipelines.OWN
+    wanted, config = sampler or model.defaults.get("sampler"), _scheduler(model, name, learned, sampler)
     requested = draw_settings(model, sampler=wanted).sampler
-    drawn_with = scheduler.sampling(config).sampler if adapt else requested                 # sample.py has all samplers
+    drawn_with = scheduler.sampling(config).sampler if stock else requested                 # sample.py has all samplers
     if SAME_STEPS.get(requested, requested) == SAME_STEPS.get(drawn_with, drawn_with):
         drawn_with = requested
     elif sampler:
@@ -133,19 +177,44 @@ def public(model: Model, sampler: str | None) -> Model:
         print(f"no scheduler of diffusers runs the model's sampler {requested} on its process: the folder names {drawn_with}")
     # A scheduler that is kept as it was published says more than the name of its sampler: order, variant, spacing.
     defaults = model.defaults | ({} if config is model.scheduler else {"sampler": drawn_with})
+    if schedule := pipeline.defaults(architecture(model.net).to_config(model.net.config)).get("schedule"):
+        defaults["schedule"] = schedule                         # the pipeline's own times, whatever its scheduler says
     if data := defaults.get("data"):
         defaults["data"] = [portable_data(word) for word in data]
     return replace(model, scheduler=config, defaults=defaults)
 
 
-def opens_in_diffusers(model: Model) -> bool:
-    """Whether a stock pipeline of diffusers runs the model: not with a DiT, taef2's autoencoder, or two text encoders."""
-    name, config = architecture(model.net).pipeline, lambda module: architecture(module).to_config(module.config)
-    texts = [config(module) for module in model.text.modules.values()]
-    return name != pipelines.OWN and pipelines.PIPELINES[name].runs(model.scheduler, config(model.vae), texts)
+def _scheduler(model: Model, pipeline: str, learned: Any, sampler: str | None) -> dict:
+    """The scheduler config with which the pipeline draws with this sampler, or with the model's; the model's own where it serves."""
+    own = model.scheduler
+    flow_match = own["_class_name"] == scheduler.FLOW_MATCH
+    if pipeline != pipelines.OWN:                       # tinyldm runs every scheduler
+        sampler = sampler or model.defaults.get("sampler")
+        runs = pipelines.PIPELINES[pipeline].flow_match
+        if flow_match and not runs or sampler:
+            return scheduler.to_config(*learned, sampler, flow_match=runs)
+    return scheduler.to_config(*learned, sampler, flow_match=flow_match) if sampler else own
 
 
-NOT_STOCK = "No stock pipeline of diffusers fits its network, its autoencoder or its text encoders: draw with tinyldm."
+def opens_in(model: Model) -> str | None:
+    """The stock pipeline of diffusers that runs the model; None where none does."""
+    name = pipelines.for_parts(configs(model), model.text.join)
+    return None if name == pipelines.OWN else name
+
+
+def opening(model: Model, pipeline: str, folder: Path | str) -> str:
+    """The Python that opens the folder. diffusers wants to be told which text encoders a folder leaves out."""
+    absent = [f", {name}=None" for i, name in enumerate(pipelines.TEXT_FOLDERS) if name in pipelines.PIPELINES[pipeline].optional
+              and i >= len(model.text.modules)]
+    return "".join([f'{pipeline}.from_pretrained("{folder}"', *absent, *(word.replace("text_encoder", "tokenizer") for word in absent), ")"])
+
+
+def not_stock(model: Model) -> str:
+    """Why no stock pipeline of diffusers runs the model, in a sentence."""
+    network = architecture(model.net).classes[0]
+    near = [f"{name} {row.why_not}" for name, row in pipelines.PIPELINES.items() if row.network == network]
+    reason = "; ".join(near) or f"none has a {type(model.net).__name__} as its network"
+    return f"No stock pipeline of diffusers fits ({reason}): draw with tinyldm."
 
 
 def facts(model: Model, source: Path | str) -> dict[str, str]:
@@ -176,18 +245,27 @@ def facts(model: Model, source: Path | str) -> dict[str, str]:
     return {name: str(value) for name, value in named.items() if value not in (None, "")}
 
 
+def guidance_words(model: Model, settings: DrawSettings) -> str:
+    """The arguments with which the model's pipeline is guided as sample.py is. FluxPipeline calls classifier-free guidance another name."""
+    if opens_in(model) != pipelines.FLUX:
+        return f"guidance_scale={settings.cfg:g}"
+    true = f', negative_prompt="", true_cfg_scale={settings.cfg:g}' if settings.guided else ""
+    return f"guidance_scale={settings.told:g}{true}"
+
+
 def card(model: Model, source: Path | str, folder: Path) -> str:
     """The text of README.md in the exported folder, its model card."""
     settings = draw_settings(model)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts(model, source).items())
-    with_diffusers = f"""```python
-from diffusers import StableDiffusionPipeline
+    pipeline = opens_in(model)
+    with_diffusers = not_stock(model) if pipeline is None else f"""```python
+from diffusers import {pipeline}
 
-pipeline = StableDiffusionPipeline.from_pretrained("{folder.name}")
-pipeline("a red fox", num_inference_steps={settings.steps}, guidance_scale={settings.cfg:g}).images[0]
-```""" if opens_in_diffusers(model) else NOT_STOCK
+pipeline = {opening(model, pipeline, folder.name)}
+pipeline("a red fox", num_inference_steps={settings.steps}, {guidance_words(model, settings)}).images[0]
+```"""
     return f"""---
-library_name: {'diffusers' if opens_in_diffusers(model) else 'tinyldm'}
+library_name: {'diffusers' if pipeline else 'tinyldm'}
 pipeline_tag: text-to-image
 tags: [text-to-image, latent-diffusion, tinyldm]
 ---
@@ -218,7 +296,8 @@ def main() -> None:
     args = ARGS
     source = find_model(args.run)
     dtype = pick_dtype(args.dtype, torch.device("cpu"))
-    model = public(load_model(source, ema=not args.no_ema, tokenizer=args.tokenizer, prediction=args.prediction), args.sampler)
+    model = public(load_model(source, ema=not args.no_ema, tokenizer=args.tokenizer, prediction=args.prediction, parts=args.parts or ()),
+                   args.sampler)
     for part in model.modules.values():                         # after public(), so that the weights it changes are rounded once
         part.to(dtype)
     if args.single_file and (reason := why_not_one_file(model)):
@@ -227,16 +306,16 @@ def main() -> None:
 
     def fill(partial: Path) -> None:
         save_model(partial, net=model.net, vae=model.vae, texts=[*model.text.modules.values()],
-                   tokenizers=model.text.tokenizers, scheduler=model.scheduler, defaults=model.defaults)
+                   tokenizers=[words for module, words in model.text.encoders if not isinstance(module, AbsentText)], scheduler=model.scheduler, defaults=model.defaults)
         (partial / "README.md").write_text(shown(card(model, source, folder)), encoding="utf-8")
 
     replace_folder(folder, fill)
     if args.single_file:
         save_checkpoint(args.single_file, model)
         print(f"{args.single_file}: loads as a Stable Diffusion 1 wherever those load")
-    print(f"{folder}: python sample.py \"a red fox\" --model {folder}" + (
-        f"\n  or in Python: StableDiffusionPipeline.from_pretrained(\"{folder}\")" if opens_in_diffusers(model)
-        else f"\n{NOT_STOCK}"))
+    pipeline = opens_in(model)
+    print(f"{folder}: python sample.py \"a red fox\" --model {folder}\n" + (
+        f"  or in Python: {opening(model, pipeline, folder)}" if pipeline else not_stock(model)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tinyldm.folders.save import save_model
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.planning.drawing import bytes_on_disk
 from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders import clip, scheduler
 
@@ -144,6 +145,17 @@ def test_a_model_is_downloaded_by_its_id_and_only_what_is_needed(server, folder)
     model, local = load_model(ID), load_model(folder)
     assert all(same(model.modules[part], local.modules[part]) for part in ("net", "vae", "text"))
     assert model.defaults == {"steps": 20} and sorted(server.fetched) == sorted(NEEDED)
+
+
+def test_of_a_model_as_shapes_no_weights_are_downloaded(server, folder, monkeypatch):
+    model, local = load_model(ID, "meta", variant="fp16"), load_model(folder)
+    shapes = lambda model: {part: [p.shape for p in module.parameters()] for part, module in model.modules.items()}
+    assert shapes(model) == shapes(local) and all(p.is_meta for p in model.net.parameters())
+    configs = {name for name in NEEDED if not name.endswith(".safetensors")}
+    assert set(server.fetched) == configs and bytes_on_disk(ID, model) is None
+    server.stop()
+    assert shapes(load_model(ID, "meta")) == shapes(local)                  # from the cache
+    assert "is incomplete in the cache" in refusal(load_model, ID)
 
 
 @pytest.mark.parametrize("load, part", [(load_vae, "vae/"), (load_text, "text_encoder/"), (load_tokenizer, "tokenizer/")])
@@ -343,7 +355,7 @@ def test_padding_is_the_publisher_s_where_that_is_known(server, folder):
 
 def test_of_another_pipeline_only_the_index_is_downloaded(server):
     files = next(iter(server.repos[ID].commits.values()))
-    files["model_index.json"] = json.dumps({"_class_name": "StableDiffusionXLPipeline"}).encode()
-    with pytest.raises(ValueError, match="holds a StableDiffusionXLPipeline"):
+    files["model_index.json"] = json.dumps({"_class_name": "PixArtAlphaPipeline"}).encode()
+    with pytest.raises(ValueError, match="holds a PixArtAlphaPipeline"):
         load_model(ID)
     assert server.fetched == ["model_index.json"]

@@ -11,7 +11,7 @@ from tinyldm.diffusion.grids import grid
 from tinyldm.folders.load import load_model, load_vae
 from tinyldm.folders.rename import export_renamed
 from tinyldm.folders.save import save_model, write_part
-from tinyldm.folders.single_file import SD1, checkpoint_tensors, why_not_one_file
+from tinyldm.folders.single_file import checkpoint_tensors, why_not_one_file
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import UNet, UNetConfig
@@ -19,6 +19,7 @@ from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pipeline import draw_settings
 from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders import clip, taesd, unet, vae
+from tinyldm.vendor_loaders.families import SD1
 
 PROMPT = "a red square on the left of a blue circle"
 NET, VAE, TEXT1, TEXT2 = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -184,21 +185,25 @@ def without(tensors, *prefixes):
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
-IN_A_FOLDER = ("copy the model folder that it was trained from, and put this file there in the place of "
-               "unet/diffusion_pytorch_model.safetensors")
-
-
 @pytest.mark.parametrize("lacks, expected", [
-    ([VAE], "it holds no VAE (first_stage_model.*): put the file of one beside it, named sd.1.vae.safetensors"),
-    (["cond_stage_model."], f"it holds no text encoder (cond_stage_model.*): {IN_A_FOLDER}"),
-    ([VAE, "cond_stage_model."], f"it holds no VAE (first_stage_model.*) and no text encoder (cond_stage_model.*): {IN_A_FOLDER}"),
-    ([NET], "it holds no U-Net (model.diffusion_model.*)"),
-    ([NET, VAE, "cond_stage_model."], "no U-Net (model.diffusion_model.*) and no VAE (first_stage_model.*) and no text encoder"),
+    ([VAE], "no VAE (first_stage_model.*): name"),
+    (["cond_stage_model."], "no text encoder CLIP-L (cond_stage_model.*): name"),
+    ([VAE, "cond_stage_model."], "no VAE (first_stage_model.*) and no text encoder CLIP-L (cond_stage_model.*): name"),
 ])
-def test_a_checkpoint_that_lacks_a_part_says_which_and_what_to_do(sd, tmp_path, lacks, expected):
+def test_a_checkpoint_that_lacks_a_part_says_which_and_takes_it_from_another_source(sd, tmp_path, lacks, expected):
     file = written(tmp_path / "sd.1.safetensors", without(sd.one.tensors, *lacks))
     text = refusal(load_model, file, tokenizer=sd.tokenizer)
-    assert text.startswith(f"{file} is no checkpoint of a whole Stable Diffusion, ") and expected in text
+    assert text.startswith(f"{file} holds the network of Stable Diffusion 1, but {expected}") and "--parts SOURCE" in text
+    whole = written(tmp_path / "whole.safetensors", sd.one.tensors)
+    model = load_model(file, tokenizer=sd.tokenizer, parts=[whole])
+    assert all(same(model.modules[part], getattr(sd.one, part).state_dict()) for part in ("net", "vae", "text"))
+
+
+@pytest.mark.parametrize("lacks, there", [([NET], "a VAE and a text encoder (CLIP)"), ([NET, VAE], "a text encoder (CLIP)"),
+                                          ([NET, "cond_stage_model."], "a VAE")])
+def test_a_file_without_a_network_says_what_it_is_instead(sd, tmp_path, lacks, there):
+    text = refusal(load_model, written(tmp_path / "sd.safetensors", without(sd.one.tensors, *lacks)), tokenizer=sd.tokenizer)
+    assert f"no network of one (model.diffusion_model.*): it is {there}. Name the file of the network, and this one with --parts" in text
 
 
 @pytest.mark.parametrize("end", [".safetensors", ".pt", ".ckpt"])
@@ -245,16 +250,11 @@ BLOCK = "model.diffusion_model.input_blocks.0.0.weight"
 
 
 @pytest.mark.parametrize("names, expected", [
-    (["conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight", BLOCK], "Stable Diffusion XL"),
-    (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "first_stage_model.decoder.conv_in.weight"], "Stable Diffusion 3"),
-    (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "FLUX"),
-    (["double_blocks.0.img_attn.qkv.weight"], "FLUX"),
+    ([BLOCK], "none of the layouts CompVis fits"),
     (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "lora_te_text_model_x.alpha"], "LoRA"),
     (["unet.mid_block.attentions.0.proj_in.lora_A.weight"], "LoRA"),
-    (["first_stage_model.encoder.conv_in.weight"], "no checkpoint of a whole Stable Diffusion"),
-    (["encoder.conv_in.weight", "decoder.conv_in.weight"], "no checkpoint of a whole Stable Diffusion"),
-    (["control_model.time_embed.0.weight"], "no checkpoint of a whole Stable Diffusion"),
-    (["a.weight"], "no checkpoint of a whole Stable Diffusion"),
+    (["first_stage_model.encoder.conv_in.weight"], "no network of one"), (["encoder.conv_in.weight", "decoder.conv_in.weight"], "no network"),
+    (["control_model.time_embed.0.weight"], "a ControlNet"), (["a.weight"], "is no checkpoint of FLUX.1"),
 ])
 def test_other_files_are_refused_by_name(tmp_path, names, expected):
     file = written(tmp_path / "other.safetensors", {name: torch.zeros(1) for name in names})
@@ -268,7 +268,7 @@ def test_other_files_are_refused_by_name(tmp_path, names, expected):
     (f"{NET}time_embed.0.weight", "none of the layouts CompVis fits"), (f"{VAE}encoder.conv_in.weight", "missing 1 (encoder.conv_in.weight)"),
     (f"{VAE}decoder.conv_in.weight", "decoder.conv_in.weight"), (f"{TEXT1}text_model.final_layer_norm.bias", "missing 1"),
     (f"{TEXT1}text_model.embeddings.position_embedding.weight", "size cannot be told"),
-    (f"{TEXT1}text_model.embeddings.token_embedding.weight", "transformers, open_clip")])
+    (f"{TEXT1}text_model.embeddings.token_embedding.weight", "none of the layouts transformers, ")])
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(sd, tmp_path, change, expected):
     tensors = {name: tensor for name, tensor in sd.one.tensors.items() if name != change}
     assert len(tensors) < len(sd.one.tensors)
@@ -300,7 +300,7 @@ def test_an_autoencoder_is_read_from_its_file_alone(sd, tmp_path, name, prefix, 
 
 def test_a_whole_checkpoint_serves_as_a_file_of_its_autoencoder_and_of_sdxl_s_with_its_scaling(sd, tmp_path):
     assert same(load_vae(written(tmp_path / "sd.safetensors", sd.one.tensors)), sd.one.vae.state_dict())
-    xl = written(tmp_path / "xl.safetensors", sd.one.tensors | {"conditioner.embedders.0.x": torch.zeros(1)})
+    xl = written(tmp_path / "xl.safetensors", sd.one.tensors | {f"{NET}label_emb.0.0.weight": torch.zeros(1, 2816)})
     loaded = load_vae(xl)
     assert same(loaded, sd.one.vae.state_dict()) and loaded.config.scaling_factor == 0.13025
 

@@ -245,3 +245,48 @@ def test_a_lack_of_memory_is_not_reported_as_a_damaged_file(error):
     assert raised.value is error
     with pytest.raises(ValueError, match="model: its config holds a value that makes no network"), errors_about("model"):
         raise RuntimeError("shapes do not fit")
+
+
+# ---- weights in 8 bits and less
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_every_finite_number_of_8_bits_comes_out_in_bfloat16_as_itself(tmp_path, dtype, name):
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
+    numbers = numbers[numbers.float().isfinite()]
+    (save_file if name.endswith("safetensors") else torch.save)({"a": numbers, "b": torch.ones(2)}, tmp_path / name)
+    tensors = read(open_weights(tmp_path / name))
+    assert tensors["a"].dtype == torch.bfloat16 and tensors["a"].float().equal(numbers.float()) and tensors["b"].equal(torch.ones(2))
+
+
+@pytest.mark.parametrize("scale, beside", [
+    ({"x.scale_weight": torch.tensor(0.37)}, {"x.scale_input": torch.tensor(2.0), "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}),
+    ({"x.weight_scale": torch.tensor([0.37])}, {"x.input_scale": torch.tensor(2.0), "x.comfy_quant": torch.zeros(3, dtype=torch.uint8)}),
+    ({"x.scale_weight": torch.tensor([[0.37], [-2.0], [1e-4]])}, {"net.scaled_fp8": torch.zeros(0)})])
+def test_a_scale_beside_a_matrix_of_8_bits_is_multiplied_in(tmp_path, scale, beside):
+    stored = torch.randn(3, 5).to(torch.float8_e4m3fn)
+    save_file({"x.weight": stored, "x.bias": torch.ones(3), **scale, **beside}, tmp_path / "model.safetensors")
+    weights = open_weights(tmp_path / "model.safetensors")
+    assert weights.shapes == {"x.weight": (3, 5), "x.bias": (3,)}
+    tensors = read(weights)
+    assert tensors["x.weight"].equal(stored.float() * next(iter(scale.values()))) and tensors["x.bias"].equal(torch.ones(3))
+
+
+@pytest.mark.parametrize("tensors, said", [
+    ({"x.weight": torch.zeros(8, 1, dtype=torch.uint8), "x.weight.absmax": torch.ones(1), "x.weight.quant_map": torch.ones(16)}, "4 bits (NF4"),
+    ({"x.weight": torch.zeros(2, 2, dtype=torch.int8), "x.SCB": torch.ones(2)}, "bitsandbytes' 8 bits"),
+    ({"x.qweight": torch.zeros(2, 2, dtype=torch.int32)}, "a scale per block"),
+    ({"x.weight": torch.zeros(4, 8).to(torch.float8_e4m3fn), "x.weight_scale": torch.ones(4, 2)}, "one per block"),
+    ({"x.weight": torch.zeros(4, 8, dtype=torch.int8), "x.scale_weight": torch.tensor(1.0)}, "not float8"),
+    ({"x.scale_weight": torch.tensor(1.0)}, "no scale of a tensor x.weight")])
+def test_other_quantised_forms_are_refused_by_name(tmp_path, tensors, said):
+    save_file(tensors, file := tmp_path / "model.safetensors")
+    text = refusal(lambda: read(open_weights(file)))
+    assert said in text and "take the file in bf16, fp16 or fp8" in text
+
+
+@pytest.mark.parametrize("name", ["flux1-dev-Q8_0.gguf", "renamed.safetensors"])
+def test_gguf_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"GGUF\3\0\0\0" + bytes(64))
+    assert f"{name} holds weights in GGUF" in refusal(open_weights, tmp_path / name)

@@ -23,14 +23,17 @@ class WithoutInitialWeights(TorchFunctionMode):
         return (args or (kwargs["tensor"],))[0] if drawing else func(*args, **(kwargs or {}))
 
 
-def load_network(network: type[nn.Module], config: Any, weights: Weights, device: str | torch.device,
+def load_network(network: type[nn.Module], config: Any, weights: Weights | None, device: str | torch.device,
                   dtype: torch.dtype) -> Any:
-    """A network with these weights, on this device in this dtype; in eval mode, without gradients.
-    ValueError for a config with a value of a wrong type."""
+    """A network with these weights, on this device in this dtype; in eval mode, without gradients. On the meta device they are not read,
+    and may be None. ValueError for a config with a value of a wrong type."""
     check_types(config)
     with torch.device("meta"), WithoutInitialWeights():       # spends no memory or time on initial weights
         module = network(config)
-    _fill(module, weights, device, dtype)
+    if weights is None:
+        module.to(dtype)
+    else:
+        _fill(module, weights, device, dtype)
     return module.eval().requires_grad_(False)
 
 

@@ -7,11 +7,11 @@ has. Weights are copied from the memory-mapped file straight to their device and
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,53 +20,63 @@ from torch import nn
 from tinyldm.files import read_json
 from tinyldm.folders import hub, needed
 from tinyldm.folders.build import load_network
+from tinyldm.folders.parts import config_in, in_file, in_folder
 from tinyldm.folders.rename import recognise
-from tinyldm.folders.save import weights_name
-from tinyldm.folders.single_file import load_checkpoint
+from tinyldm.folders.single_file import load_checkpoint, vae_config
 from tinyldm.folders.weights import INCOMPLETE, PICKLES, Weights, errors_about, find_weights, open_weights
 from tinyldm.lookup import fits, in_words
-from tinyldm.model import AUTOENCODERS, NETWORKS, NON_EMA, TEXT_ENCODERS, Architecture, Model
+from tinyldm.model import AUTOENCODERS, NETWORKS, NON_EMA, TEXT_ENCODERS, Architecture, Model, architecture
 from tinyldm.models.taesd import TAESD
+from tinyldm.text.absent import AbsentText, AbsentTokenizer
 from tinyldm.text.encoders import TextEncoder, TextEncoders
-from tinyldm.text.tokenizer import Tokenizer, open_tokenizer
-from tinyldm.vendor_loaders import clip, pipelines, taesd
+from tinyldm.text.base_tokenizer import BaseTokenizer
+from tinyldm.text.tokenizer import open_tokenizer
+from tinyldm.vendor_loaders import clip, families, pipelines, taesd
 from tinyldm.vendor_loaders import scheduler as schedulers
-from tinyldm.vendor_loaders.layout import Layout
 
 FILES = (".safetensors", *PICKLES)
-SDXL_SCALING = 0.13025                  # SDXL's VAE has the shapes of Stable Diffusion 1's, so only the rest of a checkpoint shows it
 
 
 def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-               ema: bool = True, variant: str | None = None, tokenizer: str | None = None,
-               prediction: str | None = None) -> Model:
-    """A whole model: one of ours, or a published Stable Diffusion 1 or 2.
+               ema: bool = True, variant: str | None = None, tokenizer: str | Path | Sequence[str] | None = None,
+               prediction: str | None = None, parts: Sequence[str] = (), without: Collection[str] = ()) -> Model:
+    """A whole model: one of ours, or a published Stable Diffusion 1, 2, XL, 3 or 3.5, or FLUX.1.
 
     ema         False: the raw weights, where a folder has both
     variant     such as "fp16": which weights files of a published folder (default: full precision where there is one)
-    tokenizer   for a single-file checkpoint, which holds none: a tokenizer's folder or hub id
+    tokenizer   for a single-file checkpoint, which holds none: a tokenizer's folder or hub id, or one for each text encoder
+    parts       for a single-file checkpoint: sources of text encoders and VAE that it lacks
     prediction  replaces the one in the source's scheduler config or, for a single Stable Diffusion 2 file, the guessed one
+    without     folders of text encoders to leave out, where the model can do without: {"text_encoder_3"}, the T5 of Stable Diffusion 3
 
     The VAE stays in float32 where dtype is float16, in which it can overflow. ValueError, with advice, for a
     source that is missing, incomplete, damaged or of another architecture.
+
+    On the device "meta" a model is shapes without values. No weights are read, and of a hub id none are downloaded.
     """
+    tokenizers = [tokenizer] if isinstance(tokenizer, (str, Path)) else list(tokenizer or ())
     path = hub.locate(source, needed.of_index)              # from the hub, at first only model_index.json
     if path.is_file():
         if variant or not ema:
             raise ValueError(f"{path} is one file, with one set of weights: leave out {'--variant' if variant else '--no-ema'}")
-        return load_checkpoint(path, device, dtype, tokenizer, prediction)
+        return load_checkpoint(path, device, dtype, tokenizers, prediction, parts, without)
+    if parts:
+        raise ValueError(f"--parts {parts[0]} is for a single file, and {source} is a model folder, which has all of its parts")
     index = read_json(path / "model_index.json", "not a model folder: pass one that holds model_index.json")
     reading = pipelines.find(index, source)
     pipeline = pipelines.PIPELINES[reading.written_as]
+    if odd := set(without) - pipeline.optional:
+        raise ValueError(f"{source} cannot draw without {min(odd)}: only Stable Diffusion 3 can be drawn with without its T5")
     if reading.without:
         print(f"note: {source} is drawn with as {reading.written_as} does, without {reading.without}", file=sys.stderr)
-    path = hub.locate(source, lambda names: needed.of_model(names, variant))
+    shapes_only = torch.device(device).type == "meta"
+    path = hub.locate(source, lambda names: needed.of_model(names, variant, weights=not shapes_only))
     rows = [row for row in NETWORKS.values() if row.folder in index]
     if not rows:
         raise ValueError(f"{path / 'model_index.json'} names no network that can be read ({', '.join(NETWORKS)})")
-    parts = [(folder, row) for row in (rows[0], *AUTOENCODERS.values(), *TEXT_ENCODERS.values())
+    there = [(folder, row) for row in (rows[0], *AUTOENCODERS.values(), *TEXT_ENCODERS.values())
              for folder in path.glob(f"{row.folder}*")]
-    if variant and not any(find_weights(folder, row.stem, variant) for folder, row in parts):
+    if variant and not shapes_only and not any(find_weights(folder, row.stem, variant) for folder, row in there):
         raise ValueError(f"{source} has no weights of variant '{variant}': leave it out for full precision")
     wanted = variant if ema else NON_EMA
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -74,9 +84,19 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     vae = load_part(path / "vae", AUTOENCODERS.values(), device, vae_dtype, variant)
     if not pipeline.shifts:
         vae.config = replace(vae.config, shift_factor=0.0)
-    defaults = load_defaults(path, must=reading.written_as == pipelines.OWN)
-    text = load_text_encoders(path, defaults.get("text_join", pipeline.join), tokenizer,
-                              lambda part: load_part(part, TEXT_ENCODERS.values(), device, dtype, wanted))
+    network = architecture(net).to_config(net.config)
+    if pipeline.network not in ("", network["_class_name"]):
+        raise ValueError(f"{source} holds a {reading.written_as} with a {network['_class_name']}, where a {pipeline.network} belongs: "
+                         f"{INCOMPLETE}")
+    defaults = (load_defaults(path, must=reading.written_as == pipelines.OWN)
+                or pipelines.defaults(reading.written_as, index, network))
+    absent = {folder for folder in pipeline.optional if folder in without or not (index.get(folder) or [None])[0]}
+    lengths = pipeline.lengths(network)
+    join = pipeline.join if reading.written_as != pipelines.OWN else defaults.get("text_join", "single")
+    text = load_text_encoders(
+        path, join, tokenizers, lengths,
+        lambda part: load_part(part, TEXT_ENCODERS.values(), device, dtype, wanted),
+        {folder: AbsentText(net.config.context_dim, tokens) for folder, tokens in zip(pipelines.TEXT_FOLDERS, lengths) if folder in absent})
     config = read_json(path / "scheduler" / "scheduler_config.json", INCOMPLETE) | _named_class(index)
     config = schedulers.with_fields(config, reading.scheduler)
     if prediction:
@@ -92,7 +112,8 @@ def load_defaults(path: Path, must: bool) -> dict[str, Any]:
     defaults = read_json(file, INCOMPLETE) if must or file.exists() else {}
     if isinstance(data := defaults.get("data"), str):           # older folders have the words of --data in one text
         defaults["data"] = data.split() if "://" in data else [data]
-    for name, hint in {"sampler": str, "steps": int, "cfg": float, "resolution": int, "text_join": str, "mask_padding": bool}.items():
+    for name, hint in {"sampler": str, "steps": int, "cfg": float, "resolution": int, "text_join": str, "mask_padding": bool,
+                       "schedule": str, "zero_negative": bool, "distilled": bool}.items():
         if name in defaults and not fits(defaults[name], hint):
             raise ValueError(f"{file}: {name}={defaults[name]!r} must be {in_words(hint)}")
     return defaults
@@ -104,18 +125,27 @@ def _named_class(index: dict) -> dict:
     return {"_class_name": named[1]} if isinstance(named, list) and len(named) == 2 and named[1] else {}
 
 
-def load_text_encoders(path: Path, join: str, tokenizer: str | None, load: Callable[[Path], nn.Module]) -> TextEncoders:
-    """All text encoders of a model folder: text_encoder/ with tokenizer/, text_encoder_2/ with tokenizer_2/ and so on."""
-    encoders = []
-    for folder in sorted(path.glob("text_encoder*")) or [path / "text_encoder"]:
-        module, words = load(folder), path / folder.name.replace("text_encoder", "tokenizer")
-        if tokenizer is not None:
-            encoders.append(TextEncoder(module, load_tokenizer(tokenizer)))
+def load_text_encoders(path: Path, join: str, tokenizers: Sequence[str], lengths: Sequence[int | None],
+                       load: Callable[[Path], nn.Module], absent: Mapping[str, AbsentText] = MappingProxyType({})) -> TextEncoders:
+    """All text encoders of a model folder: text_encoder/ with tokenizer/, text_encoder_2/ with tokenizer_2/ and so on.
+
+    tokenizers: sources to take instead of those folders, one for each encoder. lengths: how many tokens each reads; None: what its
+    tokenizer says. absent: what stands for those that are left out, by folder."""
+    encoders, folders = [], {folder.name for folder in path.glob("text_encoder*")} | absent.keys() or {"text_encoder"}
+    if len(tokenizers) not in (0, len(folders)):
+        raise ValueError(f"{len(tokenizers)} tokenizers for a model with {len(folders)} text encoders: name one for each (--tokenizer)")
+    for i, name in enumerate(sorted(folders)):
+        if name in absent:
+            encoders.append(TextEncoder(absent[name], AbsentTokenizer()))
+            continue
+        module, words = load(path / name), path / name.replace("text_encoder", "tokenizer")
+        if tokenizers:
+            encoders.append(TextEncoder(module, load_tokenizer(tokenizers[i])))
             continue
         if not words.is_dir():
             raise ValueError(f"{path} has no {words.name}/: {INCOMPLETE}")
         with errors_about(words):
-            encoders.append(TextEncoder(module, open_tokenizer(words)))
+            encoders.append(TextEncoder(module, open_tokenizer(words, lengths[i] if i < len(lengths) else None)))
     with errors_about(path):
         return TextEncoders(encoders, join)
 
@@ -142,7 +172,7 @@ def load_text(source: str | Path, device: str | torch.device = "cpu", dtype: tor
     return load_part(path, TEXT_ENCODERS.values(), device, dtype, origin=hub.hub_id(source))
 
 
-def load_tokenizer(source: str | Path, context_length: int | None = None) -> Tokenizer:
+def load_tokenizer(source: str | Path, context_length: int | None = None) -> BaseTokenizer:
     """A CLIP tokenizer from its folder, the model folder around it, a vocabulary file or a hub id. The padding token is its
     publisher's where that is known (clip.SOURCES), else that of the folder's tokenizer_config.json."""
     path = hub.locate(source, needed.of_tokenizer)
@@ -163,22 +193,12 @@ def load_part(path: Path, rows: Iterable[Architecture], device: str | torch.devi
     """A network from its folder, of the class that config.json names, or else of the first of the rows.
 
     must: a missing variant is an error; otherwise the file without variant is read instead. origin: the hub id it came from."""
-    rows = list(rows)
-    file = next((path / name for name in needed.CONFIGS if (path / name).exists()), path / needed.CONFIGS[0])
-    config = read_json(file, INCOMPLETE)
-    names = [config.get("_class_name"), *(config.get("architectures") or [])]
-    row = next((row for row in rows if any(name in row.classes for name in names)), rows[0])
-    with errors_about(path):
-        config = row.from_config(config | ({"_name_or_path": origin} if origin else {}))
-    weights = find_weights(path, row.stem, variant)
-    if variant and weights is None:
-        if must:
-            raise ValueError(f"{path} has no raw weights ({weights_name(row, variant)}): leave out --no-ema (ema=True) for the "
-                             "averaged ones")
-        weights = find_weights(path, row.stem)
-    weights = weights or path / weights_name(row, None)          # if there are none, the error names this file
-    with errors_about(weights):
-        return load_network(row.module, config, open_weights(weights), device, dtype)
+    if torch.device(device).type == "meta" and not any(find_weights(path, row.stem) for row in rows):
+        row, config = config_in(path, rows, origin)
+        return load_network(row.module, config, None, device, dtype)
+    found = in_folder(path, rows, variant, must, origin)
+    with errors_about(found.source):
+        return load_network(found.row.module, found.config, found.weights, device, dtype)
 
 
 def _taesd_halves(folder: Path) -> Weights | None:
@@ -196,25 +216,11 @@ def _taesd_halves(folder: Path) -> Weights | None:
 
 
 def _load_vae_file(file: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    weights, beside = open_weights(file), file.parent / "config.json"
+    found, family = in_file(file, AUTOENCODERS.values()), families.find(open_weights(file).shapes)
     with errors_about(file):
-        row, layout, own = _recognise_vae(weights)
-        if layout.infer is None or beside.exists():
-            config = row.from_config(read_json(beside, "a VAE in this layout needs its config.json beside it"))
-        else:
-            config = layout.config_of(own.shapes)
-            if any(name.startswith("conditioner.embedders.") for name in weights.shapes):
-                config = replace(config, scaling_factor=SDXL_SCALING)
-        return load_network(row.module, config, weights, device, dtype)
-
-
-def _recognise_vae(weights: Weights) -> tuple[Architecture, Layout, Weights]:
-    for row in AUTOENCODERS.values():
-        for layout in row.layouts.values():
-            if any(re.fullmatch(layout.mark, name) for name in weights.shapes):
-                return row, *recognise(weights, {"": layout})
-    recognise(weights, AUTOENCODERS["kl"].layouts)              # raises an error that lists the tensors found
-    raise AssertionError("unreachable")
+        if not found:
+            recognise(open_weights(file), AUTOENCODERS["kl"].layouts)       # raises an error that lists the tensors found
+        return load_network(found[0].row.module, vae_config(found[0], family and family.family), found[0].weights, device, dtype)
 
 
 def _origin(folder: Path) -> str | None:

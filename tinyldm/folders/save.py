@@ -10,10 +10,9 @@
 
 The weights of the network and the text encoder are the averaged ones (EMA); where raw ones are saved too they
 lie beside them as the variant `non_ema`, as Stable Diffusion 1.5's do. The folder is diffusers': model_index.json
-names StableDiffusionPipeline where that pipeline computes the same pictures, and TinyLDMPipeline, which only
-tinyldm opens, where it would not (a DiT; a scheduler of our own; a VAE with shift_factor, which it ignores; a
-text encoder with projection, whose outputs it takes in another order). Parts are published classes even then,
-the DiT excepted.
+names a published pipeline where that computes the same pictures (vendor_loaders/pipelines.py: StableDiffusionPipeline
+for a U-Net and CLIP), and TinyLDMPipeline, which only tinyldm opens, where none would (a DiT; a scheduler of our own;
+a U-Net's VAE with shift_factor, which is ignored there). Parts are published classes even then, the DiT excepted.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +29,7 @@ from tinyldm.folders.rename import export_renamed
 from tinyldm.folders.weights import write_weights
 from tinyldm.model import NON_EMA, Architecture, StateDict, architecture
 from tinyldm.text.encoders import part_name
-from tinyldm.text.tokenizer import Tokenizer
+from tinyldm.text.base_tokenizer import BaseTokenizer
 from tinyldm.vendor_loaders import pipelines
 from tinyldm.vendor_loaders.layout import Rules
 
@@ -37,7 +37,7 @@ Part = nn.Module | tuple[nn.Module, StateDict] | str | Path     # a module; a mo
 
 
 def save_model(path: str | Path, *, net: nn.Module | tuple[nn.Module, StateDict], vae: Part, texts: Sequence[Part],
-               tokenizers: Sequence[Tokenizer | str | Path], scheduler: dict, defaults: dict,
+               tokenizers: Sequence[BaseTokenizer | str | Path], scheduler: dict, defaults: dict,
                non_ema: Mapping[str, StateDict] | None = None) -> None:
     """Write a whole model folder to path, which must not exist yet, and flush it to the disk.
 
@@ -58,16 +58,16 @@ def save_model(path: str | Path, *, net: nn.Module | tuple[nn.Module, StateDict]
     for i, (text, tokenizer) in enumerate(zip(texts, tokenizers, strict=True)):
         number = f"_{i + 1}" if i else ""
         _save_part(path / f"text_encoder{number}", text, raw.pop(part_name(i), None))
-        if isinstance(tokenizer, Tokenizer):
-            tokenizer.save(path / f"tokenizer{number}")
-        else:
+        if isinstance(tokenizer, (str, Path)):
             _link(Path(tokenizer), path / f"tokenizer{number}")
+        else:
+            tokenizer.save(path / f"tokenizer{number}")
     _save_part(path / "vae", vae, None)
     if raw:
         raise ValueError(f"non_ema takes the network and the text encoders, not {', '.join(raw)}")
     _write_json(path / "scheduler" / "scheduler_config.json", scheduler)
     _write_json(path / "tinyldm.json", defaults)
-    _write_json(path / "model_index.json", _model_index(path, row, scheduler))
+    _write_json(path / "model_index.json", _model_index(path, row, scheduler, defaults))
     flush_folder(path)
 
 
@@ -120,20 +120,25 @@ def _save_part(path: Path, part: Part, raw: StateDict | None) -> None:
         save_weights(path / weights_name(architecture(module), NON_EMA), module, raw)
 
 
-def _model_index(path: Path, row: Architecture, scheduler: dict) -> dict:
+def _model_index(path: Path, row: Architecture, scheduler: dict, defaults: Mapping[str, Any]) -> dict:
     """model_index.json, in the form that diffusers writes."""
     config = lambda part: read_json(path / part / "config.json", INCOMPLETE)
     texts = {folder.name: config(folder.name) for folder in sorted(path.glob("text_encoder*"))}
-    vae = config("vae")
-    name = row.pipeline if pipelines.PIPELINES[row.pipeline].runs(scheduler, vae, list(texts.values())) else pipelines.OWN
+    parts = pipelines.Configs(scheduler, config(row.folder), config("vae"), [*texts.values()])
+    name = pipelines.for_parts(parts, defaults.get("text_join", "single"))
+    pipeline = pipelines.PIPELINES[name]
     listed = lambda library, kind: ["tinyldm" if kind.startswith("TinyLDM") else library, kind]
-    index = {"_class_name": name, **pipelines.PIPELINES[name].index, "scheduler": listed("diffusers", scheduler["_class_name"])}
+    index = {"_class_name": name, **pipeline.index, "scheduler": listed("diffusers", scheduler["_class_name"])}
+    for folder in pipeline.optional:
+        index[folder] = index[folder.replace("text_encoder", "tokenizer")] = [None, None]
     for folder, text in texts.items():
         index[folder] = listed("transformers", pipelines.class_name(text))
         words = folder.replace("text_encoder", "tokenizer")
         kind = read_json(path / words / "tokenizer_config.json", INCOMPLETE).get("tokenizer_class", "CLIPTokenizer")
         index[words] = listed("transformers", kind.removesuffix("Fast"))
-    return index | {row.folder: listed("diffusers", row.classes[0]), "vae": listed("diffusers", vae["_class_name"])}
+    if name == pipelines.SDXL:
+        index[pipelines.ZERO_NEGATIVE] = defaults.get("zero_negative", False)
+    return index | {row.folder: listed("diffusers", row.classes[0]), "vae": listed("diffusers", parts.vae["_class_name"])}
 
 
 def _write_json(file: Path, content: dict) -> None:

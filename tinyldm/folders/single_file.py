@@ -1,8 +1,8 @@
-"""Stable Diffusion as one file: the checkpoints of CompVis, read (SD 1 and 2) and written (SD 1).
+"""Whole models as one file: the checkpoints of Stable Diffusion 1, 2, XL and 3 and of FLUX.1, read; those of Stable Diffusion 1, written.
 
-One `.safetensors` or `.ckpt` holds the U-Net (`model.diffusion_model.`), the VAE (`first_stage_model.`) and the
-text encoder (`cond_stage_model.`), and no config: the shapes show whether it is Stable Diffusion 1 or 2. They do not show the
-tokenizer, which is CLIP's, nor whether the U-Net predicts eps or v (`_stated_prediction`).
+One `.safetensors` or `.ckpt` holds the network, and often the VAE and the text encoders, under the prefixes that
+vendor_loaders/families.py lists, and no config: the shapes show the family and the sizes. They do not show the tokenizers, nor whether
+a U-Net predicts eps or v (`_stated_prediction`). Parts that a file lacks come from other sources, which their tensors describe too.
 
 Two files beside NAME.safetensors are read, as in AUTOMATIC1111's WebUI: NAME.yaml, the config that says what is predicted, and
 NAME.vae.safetensors (or .pt, .ckpt), which replaces the VAE.
@@ -11,101 +11,199 @@ NAME.vae.safetensors (or .pt, .ckpt), which replaces the VAE.
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tinyldm.folders import hub, needed
+from tinyldm.folders import hub, needed, parts
 from tinyldm.folders.build import load_network
+from tinyldm.folders.parts import Found
 from tinyldm.folders.rename import export_renamed, recognise
 from tinyldm.folders.weights import Weights, errors_about, open_weights, write_weights
 from tinyldm.lookup import lookup
-from tinyldm.model import Model
-from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
-from tinyldm.models.unet import UNet, UNetConfig
-from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.model import AUTOENCODERS, NETWORKS, TEXT_ENCODERS, Architecture, Model
+from tinyldm.models.clip_text import CLIPTextConfig
+from tinyldm.models.unet import UNetConfig
+from tinyldm.models.vae import VAEConfig
+from tinyldm.text.absent import AbsentText, AbsentTokenizer
 from tinyldm.text.encoders import TextEncoder, TextEncoders
-from tinyldm.text.tokenizer import EOS, Tokenizer, open_tokenizer
-from tinyldm.vendor_loaders import clip
+from tinyldm.text.base_tokenizer import BaseTokenizer
+from tinyldm.text.tokenizer import open_tokenizer
+from tinyldm.vendor_loaders import clip, families, pipelines
 from tinyldm.vendor_loaders import scheduler as schedulers
 from tinyldm.vendor_loaders import unet as unets
 from tinyldm.vendor_loaders import vae as vaes
+from tinyldm.vendor_loaders.families import SD1, Family, Text
 
-TOKENIZER = "openai/clip-vit-large-patch14"
-PREFIXES = {"net": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
+TOKENIZERS = {families.T5: "google/t5-v1_1-xxl"}            # of a text encoder; CLIP's for all others
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 VAE_BESIDE = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
-TEXT = "cond_stage_model."              # read with this shorter prefix: Stable Diffusion 2's text encoder has other names below it
+PREFIXES = {"net": families.NETWORK, "vae": families.VAE[0], "text": "cond_stage_model.transformer."}     # as written
 BASE_STEPS = 875_000                    # `global_step` of Stable Diffusion 2's base model, which predicts eps
 
-# The scheduler_config.json that Stable Diffusion 1 and 2 are published with.
-CURVE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-         "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False, "trained_betas": None}
-SD1 = CURVE | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
-SD2 = CURVE | {"_class_name": "DDIMScheduler"}
 
-OTHERS = {r"conditioner\.embedders\.": "Stable Diffusion XL", r"model\.diffusion_model\.joint_blocks\.": "Stable Diffusion 3",
-          r"(model\.diffusion_model\.)?double_blocks\.": "FLUX", r"lora_|.*\.lora[._](A|B|down|up)\.": "a LoRA"}
+def load_checkpoint(file: Path, device: str | torch.device, dtype: torch.dtype, tokenizers: Sequence[str | Path] = (),
+                    prediction: str | None = None, others: Sequence[str | Path] = (), without: Collection[str] = ()) -> Model:
+    """A checkpoint of a family in FAMILIES. Arguments as for load_model (load.py); others: its `parts`.
 
-
-def load_checkpoint(file: Path, device: str | torch.device, dtype: torch.dtype, tokenizer: str | None = None,
-                    prediction: str | None = None) -> Model:
-    """A Stable Diffusion 1 or 2 checkpoint. ValueError for other models, with their name where it is known."""
+    ValueError for other files, with what they are where that is known, and for parts that are missing or there twice."""
     weights = open_weights(file)
-    for pattern, name in OTHERS.items():
-        if any(re.match(pattern, key) for key in weights.shapes):
-            raise ValueError(f"{file} holds {name}: only whole checkpoints of Stable Diffusion 1 and 2 can be read")
-    beside = next((vae for end in VAE_BESIDE if (vae := file.with_suffix(end)).is_file()), None)
-    _check_parts(file, weights, beside)
-    vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+    family, net, own = _network(file, weights)
+    row = NETWORKS[family.network]
+    pipeline, lengths = pipelines.PIPELINES[family.pipeline], pipelines.PIPELINES[family.pipeline].lengths(row.to_config(net))
+    if odd := set(without) - pipeline.optional:
+        raise ValueError(f"{file} cannot draw without {min(odd)}: only Stable Diffusion 3 can be drawn with without its T5")
+    found = {**_inside(file, weights, family), **_beside(file), **_elsewhere(others, family, net)}
+    _check_complete(file, family, found, pipeline.optional)
     with errors_about(file):
-        layout, own = recognise(_with_prefix(weights, PREFIXES["net"]), {"CompVis": unets.LAYOUTS["CompVis"]})
+        scheduler = _scheduler(file, weights, family, net, prediction)
+        process, predicted = schedulers.from_config(scheduler)
+        if size := family.sample_sizes.get(predicted):
+            net = replace(net, sample_size=size)
+        configs = {folder: _config(text, found[folder], net) for folder, text in family.encoders.items() if folder in found.keys() - without}
+        network = load_network(row.module, net, own, device, dtype)
+    vae = _load_vae(found["vae"], family, device, torch.float32 if dtype == torch.float16 else dtype)
+    vae.config = vae.config if pipeline.shifts else replace(vae.config, shift_factor=0.0)
+    encoders = []
+    for i, (folder, text) in enumerate(family.encoders.items()):
+        if folder not in configs:
+            if folder not in without:
+                print(f"note: {file} is drawn with without {text.name}: --parts SOURCE adds it", file=sys.stderr)
+            encoders.append(TextEncoder(AbsentText(net.context_dim, lengths[i]), AbsentTokenizer()))
+            continue
+        module = _load_text(text, found[folder], configs[folder], device, dtype)
+        length = lengths[i] if i < len(lengths) and lengths[i] else module.config.context_length
+        encoders.append(TextEncoder(module, _load_tokenizer(tokenizers, others, family, folder, length)))
+    with errors_about(file):
+        joined = TextEncoders(encoders, pipeline.join)
+    return Model(network, vae, joined, process, predicted, scheduler, pipelines.defaults(family.pipeline, {}, row.to_config(net)))
+
+
+# ---- what a file holds
+
+
+def _network(file: Path, weights: Weights) -> tuple[Family, Any, Weights]:
+    """The family, the network's config and its weights. ValueError for files of other models, of other parts and of variants."""
+    if what := families.other(weights.shapes):
+        raise ValueError(f"{file} is {what}")
+    found = families.find(weights.shapes)
+    if found is None:
+        there = sorted({_kind(part) for part in parts.in_file(file)})
+        alone = f": it is {' and '.join(there)}. Name the file of the network, and this one with --parts" if there else ""
+        raise ValueError(f"{file} is no checkpoint of {', '.join(sorted(family.name for family in families.FAMILIES))}: it holds no "
+                         f"network of one ({families.NETWORK}*){alone}")
+    own = weights.renamed(lambda name: name.removeprefix(found.prefix) if families.of_network(name, found.prefix) else "")
+    row = NETWORKS[found.family.network]
+    with errors_about(file):
+        layout, own = recognise(own, {name: layout for name, layout in row.layouts.items() if layout.infer})
         config = layout.config_of(own.shapes)
-        second = config.linear_projection
-        scheduler = _scheduler(file, weights, second, prediction)
-        size = 96 if second and scheduler["prediction_type"] == "v_prediction" else 64
-        net = load_network(UNet, replace(config, sample_size=size), own, device, dtype)
-        text = _load_text(_with_prefix(weights, TEXT), device, dtype)
-    with errors_about(beside or file):
-        there = open_weights(beside) if beside else _with_prefix(weights, PREFIXES["vae"])
-        layout, own = recognise(there, {"CompVis": vaes.LAYOUTS["CompVis"]})
-        vae = load_network(AutoencoderKL, layout.config_of(own.shapes), own, device, vae_dtype)
-    encoder = TextEncoder(text, _load_tokenizer(tokenizer, "!" if second else EOS, text.config.context_length))
-    return Model(net, vae, TextEncoders([encoder]), *schedulers.from_config(scheduler), scheduler, {})
+        if config.in_channels > config.out_channels:
+            what = families.MORE_INPUTS.get(config.in_channels, "a variant that takes more than noise and a caption")
+            raise ValueError(f"the network takes {config.in_channels} channels and makes {config.out_channels}: it is {what}")
+    return found.family, config, own
 
 
-def _check_parts(file: Path, weights: Weights, vae_beside: Path | None) -> None:
-    """ValueError that says which parts the file lacks, and how to draw with the others."""
-    parts = {"U-Net": PREFIXES["net"], "VAE": PREFIXES["vae"], "text encoder": TEXT}
-    lacking = [part for part, prefix in parts.items() if not any(key.startswith(prefix) for key in weights.shapes)]
-    if vae_beside and "VAE" in lacking:
-        lacking.remove("VAE")
-    if not lacking:
-        return
-    advice = ""
-    if lacking == ["VAE"]:
-        advice = f": put the file of one beside it, named {file.stem}{VAE_BESIDE[0]}"
-    elif "U-Net" not in lacking:
-        advice = (": copy the model folder that it was trained from, and put this file there in the place of "
-                  "unet/diffusion_pytorch_model.safetensors")
-    raise ValueError(f"{file} is no checkpoint of a whole Stable Diffusion, it holds no "
-                     f"{' and no '.join(f'{part} ({parts[part]}*)' for part in lacking)}{advice}")
+def _kind(part: Found) -> str:
+    """'a VAE', 'a text encoder (T5)': what a part is, in words."""
+    return "a VAE" if part.row.folder == "vae" else f"a text encoder ({part.row.module.__name__.removesuffix('Text')})"
 
 
-def _scheduler(file: Path, weights: Weights, second: bool, prediction: str | None) -> dict:
-    """The scheduler_config.json of the checkpoint. prediction: the one that was asked for, which wins.
+def _inside(file: Path, weights: Weights, family: Family) -> dict[str, Found]:
+    """The parts beside the network in the file itself: "vae", and text encoders by their folder in a model folder."""
+    places = {"vae": (families.VAE, AUTOENCODERS["kl"])} | {folder: (text.prefix, _row(text)) for folder, text in family.encoders.items()}
+    found = {}
+    for part, (prefix, row) in places.items():
+        there = weights.renamed(lambda name, prefix=prefix: name if name.startswith(prefix) else "")    # not another part in the same layout
+        if there.shapes:
+            with errors_about(file):
+                layout, own = recognise(there, {name: layout for name, layout in row.layouts.items() if layout.infer})
+            found[part] = Found(file, row, layout, None, own)
+    return found
+
+
+def _beside(file: Path) -> dict[str, Found]:
+    """The VAE in a file named after this one."""
+    beside = next((vae for end in VAE_BESIDE if (vae := file.with_suffix(end)).is_file()), None)
+    if beside is None:
+        return {}
+    there = parts.in_file(beside, AUTOENCODERS.values())
+    if not there:
+        raise ValueError(f"{beside} holds no VAE that can be recognised: rename it, or put the file of one in its place")
+    return {"vae": there[0]}
+
+
+def _elsewhere(sources: Sequence[str | Path], family: Family, net: Any) -> dict[str, Found]:
+    """The parts in other sources. ValueError for a part that two hold, and for a source of which nothing is used."""
+    found: dict[str, Found] = {}
+    for source in sources:
+        there = parts.in_source(source)
+        places = [(place, part) for part in there if (place := _place(part, family, net))]
+        for place, part in places:
+            if place in found:
+                raise ValueError(f"{found[place].source} and {part.source} both hold {_name(place, family)}: name one of them with --parts")
+            found[place] = part
+        if not places:
+            raise ValueError(f"{source} holds {' and '.join(sorted({_kind(part) for part in there}))}, but {family.name} takes a VAE and "
+                             f"{', '.join(text.name for text in family.texts)}, of the sizes that its network was trained with")
+    return found
+
+
+def _place(part: Found, family: Family, net: Any) -> str | None:
+    """The part of the family that a found one can be; None for none."""
+    if part.row.folder == "vae":
+        return "vae"
+    return next((folder for folder, text in family.encoders.items() if _row(text) is part.row and text.fits(_told(part), net)), None)
+
+
+def _row(text: Text) -> Architecture:
+    return next(row for row in TEXT_ENCODERS.values() if row.config is text.config)
+
+
+def _name(part: str, family: Family) -> str:
+    return "a VAE" if part == "vae" else f"its text encoder {family.encoders[part].name}"
+
+
+def _told(part: Found) -> Any:
+    """The config of a part, as far as its weights tell it."""
+    with errors_about(part.source):
+        return part.config or part.layout.config_of(part.weights.shapes)
+
+
+def _check_complete(file: Path, family: Family, found: Collection[str], optional: Collection[str]) -> None:
+    """ValueError that says which parts are missing, and how to name sources of them."""
+    prefixes = {"vae": families.VAE[0]} | {folder: text.prefix for folder, text in family.encoders.items() if folder not in optional}
+    if lacking := [part for part in prefixes if part not in found]:
+        named = " and no ".join(f"{_name(part, family).removeprefix('a ').removeprefix('its ')} ({prefixes[part]}*)" for part in lacking)
+        raise ValueError(f"{file} holds the network of {family.name}, but no {named}: name files, folders or hub ids that do with "
+                         f"--parts SOURCE ...")
+
+
+# ---- the scheduler
+
+
+def _scheduler(file: Path, weights: Weights, family: Family, net: Any, asked: str | None) -> dict:
+    """The scheduler_config.json of the checkpoint. asked: the prediction that was asked for, which wins.
 
     An empty tensor `ztsnr` says that the curve ends at pure noise (AUTOMATIC1111/stable-diffusion-webui#16569). It is then sampled
     from its last entry on (arXiv:2305.08891, Section 3.3), by DDIM: PNDM has no such curve."""
+    config = dict(family.scheduler(net))
+    if family.prediction == "flow":
+        if asked not in (None, "flow"):
+            raise ValueError(f"{file} holds {family.name}, which predicts flow: leave out --prediction {asked}")
+        return config
+    prediction = asked or _stated_prediction(file, weights)
     if prediction is None:
-        prediction = _stated_prediction(file, weights)
-    if prediction is None:
-        prediction = "v" if second and weights.facts.get("global_step") != BASE_STEPS else "eps"
-    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in weights.shapes else {}
-    if zero_snr and prediction == "eps":
-        raise ValueError(f"{file} has zero terminal SNR (its tensor ztsnr says so), where eps tells nothing: pass --prediction v")
-    return (SD2 if second or zero_snr else SD1) | {"prediction_type": schedulers.PREDICTION_TYPES[prediction]} | zero_snr
+        prediction = "eps" if weights.facts.get("global_step") == BASE_STEPS else family.prediction
+    if families.ZERO_SNR in weights.shapes:
+        if prediction == "eps":
+            raise ValueError(f"{file} has zero terminal SNR (its tensor ztsnr says so), where eps tells nothing: pass --prediction v")
+        config = families.DDIM | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config | {"prediction_type": schedulers.PREDICTION_TYPES[prediction]}
 
 
 def _stated_prediction(file: Path, weights: Weights) -> str | None:
@@ -113,7 +211,7 @@ def _stated_prediction(file: Path, weights: Weights) -> str | None:
     an empty tensor `v_pred` (AUTOMATIC1111/stable-diffusion-webui#16567); a NAME.yaml for CompVis' code, of which the one line that
     counts is found by a regex, so that no reader of YAML is needed; `modelspec.prediction_type` in the header (Stability-AI/ModelSpec).
     """
-    if "v_pred" in weights.shapes:
+    if families.V_PRED in weights.shapes:
         return "v"
     names = {published: ours for ours, published in schedulers.PREDICTION_TYPES.items() if ours != "flow"}
     names |= {ours: ours for ours in names.values()}
@@ -127,29 +225,76 @@ def _stated_prediction(file: Path, weights: Weights) -> str | None:
     return lookup(names, str(stated), f"{file}: modelspec.prediction_type") if stated else None
 
 
-def _with_prefix(weights: Weights, prefix: str) -> Weights:
-    """The tensors of one part. Without this, another part with the same layout could be read (a ControlNet instead of the U-Net)."""
-    return weights.renamed(lambda name: name if name.startswith(prefix) else "")
+# ---- the parts
 
 
-def _load_text(weights: Weights, device: str | torch.device, dtype: torch.dtype) -> CLIPText:
-    """The text encoder. Stable Diffusion 2 uses the output of the last layer but one, so the last layer is left out, as in the
-    published folder."""
-    layout, own = recognise(weights, clip.LAYOUTS)
-    config = layout.config_of(own.shapes)
-    if layout is clip.LAYOUTS["open_clip"]:
-        config = replace(config, layers=config.layers - 1)
-        own = own.renamed(lambda name: "" if name.startswith(f"transformer.resblocks.{config.layers}.") else name)
-    return load_network(CLIPText, config, own, device, dtype)
+def _load_vae(found: Found, family: Family, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    with errors_about(found.source):
+        return load_network(found.row.module, vae_config(found, family), found.weights, device, dtype)
 
 
-def _load_tokenizer(source: str | None, pad_token: str, context_length: int) -> Tokenizer:
+def vae_config(found: Found, family: Family | None) -> Any:
+    """The config of a VAE that was found: its own, else of this family, which tells its scaling and shift."""
+    if found.config is None and found.row is AUTOENCODERS["kl"] and family:
+        return vaes.infer(found.weights.shapes, family.scaling)
+    return _told(found)
+
+
+def _config(text: Text, found: Found, net: Any) -> Any:
+    """The config of a text encoder, with what its weights do not tell."""
+    config = _told(found)
+    if not text.fits(config, net):
+        raise ValueError(f"{found.source}: its text encoder {text.name} is {config.width} wide, which the network does not take")
+    if text.config is not CLIPTextConfig:
+        return config
+    width = config.projection_dim if found.config else None
+    if text.projection == "identity":
+        width = width or config.width
+    elif text.projection == "own" and found.config is None:
+        names = {"text_projection": 1, "text_projection.weight": 0}       # name -> axis of the projection's width
+        width = next((found.weights.shapes[name][axis] for name, axis in names.items() if name in found.weights.shapes), None)
+    if text.projection == "own" and width is None:
+        raise ValueError(f"{found.source}: its text encoder {text.name} has no projection (text_projection): take a file with it")
+    if found.config:
+        return replace(config, projection_dim=width if text.projection else None)
+    unused = 0 if found.layout is clip.LAYOUTS["transformers"] else text.unused
+    return replace(config, **text.settings, projection_dim=width, layers=config.layers - unused)
+
+
+def _load_text(text: Text, found: Found, config: Any, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    weights = found.weights
+    if text.unused and found.config is None:            # Stable Diffusion 2 reads the last layer but one, as in the published folder
+        layers = config.layers
+        weights = weights.renamed(lambda name: "" if name.startswith(f"transformer.resblocks.{layers}.") else name)
+    if text.projection == "identity" and found.config is None:
+        weights = weights.renamed(lambda name: "" if name.startswith("text_projection") else name)
+        weights = weights.joined(Weights.of({"text_projection.weight": torch.eye(config.width)}))
+    with errors_about(found.source):
+        return load_network(found.row.module, config, weights, device, dtype)
+
+
+def _load_tokenizer(named: Sequence[str | Path], others: Sequence[str | Path], family: Family, folder: str, context_length: int) -> BaseTokenizer:
+    """The tokenizer of a text encoder: from its own folder in a named source or a source of parts, else the named one of its kind, or
+    the one in its place where there is one for each, else its publisher's from the hub."""
+    text, own = family.encoders[folder], folder.replace("text_encoder", "tokenizer")
     try:
-        path = hub.locate(source or TOKENIZER, needed.of_tokenizer)
-    except ValueError as error:
-        raise ValueError(f"a single-file checkpoint holds no tokenizer: name CLIP's with --tokenizer, as a folder with "
-                         f"vocab.json and merges.txt ({error})") from error
-    return open_tokenizer(path / "tokenizer" if (path / "tokenizer").is_dir() else path, context_length, pad_token)
+        located = [hub.locate(source, needed.of_tokenizer) for source in named]
+        ours = [path / own for path in (*located, *map(Path, others)) if len(family.texts) > 1 and (path / own).is_dir()]
+        ours += [located[[*family.encoders].index(folder)]] if len(located) == len(family.texts) else located
+        for path in ours:
+            path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+            with errors_about(path):
+                tokenizer = open_tokenizer(path, context_length, text.pad_token)
+                if isinstance(tokenizer, _row(text).tokenizer):
+                    return tokenizer
+        return open_tokenizer(hub.locate(TOKENIZERS.get(text.name, CLIP_TOKENIZER), needed.of_tokenizer), context_length, text.pad_token)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"a single-file checkpoint holds no tokenizer: name that of {text.name} with --tokenizer, as a folder with its "
+                         f"files ({'spiece.model' if text.name == families.T5 else 'vocab.json and merges.txt'}), or a model folder "
+                         f"({error})") from error
+
+
+# ---- written as one file
 
 
 def why_not_one_file(model: Model) -> str | None:

@@ -3,6 +3,9 @@
 A `Weights` holds names and shapes, and a way to stream the tensors. Files are memory-mapped, and a tensor is read only when it is
 copied to its destination, so loading a model takes hardly more memory than the model itself. Safetensors is preferred to pickle;
 pickles (.ckpt, .bin, .pt, .pth) are opened with weights_only=True, which runs no code from the file.
+
+Weights that are stored in 8 bits (float8) come out in bfloat16, which holds the same numbers, or, where a scale is stored beside each of
+them, in float32 and multiplied. Other quantised forms are refused by name: QUANTISED.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +31,17 @@ from tinyldm.vendor_loaders.layout import Shape
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 ALSO_CALLED = {"model": ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")}
 MAX_RESIDENT = 16 * 2**20               # bytes of a mapped file that may stay in memory
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# ComfyUI's "scaled" files (comfy/ops.py): of each float8 matrix its scale, and what is needed only to multiply in 8 bits.
+SCALE, NOT_NEEDED = r"(.*\.)?(?:scale_weight|weight_scale)", r"(.*\.)?(scaled_fp8|scale_input|input_scale|comfy_quant)"
+# Names of tensors that only files in a form have that is not read here -> the form.
+QUANTISED = {
+    r".*\.(absmax|quant_map|quant_state\.bitsandbytes__\w+)": "bitsandbytes' 4 bits (NF4 or FP4)",
+    r".*\.(SCB|weight_format)": "bitsandbytes' 8 bits",
+    r".*\.(qweight|qzeros|g_idx|wscales|weight_packed|weight_scale_2|weight_scale_inv)": "4 or 8 bits with a scale per block",
+}
+INSTEAD = "take the file in bf16, fp16 or fp8"
 
 Stream = Iterator[tuple[str, Tensor]]
 
@@ -102,9 +116,38 @@ def open_weights(file: str | Path) -> Weights:
     if file.name.endswith(".json"):
         return _open_shards(file)
     with open(file, "rb") as handle:
-        if handle.read(24).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file} is a git-lfs pointer, not the weights: run 'git lfs pull' in its folder")
-    return _open_pickle(file) if file.suffix.lower() in PICKLES else _open_safetensors(file)
+        start = handle.read(24)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is a git-lfs pointer, not the weights: run 'git lfs pull' in its folder")
+    if start.startswith(b"GGUF"):
+        raise ValueError(f"{file} holds weights in GGUF, llama.cpp's quantised form, which is not read here: {INSTEAD}")
+    weights = _open_pickle(file) if file.suffix.lower() in PICKLES else _open_safetensors(file)
+    with errors_about(file):
+        return _without_float8(weights)
+
+
+def _without_float8(weights: Weights) -> Weights:
+    """The same weights in bfloat16 or float32 where they are stored in float8. ValueError for other quantised forms."""
+    for pattern, form in QUANTISED.items():
+        if found := next((name for name in weights.shapes if re.fullmatch(pattern, name)), None):
+            raise ValueError(f"the weights are quantised in {form} ({found}), which is not read here: {INSTEAD}")
+    scale_of = {f"{found[1] or ''}weight": name for name in weights.shapes if (found := re.fullmatch(SCALE, name))}
+    for name, scale in scale_of.items():
+        if weights.shapes.get(name) is None or weights.shapes[scale] not in ((), (1,), (weights.shapes[name][0], 1)):
+            raise ValueError(f"{scale} {list(weights.shapes[scale])} is no scale of a tensor {name}, or one per block: {INSTEAD}")
+    left_out = {*scale_of.values(), *(name for name in weights.shapes if re.fullmatch(NOT_NEEDED, name))}
+
+    def stream() -> Stream:
+        scales = {name: tensor.float().clone() for name, tensor in weights.stream() if name in left_out} if scale_of else {}
+        for name, tensor in weights.stream():
+            if name in left_out:
+                continue
+            if name in scale_of and tensor.dtype not in FLOAT8:
+                raise ValueError(f"{name} has a scale but is {tensor.dtype}, not float8: {INSTEAD}")
+            tensor = tensor.to(torch.bfloat16) if tensor.dtype in FLOAT8 else tensor
+            yield name, tensor.float() * scales[scale_of[name]] if name in scale_of else tensor
+
+    return replace(weights, shapes={name: shape for name, shape in weights.shapes.items() if name not in left_out}, stream=stream)
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path | None:
