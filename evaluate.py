@@ -74,7 +74,7 @@ def load(args: argparse.Namespace) -> Evaluation:
     device = pick_device(args.device)
     source = find_model(args.run)
     model = load_model(source, device, ema=not args.no_ema)
-    settings = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg)
+    settings = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg)
     return Evaluation(model, source, settings, device, Path(args.out) if args.out else usual_output(args.run),
                       args.count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options)
 

@@ -16,28 +16,29 @@ Image i of a prompt is drawn from seed + i alone, whatever the batch size. PNGs 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, add_drawing_flags, caption, check_seed, fail, guard, outlive_terminal
+from tinyldm.cli import Parser, add_drawing_flags, caption, fail, guard, outlive_terminal
+from tinyldm.config.sample_arguments import check, is_file_name
 from tinyldm.unicode import read_lines
-
-PICTURES = (".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
-
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", type=caption, help="one or several captions")
     add("--from-file", metavar="FILE", help="captions from a text file in UTF-8, one per line")
-    add("--negative-prompt", default="", type=caption, metavar="TEXT", help="what to steer away from (default: the empty caption)")
+    add("--negative-prompt", type=caption, metavar="TEXT", help="what to steer away from (default: the empty caption; of Stable "
+        "Diffusion XL zeros, which are something else)")
     add("--model", metavar="FOLDER|ID|FILE", help="run or model folder, hub id, or .safetensors/.ckpt (default: the run "
         "that finished last under runs/)")
     add("--revision", metavar="NAME", help="hub id: branch, tag or commit")
     add("--variant", metavar="NAME", help="weights files of a published folder, such as fp16 (default: full precision)")
-    add("--tokenizer", metavar="FOLDER|ID", help="for a single-file checkpoint, which holds none (default: CLIP's, from the hub)")
+    add("--tokenizer", action="append", metavar="FOLDER|ID", help="for a single-file checkpoint, which holds none (default: CLIP's and "
+        "T5's, from the hub); once for each text encoder, or a model folder")
+    add("--parts", nargs="+", metavar="SOURCE", help="for a single file without text encoders or VAE: files, folders or hub ids of these")
+    add("--without-t5", action="store_true", help="Stable Diffusion 3: leave out its third text encoder, which takes 9.5 GB in bf16")
     add("--prediction", metavar="NAME", help="for a single file that does not say it: eps or v (default: v for Stable "
         "Diffusion 2, eps for 1)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
@@ -47,6 +48,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance only where LOW < sigma/alpha <= HIGH "
         "(noise over signal: large or infinite at first, 0 at the end); the other steps are twice as fast")
     add("--prompt-weights", action="store_true", help="(x) [x] (x:1.3) change the weight of x, also in --negative-prompt")
+    add("--skip-layers", type=int, nargs="+", metavar="N", help="also steer away from what the network draws without these layers: "
+        "7 8 9 for Stable Diffusion 3.5 medium")
+    add("--skip-scale", type=float, metavar="W", help="with --skip-layers (default: 2.8)")
+    add("--skip-interval", type=float, nargs=2, metavar=("START", "STOP"), help="with --skip-layers: fractions of the steps "
+        "(default: 0.01 0.2)")
+    add("--original-size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="Stable Diffusion XL: size of the picture as it was "
+        "found, which the network is told (default: that of the picture to draw)")
+    add("--crop", type=int, nargs=2, metavar=("LEFT", "TOP"), help="Stable Diffusion XL: what was cut off of it (default: 0 0, nothing)")
     add("--eta", type=float, metavar="E", help="ddim: fraction of fresh noise, 0 to 1")
     add("--seed", type=int, default=0, metavar="S", help="first seed; -1 picks one (printed and stored)")
     add("-n", "--num-images", type=int, default=1, metavar="N", help="pictures per caption")
@@ -62,13 +71,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--interpolate", nargs="?", const="", metavar="SEED2", help="an animation from --seed to SEED2 (default: the same seed) "
         "and, of two captions, from the first to the second")
     add("--frames", type=int, metavar="N", help="with --interpolate (default: 16)")
-    add("--preview", nargs="?", const="", metavar="TAESD", help="write preview.png while drawing, with this tiny autoencoder "
-        "(folder or hub id; default: the one for Stable Diffusion, from the hub)")
+    add("--preview", nargs="?", const="", metavar="TAESD", help="write preview.png while drawing: coarse colours, or with this tiny "
+        "autoencoder (folder or hub id; taesd: the published one for the model's latents)")
     add("--out", "--outdir", default="samples", metavar="PATH", help="a folder, or a .png file (default: samples/); an animation "
         "may be .webp or .gif")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (or cuda:1, ...), mps")
+    add("--offload", nargs="?", const="auto", metavar="HOW", help="for models larger than the GPU's memory: weights are on the GPU only "
+        "while they work. auto: the network by blocks where it does not fit; parts: never; blocks: always (slowest, least memory)")
     add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16 (bfloat16), fp16 "
         "(float16), fp32 (float32)")
+    add("--dry-run", action="store_true", help="say what drawing will take, and stop: memory, FLOPs, bytes to read; reads no weights")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
     args = parser.parse_args(argv)
     if args.from_file:
@@ -83,68 +95,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse wrong arguments, before torch is loaded."""
-    if not args.prompt:
-        fail('no prompt: python sample.py "a red fox"')
-    for name, least in (("num_images", 1), ("batch_size", 1), ("seed", -1), ("width", 0), ("height", 0)):
-        if getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
-    if args.cfg is not None and not abs(args.cfg) < 1000:
-        fail(f"--cfg {args.cfg} is not a guidance scale: 1 or less is none, 7.5 is usual")
-    if args.eta is not None and not 0 <= args.eta <= 1:
-        fail(f"--eta {args.eta} must lie between 0 and 1")
-    if args.strength is not None and not 0 < args.strength <= 1:
-        fail(f"--strength {args.strength} must lie above 0 and at most at 1")
-    for name in ("mask", "strength", "invert"):
-        if getattr(args, name) is not None and not args.init_image:
-            fail(f"--{name} needs a picture to change: --init-image FILE")
-    if not 0 <= args.guidance_rescale <= 1:
-        fail(f"--guidance-rescale {args.guidance_rescale} must lie between 0 and 1")
-    if args.guidance_interval and not 0 <= args.guidance_interval[0] < args.guidance_interval[1]:
-        fail("--guidance-interval must be two rising numbers from 0 on, such as 0.3 5, the last may be inf")
-    if args.invert is not None and (args.mask or args.eta or args.interpolate is not None):
-        fail("--invert starts from the picture's own noise: leave out --mask, --eta and --interpolate")
-    check_interpolation(args)
-    try:
-        check_seed(args.seed)
-        check_seed(int(args.interpolate or 0), "--interpolate")
-    except ValueError as error:
-        fail(str(error))
-    endings = (".png",) if args.interpolate is None else (".png", ".webp", ".gif")
-    if (is_file_name(args.out) or os.path.isfile(args.out)) and Path(args.out).suffix.lower() not in endings:
-        fail(f"--out {args.out}: name a folder, or a file that ends in {', '.join(endings)}")
-    if args.strength is None:
-        args.strength = 1.0 if args.mask else 0.75
-
-
-def is_file_name(out: str) -> bool:
-    """Whether --out names a file: it ends as one of a picture or film does, and no folder of this name exists. Any other name is
-    a folder's, with dots too: sd1.5."""
-    return Path(out).suffix.lower() in PICTURES and not out.endswith(("/", os.sep)) and not os.path.isdir(out)
-
-
-def check_interpolation(args: argparse.Namespace) -> None:
-    """Refuse wrong values of --interpolate and --frames, and fill in the default of --frames."""
-    if args.interpolate is None:
-        if args.frames is not None:
-            fail(f"--frames {args.frames} needs --interpolate SEED2")
-        return
-    args.frames = 16 if args.frames is None else args.frames
-    if args.interpolate and not args.interpolate.isdecimal():
-        fail(f"--interpolate {args.interpolate} must be a seed, 0 or more; captions come before it")
-    if args.frames < 2:
-        fail(f"--frames {args.frames} must be at least 2")
-    if len(args.prompt) > 2 or args.num_images > 1:
-        fail(f"--interpolate goes from one picture to one other: give one caption or two, not {len(args.prompt)}, and no -n")
-    if len(args.prompt) == 1 and args.interpolate in ("", str(args.seed)):
-        fail("--interpolate has nowhere to go: give a second caption, or another seed, --interpolate SEED2")
-
-
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
     ARGS = parse()
 
+import inspect
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -153,27 +109,29 @@ from tqdm import tqdm
 
 from tinyldm.data import decoding
 from tinyldm.device import pick_device, pick_dtype
+from tinyldm.diffusion.guidance import SkipLayers
 from tinyldm.diffusion.prediction import PREDICTIONS
 from tinyldm.files import make_output_folder
 from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model, load_vae
 from tinyldm.lookup import DTYPE_NAMES, lookup
-from tinyldm.model import Model
+from tinyldm.model import NON_EMA, Model, architecture
+from tinyldm.offload import offload, pinned_weights
 from tinyldm.pictures.animation import even_fractions, write_animation
 from tinyldm.pictures.metadata import parameters
 from tinyldm.pictures.output import Output
 from tinyldm.pictures.pixels import to_bytes, to_pixels, write_picture
 from tinyldm.pictures.sheet import tile
-from tinyldm.pipeline import Canvas, DrawSettings, Morph, check_size, decode, draw, draw_settings, picture_size
+from tinyldm.pipeline import Canvas, DrawSettings, Morph, PromptFeatures, check_size, decode, draw, draw_settings, picture_size
+from tinyldm.planning.drawing import Order, bytes_on_disk, plan_drawing, render, weights_that_fit
 from tinyldm.text.prompt_weights import plain
 from tinyldm.training.portable import model_name, portable
 from tinyldm.training.run_folder import find_model
+from tinyldm.vendor_loaders import latent_rgb
 
-TINY_VAE = {4: "madebyollin/taesd"}                          # by latent channels: Stable Diffusion 1's and 2's
 
-
-def open_model(args: argparse.Namespace) -> tuple[Model, str]:
-    """The model, and its name for messages and metadata."""
+def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
+    """The model, and its source. With --offload its weights are in the host's memory, for --dry-run it has none."""
     device = pick_device(args.device)
     source = find_model(args.model)
     if args.revision:
@@ -182,26 +140,55 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str]:
         source = f"{source}@{args.revision}"
     if args.prediction:
         lookup(PREDICTIONS, args.prediction, "--prediction")
-    model = load_model(source, device, pick_dtype(args.dtype, device), not args.no_ema, args.variant, args.tokenizer, args.prediction)
-    for prompt in [*args.prompt, args.negative_prompt, args.invert or ""]:
-        if cut := model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
-            length = max(tokenizer.context_length for tokenizer in model.text.tokenizers)
-            print(f"warning: the model reads {length} tokens; left out: \"{cut}\"", file=sys.stderr)
-    return model, model_name(source)
+    place = "meta" if args.dry_run else "cpu" if args.offload else device
+    with pinned_weights(device) if args.offload else nullcontext():
+        model = load_model(source, place, pick_dtype(args.dtype, device), not args.no_ema, args.variant, args.tokenizer, args.prediction,
+                           args.parts or (), {"text_encoder_3"} if args.without_t5 else ())
+    for prompt in [*args.prompt, args.negative_prompt or "", args.invert or ""]:
+        for part, length, cut in model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
+            who = "the model" if len(model.text.modules) == 1 else f"its encoder {part}"
+            print(f'warning: {who} reads {length} tokens; left out: "{cut}"', file=sys.stderr)
+    return model, source
+
+
+def order(args: argparse.Namespace, settings: DrawSettings) -> Order:
+    """What is asked for, to plan it. (The size of --init-image is not looked at: pictures drawn from it have about the model's.)"""
+    at_once = min(args.batch_size, args.frames or len(args.prompt) * args.num_images)
+    return Order(settings, [args.negative_prompt or "", *args.prompt], at_once, args.width, args.height,
+                 args.strength if args.init_image else 1.0, args.invert is not None)
 
 
 def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     """The settings for drawing: from the flags, else the model's own defaults."""
-    found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg)
+    extras, sizes = architecture(model.net).extras(model.net.config), None
+    found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg)
     if args.eta is not None and found.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
     if not found.guided and args.negative_prompt:
-        raise ValueError(f"--negative-prompt has no effect at --cfg {found.cfg:g}: use --cfg above 1, or leave it out")
+        flag = "--true-cfg" if "guidance" in extras else "--cfg"
+        raise ValueError(f"--negative-prompt has no effect at {flag} {found.cfg:g}: use {flag} above 1, or leave it out")
     if not found.guided and (args.guidance_rescale or args.guidance_interval):
         raise ValueError(f"--guidance-{'rescale' if args.guidance_rescale else 'interval'} has no guidance to change: "
                          "use it with --cfg above 1")
+    if args.original_size or args.crop:
+        if "sizes" not in extras:
+            raise ValueError(f"--{'crop' if args.crop else 'original-size'} is for networks that are told sizes (Stable Diffusion XL)")
+        width, height = args.original_size or picture_size(model, args.width, args.height)
+        sizes = (height, width, *reversed(args.crop or (0, 0)))
+    skip = None if args.skip_layers is None else choose_layers(args, model)
     return found._replace(rescale=args.guidance_rescale, interval=args.guidance_interval and tuple(args.guidance_interval),
-                          weighted=args.prompt_weights)
+                          weighted=args.prompt_weights, sizes=sizes, skip=skip)
+
+
+def choose_layers(args: argparse.Namespace, model: Model) -> SkipLayers:
+    """The settings of skip-layer guidance. ValueError where the network has no such layers."""
+    if "skip_layers" not in inspect.signature(model.net.forward).parameters:
+        raise ValueError("--skip-layers is for Stable Diffusion 3 and 3.5: this model's network cannot be run without some of its layers")
+    count = model.net.config.layers
+    if odd := [layer for layer in args.skip_layers if not 0 <= layer < count]:
+        raise ValueError(f"--skip-layers {odd[0]}: the network has layers 0 to {count - 1}")
+    given = {"scale": args.skip_scale, **dict(zip(("start", "stop"), args.skip_interval or ()))}
+    return SkipLayers(tuple(args.skip_layers), **{name: value for name, value in given.items() if value is not None})
 
 
 def open_picture(file: str) -> tuple[bytes, int, int]:
@@ -234,28 +221,32 @@ def open_canvas(args: argparse.Namespace, model: Model) -> Canvas:
 
 def open_preview(args: argparse.Namespace, model: Model, file: Path) -> Callable[[Tensor], None]:
     """A function that writes the current prediction of the pictures to `file`."""
-    channels = model.vae.config.latent_channels
-    if not args.preview and channels not in TINY_VAE:
-        raise ValueError(f"no tiny autoencoder is known for {channels} latent channels: name one, --preview FOLDER")
-    tiny = load_vae(args.preview or TINY_VAE[channels], next(model.net.parameters()).device)
-    if tiny.config.latent_channels != channels:
-        raise ValueError(f"--preview {args.preview} has {tiny.config.latent_channels} latent channels, the model {channels}")
-
-    def show(x0: Tensor) -> None:
-        write_picture(file, tile(to_bytes(decode(tiny, x0.float()))))
-
-    return show
+    if not args.preview:
+        pixels = latent_rgb.preview(model.vae)
+    else:
+        known = latent_rgb.family(model.vae.config)
+        if args.preview.lower() == "taesd" and known is None:
+            raise ValueError("--preview taesd: no tiny autoencoder is published for this model's latents: name one, or leave its name out")
+        tiny = load_vae(known.taesd if args.preview.lower() == "taesd" else args.preview, model.device)
+        channels = model.vae.config.latent_channels
+        if tiny.config.latent_channels != channels:
+            raise ValueError(f"--preview {args.preview} has {tiny.config.latent_channels} latent channels, the model {channels}")
+        pixels = lambda x0: decode(tiny, x0.float())
+    return lambda x0: write_picture(file, tile(to_bytes(pixels(x0))))
 
 
 def describe(args: argparse.Namespace, settings: DrawSettings, about: dict[str, str], image: np.ndarray, prompt: str, seed: int) -> str:
     """The settings as AUTOMATIC1111's `parameters` text. about: the facts about the model."""
-    return parameters(prompt, args.negative_prompt, {
+    return parameters(prompt, args.negative_prompt or "", {
         "Steps": settings.steps, "Sampler": settings.sampler, "Schedule type": settings.schedule, "CFG scale": settings.cfg,
         "Seed": seed, "Size": f"{image.shape[1]}x{image.shape[0]}", **about, "RNG": "CPU",
         **({"Eta": args.eta} if args.eta is not None else {}),
         **({"CFG Rescale": settings.rescale} if settings.rescale else {}),
         **({"Guidance interval": "{:g} to {:g}".format(*settings.interval)} if settings.interval else {}),
         **({"Emphasis": "No norm"} if settings.weighted else {}),
+        **({"Distilled CFG Scale": settings.told} if settings.told != 1 else {}),
+        **({"Told sizes": "{1}x{0}, crop {3},{2}".format(*settings.sizes)} if settings.sizes else {}),
+        **({"Skip layers": "{0}, scale {1:g}, steps {2:g} to {3:g}".format(*settings.skip)} if settings.skip else {}),
         **({"Denoising strength": args.strength, "Init image": Path(args.init_image).name} if args.init_image else {}),
         **({"Inverted as": args.invert or prompt} if args.invert is not None else {}),
         **({"Mask": Path(args.mask).name} if args.mask else {}),
@@ -265,7 +256,8 @@ def describe(args: argparse.Namespace, settings: DrawSettings, about: dict[str, 
 def facts_about(args: argparse.Namespace, model: Model, name: str) -> dict[str, str]:
     """All about the model that another picture could come of: which one it is, and how it was loaded."""
     facts = {"Model": name, "Variant": args.variant, "Weights": "raw" if args.no_ema else "", "Prediction": args.prediction,
-             "Tokenizer": portable(args.tokenizer or ""),
+             "Tokenizer": " ".join(map(portable, args.tokenizer or ())), "Parts": " ".join(map(portable, args.parts or ())),
+             "Left out": "T5" if args.without_t5 else "",
              "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]]}
     return {key: value for key, value in facts.items() if value}
 
@@ -274,12 +266,11 @@ def draw_all(args: argparse.Namespace, model: Model, settings: DrawSettings, job
              preview_file: Path, morph: Morph | None = None) -> Iterator[np.ndarray]:
     """Draw one picture per (prompt, seed), in batches -> one by one, uint8 [h, w, 3], as soon as its batch is done. morph:
     interpolate towards another picture."""
-    if args.compile:
-        model.net.compile()
     canvas = open_canvas(args, model) if args.init_image else None
     if canvas is None:
         check_size(model, *picture_size(model, args.width, args.height))
     show = open_preview(args, model, preview_file) if args.preview is not None else None
+    features = PromptFeatures(model, settings.weighted)
     with tqdm(total=len(jobs) * settings.steps * (1 if args.invert is None else 2), unit="step", disable=None) as bar:
         def on_step(x0: Tensor) -> None:
             bar.update(len(x0))
@@ -289,8 +280,10 @@ def draw_all(args: argparse.Namespace, model: Model, settings: DrawSettings, job
         for start in range(0, len(jobs), args.batch_size):
             part = slice(start, start + args.batch_size)
             prompts, seeds = zip(*jobs[part])
+            if not features.known.keys() >= {*prompts}:
+                features.prepare([args.negative_prompt or "", *(prompt for prompt, _ in jobs[start:])])
             yield from draw(model, prompts, seeds, settings, negative=args.negative_prompt, width=args.width,
-                            height=args.height, eta=args.eta, canvas=canvas, on_step=on_step,
+                            height=args.height, eta=args.eta, canvas=canvas, on_step=on_step, features=features,
                             morph=morph and morph._replace(fractions=morph.fractions[part]))
 
 
@@ -331,8 +324,17 @@ def draw_animation(args: argparse.Namespace, model: Model, settings: DrawSetting
 @torch.inference_mode()
 def main() -> None:
     args = ARGS
-    model, name = open_model(args)
-    settings = resolve(args, model)
+    model, source = open_model(args)
+    settings, name = resolve(args, model), model_name(source)
+    if args.dry_run:
+        disk = bytes_on_disk(source, model, NON_EMA if args.no_ema else args.variant, args.parts or ())
+        return print(render(plan_drawing(model, order(args, settings)), name, disk))
+    if args.compile:
+        model.net.compile()                     # before offload(), which refuses to move a compiled network by blocks
+    if args.offload:
+        device = pick_device(args.device)
+        fits = weights_that_fit(model, order(args, settings), device) if args.offload == "auto" else None
+        model = offload(model, device, args.offload, fits)
     out, still = Path(args.out), args.interpolate is None
     file = (out if still else out.with_suffix(".png")) if is_file_name(args.out) else None
     output = Output(out.parent if file else out, file, [])

@@ -234,6 +234,15 @@ def tiny_vae(path, channels):
     return str(path)
 
 
+def test_a_preview_needs_no_autoencoder(model, arguments, tmp_path):
+    show = sample.open_preview(arguments("--preview"), model, tmp_path / "preview.png")
+    show(torch.randn(2, 4, 16, 16))
+    assert np.asarray(Image.open(tmp_path / "preview.png")).std() > 1
+    with pytest.raises(ValueError, match="no tiny autoencoder is published"):
+        sample.open_preview(arguments("--preview", "taesd"), replace(model, vae=AutoencoderKL(replace(model.vae.config, scaling_factor=2.0))),
+                            tmp_path / "preview.png")
+
+
 def test_a_preview_is_written_at_every_step_and_other_channels_are_refused(model, arguments, tmp_path):
     file, seen = tmp_path / "preview.png", []
     show = sample.open_preview(arguments("--preview", tiny_vae(tmp_path / "tiny", 4)), model, file)

@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -19,11 +20,14 @@ from outcomes import Row, same
 from PIL import Image
 from test_sample import OTHER, PROMPT, make
 
+from tinyldm.diffusion.guidance import SkipLayers
 from tinyldm.evaluation import base
 from tinyldm.evaluation.base import Measurement
 from tinyldm.evaluation.metrics import METRICS, Metric
 from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model, save_vae
+from tinyldm.models.flux import Flux, FluxConfig
+from tinyldm.models.mmdit import MMDiT, MMDiTConfig
 from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import UNet
 from tinyldm.pictures.pixels import to_pixels
@@ -52,6 +56,15 @@ def once():
     return once
 
 
+OTHER_NETWORKS = {                                  # for the flags that make()'s network has no use for
+    "sizes": lambda: UNet(replace(make().net.config, pooled_dim=32)),
+    "told": lambda: Flux(FluxConfig(in_channels=4, out_channels=4, width=32, heads=2, double_layers=1, single_layers=1, context_dim=32,
+                                    pooled_dim=32, guidance=True, rope_axes=(4, 6, 6))),
+    "layers": lambda: MMDiT(MMDiTConfig(in_channels=4, out_channels=4, width=32, layers=2, heads=2, context_dim=32, pooled_dim=32,
+                                        max_positions=16, sample_size=16)),
+}
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A model with raw weights beside its averages, another one, pictures and masks, a file of captions."""
@@ -61,6 +74,10 @@ def places(tmp_path_factory):
         raw = {"net": randomise(UNet(model.net.config), 7).state_dict(), "text": model.text.modules["text"].state_dict()}
         save_model(folder / name, net=randomise(model.net, seed), vae=model.vae, texts=[*model.text.modules.values()],
                    tokenizers=model.text.tokenizers, scheduler=model.scheduler, defaults=model.defaults | {"preset": name}, non_ema=raw)
+    for name, net in OTHER_NETWORKS.items():
+        model = make("flow", "flow")
+        save_model(folder / name, net=randomise(net(), 1), vae=model.vae, texts=[*model.text.modules.values()],
+                   tokenizers=model.text.tokenizers, scheduler=model.scheduler, defaults=model.defaults)
     save_vae(folder / "tiny", randomise(TAESD(TAESDConfig(latent_channels=4, width=8, blocks=(1, 1)))))
     ramp = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
     Image.fromarray(np.stack([ramp, ramp.T, 255 - ramp], -1)).save(folder / "init.png")
@@ -74,8 +91,9 @@ def opened(monkeypatch):
     """A function: let a script open models of any name, and the list of what it asked for."""
     asked = []
 
-    def load(source, device=torch.device("cpu"), dtype=torch.float32, ema=True, variant=None, tokenizer=None, prediction=None):
-        asked.append((str(source), dtype, ema, variant, tokenizer, prediction))
+    def load(source, device=torch.device("cpu"), dtype=torch.float32, ema=True, variant=None, tokenizer=None, prediction=None, parts=(),
+             without=()):
+        asked.append((str(source), dtype, ema, variant, tokenizer, prediction, parts, without))
         return load_model(source if "hub/" not in str(source) else load.local, device, dtype, ema)
 
     def open_with(module, local):
@@ -88,6 +106,7 @@ def opened(monkeypatch):
 # ---------------------------------------------------------------- sample.py
 
 INIT = ("--init-image", "init.png")
+SKIP = ["--model", "layers", "--skip-layers", "0", "--steps", "6"]
 WHOLE = {"picture", "metadata"}                     # another picture, which says why
 SEVERAL = {"picture", "metadata", "files", "batches"}
 SAMPLE = {
@@ -98,7 +117,9 @@ SAMPLE = {
     "revision": Row(["--revision", "older"], {"loaded", "metadata"}, ["--model", "hub/model"],
                     lambda a, b: b.loaded[0][0] == "hub/model@older"),
     "variant": Row(["--variant", "fp16"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][3] == "fp16"),
-    "tokenizer": Row(["--tokenizer", "there"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][4] == "there"),
+    "tokenizer": Row(["--tokenizer", "there"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][4] == ["there"]),
+    "parts": Row(["--parts", "a", "b"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][6] == ["a", "b"]),
+    "without_t5": Row(["--without-t5"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][7] == {"text_encoder_3"}),
     "prediction": Row(["--prediction", "eps"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][5] == "eps"),
     "no_ema": Row(["--no-ema"], {"loaded", *WHOLE}, which_way=lambda a, b: b.loaded[0][2] is False),
     "cfg": Row(["--cfg", "7"], WHOLE),
@@ -106,6 +127,12 @@ SAMPLE = {
     "sampler": Row(["--sampler", "heun"], WHOLE),
     "schedule": Row(["--schedule", "karras"], WHOLE),
     "guidance_rescale": Row(["--guidance-rescale", "0.7"], WHOLE),
+    "true_cfg": Row(["--true-cfg", "3"], WHOLE, ["--model", "told"]),
+    "skip_layers": Row(["--skip-layers", "0"], WHOLE, ["--model", "layers", "--steps", "6"]),
+    "skip_scale": Row(["--skip-scale", "1"], WHOLE, SKIP),
+    "skip_interval": Row(["--skip-interval", "0.3", "0.9"], WHOLE, SKIP),
+    "original_size": Row(["--original-size", "64", "40"], WHOLE, ["--model", "sizes"]),
+    "crop": Row(["--crop", "8", "4"], WHOLE, ["--model", "sizes"]),
     "guidance_interval": Row(["--guidance-interval", "0.3", "5"], WHOLE),
     "prompt_weights": Row(["--prompt-weights"], WHOLE, ["a (red:1.5) square"]),
     "eta": Row(["--eta", "0.5"], WHOLE),
@@ -126,7 +153,8 @@ SAMPLE = {
     "dtype": Row(["--dtype", "bf16"], {"loaded", *WHOLE}, which_way=lambda a, b: b.loaded[0][1] == torch.bfloat16),
     "compile": Row(["--compile"], {"compiled"}),
 }
-NOT_SAMPLE = {"device": "there may be one alone"}
+NOT_SAMPLE = {"device": "there may be one alone", "offload": "the same picture: tests/test_sample_memory.py, tests/test_offload.py",
+              "dry_run": "no picture: tests/test_sample_memory.py"}
 
 
 def sampled(module, asked: list, monkeypatch, tmp_path, *words: str) -> dict[str, Any]:
@@ -174,9 +202,15 @@ def test_every_setting_of_drawing_changes_the_picture():
     drawn = lambda how=how, **options: draw(model, ["a (red:1.5) square"], [3], how, **options)
     sampling = draw_settings(model, sampler="euler_a").sampling             # of which `sampler` and `schedule` are the names
     settings = dict(sampling=sampling, steps=5, cfg=6.0, rescale=0.7, interval=(0.5, 3.0), weighted=True)
-    assert settings.keys() | {"sampler", "schedule"} == set(DrawSettings._fields)
+    others = dict(told=("told", 2.0), sizes=("sizes", (40, 64, 8, 4)), skip=("layers", SkipLayers((0,), start=0.0, stop=1.0)))
+    assert settings.keys() | others.keys() | {"sampler", "schedule"} == set(DrawSettings._fields)
     plain, from_canvas, morphed = drawn(), drawn(canvas=canvas), drawn(morph=morph)
     changed = {name: not same(plain, drawn(how._replace(**{name: value}))) for name, value in settings.items()}
+    for name, (network, value) in others.items():
+        other = replace(make("flow", "flow"), net=randomise(OTHER_NETWORKS[network]()))
+        plain_how = draw_settings(other, steps=3)
+        pair = [draw(other, [PROMPT], [3], each) for each in (plain_how, plain_how._replace(**{name: value}))]
+        changed[name] = not same(*pair)
     for name, value in dict(negative=OTHER, width=40, height=40, eta=1.0, canvas=canvas, morph=morph).items():
         changed[name] = not same(plain, drawn(**{name: value}))
     for name, value in dict(pixels=-pixels, strength=1.0, mask=mask, shows=OTHER).items():
@@ -218,6 +252,7 @@ EVALUATE = {
     "metric": Row(["--metric", "probe", "second"], {"measured"}, which_way=lambda a, b: b.measured == ["probe", "second"]),
     "count": Row(["--count", "4"], {"picture", "batches"}, which_way=lambda a, b: b.batches == [4]),
     "cfg": Row(["--cfg", "7"], {"record", "picture"}, which_way=lambda a, b: b.record["cfg"] == 7),
+    "true_cfg": Row(["--true-cfg", "3"], {"record", "picture"}, ["told"], lambda a, b: (a.record["cfg"], b.record["cfg"]) == (1, 3)),
     "steps": Row(["--steps", "5"], {"record", "picture"}, which_way=lambda a, b: b.record["steps"] == 5),
     "sampler": Row(["--sampler", "heun"], {"record", "picture"}, which_way=lambda a, b: b.record["sampler"] == "heun"),
     "schedule": Row(["--schedule", "karras"], {"record", "picture"}),
@@ -248,15 +283,15 @@ def test_a_flag_of_evaluate_changes_what_it_is_for_and_nothing_else(name, places
     module = load_script("evaluate")
     asked = opened(module, places / "model")
     monkeypatch.chdir(tmp_path)
-    for each in ("model", "another"):
+    for each in ("model", "another", "told"):
         (tmp_path / each).symlink_to(places / each)
 
     def run(*words):
         for noted in (measured, batches, asked):
             noted.clear()
-        place = "another" if "another" in words else "model"
+        place = next((word for word in words if word in ("another", "told")), "model")
         module.ARGS = module.parse([place, *(["--metric", "probe"] if "--metric" not in words else []), "--count", "3",
-                                    *(word for word in words if word != "another")])
+                                    *(word for word in words if word != place)])
         module.main()
         out = module.ARGS.out or f"{place}/evaluation"
         record = json.loads((tmp_path / out / "probe.json").read_text())

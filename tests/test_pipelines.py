@@ -255,10 +255,10 @@ def test_a_folder_of_the_safe_pipeline_is_drawn_with_as_the_plain_one_does_and_s
 
 REASONS = {"FlaxStableDiffusionPipeline": "msgpack", "OnnxStableDiffusionPipeline": "another runtime",
            "StableDiffusionOnnxPipeline": "another runtime", "ORTStableDiffusionPipeline": "another runtime",
-           "StableDiffusionControlNetPipeline": "further network", "StableDiffusionXLPipeline": "second text encoder",
+           "StableDiffusionControlNetPipeline": "further network", "Flux2Pipeline": "language model", "FluxFillPipeline": "further picture",
            "StableDiffusionLatentUpscalePipeline": "more than noise", "StableDiffusionDepth2ImgPipeline": "more than noise",
            "StableDiffusionInstructPix2PixPipeline": "more than noise", "LatentConsistencyModelPipeline": "guidance scale as an input",
-           "AltDiffusionPipeline": "not CLIP's", "StableDiffusion3Pipeline": "transformer", "DiTPipeline": "number of a class",
+           "AltDiffusionPipeline": "not CLIP's", "PixArtAlphaPipeline": "transformer", "DiTPipeline": "number of a class",
            "StableDiffusionSAGPipeline": "write that _class_name into", "DDPMPipeline": "write that _class_name into", None: "_class_name"}
 
 

@@ -18,7 +18,7 @@ from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pictures.animation import even_fractions, write_animation
 from tinyldm.pictures.pixels import to_bytes, to_pixels
-from tinyldm.pipeline import Canvas, Morph, decode, draw, draw_settings, encode, encode_prompts
+from tinyldm.pipeline import Canvas, Morph, decode, draw, draw_settings, encode, PromptFeatures
 from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.text.prompt_weights import parse_weights, plain, token_weights
 from tinyldm.text.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ def test_weights_are_read_as_published(text, pieces):
 def test_every_token_carries_the_weight_of_what_it_was_written_in(model):
     text = "(a:1.2) (Red  square:1.5) on the [left]"
     weights = token_weights(model.text.tokenizers[0], text)
-    tokens = model.text.tokenizers[0]._bpe.encode(plain(text)).tokens
+    tokens = model.text.tokenizers[0]._backend.encode(plain(text)).tokens
     told = {token.removesuffix("</w>"): weight for token, weight in zip(tokens, weights)}
     assert len(weights) == 16 and told["red"] == told["square"] == 1.5 and told["left"] == pytest.approx(1 / 1.1)
     assert told["a"] == 1.2 and {told[word] for word in ("on", "the", "<|startoftext|>", "<|endoftext|>")} == {1.0}
@@ -141,8 +141,8 @@ def test_every_token_carries_the_weight_of_what_it_was_written_in(model):
 
 @torch.no_grad()
 def test_a_weight_multiplies_a_tokens_features_and_nothing_else(model):
-    plain_cond = encode_prompts(model, ["a red square", OTHER])
-    cond = encode_prompts(model, ["a (red:1.5) square", OTHER], weighted=True)
+    plain_cond = PromptFeatures(model)(["a red square", OTHER])
+    cond = PromptFeatures(model, weighted=True)(["a (red:1.5) square", OTHER])
     ratio = cond.context / plain_cond.context
     assert ratio[0, 2].allclose(torch.tensor(1.5)) and torch.equal(cond.pooled, plain_cond.pooled)
     ratio[0, 2] = 1

@@ -14,13 +14,12 @@ import pytest
 import torch
 from helpers import ROOT
 from outcomes import Row, flags, outcome, several_shapes
+from published import write_sdxl
 
 from tinyldm.config.fields import SETTINGS, make_config
-from tinyldm.model import TEXT_ENCODERS
 from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
 from tinyldm.planning.plan import make_plan
 from tinyldm.planning.show import render
-from tinyldm.text.encoders import JOINS
 
 TINY = dict(resolution=8, vae=dict(widths=(8, 8), groups=4, depth=1, middle_attention=False), vae_steps=2, vae_batch_size=2, vae_crop=4,
             network="dit", dit=dict(patch=2, width=8, layers=1, heads=1, mlp_width=8, time_dim=8),
@@ -103,7 +102,10 @@ ROWS = {
     "vae_kl": Row(0.1, {"vae_loss"} | OTHER_VAE, FIRST, lambda a, b: bool((b.vae_loss[0] > a.vae_loss[0]).all())),
     # text and network
     "text": Row(dict(layers=2), NETWORK),
+    "text_encoder": Row("t5", {"captions", "tokens", "vocabulary"} | NETWORK),
     "text_weights": Row("MODEL", NETWORK - {"defaults"}),
+    "text_join": Row("single", {"captions", "tokens"} | NETWORK, dict(text_weights="TWO"),
+                     lambda a, b: a.tokens[0].shape[1] == 2 * b.tokens[0].shape[1]),
     "vocab_size": Row(520, {"captions", "tokens", "vocabulary"} | NETWORK),
     "network": Row("unet", NETWORK),
     "unet": Row(dict(depth=2), NETWORK, dict(network="unet")),
@@ -185,7 +187,7 @@ ELSEWHERE = {           # settings that no row can have: the reason, and the tes
     "rollback": ("the loss must diverge first", "test_a_loss_that_has_diverged_rolls_back_and_skips_the_batches"),
     "objective_options": ("the objective has none", "test_a_run_of_additions_learns_and_a_stopped_one_ends_the_same"),
 }
-ONE_ROW = {"objective": OBJECTIVES, "vae_objective": FIRST_STAGE_OBJECTIVES, "text_encoder": TEXT_ENCODERS, "text_join": JOINS}
+ONE_ROW = {"objective": OBJECTIVES, "vae_objective": FIRST_STAGE_OBJECTIVES}
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +196,8 @@ def run(tmp_path_factory):
     base, memo = tmp_path_factory.mktemp("settings"), {}
     names = {"MINE": several_shapes(base / "mine", 0), "OTHER": several_shapes(base / "other", 90), "VAE": str(base / "0" / "vae"),
              "MINE_VAE": str(base / "1" / "vae"), "MODEL": str(base / "0" / "checkpoints" / "step-000001" / "model"),
-             "LATENTS": str(base / "2" / "latents")}
+             "LATENTS": str(base / "2" / "latents"), "TWO": str(base / "two")}
+    write_sdxl(base / "two")                                    # with two text encoders
     real = lambda value: [*map(real, value)] if isinstance(value, list) else names.get(value, value) if isinstance(value, str) else value
 
     def run(**settings):

@@ -11,7 +11,7 @@ from test_sample import make
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.pictures.animation import even_fractions
 from tinyldm.pictures.pixels import to_pixels
-from tinyldm.pipeline import Canvas, Morph, draw, draw_settings, encode_prompts
+from tinyldm.pipeline import Canvas, Morph, draw, draw_settings, PromptFeatures
 
 SHORT, LONG = "blue", "a small green triangle on the left of a red square"
 CAPTIONS = [SHORT, LONG, "a red circle", ""]
@@ -55,7 +55,7 @@ def test_a_picture_of_a_batch_of_uneven_captions_is_the_one_drawn_alone(model, n
 
 
 def test_the_mask_reaches_to_the_end_token_of_every_caption_and_no_further(model):
-    mask, ids = encode_prompts(model, CAPTIONS).mask, model.text.tokenize(CAPTIONS)
+    mask, ids = PromptFeatures(model)(CAPTIONS).mask, model.text.tokenize(CAPTIONS)
     assert (mask is not None) == model.defaults["mask_padding"]
     if mask is None:
         return

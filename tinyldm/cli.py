@@ -79,7 +79,8 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every script that draws pictures, the arguments of pipeline.draw_settings. Their default is None."""
     add = parser.add_argument
     add("--cfg", "--guidance-scale", "--scale", type=float, metavar="W", help="guidance scale; 1 or less is none, the prompt alone: "
-        "turbo models want 0 (default: the model's)")
+        "turbo models want 0; of FLUX dev the number that the network is told (default: the model's)")
+    add("--true-cfg", type=float, metavar="W", help="of FLUX dev: guidance scale against a negative prompt, at twice the cost (default: 1)")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (default: the model's)")
     add("--sampler", metavar="NAME", help="ddim, ddpm, euler, euler_a, heun, edm, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc, "
         "adaptive (default: the model's)")
@@ -108,7 +109,8 @@ def guard(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)) or os.environ.get("TINYLDM_TRACEBACK"):
             raise
-        fail(f"out of memory: use a smaller --batch-size, fewer pixels, or --dtype bf16 ({' '.join(str(error).split())[:200]})")
+        fail("out of memory: use a smaller --batch-size, fewer pixels, --dtype bf16 or, in sample.py, --offload "
+             f"({' '.join(str(error).split())[:200]})")
 
 
 class BestEffortStream:

@@ -1,31 +1,39 @@
 """The parts of a model, and the tables of the networks that can be its parts.
 
 One row of a table holds everything that the rest of the library needs to know about a class of network: training, planning,
-drawing and storing ask the row. (Single-file checkpoints and the export for StableDiffusionPipeline are about that one family,
-and name its classes.) To add a network, write it and add a row: it can then be planned, trained, sharded, saved, loaded and
+drawing and storing ask the row. (What a published family of models is made of is in
+vendor_loaders/families.py and pipelines.py.) To add a network, write it and add a row: it can then be planned, trained, sharded, saved, loaded and
 drawn with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tinyldm.diffusion.process import Process
 from tinyldm.lookup import build_dataclass, lookup
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTBlock, DiTConfig
+from tinyldm.models.flux import PATCH, DoubleBlock, Flux, FluxConfig, SingleBlock
 from tinyldm.models.layers import ResBlock
+from tinyldm.models.mmdit import JointBlock, MMDiT, MMDiTConfig
+from tinyldm.models.t5 import T5, T5Config
+from tinyldm.models.t5 import Layer as T5Layer
 from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import SpatialTransformer, UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.text.base_tokenizer import BaseTokenizer
 from tinyldm.text.encoders import TextEncoders, TextWidths
+from tinyldm.text.t5_tokenizer import T5Tokenizer
 from tinyldm.text.tokenizer import Tokenizer
-from tinyldm.vendor_loaders import clip, dit, pipelines, taesd, unet, vae
+from tinyldm.vendor_loaders import clip, dit, flux, mmdit, t5, taesd, unet, vae
 from tinyldm.vendor_loaders.layout import Layout
 
 StateDict = Mapping[str, Tensor]
@@ -63,10 +71,10 @@ class Architecture(NamedTuple):
     divisor: Callable[[Any], int] = lambda config: 1                # config -> height and width of latents are multiples of this
     trained_size: Callable[[Any], int | tuple[int, int] | None] = lambda config: None   # config -> latent height and width in training
     conditions: frozenset[str] = frozenset({"context"})             # the fields of Cond that training may give it
-    pipeline: str = pipelines.OWN               # the published pipeline that its model folder is written for
+    extras: Callable[[Any], tuple[str, ...]] = lambda config: ()    # config -> the names in Cond.extra that it needs
     # For text encoders:
     widths: Callable[[Any], TextWidths] = lambda config: TextWidths(config.width, config.width)
-    tokenizer: type[Tokenizer] = Tokenizer      # of which one is trained for a new encoder
+    tokenizer: type[BaseTokenizer] = Tokenizer  # of which one is trained for a new encoder
 
 
 NETWORKS: dict[str, Architecture] = {           # keyed by the name on the command line
@@ -79,13 +87,27 @@ NETWORKS: dict[str, Architecture] = {           # keyed by the name on the comma
         # Channels-last convolutions, which Inductor refuses for training graphs with a convolution that halves the channels
         # (torch/_inductor/graph.py, decide_layout_opt), though bfloat16 convolutions on GPUs want them.
         compile_options={"force_layout_optimization": True},
-        # Its conditions have no mask: StableDiffusionPipeline attends to the padding, so an exported model would lose it.
-        pipeline=pipelines.STABLE_DIFFUSION),
+        # There is no mask: the published pipelines attend to the padding, so an exported model would lose it.
+        conditions=frozenset({"context", "pooled"}), extras=lambda config: ("sizes",) if config.pooled_dim else ()),
     "dit": Architecture(
         DiT, DiTConfig, "transformer", WEIGHTS, (dit.CLASS,), dit.LAYOUTS, dit.to_config, dit.from_config,
         blocks=(DiTBlock,), inner=("blocks.",),
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels, context_dim=shapes.text.context),
         divisor=lambda config: config.patch, conditions=frozenset({"context", "mask", "pooled"})),
+    "mmdit": Architecture(
+        MMDiT, MMDiTConfig, "transformer", WEIGHTS, (mmdit.CLASS,), mmdit.LAYOUTS, mmdit.to_config, mmdit.from_config,
+        blocks=(JointBlock,), inner=(".attn", ".mlp."),
+        fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels, context_dim=shapes.text.context,
+                                   pooled_dim=shapes.text.pooled, sample_size=shapes.sample_size),
+        divisor=lambda config: config.patch, trained_size=lambda config: config.sample_size,
+        conditions=frozenset({"context", "pooled"})),
+    "flux": Architecture(
+        Flux, FluxConfig, "transformer", WEIGHTS, (flux.CLASS,), flux.LAYOUTS, flux.to_config, flux.from_config,
+        blocks=(DoubleBlock, SingleBlock), inner=(".attn.", ".mlp", ".out."),
+        fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels, context_dim=shapes.text.context,
+                                   pooled_dim=shapes.text.pooled),
+        divisor=lambda config: PATCH, conditions=frozenset({"context", "pooled"}),
+        extras=lambda config: ("guidance",) if config.guidance else ()),
 }
 AUTOENCODERS: dict[str, Architecture] = {
     "kl": Architecture(AutoencoderKL, VAEConfig, "vae", WEIGHTS, (vae.CLASS,), vae.LAYOUTS, vae.to_config, vae.from_config,
@@ -96,6 +118,9 @@ TEXT_ENCODERS: dict[str, Architecture] = {      # their published names are in "
     "clip": Architecture(CLIPText, CLIPTextConfig, "text_encoder", "model", ("CLIPTextModel", "CLIPTextModelWithProjection"),
                          clip.LAYOUTS, clip.to_config, clip.from_config, inner=("layers.",),
                          widths=lambda config: TextWidths(config.width, config.projection_dim or config.width)),
+    "t5": Architecture(T5, T5Config, "text_encoder", "model", t5.CLASSES, t5.LAYOUTS, t5.to_config, t5.from_config,
+                       blocks=(T5Layer,), inner=("layers.",),
+                       tokenizer=T5Tokenizer),
 }
 
 
@@ -144,6 +169,15 @@ def muon_matrices(modules: Mapping[str, nn.Module]) -> set[str]:
     return found
 
 
+class Placement(Protocol):
+    """Where the parts of a model are while they work (offload.py)."""
+
+    device: torch.device
+
+    def at_work(self, part: str) -> AbstractContextManager:
+        """See Model."""
+
+
 @dataclass
 class Model:
     """A whole model: networks, text encoders, and the noise process that the network was trained on."""
@@ -155,11 +189,21 @@ class Model:
     prediction: str
     scheduler: dict         # content of scheduler_config.json; save_model writes it
     defaults: dict          # content of tinyldm.json; {} where there is none
+    placement: Placement | None = None      # None: all parts stay where they are
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """Part name -> network: net, vae, text, text_2 ..."""
         return {"net": self.net, "vae": self.vae, **self.text.modules}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks work."""
+        return next(self.net.parameters()).device if self.placement is None else self.placement.device
+
+    def at_work(self, part: str) -> AbstractContextManager:
+        """The context in which a part (a key of `modules`) is called, for models whose parts are on the device only while they work."""
+        return nullcontext() if self.placement is None else self.placement.at_work(part)
 
     @property
     def divisor(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,16 +14,18 @@ from torch import Tensor, nn
 
 from tinyldm.device import in_parts
 from tinyldm.diffusion.grids import grid
-from tinyldm.diffusion.guidance import Denoiser, denoiser, denoiser_with_variance, inpaint, interval
+from tinyldm.diffusion.guidance import Denoiser, SkipLayers, denoiser, denoiser_with_variance, inpaint, interval, skip_layers
 from tinyldm.diffusion.guidance import cfg as guided
 from tinyldm.diffusion.noise import initial_noise, make_generators, slerp
 from tinyldm.diffusion.ode import invert
-from tinyldm.diffusion.process import Level
+from tinyldm.diffusion.process import Level, at_size
 from tinyldm.diffusion.samplers import find_sampler, sampler_name
+from tinyldm.lookup import lookup
 from tinyldm.model import Model, architecture
 from tinyldm.models.layers import Cond
 from tinyldm.models.tiling import PIXELS_AT_ONCE, decode_tiled, tiled
 from tinyldm.pictures.pixels import to_bytes
+from tinyldm.text.encoders import CAPTIONS_AT_ONCE
 from tinyldm.vendor_loaders.scheduler import Sampling, sampling
 
 # Published U-Nets that cannot draw from noise alone, by the channels that they take in addition to those of the latents.
@@ -39,6 +43,10 @@ class DrawSettings(NamedTuple):
     rescale: float = 0.0    # in [0, 1], for guidance.cfg
     interval: tuple[float, float] | None = None     # the range of sigma / alpha with guidance, for guidance.interval; None: all
     weighted: bool = False  # captions contain weights, as in "a (fox:1.3)": text/prompt_weights.py
+    told: float = 1.0       # the guidance scale that a network is told which was distilled from a guided one (FLUX dev)
+    sizes: tuple[int, int, int, int] | None = None      # height, width, crop top and left of the picture that the training's picture
+                                                        # would be cut from; None: it is not cut (arXiv:2307.01952, Sec. 2.2)
+    skip: SkipLayers | None = None                      # for guidance.skip_layers
 
     @property
     def guided(self) -> bool:
@@ -48,10 +56,19 @@ class DrawSettings(NamedTuple):
         return self.cfg > 1
 
 
+# Further conditions of a network by name -> its value for one picture, from the settings and the picture's width and height.
+EXTRAS: dict[str, Callable[[DrawSettings, int, int], Any]] = {
+    "sizes": lambda settings, width, height: [*(settings.sizes or (height, width, 0, 0)), height, width],
+    "guidance": lambda settings, width, height: settings.told,
+}
+
+
 def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | None = None, steps: int | None = None,
-                  cfg: float | None = None) -> DrawSettings:
+                  cfg: float | None = None, true_cfg: float | None = None) -> DrawSettings:
     """Settings, where None is replaced by the model's own default (tinyldm.json), else by diffusers' default for such a folder: the
-    scheduler that its config names, 50 steps, guidance 7.5. 'dpmpp_2m_karras' names both a sampler and a schedule.
+    scheduler that its config names, its pipeline's steps and guidance. 'dpmpp_2m_karras' names both a sampler and a schedule.
+
+    cfg: as `guidance_scale` in diffusers. FLUX dev's network is told this number, and true_cfg is that of classifier-free guidance.
 
     ValueError for unknown names, for steps and schedules that do not fit the model's process, and for two that exclude each other.
     """
@@ -63,11 +80,26 @@ def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | N
             raise ValueError(f"sampler {sampler} and schedule {schedule} name two schedules: leave one out")
         schedule = schedule or ("karras" if spelled != named.strip() else None)
         named = sampler_name(spelled)
-    found = sampling(model.scheduler, named, schedule)
+    found = sampling(model.scheduler, named, schedule)          # refuses what the config bends, also where the pipeline's own times follow
+    if schedule is None and "schedule" in defaults:
+        found = sampling(model.scheduler, named, defaults["schedule"])
     count = len(grid(model.process, steps if steps is not None else defaults.get("steps", 50), found.schedule, **found.grid)) - 1
     if steps not in (None, count):
         raise ValueError(f"schedule {found.schedule} has {count} steps, not {steps}: leave the number out")
-    return DrawSettings(found.sampler, found.schedule, count, cfg if cfg is not None else defaults.get("cfg", 7.5), found)
+    scale, told = guidance_scales(model, cfg, true_cfg)
+    return DrawSettings(found.sampler, found.schedule, count, scale, found, told=told)
+
+
+def guidance_scales(model: Model, cfg: float | None, true_cfg: float | None) -> tuple[float, float]:
+    """(scale of classifier-free guidance, scale that the network is told). ValueError where the model has no use for one of them."""
+    if model.defaults.get("distilled") and max(cfg or 0, true_cfg or 0) > 1:
+        raise ValueError("this model was distilled to draw in a few steps without guidance: leave out --cfg and --true-cfg")
+    own = model.defaults.get("cfg", 7.5)
+    if "guidance" in architecture(model.net).extras(model.net.config):
+        return 1.0 if true_cfg is None else true_cfg, own if cfg is None else cfg
+    if true_cfg is not None:
+        raise ValueError(f"--true-cfg {true_cfg} is for networks that are told a guidance scale (FLUX dev): use --cfg with this model")
+    return own if cfg is None else cfg, 1.0
 
 
 class Morph(NamedTuple):
@@ -87,10 +119,44 @@ class Canvas(NamedTuple):
     shows: str | None = None        # its caption: start from its own noise, found by inversion; "": the prompt; None: random noise
 
 
-def encode_prompts(model: Model, prompts: Sequence[str], weighted: bool = False) -> Cond:
-    """Prompts -> Cond on the network's device. Padding is masked if it was in training."""
-    device = next(model.net.parameters()).device
-    return model.text.encode(prompts, device, model.defaults.get("mask_padding", False), weighted)
+class PromptFeatures:
+    """The text features of prompts, on the model's device. Each distinct prompt is encoded once, however often it is asked for."""
+
+    def __init__(self, model: Model, weighted: bool = False):
+        self.model, self.weighted = model, weighted
+        self.known: dict[str, Cond] = {}                # prompt -> its condition, [1, ...]
+
+    def prepare(self, prompts: Iterable[str]) -> None:
+        """Encode the first 256 distinct ones of these prompts together, so that the text encoders are used once for many batches;
+        forget all others (512 tokens of T5-XXL are 4 MB in bfloat16)."""
+        kept = [*islice(dict.fromkeys(prompts), CAPTIONS_AT_ONCE)]
+        self.known = {prompt: self.known[prompt] for prompt in kept if prompt in self.known}
+        self(kept)
+
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        """Prompts -> Cond [b, ...]. Padding is masked if it was in training."""
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]:
+            masked = self.model.defaults.get("mask_padding", False)
+            encoded = self.model.text.encode(new, self.model.device, masked, self.weighted, self.model.at_work)
+            self.known |= zip(new, encoded.tensor_split(len(new)))
+        first, *others = (self.known[prompt] for prompt in prompts)
+        return first.cat(*others)
+
+    def negative(self, prompt: str | None, count: int) -> Cond:
+        """The condition to steer away from, `count` times. None: the empty caption, or zeros where the model was trained on these."""
+        cond = self([prompt or ""] * count)
+        if prompt is None and self.model.defaults.get("zero_negative"):
+            cond = replace(cond, context=torch.zeros_like(cond.context), pooled=torch.zeros_like(cond.pooled))
+        return cond
+
+
+def with_extras(model: Model, cond: Cond, settings: DrawSettings, width: int, height: int) -> Cond:
+    """The condition with those that the network takes besides text, for pictures of this size in pixels."""
+    values = {name: lookup(EXTRAS, name, "condition")(settings, width, height)
+              for name in architecture(model.net).extras(model.net.config)}
+    extra = {name: torch.tensor([value] * len(cond.context), dtype=torch.float32, device=cond.context.device)
+             for name, value in values.items()}
+    return replace(cond, extra=extra)
 
 
 def between(start: Cond, end: Cond, fractions: Tensor) -> Cond:
@@ -102,56 +168,68 @@ def between(start: Cond, end: Cond, fractions: Tensor) -> Cond:
     return Cond(arc(start.context, end.context), mask, arc(start.pooled, end.pooled), extra)
 
 
-def guide(conditional: Callable[[Cond], Denoiser], cond: Cond, negative: Cond, settings: DrawSettings, prediction: str) -> Denoiser:
-    """A denoiser with the guidance of the settings. conditional: condition -> denoiser without guidance."""
-    denoise = guided(conditional(cond.cat(negative)), settings.cfg, settings.rescale, prediction)
-    return denoise if settings.interval is None else interval(denoise, conditional(cond), *settings.interval)
+def guide(conditional: Callable[..., Denoiser], cond: Cond, negative: Cond | None, settings: DrawSettings, prediction: str,
+          levels: Sequence[Level]) -> Denoiser:
+    """A denoiser with the guidance of the settings. conditional: condition -> denoiser without guidance; negative: the condition to
+    steer away from."""
+    def without_layers(denoise: Denoiser, copies: int) -> Denoiser:
+        if settings.skip is None:
+            return denoise
+        return skip_layers(denoise, conditional(cond, skip_layers=settings.skip.layers), settings.skip, levels, copies)
+
+    plain = without_layers(conditional(cond), 1)
+    if not settings.guided:
+        return plain
+    denoise = guided(without_layers(conditional(cond.cat(negative)), 2), settings.cfg, settings.rescale, prediction)
+    return denoise if settings.interval is None else interval(denoise, plain, *settings.interval)
 
 
 @torch.no_grad()
-def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: DrawSettings, *, negative: str = "", width: int = 0,
-         height: int = 0, eta: float | None = None, canvas: Canvas | None = None, morph: Morph | None = None,
-         on_step: Callable[[Tensor], None] = lambda x0: None) -> np.ndarray:
+def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: DrawSettings, *, negative: str | None = None,
+         width: int = 0, height: int = 0, eta: float | None = None, canvas: Canvas | None = None, morph: Morph | None = None,
+         features: PromptFeatures | None = None, on_step: Callable[[Tensor], None] = lambda x0: None) -> np.ndarray:
     """Draw one picture per (prompt, seed), as one batch -> uint8 [b, height, width, 3].
 
     Image i's noise is a function of seeds[i] alone, never of the batch. width and height default to those of the canvas, else of
-    the model. on_step: called after every step with the current prediction of the clean latents [b, c, h, w].
+    the model. negative: see PromptFeatures.negative. on_step: called after every step with the current prediction of the clean
+    latents [b, c, h, w]. features: those of earlier calls, so that no prompt is encoded twice.
     morph: interpolate towards another picture. Pass the same seed for all, so that stochastic samplers add the same noise to all.
     """
     width, height = picture_size(model, width, height) if canvas is None else canvas.pixels.shape[:1:-1]
     check_size(model, width, height)
-    parameter, chosen = next(model.net.parameters()), settings.sampling
+    dtype, chosen, f = next(model.net.parameters()).dtype, settings.sampling, model.vae.config.downscale
     options = chosen.options | ({} if eta is None else {"eta": eta})
-    strength = 1.0 if canvas is None else canvas.strength
-    levels = grid(model.process, settings.steps, chosen.schedule, strength=strength, **chosen.grid)
-    generators, f = make_generators(seeds), model.vae.config.downscale
-    noise = initial_noise((model.vae.config.latent_channels, height // f, width // f), generators).to(parameter.device)
+    levels = grid(at_size(model.process, height * width // model.divisor**2), settings.steps, chosen.schedule,
+                  strength=1.0 if canvas is None else canvas.strength, **chosen.grid)
+    generators = make_generators(seeds)
+    noise = initial_noise((model.vae.config.latent_channels, height // f, width // f), generators).to(model.device)
 
-    cond = encode_prompts(model, prompts, settings.weighted)
+    features = PromptFeatures(model, settings.weighted) if features is None else features
+    cond = features(prompts)
     if morph is not None:
         fractions = torch.tensor(morph.fractions, device=noise.device)                  # [b]
         end = initial_noise(noise.shape[1:], make_generators([morph.seed])).to(noise)
         noise = slerp(noise, end, fractions.view(-1, 1, 1, 1), (1, 2, 3))
-        cond = between(cond, encode_prompts(model, [morph.prompt], settings.weighted), fractions)
+        cond = between(cond, features([morph.prompt]), fractions)
+    described = lambda cond: with_extras(model, cond, settings, width, height)
+    unwanted = described(features.negative(negative, len(seeds))) if settings.guided else None
 
-    net = lambda x, t, cond: model.net(x.to(parameter.dtype), t, cond)
     make = denoiser_with_variance if chosen.sampler == "ddpm" else denoiser     # only ddpm uses a learned variance
-    conditional = lambda cond: make(net, cond, model.prediction)
-    denoise = conditional(cond)
-    if settings.guided:
-        unwanted = encode_prompts(model, [negative] * len(seeds), settings.weighted)
-        denoise = guide(conditional, cond, unwanted, settings, model.prediction)
+    conditional = lambda cond, **options: make(lambda x, t, cond: model.net(x.to(dtype), t, cond, **options), cond, model.prediction)
+    denoise = guide(conditional, described(cond), unwanted, settings, model.prediction, levels)
     if canvas is None:
         x = levels[0].sigma * noise if chosen.start_at_sigma else noise
     else:
-        plain = lambda captions: denoiser(net, encode_prompts(model, captions, settings.weighted), model.prediction)
+        plain = lambda captions: conditional(described(features(captions)))
         x, known = start_from(model, canvas, levels, noise, prompts, plain, on_step)
         if canvas.mask is not None:
             cells = torch.nn.functional.max_pool2d(canvas.mask.to(x), f)                # a latent that the mask touches is drawn
             denoise = inpaint(denoise, known, cells)
-    for x, x0 in find_sampler(chosen.sampler)(denoise, x, levels, generators=generators, **options):
-        on_step(x0)
-    pixels = decode(model.vae, x)
+    with model.at_work("net"):
+        for x, x0 in find_sampler(chosen.sampler)(denoise, x, levels, generators=generators, **options):
+            on_step(x0)
+    with model.at_work("vae"):
+        pixels = decode(model.vae, x)
     if canvas is not None and canvas.mask is not None:
         pixels = torch.lerp(canvas.pixels.to(pixels), pixels, canvas.mask.to(pixels))   # outside the mask nothing changes at all
     return to_bytes(pixels)
@@ -161,13 +239,16 @@ def start_from(model: Model, canvas: Canvas, levels: Sequence[Level], noise: Ten
                captioned: Callable[[Sequence[str]], Denoiser], on_step: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
     """The canvas's picture at the first noise level, with the given noise or with its own, found by inversion. -> (noisy latents,
     clean latents)."""
-    known = encode(model.vae, canvas.pixels.to(noise.device))                           # [1, c, h, w]
+    with model.at_work("vae"):
+        known = encode(model.vae, canvas.pixels.to(noise.device))                       # [1, c, h, w]
     if canvas.shows is None:
         return levels[0].alpha * known + levels[0].sigma * noise, known
     captions = [canvas.shows] if canvas.shows else prompts
     known = x = known.expand(len(captions), -1, -1, -1)
-    for x, x0 in invert(captioned(captions), known, levels):
-        on_step(x0.expand_as(noise))
+    denoise = captioned(captions)
+    with model.at_work("net"):
+        for x, x0 in invert(denoise, known, levels):
+            on_step(x0.expand_as(noise))
     return x.expand_as(noise), known
 
 
@@ -205,10 +286,15 @@ def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
 def decode(vae: nn.Module, x: Tensor) -> Tensor:
     """Standardised latents -> pixels: small pictures in batches (of 4 at 512 px, 16 at 256), which are halved where memory runs out,
     larger ones one by one, the largest in tiles. ValueError where the pixels are not finite (they would be written as black)."""
-    z = vae.from_latents(x).to(next(vae.parameters()).dtype)
-    area, f = z.shape[2] * z.shape[3] * vae.config.downscale**2, vae.config.downscale
-    tiles = lambda part: decode_tiled(vae.decode_fine, vae.decode_coarse(part), f)
-    pixels = torch.cat([*in_parts(tiles if area > PIXELS_AT_ONCE else vae.decode, z, max(1, PIXELS_AT_ONCE // area))])
+    pixels = decode_unchecked(vae, x)
     if not pixels.isfinite().all():
         raise ValueError("the pictures are not finite numbers: use --dtype fp32 (float16 overflows in some models) or a lower --cfg")
     return pixels
+
+
+def decode_unchecked(vae: nn.Module, x: Tensor) -> Tensor:
+    """The same with any pixels: on the meta device there are no numbers to check."""
+    z = vae.from_latents(x).to(next(vae.parameters()).dtype)
+    area, f = z.shape[2] * z.shape[3] * vae.config.downscale**2, vae.config.downscale
+    tiles = lambda part: decode_tiled(vae.decode_fine, vae.decode_coarse(part), f)
+    return torch.cat([*in_parts(tiles if area > PIXELS_AT_ONCE else vae.decode, z, max(1, PIXELS_AT_ONCE // area))])

@@ -186,9 +186,9 @@ def test_help_names_every_metric_and_does_not_wait_for_torch():
 def test_the_drawing_flags_are_none_unless_typed_and_have_their_usual_names():
     parser = Parser()
     add_drawing_flags(parser)
-    assert vars(parser.parse_args([])) == dict.fromkeys(("cfg", "steps", "sampler", "schedule"))
+    assert vars(parser.parse_args([])) == dict.fromkeys(("cfg", "true_cfg", "steps", "sampler", "schedule"))
     typed = parser.parse_args(["--guidance-scale", "3", "--num_inference_steps", "9", "--sampler", "heun", "--schedule", "karras"])
-    assert vars(typed) == dict(cfg=3.0, steps=9, sampler="heun", schedule="karras")
+    assert vars(typed) == dict(cfg=3.0, true_cfg=None, steps=9, sampler="heun", schedule="karras")
 
 
 # ---------------------------------------------------------------- the model, and how to draw with it
@@ -209,7 +209,7 @@ def test_what_was_not_typed_comes_from_the_model(folder):
 
 
 def test_a_picture_depends_on_its_place_in_the_list_not_on_the_batch(tmp_path, monkeypatch):
-    model = Model(*[None] * 3, make_process("flow"), "flow", to_config("flow", {}, "flow"), {"steps": 2})
+    model = Model(UNet(UNetConfig(widths=(8,), attention=(False,), heads=(1,), groups=4)), None, None, make_process("flow"), "flow", to_config("flow", {}, "flow"), {"steps": 2})
     monkeypatch.setattr(base, "draw", lambda model, prompts, seeds, how: np.array(seeds, np.uint8)[:, None, None, None])
     for batch_size in (2, 5):
         evaluation = Evaluation(model, "x", draw_settings(model), torch.device("cpu"), tmp_path, seed=7, batch_size=batch_size)

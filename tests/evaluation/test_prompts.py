@@ -15,6 +15,7 @@ from tinyldm.evaluation.base import Evaluation
 from tinyldm.evaluation.prompts import Answer, failure_sheet, make_requests, table
 from tinyldm.evaluation.recogniser import Reading, score
 from tinyldm.model import Model
+from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pipeline import draw_settings
 from tinyldm.vendor_loaders.scheduler import to_config
@@ -70,7 +71,7 @@ class Oracle:
 @pytest.fixture
 def evaluation(tmp_path, monkeypatch):
     vae = AutoencoderKL(VAEConfig(widths=(4, 4), depth=1, groups=2, sample_size=16)).eval()
-    model = Model(None, vae, None, make_process("flow"), "flow", to_config("flow", {}, "flow"),
+    model = Model(UNet(UNetConfig(widths=(8,), attention=(False,), heads=(1,), groups=4)), vae, None, make_process("flow"), "flow", to_config("flow", {}, "flow"),
                   {"data": ["toyworld"], "resolution": 16, "step": 40, "steps": 7, "cfg": 2.5, "sampler": "heun"})
     monkeypatch.setattr(base, "draw", lambda model, prompts, seeds, how: np.zeros((len(prompts), 16, 16, 3), np.uint8))
     return Evaluation(model, "runs/x", draw_settings(model), torch.device("cpu"), tmp_path, count=15, seed=2, batch_size=500)

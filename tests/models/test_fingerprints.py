@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tinyldm.evaluation.recogniser import Recogniser
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
+from tinyldm.models.flux import Flux, FluxConfig
 from tinyldm.models.layers import Cond
+from tinyldm.models.mmdit import MMDiT, MMDiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 
@@ -91,6 +93,32 @@ def test_the_diffusion_transformer_starts_with_xavier_s_scale_and_zeros_at_the_e
         return 0.02 if name.startswith("time_in") else math.sqrt(2 / sum(p.shape))      # Glorot and Bengio, 2010, Eq. 16
     torch.manual_seed(0)
     check_scales(DiT(DiTConfig(**TINY | dict(width=64, mlp_width=128, pooled_dim=16))), scale)
+
+
+def test_mmdit_starts_with_xavier_s_scale_and_every_gate_at_zero():
+    def scale(name, p):
+        if name == "positions" or "norm" in name:
+            return None
+        if name.endswith(("bias", "modulation.weight", "patch_out.weight")):
+            return 0
+        return 0.02 if name.startswith("time_in") else math.sqrt(2 / (p.shape[0] + p[0].numel()))
+    torch.manual_seed(0)
+    net = MMDiT(MMDiTConfig(width=64, layers=2, heads=2, context_dim=24, pooled_dim=16, qk_norm=True, dual_layers=(0,), max_positions=8,
+                            sample_size=16))
+    net.positions.fill_(1)                                      # not initial weights: a table, which tests/models/test_mmdit.py looks at
+    check_scales(net, scale)
+
+
+def test_flux_starts_with_xavier_s_scale_and_every_gate_at_zero():
+    def scale(name, p):
+        if "norm" in name:
+            return None
+        if name.endswith(("bias", "modulation.weight", "patch_out.weight")):
+            return 0
+        return 0.02 if name.startswith(("time_in", "guidance_in")) else math.sqrt(2 / sum(p.shape))
+    torch.manual_seed(0)
+    check_scales(Flux(FluxConfig(width=64, heads=2, double_layers=1, single_layers=2, context_dim=24, pooled_dim=16, guidance=True,
+                                 rope_axes=(8, 12, 12))), scale)
 
 
 def test_the_u_net_and_the_autoencoder_start_with_pytorch_s_scales_and_the_u_net_with_zeros_at_the_end_of_every_branch():

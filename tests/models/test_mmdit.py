@@ -114,7 +114,7 @@ def test_each_token_is_put_back_where_it_was_taken_from():
 
 @torch.no_grad()
 def test_the_network_s_times_are_those_of_the_schedule_without_a_factor():
-    net, (x, t, cond) = build(), inputs()
+    net, (x, _, cond) = build(), inputs()
     heard = []
     net.time_in.linear_1.register_forward_pre_hook(lambda module, args: heard.append(args[0]))
     net(x, torch.tensor([0.0, 1.0, 1000.0]), cond)

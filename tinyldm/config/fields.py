@@ -113,12 +113,14 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text encoder: a pretrained one, or one trained along with the network."""
+    """The text encoders: pretrained ones, or one trained along with the network."""
 
-    encoder: str = fixed("clip", "which text encoder: clip", flag="text_encoder", clears={"text": {}})
-    join: str = fixed("single", "how the answers of text encoders are joined: single", flag="text_join")
+    encoder: str = fixed("clip", "which new text encoder: clip or t5", flag="text_encoder", clears={"text": {}})
+    join: str = fixed("", "how the answers of text encoders are joined: single (the first one's alone), sdxl, sd3 or flux (default: as in "
+                      "the model folder of --text-weights)", flag="text_join")
     fields: dict = fixed({}, "CLIPTextConfig fields, as key=value", flag="text")
-    weights: str = fixed("", "pretrained CLIP text encoder (a model folder); empty: train one along", flag="text_weights")
+    weights: str = fixed("", "pretrained text encoders (a model folder, or that of one encoder); empty: train one along",
+                         flag="text_weights")
     vocab_size: int = fixed(1024, "BPE vocabulary trained on the captions, at most this many ids")
 
 
@@ -126,7 +128,7 @@ class TextConfig:
 class NetworkConfig:
     """Which network, and its size."""
 
-    name: str = fixed("unet", "unet or dit", flag="network")
+    name: str = fixed("unet", "unet, dit, mmdit or flux", flag="network")
     unet: dict = fixed({}, "UNetConfig fields, as key=value")
     dit: dict = fixed({}, "DiTConfig fields, as key=value")
     fields: dict = fixed({}, "fields of the config of whichever network --network names, as key=value", flag="net")
@@ -144,7 +146,7 @@ class ObjectiveConfig:
 
     name: str = fixed("denoising", "what a training step minimises: denoising", flag="objective")
     options: dict = fixed({}, "its own options, as key=value", flag="objective_options")
-    process: str = fixed("flow", "scaled_linear, linear, cosine, betas, vp, ve, edm or flow")
+    process: str = fixed("flow", "scaled_linear, linear, cosine, betas, vp, ve, edm, flow or dynamic_flow")
     process_options: dict = fixed({}, "its options, as key=value (beta_start, betas, sigma_max, ...)")
     shift: float = fixed(1.0, "flow: shift of time towards noise")
     zero_terminal_snr: bool = fixed(False, "rescale the table so that its last level is pure noise (not for flow, which has it)")

@@ -24,6 +24,9 @@ PRESETS: dict[str, dict] = {
     "tiny_dit": TINY | dict(
         network="dit", dit=dict(patch=1, width=192, layers=6, heads=4, mlp_width=768, time_dim=128),
         lr=2e-3, muon_lr=2e-3, max_steps=1000),
+    "tiny_mmdit": TINY | dict(
+        network="mmdit", net=dict(patch=1, width=160, layers=5, heads=4, qk_norm=True, max_positions=16),
+        lr=2e-3, muon_lr=2e-3, max_steps=1500),
     "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16), grad_accum=8),
     "5090_week_unet": WEEK | dict(
         network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), utilisation=0.4),

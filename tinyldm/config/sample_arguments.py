@@ -1,0 +1,78 @@
+"""What is refused of sample.py's command line at once, before torch is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from tinyldm.cli import check_seed, fail
+
+PICTURES = (".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse wrong arguments of sample.py, and fill in defaults that depend on others."""
+    if not args.prompt:
+        fail('no prompt: python sample.py "a red fox"')
+    for name, least in (("num_images", 1), ("batch_size", 1), ("seed", -1), ("width", 0), ("height", 0)):
+        if getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    if args.cfg is not None and not abs(args.cfg) < 1000:
+        fail(f"--cfg {args.cfg} is not a guidance scale: 1 or less is none, 7.5 is usual")
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        fail(f"--eta {args.eta} must lie between 0 and 1")
+    if args.strength is not None and not 0 < args.strength <= 1:
+        fail(f"--strength {args.strength} must lie above 0 and at most at 1")
+    for name in ("mask", "strength", "invert"):
+        if getattr(args, name) is not None and not args.init_image:
+            fail(f"--{name} needs a picture to change: --init-image FILE")
+    if not 0 <= args.guidance_rescale <= 1:
+        fail(f"--guidance-rescale {args.guidance_rescale} must lie between 0 and 1")
+    if args.guidance_interval and not 0 <= args.guidance_interval[0] < args.guidance_interval[1]:
+        fail("--guidance-interval must be two rising numbers from 0 on, such as 0.3 5, the last may be inf")
+    if args.skip_layers is None and (args.skip_scale is not None or args.skip_interval):
+        fail(f"--skip-{'interval' if args.skip_interval else 'scale'} needs the layers to skip: --skip-layers 7 8 9 for Stable Diffusion "
+             "3.5 medium")
+    if args.skip_interval and not 0 <= args.skip_interval[0] < args.skip_interval[1] <= 1:
+        fail("--skip-interval must be two rising fractions of the steps, such as 0.01 0.2")
+    if args.offload not in (None, "auto", "parts", "blocks"):
+        fail(f"--offload {args.offload}: use auto, parts or blocks, or put the caption before it")
+    if args.compile and args.offload == "blocks":
+        fail("--compile takes all weights of the network at once: use --offload parts with it")
+    if args.invert is not None and (args.mask or args.eta or args.interpolate is not None):
+        fail("--invert starts from the picture's own noise: leave out --mask, --eta and --interpolate")
+    check_interpolation(args)
+    try:
+        check_seed(args.seed)
+        check_seed(int(args.interpolate or 0), "--interpolate")
+    except ValueError as error:
+        fail(str(error))
+    endings = (".png",) if args.interpolate is None else (".png", ".webp", ".gif")
+    if (is_file_name(args.out) or os.path.isfile(args.out)) and Path(args.out).suffix.lower() not in endings:
+        fail(f"--out {args.out}: name a folder, or a file that ends in {', '.join(endings)}")
+    if args.strength is None:
+        args.strength = 1.0 if args.mask else 0.75
+
+
+def is_file_name(out: str) -> bool:
+    """Whether --out names a file: it ends as one of a picture or film does, and no folder of this name exists. Any other name is
+    a folder's, with dots too: sd1.5."""
+    return Path(out).suffix.lower() in PICTURES and not out.endswith(("/", os.sep)) and not os.path.isdir(out)
+
+
+def check_interpolation(args: argparse.Namespace) -> None:
+    """Refuse wrong values of --interpolate and --frames, and fill in the default of --frames."""
+    if args.interpolate is None:
+        if args.frames is not None:
+            fail(f"--frames {args.frames} needs --interpolate SEED2")
+        return
+    args.frames = 16 if args.frames is None else args.frames
+    if args.interpolate and not args.interpolate.isdecimal():
+        fail(f"--interpolate {args.interpolate} must be a seed, 0 or more; captions come before it")
+    if args.frames < 2:
+        fail(f"--frames {args.frames} must be at least 2")
+    if len(args.prompt) > 2 or args.num_images > 1:
+        fail(f"--interpolate goes from one picture to one other: give one caption or two, not {len(args.prompt)}, and no -n")
+    if len(args.prompt) == 1 and args.interpolate in ("", str(args.seed)):
+        fail("--interpolate has nowhere to go: give a second caption, or another seed, --interpolate SEED2")
