@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from tinyldm.cli import Parser, add_drawing_flags, caption, fail, guard, outlive_terminal
-from tinyldm.config.sample_arguments import check, is_file_name
+from tinyldm.config.sample_arguments import add_model_flags, check, is_file_name
 from tinyldm.unicode import read_lines
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,17 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--from-file", metavar="FILE", help="captions from a text file in UTF-8, one per line")
     add("--negative-prompt", type=caption, metavar="TEXT", help="what to steer away from (default: the empty caption; of Stable "
         "Diffusion XL zeros, which are something else)")
-    add("--model", metavar="FOLDER|ID|FILE", help="run or model folder, hub id, or .safetensors/.ckpt (default: the run "
-        "that finished last under runs/)")
-    add("--revision", metavar="NAME", help="hub id: branch, tag or commit")
-    add("--variant", metavar="NAME", help="weights files of a published folder, such as fp16 (default: full precision)")
-    add("--tokenizer", action="append", metavar="FOLDER|ID", help="for a single-file checkpoint, which holds none (default: CLIP's and "
-        "T5's, from the hub); once for each text encoder, or a model folder")
-    add("--parts", nargs="+", metavar="SOURCE", help="for a single file without text encoders or VAE: files, folders or hub ids of these")
-    add("--without-t5", action="store_true", help="Stable Diffusion 3: leave out its third text encoder, which takes 9.5 GB in bf16")
-    add("--prediction", metavar="NAME", help="for a single file that does not say it: eps or v (default: v for Stable "
-        "Diffusion 2, eps for 1)")
-    add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
+    add_model_flags(parser)
     add_drawing_flags(parser)
     add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much of the standard deviation that guidance "
         "adds is removed again (default: 0; 0.7 is usual)")

@@ -160,12 +160,11 @@ def with_extras(model: Model, cond: Cond, settings: DrawSettings, width: int, he
 
 
 def between(start: Cond, end: Cond, fractions: Tensor) -> Cond:
-    """Conditions at `fractions` [b] between start and end; every token is interpolated spherically. A token that only one of two
+    """Text conditions at `fractions` [b] between start and end; every token is interpolated spherically. A token that only one of two
     captions has takes part in attention with that fraction as its weight: so a morph begins and ends at the two pictures."""
     arc = lambda a, b: None if a is None else slerp(a.float(), b.float(), fractions.view(-1, *[1] * (a.dim() - 1))).to(a.dtype)
     mask = None if start.mask is None else torch.lerp(start.mask.float(), end.mask.float(), fractions.view(-1, 1))
-    extra = {name: arc(value, end.extra[name]) for name, value in start.extra.items()}
-    return Cond(arc(start.context, end.context), mask, arc(start.pooled, end.pooled), extra)
+    return Cond(arc(start.context, end.context), mask, arc(start.pooled, end.pooled))
 
 
 def guide(conditional: Callable[..., Denoiser], cond: Cond, negative: Cond | None, settings: DrawSettings, prediction: str,

@@ -1,4 +1,4 @@
-"""What is refused of sample.py's command line at once, before torch is loaded."""
+"""Flags of sample.py, and what is refused of its command line at once, before torch is loaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from pathlib import Path
 from tinyldm.cli import check_seed, fail
 
 PICTURES = (".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model is drawn with."""
+    add = parser.add_argument
+    add("--model", metavar="FOLDER|ID|FILE", help="run or model folder, hub id, or .safetensors/.ckpt (default: the run "
+        "that finished last under runs/)")
+    add("--revision", metavar="NAME", help="hub id: branch, tag or commit")
+    add("--variant", metavar="NAME", help="weights files of a published folder, such as fp16 (default: full precision)")
+    add("--tokenizer", action="append", metavar="FOLDER|ID", help="for a single-file checkpoint, which holds none (default: CLIP's and "
+        "T5's, from the hub); once for each text encoder, or a model folder")
+    add("--parts", nargs="+", metavar="SOURCE", help="for a single file without text encoders or VAE: files, folders or hub ids of these")
+    add("--without-t5", action="store_true", help="Stable Diffusion 3: leave out its third text encoder, which takes 9.5 GB in bf16")
+    add("--prediction", metavar="NAME", help="for a single file that does not say it: eps or v (default: v for Stable "
+        "Diffusion 2, eps for 1)")
+    add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
 
 
 def check(args: argparse.Namespace) -> None:

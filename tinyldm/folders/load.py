@@ -66,7 +66,7 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     reading = pipelines.find(index, source)
     pipeline = pipelines.PIPELINES[reading.written_as]
     if odd := set(without) - pipeline.optional:
-        raise ValueError(f"{source} cannot draw without {min(odd)}: only Stable Diffusion 3 can be drawn with without its T5")
+        raise ValueError(f"{source} cannot draw without {min(odd)}: only the T5 of Stable Diffusion 3 can be left out")
     if reading.without:
         print(f"note: {source} is drawn with as {reading.written_as} does, without {reading.without}", file=sys.stderr)
     shapes_only = torch.device(device).type == "meta"
@@ -92,18 +92,22 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
                 or pipelines.defaults(reading.written_as, index, network))
     absent = {folder for folder in pipeline.optional if folder in without or not (index.get(folder) or [None])[0]}
     lengths = pipeline.lengths(network)
+    zeros = {folder: AbsentText(net.config.context_dim, tokens)
+             for folder, tokens in zip(pipelines.TEXT_FOLDERS, lengths) if folder in absent}
     join = pipeline.join if reading.written_as != pipelines.OWN else defaults.get("text_join", "single")
-    text = load_text_encoders(
-        path, join, tokenizers, lengths,
-        lambda part: load_part(part, TEXT_ENCODERS.values(), device, dtype, wanted),
-        {folder: AbsentText(net.config.context_dim, tokens) for folder, tokens in zip(pipelines.TEXT_FOLDERS, lengths) if folder in absent})
-    config = read_json(path / "scheduler" / "scheduler_config.json", INCOMPLETE) | _named_class(index)
-    config = schedulers.with_fields(config, reading.scheduler)
-    if prediction:
-        config |= {"prediction_type": schedulers.PREDICTION_TYPES[prediction]}
+    text = load_text_encoders(path, join, tokenizers, lengths,
+                              lambda part: load_part(part, TEXT_ENCODERS.values(), device, dtype, wanted), zeros)
+    config = load_scheduler(path, index, reading, prediction)
     with errors_about(path / "scheduler"):
         process, predicted = schedulers.from_config(config)
     return Model(net, vae, text, process, predicted, config, defaults)
+
+
+def load_scheduler(path: Path, index: Mapping, reading: pipelines.Reading, prediction: str | None) -> dict[str, Any]:
+    """scheduler_config.json of a model folder, with what model_index.json, the pipeline's constructor and the caller change in it."""
+    config = read_json(path / "scheduler" / "scheduler_config.json", INCOMPLETE) | _named_class(index)
+    stated = {"prediction_type": schedulers.PREDICTION_TYPES[prediction]} if prediction else {}
+    return schedulers.with_fields(config, reading.scheduler) | stated
 
 
 def load_defaults(path: Path, must: bool) -> dict[str, Any]:
