@@ -1,5 +1,6 @@
 """kill -9 at any moment, and other accidents: the finished run is that of an undisturbed one, to the last byte."""
 
+import os
 import random
 import shutil
 import signal
@@ -27,7 +28,8 @@ def run_with_kills(words: list, folder: Path, kills: int, seed: int, env=ENVIRON
     """Start train.py, kill it at some moment, start it again, and so on; in the end leave it alone. -> the number of kills that hit
     it at work (before the first second is over, nothing is there that could be hurt). Half of them come soon after it wrote
     something, half of them at any moment in the first `latest` seconds."""
-    rng, hits, files = random.Random(seed), 0, lambda: {*folder.rglob("*")}
+    rng, hits = random.Random(seed), 0
+    files = lambda: {str(Path(inside, name)) for inside, _, names in os.walk(folder) for name in names}    # (rglob fails if one vanishes)
     for attempt in range(10 * kills + 1):
         resume = ["--resume", "auto"] if (folder / "config.json").exists() else []
         before, begun = files(), time.monotonic()
