@@ -1,8 +1,9 @@
-"""Measure a trained model.
+"""Measure a trained model, or an autoencoder.
 
     python evaluate.py runs/tiny                             prompt accuracy, on 500 pictures
     python evaluate.py runs/tiny --count 2000 --cfg 2        more pictures, another guidance scale
     python evaluate.py runs/tiny --metric prompts            metrics by name; several at once as a,b
+    python evaluate.py --vae runs/tiny --data photos.tar     an autoencoder's reconstructions of pictures
 
 Metrics that ask for the same prompts share their pictures. Each writes its result to RUN/evaluation/METRIC.json (or
 --out) as soon as it is measured. The table of metrics is tinyldm/evaluation/metrics.py.
@@ -14,44 +15,66 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, add_drawing_flags, check_seed, fail, guard, outlive_terminal
-from tinyldm.evaluation.metrics import METRICS, metric_flags, metric_names
+from tinyldm.cli import Parser, add_drawing_flags, add_offload_flag, check_offload, check_scale, check_seed, fail, guard, outlive_terminal
+from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_names
 from tinyldm.lookup import device_name, dtype_name
+
+DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "offload", "no_ema")      # flags of models that draw
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", nargs="?", help="run or model folder, hub id or checkpoint file")
+    add("--vae", metavar="MODEL", help="an autoencoder, in RUN's place: what train.py takes as --vae-weights. --data names the pictures")
     about = "; ".join(f"{name}: {metric.help}" for name, metric in METRICS.items())
-    add("--metric", nargs="+", default=["prompts"], metavar="NAME", help=f"{about} (default: prompts)".replace("%", "%%"))
-    add("--count", type=int, default=500, metavar="N", help="pictures to draw; for prompts, half of them of pairs never trained on "
-        "(default: 500)")
+    add("--metric", nargs="+", metavar="NAME", help=f"{about} (default: prompts; with --vae reconstruction)".replace("%", "%%"))
+    add("--count", type=int, default=500, metavar="N", help="pictures to draw or, with --vae, to read; for prompts, half of them of pairs "
+        "never trained on (default: 500)")
     add_drawing_flags(parser)
-    add("--batch-size", type=int, default=50, metavar="B", help="pictures drawn at once")
-    add("--seed", type=int, default=0, metavar="S", help="seed of the first picture; the next has S + 1")
+    add("--batch-size", type=int, default=50, metavar="B", help="pictures drawn or read at once")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the first picture; the next has S + 1. With --vae "
+        "that of toyworld's scenes")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (or cuda:1, ...), mps")
     add("--dtype", default="auto", metavar="NAME", help="autocast: auto (bf16 where the device computes it natively), bf16 (bfloat16), "
         "fp32 (float32)")
-    add("--out", metavar="FOLDER", help="(default: RUN/evaluation; of a hub id or a file evaluation/NAME)")
+    add_offload_flag(parser)
+    add("--out", metavar="FOLDER", help="(default: RUN/evaluation or MODEL/evaluation; of a hub id or a file evaluation/NAME)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
-    own = [add(flag, **keywords).dest for flag, keywords in metric_flags().items()]
+    own = {flag: add(flag, **keywords).dest for flag, keywords in metric_flags().items()}
     args = parser.parse_args(argv)
-    if args.run is None and len(args.metric) > 1:               # --metric a b RUN
+    if args.run is None and args.vae is None and len(args.metric or []) > 1:    # --metric a b RUN
         args.run = args.metric.pop()
-    if args.run is None:
-        fail("no RUN: name a run or model folder, as in 'python evaluate.py runs/tiny'")
+    if args.run is None and args.vae is None:
+        fail("no RUN: name a run or model folder, as in 'python evaluate.py runs/tiny'; or an autoencoder with --vae")
+    if args.run and args.vae:
+        fail(f"both RUN ({args.run}) and --vae {args.vae}: name one of them")
     for name, least in (("count", 2), ("batch_size", 1), ("seed", 0), ("steps", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
     try:
-        args.metric = metric_names(args.metric)
+        subject = "vae" if args.vae else "model"
+        args.metric = metric_names(args.metric or [SUBJECTS[subject].metric], subject)
+        check_used(args, own, parser)
         check_seed(args.seed)
+        check_scale(args.cfg, "--cfg"), check_scale(args.true_cfg, "--true-cfg")
+        check_offload(args.offload, "RUN")
         args.dtype, args.device = dtype_name(args.dtype), device_name(args.device)
     except ValueError as error:
         fail(str(error))
-    args.options = {name: getattr(args, name) for name in own}
+    args.options = {name: getattr(args, name) for name in own.values()}
     return args
+
+
+def check_used(args: argparse.Namespace, own: dict[str, str], parser: Parser) -> None:
+    """ValueError for a flag that was typed and changes nothing: one of drawing with --vae, or one of a metric that is not measured. own:
+    the metrics' flags, and their names in `args`."""
+    typed = lambda name: getattr(args, name) != parser.get_default(name)
+    if args.vae and (unused := [name for name in DRAWING if typed(name)]):
+        raise ValueError(f"--{unused[0].replace('_', '-')} is for models that draw: leave it out with --vae")
+    for flag, name in own.items():
+        if typed(name) and not any(flag in METRICS[each].flags for each in args.metric):
+            raise ValueError(f"{flag} is for --metric {', '.join(name for name, row in METRICS.items() if flag in row.flags)}")
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
@@ -64,19 +87,28 @@ from tinyldm.device import pick_device
 from tinyldm.evaluation.base import Evaluation, Measurement
 from tinyldm.files import make_output_folder, write_file
 from tinyldm.folders.hub import is_hub_id
-from tinyldm.folders.load import load_model
+from tinyldm.folders.load import load_model, load_vae
+from tinyldm.offload import place_for_weights
 from tinyldm.pipeline import draw_settings
+from tinyldm.planning.drawing import Order, offload_to_fit
 from tinyldm.training.run_folder import find_model
 
 
 def load(args: argparse.Namespace) -> Evaluation:
-    """The model that was asked for, and how to draw with it: as typed, else by the model's own defaults."""
-    device = pick_device(args.device)
+    """What was asked for: an autoencoder, or a model and how to draw with it, as typed, else by the model's own defaults."""
+    device, out = pick_device(args.device), Path(args.out) if args.out else usual_output(args.vae or args.run)
+    if args.vae:
+        return Evaluation(None, args.vae, None, device, out, args.count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options,
+                          load_vae(args.vae, device))
     source = find_model(args.run)
-    model = load_model(source, device, ema=not args.no_ema)
+    with place_for_weights(device, args.offload) as place:
+        model = load_model(source, place, ema=not args.no_ema)
     settings = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg)
-    return Evaluation(model, source, settings, device, Path(args.out) if args.out else usual_output(args.run),
-                      args.count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options)
+    if args.offload:
+        at_once = min(args.batch_size, args.count)
+        captions = [f"caption {i}" for i in range(at_once)]             # a stand-in for the metrics' own: as many, and as long
+        model = offload_to_fit(model, device, args.offload, Order(settings, ["", *captions], at_once))
+    return Evaluation(model, source, settings, device, out, args.count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options)
 
 
 def usual_output(run: str) -> Path:

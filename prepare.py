@@ -49,7 +49,7 @@ import torch
 
 from tinyldm.data.cache import write_tokens
 from tinyldm.data.encoding import posterior
-from tinyldm.data.prepare import check_folder, phase_folders, picture_divisor, prepare, some_pictures
+from tinyldm.data.prepare import check_folder, phase_folders, prepare, some_pictures
 from tinyldm.device import fast_convolutions, in_parts, pick_device
 from tinyldm.folders.load import load_vae
 from tinyldm.folders.texts import load_texts, tokenizer_only
@@ -57,6 +57,7 @@ from tinyldm.models.vae import AutoencoderKL
 from tinyldm.pictures.pixels import psnr, to_bytes, write_picture
 from tinyldm.pictures.sheet import captioned, tile, two_lines
 from tinyldm.pipeline import decode
+from tinyldm.planning.flops import check_sides
 from tinyldm.planning.texts import token_counts
 from tinyldm.training.signals import Interrupted, Signals
 
@@ -98,7 +99,7 @@ def main() -> None:
     if device.type == "cuda":
         fast_convolutions()
     vae = load_vae(config.autoencoder.weights, device)
-    picture_divisor(config, vae)                                # refuses a misspelt network before anything is written
+    check_sides(config, vae.config.downscale)                   # refuses a misspelt network, too, before anything is written
     texts = load_texts(config.text.weights, "", partial(token_counts, config), tokenizer_only) if config.text.weights else None
     folders = phase_folders(config, out)
     for _, folder in folders:

@@ -20,8 +20,8 @@ import random
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, add_drawing_flags, caption, fail, guard, outlive_terminal
-from tinyldm.config.sample_arguments import add_model_flags, check, is_file_name
+from tinyldm.cli import Parser, add_drawing_flags, add_offload_flag, caption, fail, guard, outlive_terminal
+from tinyldm.config.sample_arguments import add_guidance_flags, add_model_flags, check, is_file_name
 from tinyldm.unicode import read_lines
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,16 +33,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "Diffusion XL zeros, which are something else)")
     add_model_flags(parser)
     add_drawing_flags(parser)
-    add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much of the standard deviation that guidance "
-        "adds is removed again (default: 0; 0.7 is usual)")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance only where LOW < sigma/alpha <= HIGH "
-        "(noise over signal: large or infinite at first, 0 at the end); the other steps are twice as fast")
+    add_guidance_flags(parser)
     add("--prompt-weights", action="store_true", help="(x) [x] (x:1.3) change the weight of x, also in --negative-prompt")
-    add("--skip-layers", type=int, nargs="+", metavar="N", help="also steer away from what the network draws without these layers: "
-        "7 8 9 for Stable Diffusion 3.5 medium")
-    add("--skip-scale", type=float, metavar="W", help="with --skip-layers (default: 2.8)")
-    add("--skip-interval", type=float, nargs=2, metavar=("START", "STOP"), help="with --skip-layers: fractions of the steps "
-        "(default: 0.01 0.2)")
     add("--original-size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="Stable Diffusion XL: size of the picture as it was "
         "found, which the network is told (default: that of the picture to draw)")
     add("--crop", type=int, nargs=2, metavar=("LEFT", "TOP"), help="Stable Diffusion XL: what was cut off of it (default: 0 0, nothing)")
@@ -66,8 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", "--outdir", default="samples", metavar="PATH", help="a folder, or a .png file (default: samples/); an animation "
         "may be .webp or .gif")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (or cuda:1, ...), mps")
-    add("--offload", nargs="?", const="auto", metavar="HOW", help="for models larger than the GPU's memory: weights are on the GPU only "
-        "while they work. auto: the network by blocks where it does not fit; parts: never; blocks: always (slowest, least memory)")
+    add_offload_flag(parser)
     add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16 (bfloat16), fp16 "
         "(float16), fp32 (float32)")
     add("--dry-run", action="store_true", help="say what drawing will take, and stop: memory, FLOPs, bytes to read; reads no weights")
@@ -90,7 +81,7 @@ if __name__ == "__main__":                                   # before torch is l
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -106,14 +97,15 @@ from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model, load_vae
 from tinyldm.lookup import DTYPE_NAMES, lookup
 from tinyldm.model import NON_EMA, Model, architecture
-from tinyldm.offload import offload, pinned_weights
+from tinyldm.offload import place_for_weights
 from tinyldm.pictures.animation import even_fractions, write_animation
 from tinyldm.pictures.metadata import parameters
 from tinyldm.pictures.output import Output
 from tinyldm.pictures.pixels import to_bytes, to_pixels, write_picture
 from tinyldm.pictures.sheet import tile
-from tinyldm.pipeline import Canvas, DrawSettings, Morph, PromptFeatures, check_size, decode, draw, draw_settings, picture_size
-from tinyldm.planning.drawing import Order, bytes_on_disk, plan_drawing, render, weights_that_fit
+from tinyldm.pipeline import (Canvas, DrawSettings, Morph, PromptFeatures, all_captions, check_size, decode, draw, draw_settings,
+                              picture_size)
+from tinyldm.planning.drawing import Order, bytes_on_disk, offload_to_fit, plan_drawing, render
 from tinyldm.text.prompt_weights import plain
 from tinyldm.training.portable import model_name, portable
 from tinyldm.training.run_folder import find_model
@@ -130,10 +122,9 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
         source = f"{source}@{args.revision}"
     if args.prediction:
         lookup(PREDICTIONS, args.prediction, "--prediction")
-    place = "meta" if args.dry_run else "cpu" if args.offload else device
-    with pinned_weights(device) if args.offload else nullcontext():
-        model = load_model(source, place, pick_dtype(args.dtype, device), not args.no_ema, args.variant, args.tokenizer, args.prediction,
-                           args.parts or (), {"text_encoder_3"} if args.without_t5 else ())
+    with place_for_weights(device, args.offload) as place:
+        model = load_model(source, "meta" if args.dry_run else place, pick_dtype(args.dtype, device), not args.no_ema, args.variant,
+                           args.tokenizer, args.prediction, args.parts or (), {"text_encoder_3"} if args.without_t5 else ())
     for prompt in [*args.prompt, args.negative_prompt or "", args.invert or ""]:
         for part, length, cut in model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
             who = "the model" if len(model.text.modules) == 1 else f"its encoder {part}"
@@ -154,12 +145,12 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg)
     if args.eta is not None and found.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
+    flag = "--true-cfg" if "guidance" in extras else "--cfg"
     if not found.guided and args.negative_prompt:
-        flag = "--true-cfg" if "guidance" in extras else "--cfg"
         raise ValueError(f"--negative-prompt has no effect at {flag} {found.cfg:g}: use {flag} above 1, or leave it out")
     if not found.guided and (args.guidance_rescale or args.guidance_interval):
         raise ValueError(f"--guidance-{'rescale' if args.guidance_rescale else 'interval'} has no guidance to change: "
-                         "use it with --cfg above 1")
+                         f"use it with {flag} above 1")
     if args.original_size or args.crop:
         if "sizes" not in extras:
             raise ValueError(f"--{'crop' if args.crop else 'original-size'} is for networks that are told sizes (Stable Diffusion XL)")
@@ -217,7 +208,10 @@ def open_preview(args: argparse.Namespace, model: Model, file: Path) -> Callable
         known = latent_rgb.family(model.vae.config)
         if args.preview.lower() == "taesd" and known is None:
             raise ValueError("--preview taesd: no tiny autoencoder is published for this model's latents: name one, or leave its name out")
-        tiny = load_vae(known.taesd if args.preview.lower() == "taesd" else args.preview, model.device)
+        try:
+            tiny = load_vae(known.taesd if args.preview.lower() == "taesd" else args.preview, model.device)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--preview takes the folder or hub id of a tiny autoencoder, or taesd: {error}") from error
         channels = model.vae.config.latent_channels
         if tiny.config.latent_channels != channels:
             raise ValueError(f"--preview {args.preview} has {tiny.config.latent_channels} latent channels, the model {channels}")
@@ -252,14 +246,26 @@ def facts_about(args: argparse.Namespace, model: Model, name: str) -> dict[str, 
     return {key: value for key, value in facts.items() if value}
 
 
-def draw_all(args: argparse.Namespace, model: Model, settings: DrawSettings, jobs: list[tuple[str, int]],
-             preview_file: Path, morph: Morph | None = None) -> Iterator[np.ndarray]:
+class Inputs(NamedTuple):
+    """What pictures are drawn from and with. All that can be wrong with the flags has been found out when it is there."""
+
+    model: Model
+    settings: DrawSettings
+    canvas: Canvas | None
+    show: Callable[[Tensor], None] | None       # writes a preview
+
+
+def open_inputs(args: argparse.Namespace, model: Model, settings: DrawSettings, preview_file: Path) -> Inputs:
+    if not args.init_image:
+        check_size(model, *picture_size(model, args.width, args.height))
+    canvas = open_canvas(args, model) if args.init_image else None
+    return Inputs(model, settings, canvas, open_preview(args, model, preview_file) if args.preview is not None else None)
+
+
+def draw_all(args: argparse.Namespace, inputs: Inputs, jobs: list[tuple[str, int]], morph: Morph | None = None) -> Iterator[np.ndarray]:
     """Draw one picture per (prompt, seed), in batches -> one by one, uint8 [h, w, 3], as soon as its batch is done. morph:
     interpolate towards another picture."""
-    canvas = open_canvas(args, model) if args.init_image else None
-    if canvas is None:
-        check_size(model, *picture_size(model, args.width, args.height))
-    show = open_preview(args, model, preview_file) if args.preview is not None else None
+    model, settings, canvas, show = inputs
     features = PromptFeatures(model, settings.weighted)
     with tqdm(total=len(jobs) * settings.steps * (1 if args.invert is None else 2), unit="step", disable=None) as bar:
         def on_step(x0: Tensor) -> None:
@@ -271,40 +277,40 @@ def draw_all(args: argparse.Namespace, model: Model, settings: DrawSettings, job
             part = slice(start, start + args.batch_size)
             prompts, seeds = zip(*jobs[part])
             if not features.known.keys() >= {*prompts}:
-                features.prepare([args.negative_prompt or "", *(prompt for prompt, _ in jobs[start:])])
-            yield from draw(model, prompts, seeds, settings, negative=args.negative_prompt, width=args.width,
-                            height=args.height, eta=args.eta, canvas=canvas, on_step=on_step, features=features,
-                            morph=morph and morph._replace(fractions=morph.fractions[part]))
+                features.prepare(all_captions(settings, [prompt for prompt, _ in jobs[start:]], args.negative_prompt, canvas, morph))
+            turn = morph and morph._replace(fractions=morph.fractions[part])
+            yield from draw(model, prompts, seeds, settings, negative=args.negative_prompt, width=args.width, height=args.height,
+                            eta=args.eta, canvas=canvas, morph=turn, features=features, on_step=on_step)
 
 
-def draw_pictures(args: argparse.Namespace, model: Model, settings: DrawSettings, about: dict[str, str], output: Output) -> None:
+def draw_pictures(args: argparse.Namespace, inputs: Inputs, about: dict[str, str], output: Output) -> None:
     """Draw and write one file per caption and seed and, where there are several, one file with a grid of all. Every batch is written
     before the next is drawn, and after an error the grid of what has been drawn."""
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_images)]
     images = []
     try:
-        for image, (prompt, seed) in zip(draw_all(args, model, settings, jobs, output.folder / "preview.png"), jobs):
+        for image, (prompt, seed) in zip(draw_all(args, inputs, jobs), jobs):
             images.append(image)
             if not output.file or len(jobs) == 1:
-                output.write(image, describe(args, settings, about, image, prompt, seed), prompt, seed)
+                output.write(image, describe(args, inputs.settings, about, image, prompt, seed), prompt, seed)
     finally:
         if len(images) > 1:
-            sheet = tile(np.stack(images), columns=args.num_images if args.num_images > 1 else 0)
-            output.write(sheet, describe(args, settings, about, images[0], " | ".join(args.prompt), args.seed), "grid", args.seed)
+            text = describe(args, inputs.settings, about, images[0], " | ".join(args.prompt), args.seed)
+            output.write(tile(np.stack(images), columns=args.num_images if args.num_images > 1 else 0), text, "grid", args.seed)
 
 
-def draw_animation(args: argparse.Namespace, model: Model, settings: DrawSettings, about: dict[str, str], output: Output) -> None:
+def draw_animation(args: argparse.Namespace, inputs: Inputs, about: dict[str, str], output: Output) -> None:
     """Draw and write an animation from one picture to another, and its frames side by side in a .png of the same name: after an
     error only those that have been drawn."""
     jobs = [(args.prompt[0], args.seed)] * args.frames
     morph = Morph(args.prompt[-1], int(args.interpolate or args.seed), even_fractions(args.frames))
     images = []
     try:
-        for image in draw_all(args, model, settings, jobs, output.folder / "preview.png", morph):
+        for image in draw_all(args, inputs, jobs, morph):
             images.append(image)
     finally:
         if images:
-            text = describe(args, settings, about, images[0], " | ".join(args.prompt), args.seed)
+            text = describe(args, inputs.settings, about, images[0], " | ".join(args.prompt), args.seed)
             output.write(tile(np.stack(images), columns=min(len(images), 12)), text, "-to-".join(args.prompt), args.seed)
     moving = output.written[0].with_suffix(".gif" if Path(args.out).suffix.lower() == ".gif" and output.file else ".webp")
     write_animation(moving, images, text)
@@ -322,15 +328,14 @@ def main() -> None:
     if args.compile:
         model.net.compile()                     # before offload(), which refuses to move a compiled network by blocks
     if args.offload:
-        device = pick_device(args.device)
-        fits = weights_that_fit(model, order(args, settings), device) if args.offload == "auto" else None
-        model = offload(model, device, args.offload, fits)
+        model = offload_to_fit(model, pick_device(args.device), args.offload, order(args, settings))
     out, still = Path(args.out), args.interpolate is None
     file = (out if still else out.with_suffix(".png")) if is_file_name(args.out) else None
     output = Output(out.parent if file else out, file, [])
+    inputs = open_inputs(args, model, settings, output.folder / "preview.png")
     make_output_folder(output.folder)
     try:
-        (draw_pictures if still else draw_animation)(args, model, settings, facts_about(args, model, name), output)
+        (draw_pictures if still else draw_animation)(args, inputs, facts_about(args, model, name), output)
     finally:
         print(*output.written, sep="\n", end="\n" if output.written else "")
 

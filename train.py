@@ -6,6 +6,7 @@
     python train.py --cache CACHE --vae-weights V --out ...  latents that prepare.py made before
     python train.py --preset 5090_week --dry-run             the plan of a week on one RTX 5090
     python train.py --preset tiny --budget 20m               use 20 minutes of running time
+    python train.py --only vae --vae-preset cifar10 ...      an autoencoder alone, for its own sake
     torchrun --nproc-per-node 4 train.py ...                 several GPUs: each takes a part of the same batches
 
 Any setting of tinyldm/config/fields.py is a flag; network fields are KEY=VALUE pairs (--unet widths=64,128,256 depth=2).
@@ -36,15 +37,15 @@ import torch
 
 from tinyldm.data.loader import prefetch
 from tinyldm.device import autocast, deterministic, fast_convolutions, memory_gb, pick_device, pin, prefer_plain_attention
-from tinyldm.files import write_file
 from tinyldm.objectives import Turn, map_tensors, split, turns_at
 from tinyldm.planning.show import Measured, compare, print_plan
 from tinyldm.random_streams import generator
 from tinyldm.training import checkpoint
 from tinyldm.training.clock import Clock
 from tinyldm.training.context import RunContext
-from tinyldm.training.distributed import clip, connect, launch, launched, started_again
-from tinyldm.training.first_stage import AutoencoderStage, copy_pretrained, forget_pictures, training_pictures
+from tinyldm.training.distributed import World, clip, connect, launched, started_again
+from tinyldm.training.first_stage import AutoencoderStage, copy_pretrained
+from tinyldm.training.frozen import keep_texts
 from tinyldm.training.latents import prepare_latents
 from tinyldm.training.learner import Learner, Update
 from tinyldm.training.log import Log
@@ -55,13 +56,15 @@ from tinyldm.training.progress import ProgressBar
 from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.report import refresh_report
 from tinyldm.training.rollback import Diverged, skipped_before
-from tinyldm.training.run_folder import find_paths, write_settings
+from tinyldm.training.run_folder import find_paths, prepare_run
 from tinyldm.training.schedule import Revision
 from tinyldm.training.second_stage import LatentStage
 from tinyldm.training.signals import Interrupted, Signals
 from tinyldm.training.stage import Phase, Stage
 from tinyldm.training.timing import Timing
 from tinyldm.training.track import Tracker
+from tinyldm.training.vae_pictures import forget_pictures, training_pictures
+from tinyldm.training.validation import Validation
 
 COMPARE_AFTER = 200                                          # after this number of steps the plan is compared with measurements
 MOST_ROLLBACKS = 10                                          # more in one process are not due to single bad batches: the run ends
@@ -73,7 +76,7 @@ class Trainer:
     def __init__(self, stage: Stage, context: RunContext, last: Path | None = None, skipped_batches: int = 0):
         """last: the checkpoint to continue from. skipped_batches: the number of batches that rollbacks have skipped so far."""
         self.stage, self.context, config = stage, context, stage.config
-        self.learner = Learner(stage.trained, stage.objective, stage.settings, stage.world, context.device, stage.average)
+        self.learner = Learner(stage.trained, stage.objective, stage.settings, stage.world, context.device, stage.average, stage.patience)
         state = self.learner.load(last) if last else {}
         self.learner.broadcast_state()
         if last:
@@ -82,8 +85,9 @@ class Trainer:
         self.step, self.phase_index = state.get("step", 0), state.get("stage_number", 0)
         self.skipped_batches = max(skipped_batches, state.get("window", 0))
         context.clock.at_least((state.get("schedule") or {}).get("running", 0.0))       # running.json can be lost, or not copied along
-        # The first stage is trained by the main process alone, in a world of its own.
+        # The first stage of two is trained by the main process alone, in a world of its own.
         self.timing = Timing(context._replace(world=stage.world), stage.settings, state.get("schedule"), stage.fractions, stage.costs)
+        self.timing.over = self.learner.stopping.over
         main = stage.world.main
         self.tracker = Tracker(config.run.track if main and stage.reported else "", context.folder, flatten(config), self.step)
         self.log = Log(context.folder / "log.jsonl" if main else None, stage.name, self.step, self.tracker.row)
@@ -138,7 +142,7 @@ class Trainer:
                 batch, upcoming = upcoming, None
                 log_due, updates = (self.step + 1) % run.log_every == 0, {}
                 # A turn is one update, with parameters, optimizers and a loss of its own: one here, two with a discriminator.
-                for turn in turns_at(objective, self.step):             # at least one
+                for turn in turns_at(objective, self.step, timing.progress(self.step)):     # at least one
                     for attempt in micro_batches.attempts():            # runs once; again, in smaller micro-batches, if memory ran out
                         with attempt:                                   # catches out-of-memory errors only
                             self.accumulate(phase, turn, split(batch, attempt.count))
@@ -179,7 +183,7 @@ class Trainer:
         most = self.stage.settings.batch_size // world.size     # so that every process has at least one sample in each micro-batch
 
         def start_over(count: int) -> None:
-            self.learner.drop_gradients()
+            self.learner.drop_gradients(), self.stage.objective.start_over()
             if self.context.device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.compiler.reset()                          # forgets the graphs of larger micro-batches: it keeps only a few
@@ -218,16 +222,18 @@ class Trainer:
             ratio = {"update_ratio": update.ratio} if update and update.ratio is not None else {}
             shown = self.bar.report(row["loss"], self.stage.settings.lr * factor, self.timing.finish(self.step, self.phase_index))
             self.log.write(stage=self.stage.name, step=self.step, lr_factor=factor, **row, **ratio, running=self.timing.running, **shown)
+            for text in self.stage.objective.notes():           # a discriminator that has collapsed, for example
+                self.note("collapse", self.step, text)
         if self.stage.reported and self.step - self.first_step == COMPARE_AFTER:
             self.compare_with_plan()
 
     def do_what_is_due(self, phase: Phase) -> None:
         """Validation and sample grid, and after them the checkpoint, so that a resumed run does not repeat them. Raises Interrupted
         after a signal."""
-        step, run, stage, ema = self.step, phase.config.run, self.stage, self.learner.ema
-        finished, signal, progress = self.timing.done(step), self.timing.signal, self.timing.progress(step)
-        if phase.validation and (finished or (run.val_every and step % run.val_every == 0)):
-            self.optional("validation", lambda: self.log.write(stage=stage.name, step=step, **phase.validation.measure(ema, progress)))
+        step, run, stage, ema, signal = self.step, phase.config.run, self.stage, self.learner.ema, self.timing.signal
+        if phase.validation and (self.timing.done(step) or (stage.val_every and step % stage.val_every == 0)):
+            self.validate(phase.validation)                     # which may end the training
+        finished = self.timing.done(step)
         if finished or (run.sample_every and step % run.sample_every == 0):
             self.optional("the sample grid", lambda: self.tracker.picture("samples", stage.draw_samples(ema, step), step))
         if (finished and stage.checkpoint_at_end) or signal or step % run.save_every == 0:
@@ -236,6 +242,16 @@ class Trainer:
         if signal and not finished:
             self.context.signals.received = signal              # perhaps only another process received it
             raise Interrupted
+
+    def validate(self, validation: Validation) -> None:
+        """Measure the loss on held-out samples. With --early-stop training may be over then."""
+        row, progress = {}, self.timing.progress(self.step)
+        self.optional("validation", lambda: row.update(validation.measure(self.learner.ema, progress)))
+        if row:
+            self.log.write(stage=self.stage.name, step=self.step, **row)
+        if progress >= self.stage.objective.settled and (text := self.learner.validated(self.step, row)):
+            self.note("early stop", self.step, text)
+            self.timing.over = True
 
     def optional(self, what: str, work: Callable[[], None]) -> None:
         """Do what the run can do without: a failure is printed. With sharded networks it ends the run, since the other processes
@@ -287,7 +303,7 @@ class Trainer:
 
 
 def train_all(config: Config, context: RunContext) -> None:
-    """Both stages, from the newest checkpoint on. With --rollback the second may return to an older checkpoint."""
+    """Both stages, or --only one, from the newest checkpoint on. With --rollback the second may return to an older checkpoint."""
     world, run = context.world, context.folder
     last = checkpoint.to_resume(config.run, run) if world.main else None
     last, skipped = world.broadcast([str(last or ""), skipped_before(run, last)])
@@ -295,6 +311,9 @@ def train_all(config: Config, context: RunContext) -> None:
     begun = last is not None and last.name.startswith("step")
 
     first_stage(config, context, last)
+    if config.run.only:
+        return
+    keep_texts(config, context, last if begun else None)
     config, micro_batches = rehearse(config, context, last if begun else None)      # one step, before pictures are encoded for hours
     vae, caches = prepare_latents(config, context, begun)
     last = last if begun else None
@@ -316,33 +335,22 @@ def train_all(config: Config, context: RunContext) -> None:
 
 
 def first_stage(config: Config, context: RunContext, last: Path | None) -> None:
-    """RUN/vae, unless it is there: pretrained, or trained by the main process alone, while the others wait."""
+    """RUN/vae, unless it is there: pretrained, or trained, by all processes if it is all that is trained, else by the main one alone,
+    while the others wait."""
+    world = context.world if config.run.only else World()
     while not (context.folder / "vae").is_dir():
-        if not context.world.main:
+        if not (context.world.main or config.run.only):
             context.check(), time.sleep(0.5)
         elif config.autoencoder.weights:
             copy_pretrained(config, context)
         else:
-            stage = AutoencoderStage(config, context, training_pictures(config, context))
-            Trainer(stage, context, last).train()
-            stage.finish()
+            stage = AutoencoderStage(config, context, training_pictures(config, context, world), last, world)
+            trainer = Trainer(stage, context, last)
+            with world.peer_errors():
+                trainer.train()
+            stage.finish(trainer.learner)
     if context.world.main:
         forget_pictures(context.folder)
-
-
-def prepare_run(config: Config) -> None:
-    """Make or reopen the run folder, lock it, and write the resolved config into it."""
-    run, new = Path(config.run.out), config.run.resume == "no"
-    if new and ((run / "vae").exists() or checkpoint.names(run)):
-        raise ValueError(f"{run} holds a run already: continue it with --resume yes, or name another folder with --out")
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint.lock(run)
-    if new:                                                     # left by a run that ended before its first checkpoint
-        (run / "running.json").unlink(missing_ok=True)
-        forget_pictures(run)
-    file = write_settings(config)
-    write_file(run / "launch", launch())
-    print(f"{'new run' if new else 'continuing the run'} in {run}, configuration in {file}")
 
 
 def main() -> None:
@@ -379,6 +387,8 @@ def main() -> None:
     finally:
         clock.close()
     world.close()                                               # not after an error: NCCL would wait for processes that have ended
+    if config.run.only:
+        return print(f"done: --vae-weights {run / 'vae'} takes this autoencoder; look at {run / 'report.html'}")
     print(f"done: look at {run / 'report.html'}, and draw what you like: python sample.py \"a red fox\" --model {run}")
 
 

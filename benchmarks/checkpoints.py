@@ -28,6 +28,7 @@ from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.training import checkpoint
 from tinyldm.training.distributed import World, clip
+from tinyldm.training.frozen import Frozen
 from tinyldm.training.learner import Learner
 from tinyldm.training.second_stage import at_phase, trained_parts
 from tinyldm.training.trained import TrainedModel
@@ -63,7 +64,7 @@ def main() -> None:
         run, n = Path(folder), 0
         save_vae(run / "vae", vae)
         parts = trained_parts(config, model)
-        trained, objective = TrainedModel(lambda: model, parts, run / "vae"), Denoising(config, model, parts)
+        trained, objective = TrainedModel(lambda: model, parts, Frozen(run)), Denoising(config, model, parts)
         learner = Learner(trained, objective, config.optimisation, World(), device)
         writer = checkpoint.Writer(run, keep=2)
         for _ in range(args.rounds + 1):                        # the first round is a warm-up

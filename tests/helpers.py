@@ -98,10 +98,10 @@ def train_here(train, words: list[str], monkeypatch, stop_after: int | None = No
         return train.main()
     real = train.turns_at
 
-    def turns_at(objective, step):                              # called where step `step` begins
+    def turns_at(objective, step, progress):                    # called where step `step` begins
         if not isinstance(objective, AutoencoderObjective):     # steps of the second stage are counted
             signals.received = signal.SIGTERM if step + 1 == stop_after else 0
-        return real(objective, step)
+        return real(objective, step, progress)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "turns_at", turns_at)

@@ -1,11 +1,15 @@
 """Small models with random weights, for tests of what happens around them, and the pictures that they draw."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from helpers import PROMPT, randomise, small_text
+from safetensors.torch import save_file
 
 from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
+from tinyldm.models.lpips import LPIPS, LPIPSConfig
 from tinyldm.models.mmdit import MMDiT, MMDiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
@@ -40,6 +44,14 @@ def mmdit_model() -> Model:
 
 def small_vae(channels: int) -> AutoencoderKL:
     return randomise(AutoencoderKL(VAEConfig(widths=(16, 32), depth=1, groups=8, latent_channels=channels)), 3)
+
+
+def write_lpips(file: Path, seed: int = 0) -> str:
+    """A small LPIPS of random weights under published names, trunk and linear layers in one file -> its path."""
+    made = randomise(LPIPS(LPIPSConfig("vgg16", (4,) * 5)), seed)
+    save_file({f"lin{name.split('.')[1]}.model.1.weight" if name.startswith("linears") else name: p.abs() if "linears" in name else p
+               for name, p in made.named_parameters()}, file)
+    return str(file)
 
 
 MODELS = {"unet": unet_model, "mmdit": mmdit_model}

@@ -24,6 +24,7 @@ from tinyldm.config import (
     preset_config,
 )
 from tinyldm.config.fields import OTHER_NAMES, SETTINGS, fixed, free
+from tinyldm.config.presets import VAE_PRESETS
 from tinyldm.device import pick_device, pick_dtype
 from tinyldm.lookup import build_dataclass, nearest
 from tinyldm.models.unet import UNetConfig
@@ -59,12 +60,17 @@ def test_every_field_is_a_flag():
     assert parsed("--compile").run.compile is True and parsed("--no-compile").run.compile is False
 
 
+# Values where not every word will do, with what else they need.
+SPECIAL = {"budget": ["3m"], "deadline": ["2999-01-31T18:00+00:00"], "only": ["vae"], "vae_preset": ["kl-f8"], "vae_optimizer": ["adamw"],
+           "vae_freeze": ["encoder", "--vae-init", "folder"], "early_stop": ["3", "--only", "vae", "--vae-val-every", "9"]}
+
+
 def test_every_setting_s_flag_is_understood():
     plain = flatten(parsed())
     for name, setting in SETTINGS.items():
         if setting.type in (int, float, str, float | None) and name not in ("resume", "preset"):
             kind = {float | None: float}.get(setting.type, setting.type)
-            words = {"budget": ["3m"], "deadline": ["2999-01-31T18:00+00:00"]}.get(name, [str(plain[name] or 1)])
+            words = SPECIAL.get(name, [str(plain[name] or 1)])
             assert flatten(parsed(check.flag(name), *words))[name] == kind(words[0]), name
 
 
@@ -204,10 +210,12 @@ def test_a_setting_with_neither_fixed_nor_free_fails(monkeypatch):
 
 def test_what_a_resumed_run_keeps_and_what_it_may_change():
     kept = """seed data scenes caption_key resolution stages buckets flip moments min_side max_aspect min_caption max_caption cache
-        vae vae_weights text text_weights vocab_size network unet dit process process_options shift zero_terminal_snr prediction
+        only vae_preset autoencoder vae_init vae_optimizer vae_ema vae vae_weights vae_loss vae_lpips vae_gan vae_latents vae_freeze
+        text text_weights vocab_size network unet dit process process_options shift zero_terminal_snr prediction
         learned_variance mask_padding optimizer ema_widths preset batch_size val_samples""".split()
     may_change = """out resume device dtype compile max_skip encode_batch_size vae_steps vae_pictures vae_batch_size vae_crop vae_lr
-        vae_muon_lr vae_kl times times_mean times_scale stratified_times loss huber_c loss_weight min_snr_gamma p2_gamma noise_offset
+        vae_muon_lr vae_val_every early_stop
+        times times_mean times_scale stratified_times loss huber_c loss_weight min_snr_gamma p2_gamma noise_offset
         input_perturbation caption_dropout max_steps budget deadline grad_accum lr muon_lr weight_decay warmup_steps decay
         grad_clip ema_decay rollback grad_checkpointing fsdp deterministic log_every track save_every keep_last keep_every val_every
         sample_every sample_prompts sampler sample_steps cfg pictures utilisation gpu_gb gpu_tflops""".split()
@@ -365,3 +373,48 @@ def test_ends_and_phases_that_make_no_sense_are_one_line(words, said, capsys):
     with pytest.raises(SystemExit) as end:
         parsed(*words.split())
     assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- an autoencoder alone
+
+
+def test_a_vae_preset_lies_over_the_preset_and_under_what_is_typed():
+    config = parsed("--preset", "5090_week", "--only", "vae", "--vae-preset", "cifar10", "--vae", "depth=2", "--vae-lr", "0.1")
+    row = VAE_PRESETS["cifar10"]
+    own = config.autoencoder
+    assert own.fields == row["vae"] | {"depth": 2} and (own.lr, own.steps) == (0.1, row["vae_steps"])
+    assert (config.data.resolution, config.data.phases, config.autoencoder.weights) == (32, {}, "")         # the preset has --stages
+    assert config.run.val_samples == row["val_samples"] and parsed().run.val_samples != row["val_samples"]
+    taesd = parsed("--vae-preset", "cifar10", "--autoencoder", "taesd", "--vae", "width=8")
+    assert taesd.autoencoder.fields == {"width": 8}
+
+
+def test_published_vae_presets_have_the_published_shapes_and_loss():
+    f4, f8, f16 = (parsed("--only", "vae", "--vae-preset", name).autoencoder for name in ("kl-f4", "kl-f8", "kl-f16"))
+    assert [len(own.fields["widths"]) - 1 for own in (f4, f8, f16)] == [2, 3, 4]
+    assert f8.loss == {"l1": 1, "mse": 0, "kl": 1e-6, "lpips": 1, "gan": 0.5} and f8.lr == pytest.approx(4.5e-6 * f8.batch_size)
+
+
+def test_a_run_folder_remembers_what_its_vae_preset_gave(tmp_path, monkeypatch):
+    config = parsed("--out", str(tmp_path), "--only", "vae", "--vae-preset", "cifar10", "--vae-lr", "0.1")
+    (tmp_path / "config.json").write_text(json.dumps(flatten(config)))
+    monkeypatch.setitem(VAE_PRESETS, "cifar10", VAE_PRESETS["cifar10"] | {"vae_steps": 7, "vae_lr": 7.0})
+    again = flatten(parsed("--out", str(tmp_path), "--resume", "yes"))
+    assert json.loads(json.dumps(again)) == json.loads((tmp_path / "config.json").read_text()) | {"resume": again["resume"]}
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--only unet", "unknown --only 'unet'"), ("--only vae --vae-weights V", "train on from it with --vae-init"),
+    ("--vae-weights V --vae-init V", "train on from it with --vae-init"), ("--vae-init V --vae width=8", "leave out --vae"),
+    ("--vae-freeze encoder", "name it with --vae-init"), ("--early-stop 3", "is for --only vae"),
+    ("--only vae --early-stop 3", "add --vae-val-every 100"), ("--only vae --fsdp", "leave it out"),
+    ("--only vae --vae-steps 0", "--vae-steps 0 must be at least 1"), ("--vae-preset kl-f9", "did you mean 'kl-f8'"),
+    ("--vae-ema 1.5", "--vae-ema 1.5 must lie between 0 and 1")])
+def test_settings_of_the_first_stage_that_cannot_work_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        parsed(*words.split())
+    assert said in capsys.readouterr().err
+
+
+def test_with_a_budget_an_autoencoder_alone_needs_no_number_of_steps():
+    assert parsed("--only", "vae", "--budget", "1h", "--vae-steps", "0").autoencoder.steps == 0

@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -18,10 +19,11 @@ import torch
 from helpers import load_script, randomise
 from outcomes import Row, same
 from PIL import Image
+from small_models import write_lpips
 from test_sample import OTHER, PROMPT, make
 
 from tinyldm.diffusion.guidance import SkipLayers
-from tinyldm.evaluation import base
+from tinyldm.evaluation import base, reconstruction
 from tinyldm.evaluation.base import Measurement
 from tinyldm.evaluation.metrics import METRICS, Metric
 from tinyldm.folders.load import load_model
@@ -32,6 +34,7 @@ from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import UNet
 from tinyldm.pictures.pixels import to_pixels
 from tinyldm.pipeline import Canvas, DrawSettings, Morph, draw, draw_settings
+from tinyldm.training.vae_validation import reconstruct
 
 
 def flags_of(module, patch) -> set[str]:
@@ -259,15 +262,28 @@ EVALUATE = {
     "batch_size": Row(["--batch-size", "2"], {"batches"}, which_way=lambda a, b: b.batches == [2, 1], rounding=["picture"]),
     "seed": Row(["--seed", "1"], {"record", "picture"}, which_way=lambda a, b: abs(b.picture[0].astype(int) - a.picture[1]).max() <= 1),
     "dtype": Row(["--dtype", "bf16"], {"record", "picture"}, ["--dtype", "fp32"], lambda a, b: b.record["dtype"] == "bf16"),
+    "offload": Row(["--offload", "parts"], {"offloaded"}, which_way=lambda a, b: b.offloaded == [("parts", 3)]),
     "out": Row(["--out", "elsewhere"], {"folder"}, which_way=lambda a, b: b.folder == "elsewhere"),
     "no_ema": Row(["--no-ema"], {"record", "loaded", "picture"}, which_way=lambda a, b: b.record["no_ema"] is True),
+}
+EVALUATE_VAE = {                                    # with --vae: what is measured is an autoencoder on pictures
+    "vae": Row(["--vae", "tiny"], {"record", "figures", "folder"}, which_way=lambda a, b: b.folder == "tiny/evaluation"),
+    "data": Row(["--data", "gradients"], {"record", "figures", "read", "names"}, which_way=lambda a, b: b.names == ["init.png", "mask.png"]),
+    "resolution": Row(["--resolution", "48"], {"record", "figures", "read"}, which_way=lambda a, b: b.record["resolution"] == 48),
+    "vae_lpips": Row(["--vae-lpips", "lpips.safetensors"], {"record", "figures"}, which_way=lambda a, b: "lpips" in b.figures[0]),
+    "metric": Row(["--metric", "reconstruction", "seams"], {"seams"}, ["--vae", "tiny"], lambda a, b: b.seams["tile"] == 64),
+    "count": Row(["--count", "5"], {"record", "figures", "read", "names"}, which_way=lambda a, b: len(b.figures) == 5),
+    "batch_size": Row(["--batch-size", "2"], {"read"}, which_way=lambda a, b: b.read == [(2, 32)] * 3, rounding=["figures", "record"]),
+    "seed": Row(["--seed", "1"], {"record", "figures"}, which_way=lambda a, b: b.record["seed"] == 1),
+    "dtype": Row(["--dtype", "bf16"], {"record", "figures"}, ["--dtype", "fp32"], lambda a, b: b.record["dtype"] == "bf16"),
+    "out": Row(["--out", "elsewhere"], {"folder"}, which_way=lambda a, b: b.folder == "elsewhere"),
 }
 NOT_EVALUATE = {"device": "there may be one alone"}
 
 
 @pytest.mark.parametrize("name", EVALUATE)
 def test_a_flag_of_evaluate_changes_what_it_is_for_and_nothing_else(name, places, opened, once, monkeypatch, tmp_path):
-    measured, batches, found = [], [], []
+    measured, batches, found, offloaded = [], [], [], []
 
     def measure(name):
         def measured_by(evaluation):
@@ -282,12 +298,13 @@ def test_a_flag_of_evaluate_changes_what_it_is_for_and_nothing_else(name, places
     monkeypatch.setattr(base, "draw", lambda model, prompts, *more: batches.append(len(prompts)) or draw(model, prompts, *more))
     module = load_script("evaluate")
     asked = opened(module, places / "model")
+    monkeypatch.setattr(module, "offload_to_fit", lambda model, device, how, order: offloaded.append((how, order.at_once)) or model)
     monkeypatch.chdir(tmp_path)
     for each in ("model", "another", "told"):
         (tmp_path / each).symlink_to(places / each)
 
     def run(*words):
-        for noted in (measured, batches, asked):
+        for noted in (measured, batches, asked, offloaded):
             noted.clear()
         place = next((word for word in words if word in ("another", "told")), "model")
         module.ARGS = module.parse([place, *(["--metric", "probe"] if "--metric" not in words else []), "--count", "3",
@@ -295,11 +312,41 @@ def test_a_flag_of_evaluate_changes_what_it_is_for_and_nothing_else(name, places
         module.main()
         out = module.ARGS.out or f"{place}/evaluation"
         record = json.loads((tmp_path / out / "probe.json").read_text())
-        return dict(record=record, measured=[*measured], batches=[*batches], loaded=[*asked], picture=[*found], folder=out)
+        return dict(record=record, measured=[*measured], batches=[*batches], loaded=[*asked], picture=[*found], folder=out,
+                    offloaded=[*offloaded])
 
     row = EVALUATE[name]
     row.check(once("evaluate", row.over, run), run(*row.over, *row.value))
 
 
+@pytest.mark.parametrize("name", EVALUATE_VAE)
+def test_a_flag_of_evaluate_with_an_autoencoder_changes_what_it_is_for_and_nothing_else(name, places, once, monkeypatch, tmp_path):
+    read, module = [], load_script("evaluate")
+    monkeypatch.setattr(reconstruction, "reconstruct", lambda vae, images, *more: read.append(images.shape[:2]) or reconstruct(vae, images, *more))
+    monkeypatch.chdir(tmp_path)
+    for each in ("model", "tiny"):
+        shutil.copytree(places / each, tmp_path / each)
+    write_lpips(tmp_path / "lpips.safetensors")
+    (tmp_path / "gradients").mkdir()
+    for each in ("init.png", "mask.png"):
+        shutil.copy(places / each, tmp_path / "gradients")
+
+    def run(*words):
+        read.clear()
+        usual = {"--vae": "model/vae", "--data": "toyworld", "--count": "6", "--resolution": "32"}
+        typed = [part for flag, value in usual.items() if flag not in words for part in (flag, value)]
+        module.ARGS = module.parse([*typed, *words])
+        module.main()
+        out = module.ARGS.out or f"{module.ARGS.vae}/evaluation"
+        record = json.loads((tmp_path / out / "reconstruction.json").read_text())
+        seams = tmp_path / out / "seams.json"
+        names = [row.pop("key") for row in record["pictures"]]
+        return dict(figures=record.pop("pictures"), names=names, folder=out, read=[*read], seams=json.loads(seams.read_text()) if seams.exists()
+                    else {}, record={name: value for name, value in record.items() if name != "seconds"})
+
+    row = EVALUATE_VAE[name]
+    row.check(once("evaluate --vae", row.over, run), run(*row.over, *row.value))
+
+
 def test_every_flag_of_evaluate_has_a_row_or_a_reason(monkeypatch):
-    assert flags_of(load_script("evaluate"), monkeypatch) == EVALUATE.keys() | NOT_EVALUATE.keys()
+    assert flags_of(load_script("evaluate"), monkeypatch) == EVALUATE.keys() | EVALUATE_VAE.keys() | NOT_EVALUATE.keys()

@@ -103,6 +103,14 @@ def test_networks_and_mathematics_touch_no_files(room):
         assert not roots & {"os", "io", "pathlib", "shutil", "tempfile", "json", "safetensors", "huggingface_hub", "PIL"}, name
 
 
+def test_networks_share_what_they_have_in_common_in_one_file():
+    """But TAESD, which takes the place of another network, the autoencoder, and is one."""
+    networks = {name for name in FILES if package(name) == "tinyldm.models"} - {"tinyldm.models"}
+    shared = {name: imports(MODULES[name].read_text(encoding="utf-8"), networks) & networks for name in networks}
+    assert shared.pop("tinyldm.models.taesd") == {"tinyldm.models.vae"}
+    assert set().union(*shared.values()) <= {"tinyldm.models.layers"}
+
+
 @pytest.mark.parametrize("room, strangers", [
     ("vendor_loaders", ("folders", "data", "objectives", "planning", "training", "evaluation", "pipeline", "config")),
     ("model", ("folders", "data", "objectives", "planning", "training", "evaluation", "pipeline", "config")),

@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import ENVIRONMENT, ROOT, SMALL, load_script, log_without_timing, pictures, script, train_here, weights
+from helpers import ENVIRONMENT, ROOT, SMALL, load_script, log_without_timing, pictures, randomise, script, small_text, train_here, weights
 
+from tinyldm.folders.save import save_texts
+from tinyldm.models.clip_text import CLIPText
+from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.training import checkpoint
 from tinyldm.training.log import read
 
@@ -24,7 +27,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def run_with_kills(words: list, folder: Path, kills: int, seed: int, env=ENVIRONMENT, latest=6, at_work=lambda seconds: seconds > 1) -> int:
+def run_with_kills(words: list, folder: Path, kills: int, seed: int, env=ENVIRONMENT, latest=6, at_work=lambda seconds: seconds > 1,
+                   on_kill=lambda: None) -> int:
     """Start train.py, kill it at some moment, start it again, and so on; in the end leave it alone. -> the number of kills that hit
     it at work (before the first second is over, nothing is there that could be hurt). Half of them come soon after it wrote
     something, half of them at any moment in the first `latest` seconds."""
@@ -43,6 +47,7 @@ def run_with_kills(words: list, folder: Path, kills: int, seed: int, env=ENVIRON
                 job.wait(rng.uniform(0, 0.5) if soon else rng.uniform(0, latest))
             except subprocess.TimeoutExpired:
                 job.kill()
+                on_kill()
                 hits += at_work(time.monotonic() - begun)
         _, error = job.communicate()
         if job.returncode == 0 and hits:
@@ -72,6 +77,22 @@ def whole(tmp_path_factory) -> Path:
 def test_three_kills_change_nothing(whole, tmp_path):
     run_with_kills(["train.py", *SMALL, *STEPS], tmp_path / "run", kills=3, seed=1)
     assert_same(whole, tmp_path / "run", 12)
+
+
+@pytest.mark.slow
+def test_kills_change_nothing_of_a_run_on_a_frozen_text_encoder_that_changes_meanwhile(tmp_path):
+    tokenizer, config = small_text()
+    for seed, name in ((1, "source"), (1, "changing"), (2, "other")):
+        save_texts(tmp_path / name, TextEncoders([TextEncoder(randomise(CLIPText(config), seed), tokenizer)]))
+    words = lambda name: ["train.py", *SMALL, *STEPS, "--text-weights", tmp_path / name]
+    done = script(*words("source"), "--out", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    run_with_kills(words("changing"), tmp_path / "run", kills=6, seed=2, on_kill=lambda: (tmp_path / "run" / "text").is_dir() and (
+        shutil.rmtree(tmp_path / "changing"), shutil.copytree(tmp_path / "other", tmp_path / "changing")))
+    assert_same(tmp_path / "whole", tmp_path / "run", 12)
+    assert contents(tmp_path / "whole" / "text") == contents(tmp_path / "run" / "text")
+    file = "text_encoder/model.safetensors"
+    assert os.path.samefile(tmp_path / "run" / "text" / file, tmp_path / "run" / "checkpoints" / "step-000012" / "model" / file)
 
 
 @pytest.mark.slow

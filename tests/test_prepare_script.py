@@ -86,6 +86,8 @@ def test_sources_captions_views_moments_and_sizes_all_mixed_train_a_dit_and_resu
     (["--data", "toyworld", "--vae-weights", "VAE", "--out", "docs"], "name another folder"),
     (["--data", "toyworld", "--vae-weights", "VAE", "--lr", "3"], "unknown argument"),
     (["--data", "toyworld", "--vae-weights", "VAE", "--network", "unett"], "did you mean 'unet'"),
+    (["--data", "toyworld", "--vae-weights", "VAE", "--network", "mmdit", "--net", "max_positions=2", "--resolution", "64"],
+     "pictures with a side of 64 pixels are larger than this mmdit takes: set --net max_positions="),
     (["--data", "EMPTY/*.tar", "--vae-weights", "VAE"], "no shard or folder matches"),
 ])
 def test_mistakes_at_prepare_are_one_line_and_write_nothing(vae, tmp_path, capsys, words, expected):

@@ -30,6 +30,14 @@ def test_resume_auto_starts_where_there_is_no_run_and_resumes_where_there_is(tmp
     assert parsed(*words[:5], "yes") == parsed(*words[:6]) == change(again, lr=0.5)
 
 
+def test_the_weight_of_kl_in_the_settings_of_an_older_run_is_read_in_today_s_units(tmp_path):
+    """It was one of nats beside means over a picture's values."""
+    older = {name: value for name, value in flatten(preset_config("tiny")).items() if name != "vae_loss"} | {"vae_kl": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    resumed = parsed("--out", str(tmp_path), "--resume", "yes")
+    assert resumed.autoencoder.loss == {"kl": pytest.approx(1e-5 * 3 * 64**2)}
+
+
 @pytest.mark.parametrize("left", [[], ["lock"], ["lock", "running.json", "log.jsonl"]])
 def test_a_folder_without_settings_holds_no_run_yet(tmp_path, left):
     for name in left:

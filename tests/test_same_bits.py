@@ -11,7 +11,7 @@ import torch
 from helpers import ENVIRONMENT, script
 from test_kills import assert_same, contents, run_with_kills
 
-from tinyldm.models.clip_text import TextFeatures
+from tinyldm.models.layers import TextFeatures
 from tinyldm.text.encoders import encode
 
 TWO_THREADS = {"env": ENVIRONMENT | {"OMP_NUM_THREADS": "2"}}

@@ -241,7 +241,7 @@ def test_one_command_starts_a_run_and_continues_it_every_time_it_is_typed(undist
     words = ["--out", str(tmp_path / "run"), "--preset", "tiny", *SMALL, "--resume", "auto"]
     train = load_script("train")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train, "write_settings", lambda config: 1 / 0)
+        patch.setattr(importlib.import_module("tinyldm.training.run_folder"), "write_settings", lambda config: 1 / 0)
         train_here(train, words, patch)
     (tmp_path / "run" / "running.json").write_text('{"seconds": 3600}')        # of a run that ended before its first checkpoint
     train_here(train, words, monkeypatch, stop_after=3)
@@ -268,9 +268,9 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(run, tmp_path,
 
 
 def test_an_interrupted_first_stage_goes_on_with_the_same_pictures_and_reads_none_again(undisturbed, tmp_path, monkeypatch):
-    first_stage = importlib.import_module("tinyldm.training.first_stage")
-    folder, read, real = tmp_path / "run", [], first_stage.some_pictures
-    monkeypatch.setattr(first_stage, "some_pictures", lambda *words: read.append(len(real(*words)[0])) or real(*words))
+    vae_pictures = importlib.import_module("tinyldm.training.vae_pictures")
+    folder, read, real = tmp_path / "run", [], vae_pictures.usable_pictures
+    monkeypatch.setattr(vae_pictures, "usable_pictures", lambda *words: read.append(len([*real(*words)])) or real(*words))
     train = load_script("train")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train.Trainer, "watch_loss", lambda self, update: 1 / (3 - self.step))       # dies in step 3 of 4
@@ -284,16 +284,16 @@ def test_an_interrupted_first_stage_goes_on_with_the_same_pictures_and_reads_non
 
 @pytest.mark.parametrize("damage, changes", [("cut", []), ("", ["--vae-pictures", "9"]), ("no room", [])])
 def test_pictures_that_are_damaged_or_asked_for_in_another_number_are_read_again(tmp_path, monkeypatch, damage, changes):
-    first_stage = importlib.import_module("tinyldm.training.first_stage")
+    vae_pictures = importlib.import_module("tinyldm.training.vae_pictures")
     if damage == "no room":                                     # then none are kept
-        monkeypatch.setattr(first_stage.shutil, "disk_usage", lambda path: SimpleNamespace(free=24 * 16 * 16 * 3 * 10))
+        monkeypatch.setattr(vae_pictures.shutil, "disk_usage", lambda path: SimpleNamespace(free=16_384 * 16 * 16 * 3))
     context = SimpleNamespace(folder=tmp_path, signals=SimpleNamespace(check=lambda: None))
-    pictures = first_stage.training_pictures(parse(SMALL, "")[0], context)
+    pictures = np.array(vae_pictures.training_pictures(parse(SMALL, "")[0], context))
     kept = list(tmp_path.glob("vae-pictures-*/pictures.npy"))
     assert len(kept) == (damage != "no room")
     if damage == "cut":
         kept[0].write_bytes(kept[0].read_bytes()[:-1])
-    again = first_stage.training_pictures(parse([*SMALL, *changes], "")[0], context)
+    again = vae_pictures.training_pictures(parse([*SMALL, *changes], "")[0], context)
     assert np.array_equal(pictures, again) if not changes else len(again) == 9
     assert len(list(tmp_path.iterdir())) == len(kept)
 

@@ -15,6 +15,7 @@ import torch
 from helpers import ROOT
 from outcomes import Row, flags, outcome, several_shapes
 from published import write_sdxl
+from small_models import write_lpips
 
 from tinyldm.config.fields import SETTINGS, make_config
 from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
@@ -28,6 +29,8 @@ TINY = dict(resolution=8, vae=dict(widths=(8, 8), groups=4, depth=1, middle_atte
             log_every=1, sample_every=0, sample_prompts="a wide picture", sample_steps=1, dtype="fp32", max_skip=0.2)
 TABLE = dict(process="scaled_linear", prediction="v")
 FIRST = dict(vae_weights="")                        # trains the autoencoder too, which the other runs are given
+WITH_LPIPS = dict(vae_loss=dict(lpips=1.0), vae_lpips=["LPIPS"], resolution=16, vae_crop=16)
+WITH_GAN = dict(vae_loss=dict(gan=1.0), vae_gan=dict(width=4, layers=1, norm="none", start=0.0, adaptive=False), vae_crop=8)
 
 # Groups of aspects. AFTER is what follows once anything in the training is different.
 AFTER = {"loss", "weights", "averages", "moments", "validation", "pictures"}
@@ -99,7 +102,15 @@ ROWS = {
     "vae_lr": Row(0.006, {"vae_loss", "vae_rates"} | OTHER_VAE, FIRST, lambda a, b: fraction(a.vae_rates, b.vae_rates, 0) == [2, 2]),
     "vae_muon_lr": Row(0.003, {"vae_loss", "vae_rates"} | OTHER_VAE, FIRST, lambda a, b: fraction(a.vae_rates, b.vae_rates, 1) == [2, 2]),
     "vae_decay": Row(1.0, {"vae_rates"} | OTHER_VAE, FIRST, lambda a, b: b.vae_rates[1][0] < a.vae_rates[1][0]),
-    "vae_kl": Row(0.1, {"vae_loss"} | OTHER_VAE, FIRST, lambda a, b: bool((b.vae_loss[0] > a.vae_loss[0]).all())),
+    "vae_optimizer": Row("adamw", {"vae_optimizers", "vae_rates", "vae_decays", "vae_loss"} | OTHER_VAE, FIRST,
+                         lambda a, b: b.vae_optimizers == [["AdamW"]] * 2),
+    "vae_ema": Row(0.5, {"ema"} | OTHER_VAE, FIRST, lambda a, b: b.ema[:2] == [0.5, 0.5]),
+    "vae_val_every": Row(1, {"crops", "vae_loss"} | OTHER_VAE, FIRST, lambda a, b: [len(losses) for losses in b.vae_loss] == [2, 2] * 2),
+    "vae_loss": Row(dict(kl=9.0), {"vae_loss"} | OTHER_VAE, FIRST, lambda a, b: bool((b.vae_loss[0] > a.vae_loss[0]).all())),
+    "vae_lpips": Row(["OTHER_LPIPS"], {"vae_loss"} | OTHER_VAE, FIRST | WITH_LPIPS),
+    "vae_gan": Row(dict(kind="non_saturating"), {"vae_loss"} | OTHER_VAE, FIRST | WITH_GAN),
+    "vae_latents": Row(dict(noise=0.5), {"vae_loss"} | OTHER_VAE, FIRST),
+    "vae_freeze": Row("encoder", {"vae_loss"} | OTHER_VAE, FIRST | dict(vae="", vae_init="VAE")),
     # text and network
     "text": Row(dict(layers=2), NETWORK),
     "text_encoder": Row("t5", {"captions", "tokens", "vocabulary"} | NETWORK),
@@ -178,6 +189,11 @@ PLANNED = {             # settings of --dry-run: another value -> what is planne
 ELSEWHERE = {           # settings that no row can have: the reason, and the test that they have instead
     "preset": ("only the other settings follow from it", "test_a_preset_is_its_row_and_what_is_typed_wins"),
     "out": ("every run here has its own folder", "test_a_run_folder_is_not_overwritten"),
+    "only": ("the second stage is left out", "test_the_result_is_a_folder_that_diffusers_opens_with_the_same_pictures"),
+    "vae_preset": ("only the other settings follow from it", "test_a_vae_preset_lies_over_the_preset_and_under_what_is_typed"),
+    "autoencoder": ("its fields are others", "test_the_result_is_a_folder_that_diffusers_opens_with_the_same_pictures"),
+    "vae_init": ("it brings its own fields", "test_a_run_that_begins_with_the_weights_of_others_goes_on_without_them"),
+    "early_stop": ("it is for --only vae", "test_early_stopping_ends_when_its_patience_does_with_the_weights_of_the_best_validation"),
     "resume": ("it continues another run", "test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit"),
     "device": ("there may be one alone", "test_mistakes_at_train_are_one_line_and_leave_no_run_behind"),
     "fsdp": ("it takes several processes", "test_a_sharded_network_trains_draws_and_saves_as_a_whole_one"),
@@ -196,7 +212,8 @@ def run(tmp_path_factory):
     base, memo = tmp_path_factory.mktemp("settings"), {}
     names = {"MINE": several_shapes(base / "mine", 0), "OTHER": several_shapes(base / "other", 90), "VAE": str(base / "0" / "vae"),
              "MINE_VAE": str(base / "1" / "vae"), "MODEL": str(base / "0" / "checkpoints" / "step-000001" / "model"),
-             "LATENTS": str(base / "2" / "latents"), "TWO": str(base / "two")}
+             "LATENTS": str(base / "2" / "latents"), "TWO": str(base / "two"), "LPIPS": write_lpips(base / "one.safetensors", 1),
+             "OTHER_LPIPS": write_lpips(base / "other.safetensors", 2)}
     write_sdxl(base / "two")                                    # with two text encoders
     real = lambda value: [*map(real, value)] if isinstance(value, list) else names.get(value, value) if isinstance(value, str) else value
 

@@ -66,6 +66,27 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, process
     assert_alike(alone, cut)
 
 
+ONLY = ("--only vae --scenes 40 --resolution 16 --vae-batch-size 6 --vae-steps 4 --vae-val-every 2 --early-stop 3 --vae-ema 0.5 "
+        "--val-samples 4 --log-every 1 --dtype fp32 --optimizer adamw --vae widths=8,16 groups=4 depth=1 middle_attention=false --vae-loss gan=0.5 "
+        "--vae-gan start=0 warmup=0 width=8 layers=1 norm=none").split()
+
+
+def test_several_processes_train_an_autoencoder_alone_as_one_does(tmp_path):
+    """With a discriminator, whose adaptive weight is that of the whole batch."""
+    done = script("train.py", *ONLY, "--out", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    done = torchrun(2, "train.py", *ONLY, "--out", tmp_path / "two", "--grad-accum", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the VAE trains on 40 pictures") == 1              # one process draws them for all
+    found = [[row[name] for row in read(tmp_path / run / "log.jsonl") for name in ("loss", "val_ema", "val_psnr", "loss_discriminator",
+                                                                                   "gan_weight") if name in row] for run in ("one", "two")]
+    assert len(found[0]) == 16 and found[0] == pytest.approx(found[1], rel=1e-3)
+    one, two = (weights(tmp_path / run / "vae") for run in ("one", "two"))
+    apart = np.concatenate([np.abs(one[name] - two[name]).ravel() for name in one])
+    assert np.mean(apart > 1e-2 * 3e-3) < 0.02 and apart.max() < 6 * 3e-3       # see assert_alike
+    assert not list((tmp_path / "two").glob("*vae-pictures*"))
+
+
 def start_by_hand(words: list, processes: int = 2) -> list[subprocess.Popen]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}

@@ -87,6 +87,25 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
     add("--schedule", metavar="NAME", help="karras, trailing, leading, linspace, ... (default: the model's)")
 
 
+def check_scale(scale: float | None, flag: str, usual: str = "1 or less is none, 7.5 is usual") -> None:
+    """ValueError for a number that is no guidance scale."""
+    if scale is not None and not abs(scale) < 1000:
+        raise ValueError(f"{flag} {scale} is not a guidance scale: {usual}")
+
+
+def add_offload_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --offload, for check_offload and offload.place_for_weights."""
+    parser.add_argument("--offload", nargs="?", const="auto", metavar="HOW", help="for models larger than the GPU's memory: weights are "
+                        "on the GPU only while they work. auto: the network by blocks where it does not fit; parts: never; blocks: "
+                        "always (slowest, least memory)")
+
+
+def check_offload(how: str | None, before: str) -> None:
+    """ValueError for a word that is no way to offload. before: what may have been meant by it, and belongs before the flag."""
+    if how not in (None, "auto", "parts", "blocks"):
+        raise ValueError(f"--offload {how}: use auto, parts or blocks, or put {before} before it")
+
+
 def fail(message: str) -> None:
     """Print one line and exit with code 2, also where nobody can read the line."""
     with suppress(OSError, ValueError):

@@ -88,6 +88,18 @@ def link(file: Path, new: Path) -> None:
         shutil.copyfile(file, new)
 
 
+def can_link(file: Path, folder: Path) -> bool:
+    """Whether link() gives a file a second name in this folder, rather than copy it."""
+    probe = folder / ".writing-link"
+    try:
+        probe.unlink(missing_ok=True)       # of a process that was killed here
+        os.link(file, probe)
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
 def make_output_folder(folder: Path) -> None:
     """Make a folder for pictures that a script draws, with a mark, so that it is not read as data where it lies in a folder of
     pictures. A folder that is there already may hold anything and gets no mark."""

@@ -60,6 +60,14 @@ def offload(model: Model, device: torch.device, how: str = "auto", memory: int |
     return replace(model, placement=Offloaded(device, {part: mover(module) for part, module in model.modules.items()}))
 
 
+@contextmanager
+def place_for_weights(device: torch.device, how: str | None) -> Iterator[torch.device]:
+    """Inside, a model is loaded to the device that this yields: to `device`, or where it is to be offloaded (how: see `offload`; None: it
+    is not) to the host's memory."""
+    with pinned_weights(device) if how else nullcontext():
+        yield torch.device("cpu") if how else device
+
+
 def pinned_weights(device: torch.device) -> AbstractContextManager:
     """Inside, what load_model loads to the CPU lies in pinned memory, from which CUDA copies while the host goes on. (To pin it later
     would take twice the memory.) For other devices nothing happens."""

@@ -23,7 +23,7 @@ from tinyldm.diffusion.samplers import find_sampler, sampler_name
 from tinyldm.lookup import lookup
 from tinyldm.model import Model, architecture
 from tinyldm.models.layers import Cond
-from tinyldm.models.tiling import PIXELS_AT_ONCE, decode_tiled, tiled
+from tinyldm.models.tiling import OVERLAP, PIXELS_AT_ONCE, TILE, decode_tiled, tiled
 from tinyldm.pictures.pixels import to_bytes
 from tinyldm.text.encoders import CAPTIONS_AT_ONCE
 from tinyldm.vendor_loaders.scheduler import Sampling, sampling
@@ -117,6 +117,14 @@ class Canvas(NamedTuple):
     strength: float                 # in (0, 1]: the fraction of the steps that is run, so how much may change
     mask: Tensor | None = None      # [1, 1, h, w] in [0, 1], 1 where to draw; None: everywhere
     shows: str | None = None        # its caption: start from its own noise, found by inversion; "": the prompt; None: random noise
+
+
+def all_captions(settings: DrawSettings, prompts: Iterable[str], negative: str | None = None, canvas: Canvas | None = None,
+                 morph: Morph | None = None) -> list[str]:
+    """All captions whose features `draw` needs for these prompts; the arguments are its own. A script that prepares them together uses
+    each text encoder once. (draw() itself does not: the last bits of features depend on how many captions are encoded at once.)"""
+    shown, end = canvas.shows if canvas else None, [morph.prompt] if morph else []
+    return [*([negative or ""] if settings.guided else []), *([shown] if shown else []), *end, *prompts]
 
 
 class PromptFeatures:
@@ -266,6 +274,10 @@ def check_size(model: Model, width: int, height: int) -> None:
     for size in (width, height):
         if size % f:
             raise ValueError(f"image size {size} is not a multiple of {f}: use {size // f * f or f} or {(size // f + 1) * f}")
+    row, downscale, config = architecture(model.net), model.vae.config.downscale, model.net.config
+    if row.enlarged(config, max(width, height) // downscale):
+        largest = max(side for side in range(f, max(width, height), f) if not row.enlarged(config, side // downscale))
+        raise ValueError(f"{width}x{height} pixels have more positions than this network's table: at most {largest} on each side")
     if (takes := model.net.config.in_channels) != (channels := model.vae.config.latent_channels):
         needs = FURTHER_INPUTS.get(takes - channels)
         why = f"it also needs {needs}" if needs else "they are not of the same model"
@@ -278,7 +290,7 @@ def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
     means, f = lambda part: vae.encode(part).mean, vae.config.downscale
     pixels = pixels.to(next(vae.parameters()).dtype)
     large = pixels.shape[2] * pixels.shape[3] > PIXELS_AT_ONCE
-    z = tiled(means, pixels, 1 / f, tile=64 * f, overlap=16 * f) if large else means(pixels)
+    z = tiled(means, pixels, 1 / f, tile=TILE * f, overlap=OVERLAP * f) if large else means(pixels)
     return vae.to_latents(z.float())
 
 

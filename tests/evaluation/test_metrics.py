@@ -7,13 +7,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, load_script, randomise, small_text
+from helpers import PROMPT, ROOT, load_script, randomise, small_text
+from pretend_gpu import PretendGpu, on_gpu
 
 from tinyldm.cli import Parser, add_drawing_flags, guard
 from tinyldm.diffusion.process import make_process
 from tinyldm.evaluation import base
 from tinyldm.evaluation.base import Evaluation, Measurement
 from tinyldm.evaluation.metrics import METRICS, Metric, metric_names
+from tinyldm.evaluation.prompts import reconstruct
 from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model
 from tinyldm.model import Model
@@ -206,6 +208,18 @@ def test_what_was_not_typed_comes_from_the_model(folder):
     for typed in (["--sampler", "huen"], ["--schedule", "karas"]):
         with pytest.raises(ValueError, match="did you mean"):
             evaluate.load(evaluate.parse([str(folder), *typed]))
+
+
+@pytest.mark.parametrize("how", ["auto", "parts", "blocks"])
+def test_with_offload_the_weights_wait_in_the_hosts_memory_and_everything_measured_is_the_same(folder, how):
+    found = []
+    with PretendGpu():
+        for words in ([], ["--offload", how]):
+            evaluation = evaluate.load(evaluate.parse([str(folder), "--device", "cuda", "--dtype", "fp32", *words]))
+            assert {on_gpu(p) for module in evaluation.model.modules.values() for p in module.parameters()} == {not words}
+            pictures = evaluation.draw([PROMPT, "a small green triangle"]).images
+            found.append((pictures, reconstruct(evaluation.model, pictures, evaluation.device, 2)))
+    assert all(np.array_equal(*pair) for pair in zip(*found)) and found[0][0].std() > 10
 
 
 def test_a_picture_depends_on_its_place_in_the_list_not_on_the_batch(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from helpers import PROMPT, randomise, small_text
 from safetensors.torch import load_file, save_file
+from small_models import mmdit_model
 
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.prediction import to_x0
@@ -22,8 +23,11 @@ from tinyldm.folders.save import save_model, save_vae, save_weights
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
+from tinyldm.models.t5 import T5, T5Config
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.text.absent import AbsentText, AbsentTokenizer
+from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.vendor_loaders import scheduler
 
 FLOW = scheduler.to_config("flow", {"shift": 3.0}, "flow")
@@ -99,6 +103,32 @@ def test_a_dit_folder_loads_bit_for_bit(save, parts):
     assert same(raw.net, scaled(parts.dit, 2))
     shift = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler").config.shift
     assert shift == model.process.shift == 3.0
+
+
+def test_a_folder_of_ours_that_joins_texts_as_stable_diffusion_3_does_may_lack_t5_too(save):
+    made = mmdit_model()
+    encoders = made.text.encoders[:2]
+    path = save(net=made.net, vae=made.vae, texts=[module for module, _ in encoders], tokenizers=[words for _, words in encoders],
+                defaults={"text_join": "sd3"})
+    assert json.loads((path / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"      # its scheduler is our own
+    model = load_model(path)
+    assert [type(module) for module, _ in model.text.encoders] == [CLIPText, CLIPText, AbsentText]
+    found = model.text.encode([PROMPT], torch.device("cpu"))
+    zeros = TextEncoders([*encoders, TextEncoder(AbsentText(64, 256), AbsentTokenizer())], "sd3")       # as many tokens as SD 3's T5 reads
+    expected = zeros.encode([PROMPT], torch.device("cpu"))
+    assert found.context.shape == (1, 16 + 256, 64)
+    assert torch.equal(found.context, expected.context) and torch.equal(found.pooled, expected.pooled)
+
+
+def test_only_a_folder_of_ours_that_may_lack_t5_is_drawn_with_without_it(save):
+    made, t5 = mmdit_model(), randomise(T5(T5Config(vocab_size=128, width=64, layers=1, heads=2, mlp_width=32)))
+    modules, words = zip(*made.text.encoders[:2])
+    path = save("three", net=made.net, vae=made.vae, texts=[*modules, t5], tokenizers=[*words, words[0]],
+                defaults={"text_join": "sd3"})
+    assert json.loads((path / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
+    model = load_model(path, without={"text_encoder_3"})
+    assert isinstance(model.text.encoders[2].module, AbsentText) and list(model.text.modules) == ["text", "text_2"]
+    assert "cannot draw without text_encoder_3" in refusal(load_model, save("one"), without={"text_encoder_3"})
 
 
 def test_the_dtype_is_that_asked_for(save):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ENVIRONMENT, ROOT, small_text
+from hollow import hollow
 from small_models import mmdit_model
 
 from tinyldm.folders.rename import published_shapes
@@ -42,18 +42,6 @@ with PretendGpu() if pinned else nullcontext():
     assert pinned == all(p.is_pinned() for p in model.net.parameters())
     print(memory("VmHWM") - before, sum(map(weight_bytes, model.modules.values())))
 """
-
-
-def hollow(file: Path, shapes: dict) -> None:
-    """A safetensors file of float32 zeros that takes no room on the disk: its tensors are a hole."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * 4
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with open(file, "wb") as handle:
-        handle.write(struct.pack("<Q", len(text)) + text)
-        handle.truncate(8 + len(text) + end)
 
 
 def write_large(folder: Path, module: torch.nn.Module, shards: int = 1) -> None:

@@ -167,6 +167,11 @@ def test_a_curve_that_ends_at_pure_noise_needs_v(sd, tmp_path):
                               prediction="eps")
 
 
+def test_more_tokenizers_than_text_encoders_are_refused(sd, tmp_path):
+    file = written(tmp_path / "sd.safetensors", sd.one.tensors)
+    assert "2 tokenizers for a model with 1 text encoders" in refusal(load_model, file, tokenizer=[sd.tokenizer] * 2)
+
+
 @pytest.mark.parametrize("yaml, header, where", [("parameterization: mu\n", {}, "sd.yaml: parameterization 'mu'"),
                                                  ("", {"modelspec.prediction_type": "rf"}, "modelspec.prediction_type 'rf'")])
 def test_a_prediction_that_is_not_known_is_refused_with_the_place_that_states_it(sd, tmp_path, yaml, header, where):

@@ -5,6 +5,7 @@ The files are written from diffusers' networks by tests/originals.py, apart from
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
@@ -16,7 +17,7 @@ from originals import compvis_unet, compvis_vae, open_clip, original_flux, origi
 from published import NEGATIVE, write_flux, write_sd3, write_sdxl
 from safetensors.torch import save_file
 
-from tinyldm.folders.load import load_model, load_vae
+from tinyldm.folders.load import load_model, load_text, load_vae
 from tinyldm.folders.weights import open_weights
 from tinyldm.pipeline import draw, draw_settings
 from tinyldm.text.absent import AbsentText
@@ -188,6 +189,12 @@ def test_a_part_that_is_named_replaces_the_file_s_own(sdxl, tmp_path):
     assert_same_model(load_model(file, tokenizer=[sdxl.folder], parts=[sdxl.folder / "vae"]), load_model(sdxl.folder))
 
 
+def test_the_first_text_encoder_of_a_whole_checkpoint_is_that_of_its_folder(sdxl, tmp_path):
+    found, expected = load_text(written(tmp_path / "xl.safetensors", *sdxl.parts.values())), load_text(sdxl.folder)
+    assert replace(found.config, bos_token_id=expected.config.bos_token_id, eos_token_id=expected.config.eos_token_id) == expected.config
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
+
+
 def test_a_whole_checkpoint_is_a_source_of_its_parts(sdxl, tmp_path):
     file, whole = written(tmp_path / "net.safetensors", sdxl.parts["net"]), written(tmp_path / "xl.safetensors", *sdxl.parts.values())
     assert_same_model(load_model(file, tokenizer=[sdxl.folder], parts=[whole]), load_model(sdxl.folder))
@@ -235,6 +242,13 @@ def test_a_transformer_alone_takes_its_encoders_from_files_named_at_will(sd3, tm
 def test_a_flow_predicts_nothing_else(sd3, tmp_path):
     file = written(tmp_path / "sd3.safetensors", *sd3.parts.values())
     assert "leave out --prediction eps" in refusal(file, tokenizer=[sd3.folder], prediction="eps")
+
+
+def test_of_a_whole_file_only_the_part_that_is_asked_for_is_read(sd3, tmp_path, tensors_read):
+    file = written(tmp_path / "sd3.safetensors", *sd3.parts.values())
+    vae = load_vae(file)
+    assert sorted(tensors_read) == sorted(sd3.parts["vae"])
+    assert all(torch.equal(tensor, load_vae(sd3.folder).state_dict()[name]) for name, tensor in vae.state_dict().items())
 
 
 # ---- FLUX.1

@@ -3,13 +3,13 @@ import json
 import os
 import pickle
 import random
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hollow import hollow
 from safetensors.torch import save, save_file
 
 from tinyldm.folders.weights import Weights, choose, errors_about, find_weights, open_weights, write_weights
@@ -81,6 +81,24 @@ def test_shards_are_read_as_one(tmp_path, kind):
 ])
 def test_one_file_is_chosen_among_twins(names, variant, chosen):
     assert choose(set(names.split()), "m", variant) == chosen
+
+
+def test_only_the_tensors_that_keep_a_name_are_read_from_the_disk(tmp_path, tensors_read):
+    for number, names in enumerate((["a", "b.weight"], ["ids", "scalar"])):
+        save_file({name: TENSORS[name] for name in names}, tmp_path / f"{number}.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: f"{name in ('ids', 'scalar'):d}.safetensors" for name in TENSORS}}))
+    part = open_weights(tmp_path / INDEX).renamed(lambda name: {"b.weight": "b", "ids": "i"}.get(name, "")).renamed(
+        lambda name: f"vae.{name}" if name == "b" else "")
+    assert tensors_read == [] and equal(read(part), {"vae.b": TENSORS["b.weight"]}) and tensors_read == ["b.weight"]
+
+
+def test_of_scales_beside_float8_only_those_of_the_part_are_read(tmp_path, tensors_read):
+    stored = {f"{part}.{name}": tensor for part in ("net", "text") for name, tensor in {
+        "weight": torch.randn(3, 5).to(torch.float8_e4m3fn), "scale_weight": torch.tensor(0.5), "bias": torch.ones(3)}.items()}
+    save_file(stored, tmp_path / "x.safetensors")
+    part = open_weights(tmp_path / "x.safetensors").renamed(lambda name: name if name.startswith("text.") else "")
+    assert read(part)["text.weight"].equal(stored["text.weight"].float() * 0.5)
+    assert sorted(tensors_read) == ["text.bias", "text.scale_weight", "text.weight"]
 
 
 # ---- damage
@@ -211,14 +229,7 @@ def test_loading_takes_the_memory_of_the_network_and_hardly_more(tmp_path, store
     config = UNetConfig(widths=(112, 224, 448, 448), groups=16)
     with torch.device("meta"):
         shapes = published_shapes(UNet(config).state_dict(), unet.UNET_RULES)
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * (4 if stored == "F32" else 2)
-        header[name] = {"dtype": stored, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with open(tmp_path / "diffusion_pytorch_model.safetensors", "wb") as file:      # its tensors are a hole: zeros
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+    hollow(tmp_path / "diffusion_pytorch_model.safetensors", shapes, stored)
     (tmp_path / "config.json").write_text(json.dumps(unet.to_config(config)))
     peak, size = map(int, subprocess.run([sys.executable, "-c", MEASURE, tmp_path, dtype], capture_output=True, text=True,
                                          check=True, cwd=Path(__file__).parents[2]).stdout.split())

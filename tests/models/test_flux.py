@@ -160,11 +160,11 @@ def test_a_network_without_guidance_ignores_the_scale():
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda x, t, cond: (x[:, :, :7], t, cond), "latent size 7x12 is odd, .* use 8x12"),
-    (lambda x, t, cond: (x[..., :5], t, cond), "use 8x6"),
+    (lambda x, t, cond: (x[:, :, :7], t, cond), "latent size 7x12 is not a multiple of the patch size 2: use 8x12"),
+    (lambda x, t, cond: (x[..., :5], t, cond), "use 8x4"),
     (lambda x, t, cond: (x, t, Cond(torch.ones(3, 7, 20), pooled=cond.pooled, extra=cond.extra)), "width 20 .* context_dim 24"),
-    (lambda x, t, cond: (x, t, Cond(cond.context, extra=cond.extra)), "width 10, there is none"),
-    (lambda x, t, cond: (x, t, Cond(cond.context, pooled=torch.ones(3, 12), extra=cond.extra)), "one of width 12"),
+    (lambda x, t, cond: (x, t, Cond(cond.context, extra=cond.extra)), "width 10, and there is none: pass Cond"),
+    (lambda x, t, cond: (x, t, Cond(cond.context, pooled=torch.ones(3, 12), extra=cond.extra)), "width 12: set FluxConfig.pooled_dim to it"),
     (lambda x, t, cond: (x, t, Cond(cond.context, pooled=cond.pooled)), 'extra={"guidance": ...}'),
     (lambda x, t, cond: (x, t, replace(cond, mask=torch.ones(3, 7, dtype=torch.bool))), "without a mask")])
 def test_inputs_that_do_not_fit_are_refused_with_the_fix(change, said):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import randomise
+from parity import error
 
 from tinyldm.model import network_config
 from tinyldm.models.layers import Cond
@@ -25,11 +26,6 @@ def inputs(b: int = 3, h: int = 8, w: int = 12):
     g = torch.Generator().manual_seed(1)
     rand = lambda *shape: torch.randn(*shape, generator=g)
     return rand(b, 4, h, w), torch.rand(b, generator=g) * 1000, Cond(rand(b, 7, 24), pooled=rand(b, 10))
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return ((a - b).norm() / b.norm()).item()
 
 
 # ---------------------------------------------------------------- initialisation
@@ -137,7 +133,7 @@ def test_any_size_up_to_the_table_s_works(h, w):
 def test_an_image_does_not_depend_on_its_batch():
     net, (x, t, cond) = build(dual_layers=(0,), qk_norm=True), inputs()
     alone = net(x[1:2], t[1:2], Cond(cond.context[1:2], pooled=cond.pooled[1:2]))
-    assert relative(alone, net(x, t, cond)[1:2]) < 1e-5
+    assert error(alone, net(x, t, cond)[1:2]) < 1e-5
 
 
 @torch.no_grad()
@@ -147,17 +143,17 @@ def test_the_output_depends_on(change):
     other = {"time": (x, t + 100, cond),
              "text": (x, t, Cond(cond.context + 1, pooled=cond.pooled)),
              "pooled": (x, t, Cond(cond.context, pooled=cond.pooled + 1))}[change]
-    assert relative(net(*other), net(x, t, cond)) > 1e-3
+    assert error(net(*other), net(x, t, cond)) > 1e-3
 
 
 @torch.no_grad()
 def test_skipped_blocks_are_the_identity_for_image_and_text():
     net, (x, t, cond) = build(), inputs()
     skipped = net(x, t, cond, skip_layers=(1,))
-    assert relative(skipped, net(x, t, cond)) > 1e-2
+    assert error(skipped, net(x, t, cond)) > 1e-2
     for stream in (net.blocks[1].image, net.blocks[1].text):
         stream.modulation.weight.zero_(), stream.modulation.bias.zero_()
-    assert relative(skipped, net(x, t, cond)) < 1e-6
+    assert error(skipped, net(x, t, cond)) < 1e-6
     assert torch.equal(net(x, t, cond, skip_layers=[]), net(x, t, cond))
 
 
@@ -169,7 +165,7 @@ def test_under_autocast_both_streams_are_float32_between_blocks():
     exact = net(*inputs())
     with torch.autocast("cpu", torch.bfloat16):
         rounded = net(*inputs())
-    assert set(seen) == {(torch.float32, torch.float32)} and 1e-4 < relative(rounded.float(), exact) < 0.05
+    assert set(seen) == {(torch.float32, torch.float32)} and 1e-4 < error(rounded.float(), exact) < 0.05
 
 
 @torch.no_grad()
@@ -178,7 +174,8 @@ def test_under_autocast_both_streams_are_float32_between_blocks():
     (dict(h=26), "latent size 26x12 is larger than the network's table of positions: 24x24 is the largest"),
     (dict(w=26), "latent size 8x26 is larger than the network's table of positions: 24x24 is the largest"),
     (dict(context=torch.zeros(3, 7, 25)), "text features of width 25 for a network with context_dim 24"),
-    (dict(pooled=None), "modulated by pooled text"),
+    (dict(pooled=None), "modulated by a pooled text feature of width 10, and there is none"),
+    (dict(pooled=torch.zeros(3, 11)), "there is one of width 11: set MMDiTConfig.pooled_dim to it"),
     (dict(mask=torch.ones(3, 7)), "without a mask"),
 ])
 def test_inputs_that_do_not_fit_are_refused_with_the_fix(change, message):

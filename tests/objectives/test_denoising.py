@@ -291,6 +291,12 @@ def test_turns_are_taken_every_so_many_steps():
         ["student", "critic"], ["critic"], ["critic"], ["student", "critic"]]
 
 
+def test_a_turn_takes_part_from_its_fraction_of_the_training_on():
+    objective = Objective()
+    objective.turns = (Turn("autoencoder", ("vae",)), Turn("discriminator", ("discriminator",), start=0.5))
+    assert [len(turns_at(objective, 3, progress)) for progress in (0.0, 0.49, 0.5, 1.0)] == [1, 1, 2, 2]
+
+
 def test_an_objective_that_lacks_a_method_is_named():
     assert OBJECTIVES["denoising"] is Denoising
     for call in (lambda: Objective().draw(None, None, 1, slice(0, 1)), lambda: Objective().losses(None, {}, None, 0.0)):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyldm.pictures.pixels import psnr, to_bytes, to_pixels, write_picture
+from tinyldm.pictures.pixels import difference, psnr, ssim, to_bytes, to_pixels, write_picture
 
 EVERY = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
 
@@ -47,3 +47,55 @@ def test_a_picture_is_written_without_touching_the_files_beside_it(tmp_path):
         write_picture(tmp_path / name, EVERY[0])
     assert {path.name for path in tmp_path.iterdir()} == {"sheet.tmp", "sheet", "sheet.v2.tmp", "sheet.png", "sheet.v2.png"}
     assert (tmp_path / "sheet.tmp").read_text() == "somebody's own"
+
+
+def noisy_pair(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth picture and a noisy copy, each uint8 [height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width][..., None]
+    smooth = 128 + 100 * np.sin(x / rng.uniform(2, 9, 3) + y / rng.uniform(2, 9, 3))
+    return smooth.astype(np.uint8), (smooth + rng.normal(0, 40, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def ssim_of_the_paper(x: np.ndarray, y: np.ndarray) -> float:
+    """SSIM of Wang et al. 2004, Eq. 13 to 17, place by place: weighted means, variances and covariances under an 11 x 11 window."""
+    offsets = np.arange(11) - 5
+    window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))[..., None]
+    window, c1, c2, found = window / window.sum(), (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    for top in range(x.shape[0] - 10):
+        for left in range(x.shape[1] - 10):
+            a, b = (each[top:top + 11, left:left + 11].astype(float) for each in (x, y))
+            mean = lambda values: (window * values).sum((0, 1))
+            mean_a, mean_b = mean(a), mean(b)
+            covariance = mean((a - mean_a) * (b - mean_b))
+            found.append((2 * mean_a * mean_b + c1) * (2 * covariance + c2) / (mean_a**2 + mean_b**2 + c1)
+                         / (mean((a - mean_a) ** 2) + mean((b - mean_b) ** 2) + c2))
+    return float(np.mean(found))
+
+
+def test_ssim_is_that_of_the_paper_picture_by_picture():
+    pairs = [noisy_pair(seed, 19, 14) for seed in range(3)]
+    found = ssim(*(np.stack(each) for each in zip(*pairs)))
+    assert found.dtype == np.float64 and found == pytest.approx([ssim_of_the_paper(*pair) for pair in pairs], abs=1e-12)
+    assert 0.1 < found.min() < found.max() < 0.9
+
+
+def test_ssim_equals_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    one, two = noisy_pair(4, 40, 33)
+    theirs = metrics.structural_similarity(one, two, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+                                           data_range=255)
+    assert ssim(one[None], two[None]) == pytest.approx([theirs], abs=1e-9)
+
+
+def test_ssim_of_flat_pictures_compares_their_brightness_alone_and_is_1_for_equal_ones():
+    flat = lambda value: np.full((1, 11, 11, 3), value, np.uint8)
+    assert ssim(flat(50), flat(200)) == pytest.approx([(2 * 50 * 200 + 2.55**2) / (50**2 + 200**2 + 2.55**2)])
+    assert ssim(flat(7), flat(7)) == pytest.approx([1]) and ssim(EVERY, EVERY) == pytest.approx([1])
+    with pytest.raises(ValueError, match="16 x 10 px are too small for SSIM: it takes 11 px or more"):
+        ssim(EVERY[:, :10], EVERY[:, :10])
+
+
+def test_differences_are_absolute_and_times_four():
+    one, two = np.array([[[[0, 10, 250]]]], np.uint8), np.array([[[[1, 7, 100]]]], np.uint8)
+    assert difference(one, two).tolist() == difference(two, one).tolist() == [[[[4, 12, 255]]]]

@@ -1,11 +1,13 @@
 """What drawing takes, said before weights are read, beside what it then takes."""
 
 import json
+import shutil
 
 import pytest
 import safetensors
 import torch
 from helpers import PROMPT
+from published import write_flux, write_sd3, write_sdxl
 from safetensors.torch import load_file, save_file
 from small_models import MODELS, drawn, mmdit_model, unet_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -186,6 +188,26 @@ def test_a_header_that_does_not_fit_its_config_is_refused_as_it_would_be(folder)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"cross_attention_dim": 48}))
     with pytest.raises(ValueError, match="another shape than UNet"):
         load_model(folder, "meta")
+
+
+@pytest.mark.parametrize("write, join, parts", [(write_sdxl, "sdxl", 2), (write_sd3, "sd3", 3), (write_flux, "flux", 2)])
+def test_a_hub_id_is_planned_with_the_text_encoders_and_the_rule_of_its_pipeline(write, join, parts, tmp_path, monkeypatch):
+    write(tmp_path / "whole")
+    names = {file.relative_to(tmp_path / "whole").as_posix() for file in (tmp_path / "whole").rglob("*") if file.is_file()}
+
+    def fetch(repo, revision, needed):
+        for name in needed(names):
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "whole" / name, tmp_path / "cache" / name)
+        return tmp_path / "cache"
+
+    monkeypatch.setattr("tinyldm.folders.hub.fetch", fetch)
+    model, whole = load_model("someone/a-model", "meta"), load_model(tmp_path / "whole")
+    plan = plan_drawing(model, order(model))
+    assert model.text.join == join and [*plan.parts] == [*[f"text_{i}" if i > 1 else "text" for i in range(1, parts + 1)], "net", "vae"]
+    assert {part: planned.weights for part, planned in plan.parts.items()} == {
+        part: weight_bytes(module) for part, module in whole.modules.items()}
+    assert not [*(tmp_path / "cache").rglob("*.safetensors")] and bytes_on_disk("someone/a-model", model) is None
 
 
 def test_shards_count_once(folder):

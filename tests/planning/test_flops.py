@@ -4,12 +4,13 @@ import torch.nn.functional as F
 from helpers import small_text
 from torch import nn
 
-from tinyldm.config import PRESETS, preset_config
+from tinyldm.config import PRESETS, parse, preset_config
 from tinyldm.model import Model
 from tinyldm.planning.flops import MetaNetworks, count_flops, forwards, meta_networks, peak_flops, useful_flops
 from tinyldm.planning.memory import empty
 from tinyldm.planning.plan import make_plan
 from tinyldm.text.encoders import TextEncoder, TextEncoders
+from tinyldm.training.preflight import check_run
 
 
 def config(preset="5090_week", **changes):
@@ -67,3 +68,18 @@ def test_a_gpu_s_peak_is_that_of_its_name_and_of_others_the_flag_s(name, peak, m
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(config(gpu_tflops=50.0).plan, torch.device("cuda", 0)) == peak * 1e12
     assert peak_flops(config().plan, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--resolution 136", "side of 136 pixels are larger than this mmdit takes: set --net max_positions=17 or more, or lower --resolution"),
+    ("--stages 64=1 136=1", "side of 136 pixels are larger .* set --net max_positions=17 or more, or lower --stages"),
+    ("--stages 136=1 64=1", "side of 136 pixels .* or lower --stages"),
+    ("--resolution 128 --buckets 2", "side of 184 pixels .* set --net max_positions=23 or more, or lower --buckets")])
+def test_pictures_larger_than_a_table_of_positions_are_refused_before_anything_is_encoded(words, said):
+    """Preset tiny_mmdit has 16 x 16 positions of 8 pixels. Of buckets of about 16 x 16, the one nearest to 2 : 1 is 11 x 23."""
+    parsed = lambda words: parse(f"--preset tiny_mmdit --scenes 8 {words}".split(), "")[0]
+    with pytest.raises(ValueError, match=said) as error:
+        check_run(parsed(words))
+    assert "\n" not in str(error.value)
+    check_run(parsed(f"{words} --net patch=1 width=160 layers=5 heads=4 max_positions=23"))
+    check_run(parsed(""))

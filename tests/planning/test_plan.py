@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from tinyldm.cli import guard
-from tinyldm.config import PRESETS, change, phases, preset_config
+from tinyldm.config import PRESETS, change, make_config, phases, preset_config
 from tinyldm.durations import show_duration
 from tinyldm.model import muon_matrices
+from tinyldm.models.taesd import TAESD
+from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.planning import show
-from tinyldm.planning.flops import count_flops, size
-from tinyldm.planning.plan import check_fit, compiles, make_plan
+from tinyldm.planning.flops import count_flops, size, vae_flops
+from tinyldm.planning.plan import OVERHEAD, check_fit, compiles, make_plan
 from tinyldm.planning.show import Measured, compare, print_plan, render
 from tinyldm.planning.step import muon_flops, step_seconds
 from tinyldm.training.optim import make_optimizers, orthogonalise
@@ -375,3 +377,31 @@ def test_a_plan_that_does_not_fit_is_one_line_and_exit_code_2(capsys):
         guard(lambda: print_plan(config("tiny", gpu_gb=1.0)))
     out, err = capsys.readouterr()
     assert left.value.code == 2 and out == "" and err.count("\n") == 1 and "--gpu-gb" in err
+
+
+# ---------------------------------------------------------------- an autoencoder alone
+
+
+def test_the_plan_of_an_autoencoder_alone_has_its_steps_memory_and_hours():
+    words = dict(only="vae", vae=dict(widths=(32, 64), depth=1), resolution=64, vae_crop=32, vae_batch_size=6, grad_accum=2)
+    plan = make_plan(make_config(**words, vae_steps=100))
+    phase, = plan.phases
+    assert (phase.batch, phase.micro, phase.steps) == (6, 3, 100)
+    vae = AutoencoderKL(VAEConfig(widths=(32, 64), depth=1))
+    assert sum(p.numel() for p in plan.networks.vae.parameters()) == sum(p.numel() for p in vae.parameters())
+    assert phase.useful == vae_flops(vae, 32)
+    assert phase.hours == pytest.approx(600 * vae_flops(vae, 32) / (0.55 * 209.5e12) / 3600)
+    timed = make_plan(make_config(**words, vae_steps=0, max_steps=0, budget="1h"))
+    assert timed.phases[0].hours == pytest.approx(1 - OVERHEAD, rel=1e-4)
+    averaged = make_plan(make_config(**words, vae_steps=100, vae_ema=0.9)).phases[0].memory()
+    added = {kind: value - phase.memory()[kind] for kind, value in averaged.items()}
+    assert added.pop("averaged weights, fp32") == 4 * size(vae) and not any(added.values())
+    text = render(plan)
+    assert "unet" not in text and "text encoder" not in text and "sample grid" not in text and "3 x 2" in text
+    with pytest.raises(ValueError, match="--grad-accum 6 would fit|single images need"):
+        make_plan(make_config(**words, vae_steps=100, gpu_gb=1e-5))
+
+
+def test_the_plan_of_another_class_of_autoencoder_counts_that():
+    plan = make_plan(make_config(only="vae", autoencoder="taesd", vae=dict(width=8, blocks=(1, 1)), resolution=16, vae_steps=3))
+    assert isinstance(plan.networks.vae, TAESD)

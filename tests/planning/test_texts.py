@@ -1,13 +1,15 @@
 """Plans of runs with several pretrained text encoders: their sizes are those of the folder, or of the published ones."""
 
 import pytest
-from published import write_flux, write_sd3, write_sdxl
+from published import t5_text, write_flux, write_sd3, write_sdxl
+from safetensors.torch import save_file
 
 from tinyldm.config import make_config, preset_config
 from tinyldm.folders.texts import load_texts
 from tinyldm.planning.flops import forwards, meta_networks, size, useful_flops
 from tinyldm.planning.plan import make_plan
-from tinyldm.planning.texts import caption_tokens, encoders, join_of, meta_text, token_counts
+from tinyldm.planning.show import render
+from tinyldm.planning.texts import assumed, caption_tokens, encoders, join_of, meta_text, token_counts
 
 WRITE = {"sdxl": write_sdxl, "sd3": write_sd3, "flux": write_flux}
 # transformers' CLIP ViT-L/14, OpenCLIP's bigG and T5 XXL 1.1, without and with projections.
@@ -36,10 +38,36 @@ def test_a_folder_s_text_encoders_are_planned_as_they_are_loaded(folder):
     assert join_of(only) == "single" and size(meta_text(only)) == size(texts.modules["text"])
 
 
+def test_a_text_encoder_in_a_file_is_planned_as_it_is(tmp_path):
+    module = t5_text(48, 1)
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    save_file(tensors, file := tmp_path / "t5.safetensors")
+    assert size(meta_text(preset_config("tiny", text_weights=str(file)))) == size(module)
+
+
 @pytest.mark.parametrize("join", COUNTS)
 def test_published_text_encoders_are_assumed_where_there_is_no_folder(join):
     config = preset_config("tiny", text_weights="someone/a-model", text_join="" if join == "single" else join)
     assert size(meta_text(config)) == COUNTS[join]
+
+
+@pytest.mark.parametrize("network, net, join", [
+    ("unet", {}, "single"), ("unet", {"pooled_dim": 1280}, "sdxl"), ("mmdit", {}, "sd3"), ("flux", {}, "flux"), ("dit", {}, "single")])
+def test_of_a_hub_id_the_usual_rule_for_the_network_is_assumed_and_said(network, net, join):
+    config = make_config(network=network, net=net, text_weights="someone/a-model")
+    assert join_of(config) == join and size(meta_text(config)) == COUNTS[join]
+    assert assumed(config) == f"the text encoder is not here: published ones are assumed, joined by --text-join {join}"
+    typed = make_config(network=network, net=net, text_weights="someone/a-model", text_join="flux")
+    assert join_of(typed) == "flux" and "--text-join flux" in assumed(typed)
+
+
+def test_the_plan_says_what_it_assumes_and_of_a_folder_nothing(folder):
+    join, path = folder
+    said = lambda config: [line for line in render(make_plan(config, must_fit=False)).splitlines() if "assumed" in line]
+    week = preset_config("5090_week", dit=dict(width=64, layers=1, heads=1), stages={})
+    assert said(week) == ["  (the text encoder is not here: published ones are assumed, joined by --text-join single)"]
+    here = preset_config("tiny", text_weights=str(path), text_join="single")
+    assert said(here) == [] and assumed(here) == assumed(preset_config("tiny")) == ""
 
 
 @pytest.mark.parametrize("network, options, tokens", [

@@ -192,3 +192,17 @@ def test_too_little_room_for_the_next_checkpoints_is_told_with_both_sizes(tmp_pa
     (run / "checkpoints").symlink_to(tmp_path / "disk")        # the room on that disk counts
     checkpoint.check_room(run, 5_000_000_000)
     assert asked[-1].samefile(tmp_path / "disk")
+
+
+def test_a_file_with_several_names_is_read_once_for_all_checkpoints_and_damage_to_it_is_found(tmp_path, monkeypatch):
+    (tmp_path / "frozen").write_text("as it was")
+    read, sha256 = [], checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda file: read.append(file.name) or sha256(file))
+    fill = lambda folder: (os.link(tmp_path / "frozen", folder / "frozen"), (folder / "own").write_text("x"))
+    first, second = (checkpoint.write(tmp_path, "step", step, fill, {}, keep=9) for step in (1, 2))
+    assert read == ["frozen", "own", "own"] and checkpoint._read(first)["files"] == checkpoint._read(second)["files"]
+    assert checkpoint.find_damage(second) == ""
+    times = (tmp_path / "frozen").stat()
+    (tmp_path / "frozen").write_text("As it was")              # as a disk loses a bit, without a new time of change
+    os.utime(tmp_path / "frozen", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert checkpoint.find_damage(checkpoint.write(tmp_path, "step", 3, fill, {}, keep=9)) == "frozen has changed since it was written"

@@ -293,3 +293,36 @@ def test_the_template_is_installed_with_the_package():
     setup.read(ROOT / "setup.cfg")
     assert setup["options.package_data"]["tinyldm.training"].split() == ["report.html"]
     assert (ROOT / "tinyldm" / "training" / "report.html").is_file()
+
+
+# ---------------------------------------------------------------- an autoencoder alone
+
+
+STATISTICS = {"mean": [0.5, -1.0], "std": [1.0, 2.0], "correlation": [[1.0, -0.25], [-0.25, 1.0]], "largest_correlation": 0.25,
+              "spectrum": [3.0, 0.0004], "picture_spectrum": [20.0, 1.0, 0.1]}
+
+
+def test_the_newest_statistics_of_latents_are_on_the_page(tmp_path):
+    rows = [{"stage": "vae", "step": step, "val_raw": 1 / step, "val_psnr": 20.0 + step, "latents": STATISTICS | {"mean": [step, 0.0]}}
+            for step in (10, 20)]
+    data = data_of(write_report(make_run(tmp_path, rows)))
+    assert data["latents"] == STATISTICS | {"step": 20, "mean": [20.0, 0.0]}
+    assert data["stages"]["vae"]["curves"]["val_psnr"]["y"] == [30, 40]
+    assert data_of(write_report(make_run(tmp_path / "none", losses(2))))["latents"] is None
+
+
+@pytest.mark.parametrize("damaged", [{"mean": "x"}, {"mean": [None, 1]}, {"mean": [[1], [2, 3]]}, {"mean": [0.0] * 999}, {"mean": {}}])
+def test_damaged_statistics_leave_a_gap(tmp_path, damaged):
+    data = data_of(write_report(make_run(tmp_path, [{"stage": "vae", "step": 1, "latents": STATISTICS | damaged}])))
+    assert data["latents"].keys() == {"step", *STATISTICS} - {"mean"}
+
+
+def test_a_run_of_an_autoencoder_alone_is_finished_when_that_is_there(tmp_path):
+    run = make_run(tmp_path / "run", [{"stage": "vae", "step": 10, "loss": 0.5}], config=flatten(make_config(only="vae", vae_steps=99)))
+    data = data_of(write_report(run))
+    assert data["only"] and not data["finished"] and data["stages"]["vae"]["plan"]["total"] == 99
+    (run / "vae").mkdir()
+    assert data_of(write_report(run))["finished"]
+    timed = make_run(tmp_path / "timed", [{"stage": "vae", "step": 10, "loss": 0.5}],
+                     config=flatten(make_config(only="vae", budget="1h", max_steps=0, vae_steps=99)))
+    assert data_of(write_report(timed))["stages"]["vae"]["plan"]["total"] is None

@@ -10,6 +10,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from helpers import randomise
 from originals import original_flux
+from parity import assert_close, assert_same_gradients, assert_survives_json_and_diffusers, error, projected
+from parity import transformer_inputs as inputs
 
 from tinyldm.folders.build import load_network, load_weights
 from tinyldm.folders.load import load_part
@@ -48,12 +50,6 @@ def pair(config):
     return ours, theirs
 
 
-def inputs(config, size=(8, 12)):
-    torch.manual_seed(1)
-    rand = lambda *shape: torch.randn(*shape, requires_grad=True)
-    return rand(2, config.in_channels, *size), torch.tensor([999.0, 3.5]), rand(2, 7, config.context_dim), rand(2, config.pooled_dim)
-
-
 def call(net, x, t, context, pooled, guidance=(3.5, 1.25)):
     """The output, from ours as from theirs, which FluxPipeline gives tokens, their positions, and times of 0 to 1."""
     guidance = torch.tensor(guidance)
@@ -69,18 +65,7 @@ def call(net, x, t, context, pooled, guidance=(3.5, 1.25)):
 
 def run(net, x, t, context, pooled):
     """The output and the gradients of a random projection of it."""
-    out = call(net, x, t, context, pooled)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    return [out.detach(), *torch.autograd.grad((out * weights).sum(), (x, context, pooled))]
-
-
-def assert_close(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape and (a - b).abs().max() < 1e-5 * b.abs().max()
-
-
-def error(a, exact):
-    return ((a.float() - exact).norm() / exact.norm()).item()
+    return projected(call(net, x, t, context, pooled), x, context, pooled)
 
 
 # ---------------------------------------------------------------- what it computes
@@ -105,9 +90,7 @@ def test_every_weight_gets_the_gradient_that_diffusers_gives_it(name):
         (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     found = export_renamed({name: p.grad for name, p in ours.named_parameters()}, DIFFUSERS_RULES)
     expected = {name: p.grad for name, p in theirs.named_parameters()}
-    assert expected.keys() == found.keys()
-    for name, wanted in expected.items():
-        assert (found[name] - wanted).abs().max() <= 2e-5 * wanted.abs().max(), name
+    assert_same_gradients(found, expected)
 
 
 @torch.no_grad()
@@ -193,12 +176,7 @@ def test_each_tensor_of_a_published_folder_has_its_place_and_each_place_its_tens
 @pytest.mark.parametrize("config", [*CONFIGS.values(), *(config for config, _ in PUBLISHED.values())],
                          ids=[*CONFIGS, *("full " + name for name in PUBLISHED)])
 def test_a_config_survives_json_and_diffusers(config):
-    written = json.loads(json.dumps(to_config(config)))
-    assert from_config(written) == config
-    with torch.device("meta"):
-        completed = FluxTransformer2DModel.from_config(written).config
-    assert from_config(json.loads(json.dumps(dict(completed)))) == config
-    assert {name for name in written if name != "_class_name" and json.loads(json.dumps(completed[name])) != written[name]} == set()
+    assert_survives_json_and_diffusers(config, flux, FluxTransformer2DModel)
 
 
 def test_an_absent_field_means_the_default_of_the_class_and_no_field_of_the_class_is_unknown():
@@ -277,7 +255,7 @@ def test_each_tensor_of_a_published_single_file_has_its_place_and_its_shapes_tel
         ours, theirs = Flux(config), FluxTransformer2DModel.from_config(published)
         expected = {key: tuple(tensor.shape) for key, tensor in original_flux(theirs.state_dict(), config).items()}
     assert published_shapes(ours.state_dict(), ORIGINAL_RULES) == expected
-    weights = Weights({f"model.diffusion_model.{key}": shape for key, shape in expected.items()}, lambda: iter(()), {})
+    weights = Weights({f"model.diffusion_model.{key}": shape for key, shape in expected.items()}, lambda names: iter(()), {})
     layout, own = recognise(weights, flux.LAYOUTS)
     assert layout.config_of(own.shapes) == config
     # The numbers of tensors in flux1-dev.safetensors and flux1-schnell.safetensors, and the shapes of their fused layers.

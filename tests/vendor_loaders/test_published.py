@@ -64,7 +64,7 @@ def id_of(value):
 
 
 def lazy(shapes):
-    return Weights(shapes, lambda: iter(()), {})
+    return Weights(shapes, lambda names: iter(()), {})
 
 
 def tidied(layout, config, weights):

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from helpers import randomise
 from originals import compvis_unet
+from parity import assert_close, assert_survives_json_and_diffusers, error, projected
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyldm.folders.build import load_weights
@@ -16,6 +17,7 @@ from tinyldm.folders.rename import export_renamed, load_renamed, published_names
 from tinyldm.folders.weights import Weights
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import TransformerBlock, UNet, UNetConfig
+from tinyldm.vendor_loaders import unet
 from tinyldm.vendor_loaders.unet import LAYOUTS, UNET_RULES, from_config, to_config
 
 # The published U-Nets, narrow: levels, depth, where there is attention and how it is entered are theirs.
@@ -64,27 +66,12 @@ def told(config, net, theirs):
             lambda x, t, context: theirs(x, t, context, added_cond_kwargs=added).sample)
 
 
-def run(out, x, context):
-    """The output and the gradients of a random projection of it."""
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    return [out.detach(), *torch.autograd.grad((out * weights).sum(), (x, context))]
-
-
-def assert_close(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape and (a - b).abs().max() < 1e-5 * b.abs().max()
-
-
-def error(a, exact):
-    return ((a.float() - exact).norm() / exact.norm()).item()
-
-
 @pytest.mark.parametrize("size", [(8, 16), (24, 8)])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_exported_weights_give_diffusers_the_same_output_and_gradients(config, size):
     net, theirs = told(config, *pair(config))
     x, t, context = inputs(config, size)
-    assert_close(run(net(x, t, context), x, context), run(theirs(x, t, context), x, context))
+    assert_close(projected(net(x, t, context), x, context), projected(theirs(x, t, context), x, context))
 
 
 @pytest.mark.parametrize("config", [SD1, SD2, XL], ids=["sd 1", "sd 2", "sdxl"])
@@ -182,8 +169,8 @@ def test_the_context_mask_means_what_diffusers_means_by_it():
     net, theirs = pair(SD1)
     x, t, context = inputs(SD1, (8, 8))
     mask = torch.arange(7) < torch.tensor([[3], [7]])
-    ours = run(net(x, t, Cond(context, mask)), x, context)
-    assert_close(ours, run(theirs(x, t, context, encoder_attention_mask=mask).sample, x, context))
+    ours = projected(net(x, t, Cond(context, mask)), x, context)
+    assert_close(ours, projected(theirs(x, t, context, encoder_attention_mask=mask).sample, x, context))
     assert not torch.allclose(ours[0], net(x, t, Cond(context)))
 
 
@@ -209,13 +196,7 @@ def test_every_normalisation_has_the_eps_that_diffusers_gives_it(config):
 
 @pytest.mark.parametrize("config", [FULL_SD1, FULL_SD2, FULL_XL, *CONFIGS.values(), replace(ODD, attention=(False,) * 3)])
 def test_a_config_survives_json_and_diffusers(config):
-    written = json.loads(json.dumps(to_config(config)))
-    assert from_config(written) == config
-    with torch.device("meta"):
-        completed = UNet2DConditionModel.from_config(written).config
-    assert from_config(json.loads(json.dumps(dict(completed)))) == config
-    assert {name for name in written if completed[name] != written[name] and name != "_class_name"
-            and list(completed[name]) != written[name]} == set()
+    assert_survives_json_and_diffusers(config, unet, UNet2DConditionModel)
 
 
 def test_configs_in_the_short_form_of_old_releases_are_read():

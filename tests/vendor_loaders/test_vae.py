@@ -8,11 +8,13 @@ import diffusers
 import pytest
 import torch
 from helpers import randomise
+from parity import assert_close, assert_survives_json_and_diffusers, error, projected
 from safetensors.torch import load_file, save_file
 
 from tinyldm.folders.load import load_vae
 from tinyldm.folders.rename import export_renamed, published_names
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.vendor_loaders import vae
 from tinyldm.vendor_loaders.vae import VAE_RULES, from_config, to_config
 
 # The published autoencoders, narrow: levels, depth, channels, convolutions and scales are theirs.
@@ -52,21 +54,6 @@ def noise(shape, seed=5):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def run(out, x):
-    """The output and the gradient of a random projection of it."""
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    return [out.detach(), *torch.autograd.grad((out * weights).sum(), x)]
-
-
-def assert_close(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape and (a - b).abs().max() < 1e-5 * b.abs().max()
-
-
-def error(a, exact):
-    return ((a.float() - exact).norm() / exact.norm()).item()
-
-
 def assert_same_outputs(ours, theirs):
     pixels = pictures(2, 24, 40)
     posterior, expected = ours.encode(pixels), theirs.encode(pixels).latent_dist
@@ -80,10 +67,10 @@ def test_exported_weights_give_diffusers_the_same_moments_pictures_and_gradients
     ours, theirs = pair(config)
     pixels = pictures(2, *size).requires_grad_()
     posterior, expected = ours.encode(pixels), theirs.encode(pixels).latent_dist
-    assert_close(run(posterior.mean, pixels), run(expected.mean, pixels))
-    assert_close(run(ours.encode(pixels).logvar, pixels), run(theirs.encode(pixels).latent_dist.logvar, pixels))
+    assert_close(projected(posterior.mean, pixels), projected(expected.mean, pixels))
+    assert_close(projected(ours.encode(pixels).logvar, pixels), projected(theirs.encode(pixels).latent_dist.logvar, pixels))
     z = noise(posterior.mean.shape).requires_grad_()
-    assert_close(run(ours.decode(z), z), run(theirs.decode(z).sample, z))
+    assert_close(projected(ours.decode(z), z), projected(theirs.decode(z).sample, z))
 
 
 @pytest.mark.parametrize("config", PUBLISHED.values(), ids=PUBLISHED)
@@ -202,11 +189,7 @@ def test_every_normalisation_has_the_eps_that_diffusers_gives_it():
 
 @pytest.mark.parametrize("config", [FULL, *CONFIGS.values()])
 def test_a_config_survives_json_and_diffusers(config):
-    written = json.loads(json.dumps(to_config(config)))
-    assert from_config(written) == config
-    with torch.device("meta"):
-        completed = diffusers.AutoencoderKL.from_config(written).config
-    assert from_config(json.loads(json.dumps(dict(completed)))) == config
+    assert_survives_json_and_diffusers(config, vae, diffusers.AutoencoderKL)
 
 
 def test_a_config_without_scaling_factor_means_0_18215():

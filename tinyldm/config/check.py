@@ -8,17 +8,17 @@ import math
 from tinyldm.cli import check_seed
 from tinyldm.config.fields import Config, flatten
 from tinyldm.durations import parse_date, parse_duration
-from tinyldm.lookup import fits
+from tinyldm.lookup import fits, lookup
 from tinyldm.unicode import check_unicode
 
 AT_LEAST = {name: 1 for name in (
     "batch_size", "grad_accum", "resolution", "save_every", "keep_last", "log_every", "scenes", "sample_steps", "vae_batch_size",
     "vae_pictures", "encode_batch_size")} | {name: 0 for name in (
-    "seed", "vae_crop", "vae_kl", "warmup_steps", "sample_every", "weight_decay", "min_snr_gamma", "noise_offset",
+    "seed", "vae_crop", "warmup_steps", "sample_every", "weight_decay", "min_snr_gamma", "noise_offset",
     "input_perturbation", "min_side", "max_aspect", "min_caption", "max_caption", "buckets", "val_every", "val_samples",
-    "keep_every", "max_steps")}
+    "keep_every", "max_steps", "vae_val_every", "early_stop")}
 POSITIVE = ("lr", "muon_lr", "vae_lr", "vae_muon_lr", "grad_clip", "shift", "huber_c", "p2_gamma")
-FRACTIONS = ("caption_dropout", "decay", "vae_decay", "ema_decay", "max_skip")
+FRACTIONS = ("caption_dropout", "decay", "vae_decay", "vae_ema", "ema_decay", "max_skip")
 
 
 def flag(name: str) -> str:
@@ -32,7 +32,8 @@ def check(config: Config) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):           # JSON, in which settings are stored, has no such numbers
             raise ValueError(f"{flag(name)} {value} must be a finite number")
-    at_least = AT_LEAST | {"vae_steps": 0 if config.autoencoder.weights else 1}
+    counted = not config.autoencoder.weights and not (config.run.only and (config.optimisation.budget or config.optimisation.deadline))
+    at_least = AT_LEAST | {"vae_steps": int(counted)}
     for name, smallest in at_least.items():
         if not smallest <= values[name] < math.inf:
             raise ValueError(f"{flag(name)} {values[name]} must be at least {smallest}")
@@ -44,6 +45,7 @@ def check(config: Config) -> None:
         if not 0 <= values[name] <= 1:
             raise ValueError(f"{flag(name)} {values[name]} must lie between 0 and 1")
     check_objective(config)
+    check_autoencoder(config)
     check_data(config)
     check_length(config)
 
@@ -57,6 +59,24 @@ def check_objective(config: Config) -> None:
     if objective.min_snr_gamma and objective.loss_weight in ("p2", "edm"):
         raise ValueError("--min-snr-gamma is for min_snr and soft_min_snr, not for --loss-weight "
                          f"{objective.loss_weight}: leave one out")
+
+
+def check_autoencoder(config: Config) -> None:
+    """Settings of the first stage that need or exclude each other."""
+    vae, only = config.autoencoder, config.run.only and lookup({"vae": "vae"}, config.run.only, "--only")
+    wrong = {
+        "--vae-weights is for a VAE that is not trained: leave it out, or train on from it with --vae-init":
+            vae.weights and (only or vae.init),
+        "--vae-init brings the fields of its VAE along: leave out --vae": vae.init and vae.fields,
+        "--vae-freeze encoder trains the decoder of a VAE that exists: name it with --vae-init": vae.freeze and not vae.init,
+        "--early-stop is for --only vae": vae.early_stop and not only,
+        "--early-stop needs validations: add --vae-val-every 100": vae.early_stop and not vae.val_every,
+        "--fsdp shards the network of the second stage, so there is nothing to shard with --only vae: leave it out":
+            only and config.run.fsdp,
+    }
+    for text, given in wrong.items():
+        if given:
+            raise ValueError(text)
 
 
 def check_data(config: Config) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 from tinyldm.cli import Parser
 from tinyldm.config.check import check, flag
-from tinyldm.config.fields import OTHER_NAMES, SETTINGS, Config, flatten, make_config
-from tinyldm.config.presets import PRESETS
+from tinyldm.config.fields import SETTINGS, Config, current, flatten, make_config
+from tinyldm.config.presets import PRESETS, VAE_PRESETS
 from tinyldm.lookup import lookup
 
-PATHS = ("data", "cache", "vae_weights", "text_weights")       # settings that may hold paths, all of which a resumed run keeps
+PATHS = ("data", "cache", "vae_weights", "vae_init", "vae_lpips", "text_weights")    # may hold paths; a resumed run keeps them all
 # What can be changed instead of a setting that a run keeps.
 INSTEAD = {"batch_size": " (--grad-accum makes micro-batches, and so the memory, smaller)"}
 
@@ -73,11 +73,10 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     if wanted == "yes" and not saved.exists():
         raise ValueError(f"nothing to resume: {saved} is not there; name the run's folder with --out, or let --resume auto start it")
     if wanted == "no" or not saved.exists():
-        return row
+        return laid_over(row, typed.get("vae_preset"))
     try:
         content = json.loads(saved.read_text(encoding="utf-8"))
-        row = {OTHER_NAMES.get(name, name): value for name, value in content.items()}
-        row = {name: value for name, value in row.items() if name in SETTINGS} | {"resume": "auto"}
+        row = {name: value for name, value in current(content).items() if name in SETTINGS} | {"resume": "auto"}
         known = flatten(make_config(**row))                    # with the defaults of settings that are newer than the run
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{saved} is damaged ({error}): write the run's settings into it again, or start another run with --out") from None
@@ -87,6 +86,14 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"a run keeps its {flag(name)} ({known[name]}): leave it out to resume{INSTEAD.get(name, '')}, "
                              "or start another run with --out")
     return row
+
+
+def laid_over(row: dict[str, Any], vae_preset: str | None) -> dict[str, Any]:
+    """A preset's row with the settings of --vae-preset in its place."""
+    own = lookup(VAE_PRESETS, vae_preset, "--vae-preset") if vae_preset else {}
+    for name in own:
+        row = row | SETTINGS[name].clears
+    return row | own
 
 
 def same(name: str, asked: Any, known: dict[str, Any], directory: str) -> bool:

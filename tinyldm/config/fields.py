@@ -46,6 +46,7 @@ class RunConfig:
 
     preset: str = fixed("tiny", "row of settings to start from")
     out: str = free("", "run folder (default: runs/PRESET)")
+    only: str = fixed("", "train this part alone: vae. The result is RUN/vae; --vae-steps, or --budget and --deadline, say for how long")
     resume: str = free("no", "auto: continue from the newest checkpoint in the run folder, or start where there is no run yet; yes: only "
                              "continue; no: only start")
     seed: int = fixed(0, "every random choice is a function of (seed, step, position in the batch)")
@@ -98,17 +99,36 @@ class DataConfig:
 class AutoencoderConfig:
     """The VAE: a pretrained one, or how to train one first."""
 
-    fields: dict = fixed({}, "VAEConfig fields, as key=value", flag="vae")
+    preset: str = fixed("", "row of settings for a new VAE: cifar10, kl-f4, kl-f8, kl-f16", flag="vae_preset", clears={"vae_weights": ""})
+    name: str = fixed("kl", "class of a new VAE: kl, or taesd, which is smaller and faster", flag="autoencoder", clears={"vae": {}})
+    fields: dict = fixed({}, "fields of its config (VAEConfig, TAESDConfig), as key=value", flag="vae")
     weights: str = fixed("", "pretrained VAE; empty: train one first (stage 1)", flag="vae_weights")
+    init: str = fixed("", "stage 1: train on from these weights (a folder, a file or a hub id), of whatever class and size they are",
+                      flag="vae_init", clears={"vae_weights": "", "vae": {}})
     objective: str = fixed("autoencoder", "stage 1: what a training step minimises: autoencoder", flag="vae_objective")
     steps: int = free(0, "stage 1: optimizer steps", flag="vae_steps")
-    pictures: int = free(16_384, "stage 1: number of pictures it trains on, held in memory", flag="vae_pictures")
+    pictures: int = free(16_384, "stage 1: number of pictures it trains on, in a file that need not fit into memory", flag="vae_pictures")
     batch_size: int = free(8, "stage 1: pictures (or crops) per step", flag="vae_batch_size")
     crop: int = free(0, "stage 1: crop size in pixels (0: whole pictures)", flag="vae_crop")
     lr: float = free(3e-3, "stage 1: AdamW's learning rate", flag="vae_lr")
     muon_lr: float = free(1.5e-3, "stage 1: Muon's learning rate, for the inner convolutions", flag="vae_muon_lr")
     decay: float = free(0.6, "stage 1: fraction of the steps, at the end, over which the learning rate falls to 0", flag="vae_decay")
-    kl: float = free(1e-6, "stage 1: weight of the KL term, in nats per picture", flag="vae_kl")
+    optimizer: str = fixed("", "stage 1: muon or adamw (default: as --optimizer)", flag="vae_optimizer")
+    ema: float = fixed(0.0, "stage 1: decay of averaged weights, which then are the result (0: none)", flag="vae_ema")
+    val_every: int = free(0, "stage 1: steps per validation on pictures that are held out (--val-samples of them): loss, PSNR, "
+                             "reconstructions, statistics of the latents (0: none)", flag="vae_val_every")
+    early_stop: int = free(0, "--only vae: end after this number of validations without a smaller loss, with the weights that had the "
+                              "smallest one (0: never)", flag="early_stop")
+    loss: dict = fixed({}, "stage 1: weights of the terms of the loss, as key=value: l1 (default 1), mse (1), kl (0.0123, in units in "
+                       "which latent diffusion's paper has 1e-6), lpips, gan, edge, laplacian, fft, focal_frequency, se (default 0: off)",
+                       flag="vae_loss")
+    lpips: list = fixed([], "stage 1: where the term lpips finds VGG16 or AlexNet, and its linear layers: hub ids, folders or files, as "
+                        "in timm/vgg16.tv_in1k lpips/weights/v0.1", flag="vae_lpips")
+    gan: dict = fixed({}, "stage 1: the term gan, as key=value: kind (hinge or non_saturating), start (0.5, a fraction of the training), "
+                      "warmup, adaptive, width, layers, norm (batch, group or none), lr, betas, r1, lecam", flag="vae_gan")
+    latents: dict = fixed({}, "stage 1: what is done to latents before they are decoded, as key=value: noise (0.1 for example), eq "
+                          "(EQ-VAE: 0.5)", flag="vae_latents")
+    freeze: str = fixed("", "stage 1: encoder: train the decoder alone", flag="vae_freeze")
 
 
 @dataclass(frozen=True)
@@ -257,7 +277,8 @@ OTHER_NAMES = {other: name for name, setting in SETTINGS.items() for other in se
 # Settings whose values have several spellings: functions that return the library's own, with which the code and config.json work.
 SPELLINGS = {"device": device_name, "dtype": dtype_name, "deadline": with_zone,
              "reduce_dtype": lambda typed: dtype_name(typed, ("fp32", "bf16"), "--reduce-dtype"),
-             "optimizer": lambda typed: lookup({"muon": "muon", "adamw": "adamw"}, typed.lower(), "--optimizer")}
+             "optimizer": lambda typed: lookup({"muon": "muon", "adamw": "adamw"}, typed.lower(), "--optimizer"),
+             "vae_optimizer": lambda typed: lookup({"": "", "muon": "muon", "adamw": "adamw"}, typed.lower(), "--vae-optimizer")}
 
 
 def make_config(**values: Any) -> Config:
@@ -282,10 +303,19 @@ def flatten(config: Config) -> dict[str, Any]:
     return {name: getattr(getattr(config, setting.group), setting.name) for name, setting in SETTINGS.items()}
 
 
+def current(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their flat names: other names, and those of older config.json files, become today's."""
+    values = {OTHER_NAMES.get(name, name): value for name, value in values.items()}
+    if (weight := values.pop("vae_kl", None)) is not None:      # of nats, beside means over a picture's values
+        side = values.get("vae_crop") or values.get("resolution", DataConfig.resolution)
+        values["vae_loss"] = {"kl": weight * 3 * side**2}
+    return values
+
+
 def _complete(values: dict[str, Any]) -> dict[str, Any]:
     """The values with what follows from them, and older config.json files in today's form. ValueError for a value of the wrong
     type and for an unknown device, dtype or optimizer."""
-    values = {OTHER_NAMES.get(name, name): value for name, value in values.items()}
+    values = current(values)
     values["out"] = values.get("out") or f"runs/{values.get('preset', RunConfig.preset)}"
     if isinstance(values.get("data"), str):
         values["data"] = values["data"].split()

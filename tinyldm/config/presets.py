@@ -19,6 +19,27 @@ WEEK = dict(
     caption_dropout=0.1, lr=2e-4, muon_lr=5e-4, weight_decay=0.01, decay=0.2, max_steps=0, budget="7d",
     save_every=1000, sample_every=2000, val_every=1000, val_samples=1024, log_every=100, cfg=5.0, pictures=4_600_000,
 )
+
+
+def published_vae(channels: int, widths: tuple[int, ...]) -> dict:
+    """Settings of CompVis/latent-diffusion (arXiv:2112.10752; configs/autoencoder, main.py), on one GPU: 12 pictures x 2 micro-batches,
+    a learning rate of 4.5e-6 per picture; 246,803 steps are those of Stable Diffusion's kl-f8 (its model card), 50,001 of them without
+    the adversarial loss. --vae-lpips must say where the weights of LPIPS are."""
+    return dict(resolution=384, vae_crop=256, vae=dict(latent_channels=channels, widths=widths), vae_batch_size=24, vae_optimizer="adamw",
+                vae_lr=1.08e-4, vae_decay=0.0, vae_steps=246_803, vae_pictures=200_000, vae_val_every=2500,
+                vae_loss=dict(l1=1.0, mse=0.0, kl=1e-6, lpips=1.0, gan=0.5),
+                vae_gan=dict(kind="hinge", start=0.2, warmup=0.0, width=64, layers=3, norm="batch", lr=1.08e-4))
+
+
+VAE_PRESETS: dict[str, dict] = {        # --vae-preset: laid over the row of --preset
+    "cifar10": dict(
+        resolution=32, vae=dict(latent_channels=4, widths=(32, 64, 64), depth=1, groups=8, middle_attention=False), vae_batch_size=16,
+        vae_steps=3000, vae_pictures=60_000, vae_val_every=100, val_samples=256),
+    "kl-f4": published_vae(3, (128, 256, 512)),
+    "kl-f8": published_vae(4, (128, 256, 512, 512)),
+    # Its levels of 16 x 16 have attention after every block as well (attn_resolutions), which VAEConfig does not have.
+    "kl-f16": published_vae(16, (128, 128, 256, 256, 512)),
+}
 PRESETS: dict[str, dict] = {
     "tiny": TINY,
     "tiny_dit": TINY | dict(

@@ -6,9 +6,12 @@ import argparse
 import os
 from pathlib import Path
 
-from tinyldm.cli import check_seed, fail
+from tinyldm.cli import check_offload, check_scale, check_seed, fail
 
 PICTURES = (".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
+
+GREEDY = ("parts", "preview", "offload", "invert", "interpolate")      # flags that take a caption behind them for their value
+LARGEST = 16_384                        # pixels on a side of a picture
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +30,28 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
 
 
+def add_guidance_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that change how guidance works; its scale is among those of all scripts that draw."""
+    add = parser.add_argument
+    add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much of the standard deviation that guidance "
+        "adds is removed again (default: 0; 0.7 is usual)")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance only where LOW < sigma/alpha <= HIGH "
+        "(noise over signal: large or infinite at first, 0 at the end); the other steps are twice as fast")
+    add("--skip-layers", type=int, nargs="+", metavar="N", help="also steer away from what the network draws without these layers: "
+        "7 8 9 for Stable Diffusion 3.5 medium")
+    add("--skip-scale", type=float, metavar="W", help="with --skip-layers (default: 2.8)")
+    add("--skip-interval", type=float, nargs=2, metavar=("START", "STOP"), help="with --skip-layers: fractions of the steps "
+        "(default: 0.01 0.2)")
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse wrong arguments of sample.py, and fill in defaults that depend on others."""
     if not args.prompt:
-        fail('no prompt: python sample.py "a red fox"')
-    for name, least in (("num_images", 1), ("batch_size", 1), ("seed", -1), ("width", 0), ("height", 0)):
+        greedy = next((name for name in GREEDY if getattr(args, name)), None)
+        fail('no prompt: python sample.py "a red fox"' + (f" --{greedy} ...: captions come before --{greedy}" if greedy else ""))
+    for name, least in (("num_images", 1), ("batch_size", 1), ("seed", -1)):
         if getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
-    if args.cfg is not None and not abs(args.cfg) < 1000:
-        fail(f"--cfg {args.cfg} is not a guidance scale: 1 or less is none, 7.5 is usual")
     if args.eta is not None and not 0 <= args.eta <= 1:
         fail(f"--eta {args.eta} must lie between 0 and 1")
     if args.strength is not None and not 0 < args.strength <= 1:
@@ -50,16 +66,21 @@ def check(args: argparse.Namespace) -> None:
     if args.skip_layers is None and (args.skip_scale is not None or args.skip_interval):
         fail(f"--skip-{'interval' if args.skip_interval else 'scale'} needs the layers to skip: --skip-layers 7 8 9 for Stable Diffusion "
              "3.5 medium")
+    for name, sizes, least in (("width", [args.width], 0), ("height", [args.height], 0), ("original-size", args.original_size, 1),
+                               ("crop", args.crop, 0)):
+        if odd := [size for size in sizes or () if not least <= size <= LARGEST]:
+            fail(f"--{name} {odd[0]} must lie between {least} and {LARGEST}, in pixels")
     if args.skip_interval and not 0 <= args.skip_interval[0] < args.skip_interval[1] <= 1:
         fail("--skip-interval must be two rising fractions of the steps, such as 0.01 0.2")
-    if args.offload not in (None, "auto", "parts", "blocks"):
-        fail(f"--offload {args.offload}: use auto, parts or blocks, or put the caption before it")
     if args.compile and args.offload == "blocks":
         fail("--compile takes all weights of the network at once: use --offload parts with it")
     if args.invert is not None and (args.mask or args.eta or args.interpolate is not None):
         fail("--invert starts from the picture's own noise: leave out --mask, --eta and --interpolate")
     check_interpolation(args)
     try:
+        check_scale(args.cfg, "--cfg"), check_scale(args.true_cfg, "--true-cfg")
+        check_scale(args.skip_scale, "--skip-scale", "2.8 is usual")
+        check_offload(args.offload, "the caption")
         check_seed(args.seed)
         check_seed(int(args.interpolate or 0), "--interpolate")
     except ValueError as error:

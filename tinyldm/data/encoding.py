@@ -61,11 +61,24 @@ class Recipe:
     keys: tuple[str, ...]                               # caption keys, see `captions`
     min_caption: int                                    # characters
     max_caption: int                                    # characters; 0: any
+    captioned: bool = True                              # False: pictures alone are wanted, with or without captions
 
     def __call__(self, sample: Sample | Skip) -> Item:
         """Decode and filter one sample. Anything that is wrong with it becomes a reason, never an exception."""
         if isinstance(sample, Skip):
             return Item(sample.key, reason=sample.reason, detail=sample.detail)
+        texts = self.texts(sample) if self.captioned else []
+        if isinstance(texts, Item):
+            return texts
+        try:
+            decoded = decode_with_sizes(sample.picture, self.framing)
+            return Item(sample.key, decoded.image, texts, (decoded.sizes(), decoded.sizes(mirrored=True)))
+        except Unusable as error:
+            detail = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))               # memory addresses differ from run to run
+            return Item(sample.key, reason=error.reason, detail=detail, filtered=error.filtered)
+
+    def texts(self, sample: Sample) -> list[tuple[int, str]] | Item:
+        """The captions of a sample that may be used, or why there are none."""
         try:
             found = captions(sample, self.keys)
         except ValueError as error:
@@ -73,21 +86,14 @@ class Recipe:
         if not found:
             return Item(sample.key, reason="no caption", detail=f"there is: {', '.join(caption_keys(sample)) or 'nothing'}")
         fitting = [(kind, text) for kind, text in found if self.min_caption <= len(text) <= (self.max_caption or len(text))]
-        if not fitting:
-            return Item(sample.key, reason="caption too short or too long", filtered=True)
-        try:
-            decoded = decode_with_sizes(sample.picture, self.framing)
-            return Item(sample.key, decoded.image, fitting, (decoded.sizes(), decoded.sizes(mirrored=True)))
-        except Unusable as error:
-            detail = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))               # memory addresses differ from run to run
-            return Item(sample.key, reason=error.reason, detail=detail, filtered=error.filtered)
+        return fitting or Item(sample.key, reason="caption too short or too long", filtered=True)
 
 
-def make_recipe(data: DataConfig, unit: int = 0) -> Recipe:
+def make_recipe(data: DataConfig, unit: int = 0, captioned: bool = True) -> Recipe:
     """The recipe of a config. unit: the sides of buckets are multiples of it, in pixels; 0: crop every picture to a square."""
     buckets = make_buckets(data.resolution, unit, data.buckets) if unit and data.buckets else ()
     return Recipe(Framing(data.resolution, buckets, data.min_side, data.max_aspect),
-                  tuple(split_weights(data.caption_key)), data.min_caption, data.max_caption)
+                  tuple(split_weights(data.caption_key)), data.min_caption, data.max_caption, captioned)
 
 
 def decoded(samples: Iterable[Sample | Skip], recipe: Recipe, pool: ThreadPoolExecutor) -> Iterator[Item]:

@@ -76,8 +76,7 @@ class Loader:
         self.order = Order(ranges, batch_size, seed, weights)
         self.cache, self.fingerprints, self.seed, self.sizes = cache, tuple(fingerprints), seed, sizes
         self.caption_weights = tuple(caption_weights)
-        part = np.array_split(np.arange(batch_size), world)[rank]
-        self.part = slice(int(part[0]), int(part[-1]) + 1)
+        self.part = own_part(batch_size, rank, world)
 
     def batch(self, step: int) -> Batch:
         """This rank's slice of global batch `step`, split over the ranks as np.array_split does."""
@@ -109,6 +108,12 @@ class Loader:
 
     def _sizes(self, samples: np.ndarray, views: np.ndarray | None) -> Tensor | None:
         return torch.from_numpy(self.cache.picture_sizes(samples, views)).float() if self.sizes else None
+
+
+def own_part(batch_size: int, rank: int, world: int) -> slice:
+    """The samples of a global batch that process `rank` of `world` takes."""
+    part = np.array_split(np.arange(batch_size), world)[rank]
+    return slice(int(part[0]), int(part[-1]) + 1)
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int | None = None, depth: int = 4) -> Iterator[T]:

@@ -86,29 +86,34 @@ def find_shards(data: DataConfig, seed: int, finished: dict[str, list[Shard]] | 
 
 
 def some_pictures(config: Config, count: int, check: Callable[[], None] = lambda: None) -> tuple[list[Item], Counter]:
-    """About `count` usable pictures, cropped square, taken evenly from all shards, to train a VAE on or to look at.
+    """About `count` usable pictures to look at, as usable_pictures() takes them, and how many others had to be left out, by reason."""
+    faults: Counter = Counter()
+    return [*usable_pictures(make_recipe(config.data), config, count, faults, check)], +faults          # +: without zero counts
 
-    Returns them, and how many other pictures had to be left out, by reason. ValueError where none is usable.
-    """
+
+def usable_pictures(recipe: Recipe, config: Config, count: int, faults: Counter,
+                    check: Callable[[], None] = lambda: None) -> Iterator[Item]:
+    """Yield about `count` usable pictures, taken evenly from all shards; never more. Others are counted in `faults`, by reason. check:
+    called after each. ValueError where none is usable."""
     shards = [shard for _, found in find_shards(config.data, config.run.seed) for shard in found]
     shards = [shards[i * len(shards) // count] for i in range(count)] if len(shards) > count else shards
-    recipe, items, faults = make_recipe(config.data), [], Counter()
+    found = 0
     with ThreadPoolExecutor(workers()) as pool:
         for i, shard in enumerate(shards):
-            quota, usable = -(-(count - len(items)) // (len(shards) - i)), 0
+            quota, usable = -(-(count - found) // (len(shards) - i)), 0
             try:                                                # read a few more than the quota, as some may not be usable
                 for item in decoded(islice(shard.read(), quota + quota // 4 + CHUNK), recipe, pool):
                     check()
                     if usable == quota:
                         break
                     faults[item.reason] += item.image is None
-                    usable += item.image is not None
-                    items += [item] if item.image is not None else []
+                    if item.image is not None:
+                        usable, found = usable + 1, found + 1
+                        yield item
             except (Damaged, ValueError) as error:
                 faults[f"whole shard: {error}"] += 1
-    if not items:
+    if not found:
         raise ValueError(nothing_usable(config.data, +faults))
-    return items, +faults                                       # +: without zero counts
 
 
 # ---------------------------------------------------------------- the cache's folder

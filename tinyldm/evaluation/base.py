@@ -1,7 +1,7 @@
 """What a metric is given, and what it gives back.
 
 A metric is two functions of an Evaluation: `check` refuses, before any work is done, a model that it cannot measure;
-`measure` does the work. It draws with `Evaluation.draw`, which keeps the pictures, so that metrics that ask for the same
+`measure` does the work. A metric of a model draws with `Evaluation.draw`, which keeps the pictures, so that metrics that ask for the same
 prompts share them. The table of metrics is in metrics.py, apart from here so that `evaluate.py --help` need not import torch.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from tinyldm.device import autocast
@@ -37,19 +38,20 @@ class Drawn(NamedTuple):
 
 @dataclass
 class Evaluation:
-    """One model under evaluation: what every metric is given."""
+    """One model, or one autoencoder, under evaluation: what every metric is given."""
 
-    model: Model
+    model: Model | None                 # None where an autoencoder is measured
     source: Path | str                  # where the model was loaded from
-    settings: DrawSettings
+    settings: DrawSettings | None       # how the model draws
     device: torch.device
     out: Path                           # folder for what metrics write; it exists when `measure` is called
-    count: int = 500                    # pictures to draw
+    count: int = 500                    # pictures to draw or to read
     seed: int = 0                       # of the first picture; the next has seed + 1
     batch_size: int = 50
     dtype: str = "auto"                 # of autocast
     no_ema: bool = False                # the raw weights were loaded
     options: Mapping[str, Any] = field(default_factory=dict)            # values of the metrics' own flags, by argparse's names
+    vae: nn.Module | None = None        # the autoencoder that is measured
     _drawn: dict[tuple[str, ...], Drawn] = field(default_factory=dict, init=False, repr=False)
 
     def draw(self, prompts: Sequence[str]) -> Drawn:

@@ -1,7 +1,8 @@
 """The table of metrics. To add one, write a file beside this one, and a row here.
 
 The file defines `measure(evaluation) -> Measurement` and, where not every model will do, `check(evaluation)`; base.py says
-what they get and give. This module is imported before the command line is parsed, so it must not import torch.
+what they get and give. A metric measures a model (RUN) or an autoencoder (--vae). This module is imported before the command line is
+parsed, so it must not import torch.
 """
 
 from __future__ import annotations
@@ -16,11 +17,23 @@ if TYPE_CHECKING:
     from tinyldm.evaluation.base import Evaluation, Measurement
 
 
+class Subject(NamedTuple):
+    """A kind of thing that is measured."""
+
+    how: str                                                    # what it is, and how it is named on the command line
+    metric: str                                                 # what is measured of it unless --metric says otherwise
+
+
+SUBJECTS = {"model": Subject("a model that draws: name it as RUN, without --vae", "prompts"),
+            "vae": Subject("an autoencoder: name it with --vae, without RUN", "reconstruction")}
+
+
 class Metric(NamedTuple):
     help: str                                                   # one line for --help
     measure: Callable[[Evaluation], Measurement]
     check: Callable[[Evaluation], None] = lambda evaluation: None       # ValueError with the reason for a model it cannot measure
     flags: Mapping[str, Mapping[str, Any]] = {}     # its own flags: "--name" -> keywords of add_argument; metrics may share one
+    of: str = "model"                                           # what it measures: a key of SUBJECTS
 
 
 def deferred(file: str, function: str) -> Callable[[Evaluation], Any]:
@@ -28,17 +41,31 @@ def deferred(file: str, function: str) -> Callable[[Evaluation], Any]:
     return lambda evaluation: getattr(import_module(f"tinyldm.evaluation.{file}"), function)(evaluation)
 
 
+PICTURES: dict[str, dict[str, Any]] = {                         # flags of metrics of an autoencoder
+    "--data": dict(nargs="+", metavar="WORD", help="pictures, with captions or without: toyworld, folders, WebDataset tars, .npz; paths, "
+                   "patterns or URLs"),
+    "--resolution": dict(type=int, metavar="N", help="picture size in pixels (default: that of the autoencoder's training, 256 at most)"),
+    "--vae-lpips": dict(nargs="+", default=[], metavar="SOURCE", help="for LPIPS: VGG16 or AlexNet, and its linear layers: hub ids, "
+                        "folders or files, as in timm/vgg16.tv_in1k lpips/weights/v0.1"),
+}
+
 METRICS: dict[str, Metric] = {
     "prompts": Metric("share of pictures that show the caption's subject, colour and background",
                       deferred("prompts", "measure"), deferred("prompts", "check")),
+    "reconstruction": Metric("what an autoencoder loses of the pictures of --data: PSNR, SSIM, LPIPS",
+                             deferred("reconstruction", "measure"), deferred("reconstruction", "check"), PICTURES, "vae"),
+    "seams": Metric("how far tiles can be seen where an autoencoder decodes large pictures", deferred("seams", "measure"),
+                    deferred("seams", "check"), {"--data": PICTURES["--data"]}, "vae"),
 }
 
 
-def metric_names(words: Iterable[str]) -> list[str]:
-    """Names as typed, ["a,b", "c"], one by one and each once. ValueError for an unknown one (with the nearest name) or none."""
+def metric_names(words: Iterable[str], of: str = "model") -> list[str]:
+    """Names as typed, ["a,b", "c"], one by one and each once. ValueError for an unknown one (with the nearest name), one that does not
+    measure `of`, or none."""
     names = [name for word in words for name in word.split(",") if name]
     for name in names:
-        lookup(METRICS, name, "metric")
+        if (wanted := lookup(METRICS, name, "metric").of) != of:
+            raise ValueError(f"metric '{name}' measures {SUBJECTS[wanted].how}")
     if not names:
         raise ValueError(f"no metric is named: known: {', '.join(METRICS)}")
     return list(dict.fromkeys(names))

@@ -113,8 +113,9 @@ def recogniser_scores(evaluation: Evaluation, recogniser: Recogniser) -> dict[st
 @torch.no_grad()
 def reconstruct(model: Model, images: np.ndarray, device: torch.device, batch_size: int) -> np.ndarray:
     """Pictures, encoded and decoded by the model's VAE: uint8 [n, h, w, 3] -> the same."""
-    return np.concatenate([to_bytes(model.vae.decode(model.vae.encode(to_pixels(images[i : i + batch_size]).to(device)).mean))
-                           for i in range(0, len(images), batch_size)])
+    with model.at_work("vae"):
+        return np.concatenate([to_bytes(model.vae.decode(model.vae.encode(to_pixels(images[i : i + batch_size]).to(device)).mean))
+                               for i in range(0, len(images), batch_size)])
 
 
 def headline(evaluation: Evaluation, drawn: Drawn) -> str:

@@ -23,6 +23,7 @@ from tinyldm.folders.build import load_network
 from tinyldm.folders.parts import config_in, in_file, in_folder
 from tinyldm.folders.rename import recognise
 from tinyldm.folders.single_file import load_checkpoint, vae_config
+from tinyldm.folders.text_file import load_text_file, tokenizer_of_file
 from tinyldm.folders.weights import INCOMPLETE, PICKLES, Weights, errors_about, find_weights, open_weights
 from tinyldm.lookup import fits, in_words
 from tinyldm.model import AUTOENCODERS, NETWORKS, NON_EMA, TEXT_ENCODERS, Architecture, Model, architecture
@@ -55,7 +56,7 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     On the device "meta" a model is shapes without values. No weights are read, and of a hub id none are downloaded.
     """
     tokenizers = [tokenizer] if isinstance(tokenizer, (str, Path)) else list(tokenizer or ())
-    path = hub.locate(source, needed.of_index)              # from the hub, at first only model_index.json
+    path = hub.locate(source, needed.of_index)              # from the hub, at first only two small files
     if path.is_file():
         if variant or not ema:
             raise ValueError(f"{path} is one file, with one set of weights: leave out {'--variant' if variant else '--no-ema'}")
@@ -64,8 +65,11 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
         raise ValueError(f"--parts {parts[0]} is for a single file, and {source} is a model folder, which has all of its parts")
     index = read_json(path / "model_index.json", "not a model folder: pass one that holds model_index.json")
     reading = pipelines.find(index, source)
-    pipeline = pipelines.PIPELINES[reading.written_as]
-    if odd := set(without) - pipeline.optional:
+    pipeline, own = pipelines.PIPELINES[reading.written_as], reading.written_as == pipelines.OWN
+    stated = load_defaults(path, must=own)
+    join = stated.get("text_join", "single") if own else pipeline.join
+    texts = pipelines.text_row(reading.written_as, join)
+    if odd := set(without) - texts.optional:
         raise ValueError(f"{source} cannot draw without {min(odd)}: only the T5 of Stable Diffusion 3 can be left out")
     if reading.without:
         print(f"note: {source} is drawn with as {reading.written_as} does, without {reading.without}", file=sys.stderr)
@@ -74,9 +78,7 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     rows = [row for row in NETWORKS.values() if row.folder in index]
     if not rows:
         raise ValueError(f"{path / 'model_index.json'} names no network that can be read ({', '.join(NETWORKS)})")
-    there = [(folder, row) for row in (rows[0], *AUTOENCODERS.values(), *TEXT_ENCODERS.values())
-             for folder in path.glob(f"{row.folder}*")]
-    if variant and not shapes_only and not any(find_weights(folder, row.stem, variant) for folder, row in there):
+    if variant and not shapes_only and not _has_variant(path, variant, rows[0]):
         raise ValueError(f"{source} has no weights of variant '{variant}': leave it out for full precision")
     wanted = variant if ema else NON_EMA
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -88,19 +90,20 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     if pipeline.network not in ("", network["_class_name"]):
         raise ValueError(f"{source} holds a {reading.written_as} with a {network['_class_name']}, where a {pipeline.network} belongs: "
                          f"{INCOMPLETE}")
-    defaults = (load_defaults(path, must=reading.written_as == pipelines.OWN)
-                or pipelines.defaults(reading.written_as, index, network))
-    absent = {folder for folder in pipeline.optional if folder in without or not (index.get(folder) or [None])[0]}
-    lengths = pipeline.lengths(network)
-    zeros = {folder: AbsentText(net.config.context_dim, tokens)
-             for folder, tokens in zip(pipelines.TEXT_FOLDERS, lengths) if folder in absent}
-    join = pipeline.join if reading.written_as != pipelines.OWN else defaults.get("text_join", "single")
-    text = load_text_encoders(path, join, tokenizers, lengths,
+    zeros = {folder: AbsentText(net.config.context_dim, tokens) for folder, tokens in zip(pipelines.TEXT_FOLDERS, texts.lengths(network))
+             if folder in texts.optional and (folder in without or not (index.get(folder) or [None])[0])}
+    text = load_text_encoders(path, join, tokenizers, pipeline.lengths(network),
                               lambda part: load_part(part, TEXT_ENCODERS.values(), device, dtype, wanted), zeros)
     config = load_scheduler(path, index, reading, prediction)
     with errors_about(path / "scheduler"):
         process, predicted = schedulers.from_config(config)
-    return Model(net, vae, text, process, predicted, config, defaults)
+    return Model(net, vae, text, process, predicted, config, stated or pipelines.defaults(reading.written_as, index, network))
+
+
+def _has_variant(path: Path, variant: str, network: Architecture) -> bool:
+    """Whether any part of a model folder has weights of this variant."""
+    rows = (network, *AUTOENCODERS.values(), *TEXT_ENCODERS.values())
+    return any(find_weights(folder, row.stem, variant) for row in rows for folder in path.glob(f"{row.folder}*"))
 
 
 def load_scheduler(path: Path, index: Mapping, reading: pipelines.Reading, prediction: str | None) -> dict[str, Any]:
@@ -168,18 +171,21 @@ def load_vae(source: str | Path, device: str | torch.device = "cpu", dtype: torc
 
 
 def load_text(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A text encoder from its part folder, the model folder around it, or a hub id of either."""
+    """A text encoder from its part folder, the model folder around it, a hub id of either, or a file, whose tensors or a config.json
+    beside it say what it is. Of a whole checkpoint it is the first one."""
     path = locate_part(source, TEXT_ENCODERS.values())
     if path.is_file():
-        raise ValueError(f"{path} is a file: a text encoder is read from its folder, a model folder, or a hub id of either")
+        return load_text_file(path, device, dtype)
     path = path / "text_encoder" if (path / "text_encoder").is_dir() else path
     return load_part(path, TEXT_ENCODERS.values(), device, dtype, origin=hub.hub_id(source))
 
 
 def load_tokenizer(source: str | Path, context_length: int | None = None) -> BaseTokenizer:
-    """A CLIP tokenizer from its folder, the model folder around it, a vocabulary file or a hub id. The padding token is its
-    publisher's where that is known (clip.SOURCES), else that of the folder's tokenizer_config.json."""
+    """A tokenizer from its folder, the model folder around it, a vocabulary file, a hub id, or the file of a text encoder. The padding
+    token is its publisher's where that is known (clip.SOURCES), else that of the folder's tokenizer_config.json."""
     path = hub.locate(source, needed.of_tokenizer)
+    if path.is_file() and path.suffix.lower() in FILES:
+        return tokenizer_of_file(path, context_length)
     path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     origin = hub.hub_id(source) or (_origin(path.parent) if path.is_file() else _origin(path))
     known = clip.known_source(origin)

@@ -11,14 +11,14 @@ from tinyldm.folders.weights import choose
 from tinyldm.model import AUTOENCODERS, NETWORKS, TEXT_ENCODERS, Architecture
 
 CONFIGS = ("config.json", "open_clip_config.json")
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
+TOKENIZER = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 INDEX = r"(?P<stem>[a-z_]+)(\.(?P<before>\w+))?\.(?P<kind>safetensors|bin)\.index(\.(?P<after>\w+))?\.json"
 
 
 def of_index(names: set[str]) -> list[str]:
-    """Of a whole model: the file that describes the others."""
-    return sorted(names & {"model_index.json"})
+    """Of a whole model: the files that describe the others."""
+    return sorted(names & {"model_index.json", "tinyldm.json"}) if "model_index.json" in names else []
 
 
 def of_model(names: set[str], variant: str | None = None, weights: bool = True) -> list[str]:

@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 from tinyldm.files import INCOMPLETE, read_json
 from tinyldm.folders import hub, needed
+from tinyldm.folders.rename import recognise
 from tinyldm.folders.save import weights_name
 from tinyldm.folders.weights import Weights, find_weights, open_weights
 from tinyldm.folders.weights import errors_about as about
 from tinyldm.model import AUTOENCODERS, TEXT_ENCODERS, Architecture
+from tinyldm.vendor_loaders import families
+from tinyldm.vendor_loaders.families import Family, Text
 from tinyldm.vendor_loaders.layout import Layout
 
 ROWS = (*AUTOENCODERS.values(), *TEXT_ENCODERS.values())
@@ -49,7 +52,7 @@ def config_in(path: Path, rows: Iterable[Architecture], origin: str | None = Non
     rows = list(rows)
     file = next((path / name for name in needed.CONFIGS if (path / name).exists()), path / needed.CONFIGS[0])
     config = read_json(file, INCOMPLETE)
-    names = [config.get("_class_name"), *(config.get("architectures") or [])]
+    names = [config.get("_class_name"), *(config.get("architectures") or []), config.get("model_type")]
     row = next((row for row in rows if any(name in row.classes for name in names)), rows[0])
     with about(path):
         return row, row.from_config(config | ({"_name_or_path": origin} if origin else {}))
@@ -71,6 +74,30 @@ def in_file(file: Path, rows: Iterable[Architecture] = ROWS) -> list[Found]:
         with about(file):
             return [parts[0]._replace(layout=None, config=parts[0].row.from_config(read_json(beside, UNTOLD.format(what))))]
     return [part for part in parts if part.layout.infer]
+
+
+def inside(file: Path, weights: Weights, family: Family) -> dict[str, Found]:
+    """The parts beside the network in the file itself: "vae", and text encoders by their folder in a model folder."""
+    places = {"vae": (families.VAE, AUTOENCODERS["kl"])} | {folder: (text.prefix, row_of(text)) for folder, text in family.encoders.items()}
+    found = {}
+    for part, (prefix, row) in places.items():
+        there = weights.renamed(lambda name, prefix=prefix: name if name.startswith(prefix) else "")  # not another part in this layout
+        if there.shapes:
+            with about(file):
+                layout, own = recognise(there, {name: layout for name, layout in row.layouts.items() if layout.infer})
+            found[part] = Found(file, row, layout, None, own)
+    return found
+
+
+def row_of(text: Text) -> Architecture:
+    """The table row of a family's text encoder."""
+    return next(row for row in TEXT_ENCODERS.values() if row.config is text.config)
+
+
+def told(part: Found) -> Any:
+    """The config of a part, as far as its weights tell it."""
+    with about(part.source):
+        return part.config or part.layout.config_of(part.weights.shapes)
 
 
 def in_source(source: str | Path) -> list[Found]:

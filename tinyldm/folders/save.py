@@ -28,7 +28,7 @@ from tinyldm.files import INCOMPLETE, flush_folder, link, read_json
 from tinyldm.folders.rename import export_renamed
 from tinyldm.folders.weights import write_weights
 from tinyldm.model import NON_EMA, Architecture, StateDict, architecture
-from tinyldm.text.encoders import part_name
+from tinyldm.text.encoders import TextEncoders, part_name
 from tinyldm.text.base_tokenizer import BaseTokenizer
 from tinyldm.vendor_loaders import pipelines
 from tinyldm.vendor_loaders.layout import Rules
@@ -55,13 +55,7 @@ def save_model(path: str | Path, *, net: nn.Module | tuple[nn.Module, StateDict]
     path.mkdir(parents=True)
     row = architecture(net[0] if isinstance(net, tuple) else net)
     _save_part(path / row.folder, net, raw.pop("net", None))
-    for i, (text, tokenizer) in enumerate(zip(texts, tokenizers, strict=True)):
-        number = f"_{i + 1}" if i else ""
-        _save_part(path / f"text_encoder{number}", text, raw.pop(part_name(i), None))
-        if isinstance(tokenizer, (str, Path)):
-            _link(Path(tokenizer), path / f"tokenizer{number}")
-        else:
-            tokenizer.save(path / f"tokenizer{number}")
+    _save_texts(path, texts, tokenizers, raw)
     _save_part(path / "vae", vae, None)
     if raw:
         raise ValueError(f"non_ema takes the network and the text encoders, not {', '.join(raw)}")
@@ -71,9 +65,27 @@ def save_model(path: str | Path, *, net: nn.Module | tuple[nn.Module, StateDict]
     flush_folder(path)
 
 
-def save_vae(path: str | Path, vae: nn.Module, state_dict: StateDict | None = None) -> None:
-    """Write a VAE's part folder (config.json and weights) to path, which is created, and flush it to the disk."""
-    write_part(path, vae, state_dict)
+def save_texts(path: str | Path, text: TextEncoders) -> None:
+    """Write text encoders to path, which must not exist yet: a model folder without the other parts, which load_texts reads, and of
+    whose parts save_model makes links. Flush it to the disk."""
+    path = Path(path)
+    path.mkdir(parents=True)
+    _save_texts(path, [*text.modules.values()], text.tokenizers, {})
+    _write_json(path / "tinyldm.json", {"text_join": text.join})
+    _write_json(path / "model_index.json", {"_class_name": pipelines.OWN})
+    flush_folder(path)
+
+
+def text_folders(i: int) -> tuple[str, str]:
+    """The folders of a model's i-th text encoder, counted from 0, and of its tokenizer."""
+    number = f"_{i + 1}" if i else ""
+    return f"text_encoder{number}", f"tokenizer{number}"
+
+
+def save_vae(path: str | Path, vae: nn.Module, state_dict: StateDict | None = None, non_ema: StateDict | None = None) -> None:
+    """Write a VAE's part folder (config.json and weights) to path, which is created, and flush it to the disk. non_ema: raw weights to
+    store beside averaged ones."""
+    _save_part(Path(path), vae if state_dict is None else (vae, state_dict), non_ema)
     flush_folder(Path(path))
 
 
@@ -106,6 +118,17 @@ def written_rules(module: nn.Module) -> Rules:
 
 def weights_name(row: Architecture, variant: str | None) -> str:
     return f"{row.stem}.{variant}.safetensors" if variant else f"{row.stem}.safetensors"
+
+
+def _save_texts(path: Path, texts: Sequence[Part], tokenizers: Sequence[BaseTokenizer | str | Path], raw: dict[str, StateDict]) -> None:
+    """Arguments as of save_model; raw weights that are written are removed from `raw`."""
+    for i, (text, tokenizer) in enumerate(zip(texts, tokenizers, strict=True)):
+        encoder, words = text_folders(i)
+        _save_part(path / encoder, text, raw.pop(part_name(i), None))
+        if isinstance(tokenizer, (str, Path)):
+            _link(Path(tokenizer), path / words)
+        else:
+            tokenizer.save(path / words)
 
 
 def _save_part(path: Path, part: Part, raw: StateDict | None) -> None:

@@ -22,26 +22,24 @@ from torch import Tensor, nn
 
 from tinyldm.folders import hub, needed, parts
 from tinyldm.folders.build import load_network
-from tinyldm.folders.parts import Found
+from tinyldm.folders.parts import Found, inside, row_of, told
 from tinyldm.folders.rename import export_renamed, recognise
+from tinyldm.folders.text_file import files_of, find_tokenizer, load_text_part, text_config
 from tinyldm.folders.weights import Weights, errors_about, open_weights, write_weights
 from tinyldm.lookup import lookup
-from tinyldm.model import AUTOENCODERS, NETWORKS, TEXT_ENCODERS, Architecture, Model
+from tinyldm.model import AUTOENCODERS, NETWORKS, Model
 from tinyldm.models.clip_text import CLIPTextConfig
 from tinyldm.models.unet import UNetConfig
 from tinyldm.models.vae import VAEConfig
 from tinyldm.text.absent import AbsentText, AbsentTokenizer
 from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.text.base_tokenizer import BaseTokenizer
-from tinyldm.text.tokenizer import open_tokenizer
 from tinyldm.vendor_loaders import clip, families, pipelines
 from tinyldm.vendor_loaders import scheduler as schedulers
 from tinyldm.vendor_loaders import unet as unets
 from tinyldm.vendor_loaders import vae as vaes
 from tinyldm.vendor_loaders.families import SD1, Family, Text
 
-TOKENIZERS = {families.T5: "google/t5-v1_1-xxl"}            # of a text encoder; CLIP's for all others
-CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 VAE_BESIDE = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
 PREFIXES = {"net": families.NETWORK, "vae": families.VAE[0], "text": "cond_stage_model.transformer."}     # as written
 BASE_STEPS = 875_000                    # `global_step` of Stable Diffusion 2's base model, which predicts eps
@@ -58,14 +56,17 @@ def load_checkpoint(file: Path, device: str | torch.device, dtype: torch.dtype, 
     pipeline, lengths = pipelines.PIPELINES[family.pipeline], pipelines.PIPELINES[family.pipeline].lengths(row.to_config(net))
     if odd := set(without) - pipeline.optional:
         raise ValueError(f"{file} cannot draw without {min(odd)}: only Stable Diffusion 3 can be drawn with without its T5")
-    found = {**_inside(file, weights, family), **_beside(file), **_elsewhere(others, family, net)}
+    if len(tokenizers) > len(family.texts):
+        raise ValueError(f"{len(tokenizers)} tokenizers for a model with {len(family.texts)} text encoders: name one for each (--tokenizer)")
+    found = {**inside(file, weights, family), **_beside(file), **_elsewhere(others, family, net)}
     _check_complete(file, family, found, pipeline.optional)
     with errors_about(file):
         scheduler = _scheduler(file, weights, family, net, prediction)
         process, predicted = schedulers.from_config(scheduler)
         if size := family.sample_sizes.get(predicted):
             net = replace(net, sample_size=size)
-        configs = {folder: _config(text, found[folder], net) for folder, text in family.encoders.items() if folder in found.keys() - without}
+        configs = {folder: text_config(text, _fitting(text, found[folder], net)) for folder, text in family.encoders.items()
+                   if folder in found.keys() - without}
         network = load_network(row.module, net, own, device, dtype)
     vae = _load_vae(found["vae"], family, device, torch.float32 if dtype == torch.float16 else dtype)
     vae.config = vae.config if pipeline.shifts else replace(vae.config, shift_factor=0.0)
@@ -76,7 +77,7 @@ def load_checkpoint(file: Path, device: str | torch.device, dtype: torch.dtype, 
                 print(f"note: {file} is drawn with without {text.name}: --parts SOURCE adds it", file=sys.stderr)
             encoders.append(TextEncoder(AbsentText(net.context_dim, lengths[i]), AbsentTokenizer()))
             continue
-        module = _load_text(text, found[folder], configs[folder], device, dtype)
+        module = load_text_part(text, found[folder], configs[folder], device, dtype)
         length = lengths[i] if i < len(lengths) and lengths[i] else module.config.context_length
         encoders.append(TextEncoder(module, _load_tokenizer(tokenizers, others, family, folder, length)))
     with errors_about(file):
@@ -113,19 +114,6 @@ def _kind(part: Found) -> str:
     return "a VAE" if part.row.folder == "vae" else f"a text encoder ({part.row.module.__name__.removesuffix('Text')})"
 
 
-def _inside(file: Path, weights: Weights, family: Family) -> dict[str, Found]:
-    """The parts beside the network in the file itself: "vae", and text encoders by their folder in a model folder."""
-    places = {"vae": (families.VAE, AUTOENCODERS["kl"])} | {folder: (text.prefix, _row(text)) for folder, text in family.encoders.items()}
-    found = {}
-    for part, (prefix, row) in places.items():
-        there = weights.renamed(lambda name, prefix=prefix: name if name.startswith(prefix) else "")    # not another part in the same layout
-        if there.shapes:
-            with errors_about(file):
-                layout, own = recognise(there, {name: layout for name, layout in row.layouts.items() if layout.infer})
-            found[part] = Found(file, row, layout, None, own)
-    return found
-
-
 def _beside(file: Path) -> dict[str, Found]:
     """The VAE in a file named after this one."""
     beside = next((vae for end in VAE_BESIDE if (vae := file.with_suffix(end)).is_file()), None)
@@ -157,21 +145,18 @@ def _place(part: Found, family: Family, net: Any) -> str | None:
     """The part of the family that a found one can be; None for none."""
     if part.row.folder == "vae":
         return "vae"
-    return next((folder for folder, text in family.encoders.items() if _row(text) is part.row and text.fits(_told(part), net)), None)
+    return next((folder for folder, text in family.encoders.items() if row_of(text) is part.row and text.fits(told(part), net)), None)
 
 
-def _row(text: Text) -> Architecture:
-    return next(row for row in TEXT_ENCODERS.values() if row.config is text.config)
+def _fitting(text: Text, found: Found, net: Any) -> Found:
+    """The same part. ValueError where the network does not take a text encoder of this size."""
+    if not text.fits(config := told(found), net):
+        raise ValueError(f"{found.source}: its text encoder {text.name} is {config.width} wide, which the network does not take")
+    return found
 
 
 def _name(part: str, family: Family) -> str:
     return "a VAE" if part == "vae" else f"its text encoder {family.encoders[part].name}"
-
-
-def _told(part: Found) -> Any:
-    """The config of a part, as far as its weights tell it."""
-    with errors_about(part.source):
-        return part.config or part.layout.config_of(part.weights.shapes)
 
 
 def _check_complete(file: Path, family: Family, found: Collection[str], optional: Collection[str]) -> None:
@@ -237,40 +222,7 @@ def vae_config(found: Found, family: Family | None) -> Any:
     """The config of a VAE that was found: its own, else of this family, which tells its scaling and shift."""
     if found.config is None and found.row is AUTOENCODERS["kl"] and family:
         return vaes.infer(found.weights.shapes, family.scaling)
-    return _told(found)
-
-
-def _config(text: Text, found: Found, net: Any) -> Any:
-    """The config of a text encoder, with what its weights do not tell."""
-    config = _told(found)
-    if not text.fits(config, net):
-        raise ValueError(f"{found.source}: its text encoder {text.name} is {config.width} wide, which the network does not take")
-    if text.config is not CLIPTextConfig:
-        return config
-    width = config.projection_dim if found.config else None
-    if text.projection == "identity":
-        width = width or config.width
-    elif text.projection == "own" and found.config is None:
-        names = {"text_projection": 1, "text_projection.weight": 0}       # name -> axis of the projection's width
-        width = next((found.weights.shapes[name][axis] for name, axis in names.items() if name in found.weights.shapes), None)
-    if text.projection == "own" and width is None:
-        raise ValueError(f"{found.source}: its text encoder {text.name} has no projection (text_projection): take a file with it")
-    if found.config:
-        return replace(config, projection_dim=width if text.projection else None)
-    unused = 0 if found.layout is clip.LAYOUTS["transformers"] else text.unused
-    return replace(config, **text.settings, projection_dim=width, layers=config.layers - unused)
-
-
-def _load_text(text: Text, found: Found, config: Any, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    weights = found.weights
-    if text.unused and found.config is None:            # Stable Diffusion 2 reads the last layer but one, as in the published folder
-        layers = config.layers
-        weights = weights.renamed(lambda name: "" if name.startswith(f"transformer.resblocks.{layers}.") else name)
-    if text.projection == "identity" and found.config is None:
-        weights = weights.renamed(lambda name: "" if name.startswith("text_projection") else name)
-        weights = weights.joined(Weights.of({"text_projection.weight": torch.eye(config.width)}))
-    with errors_about(found.source):
-        return load_network(found.row.module, config, weights, device, dtype)
+    return told(found)
 
 
 def _load_tokenizer(named: Sequence[str | Path], others: Sequence[str | Path], family: Family, folder: str, context_length: int) -> BaseTokenizer:
@@ -281,17 +233,10 @@ def _load_tokenizer(named: Sequence[str | Path], others: Sequence[str | Path], f
         located = [hub.locate(source, needed.of_tokenizer) for source in named]
         ours = [path / own for path in (*located, *map(Path, others)) if len(family.texts) > 1 and (path / own).is_dir()]
         ours += [located[[*family.encoders].index(folder)]] if len(located) == len(family.texts) else located
-        for path in ours:
-            path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
-            with errors_about(path):
-                tokenizer = open_tokenizer(path, context_length, text.pad_token)
-                if isinstance(tokenizer, _row(text).tokenizer):
-                    return tokenizer
-        return open_tokenizer(hub.locate(TOKENIZERS.get(text.name, CLIP_TOKENIZER), needed.of_tokenizer), context_length, text.pad_token)
+        return find_tokenizer(row_of(text), ours, context_length, text.pad_token)
     except (ValueError, OSError) as error:
         raise ValueError(f"a single-file checkpoint holds no tokenizer: name that of {text.name} with --tokenizer, as a folder with its "
-                         f"files ({'spiece.model' if text.name == families.T5 else 'vocab.json and merges.txt'}), or a model folder "
-                         f"({error})") from error
+                         f"files ({files_of(row_of(text))}), or a model folder ({error})") from error
 
 
 # ---- written as one file

@@ -13,8 +13,9 @@ from torch import nn
 from tinyldm.files import INCOMPLETE, read_json
 from tinyldm.folders import hub, needed
 from tinyldm.folders.load import load_defaults, load_part, load_text, load_text_encoders, load_tokenizer
+from tinyldm.lookup import lookup
 from tinyldm.model import TEXT_ENCODERS
-from tinyldm.text.encoders import TextEncoder, TextEncoders
+from tinyldm.text.encoders import JOINS, TextEncoder, TextEncoders
 from tinyldm.vendor_loaders import pipelines
 
 
@@ -36,6 +37,10 @@ def load_texts(source: str | Path, join: str, lengths: Callable[[str], Sequence[
     path = hub.locate(source, needed.of_texts) if join != "single" else source
     rule = join or join_in(Path(path))
     if rule != "single":
+        wanted = pipelines.TEXT_FOLDERS[:len(lookup(JOINS, rule, "rule to join text encoders").calls)]
+        if lacking := [folder for folder in wanted if not (Path(path) / folder).is_dir()]:
+            raise ValueError(f"{path} has no {lacking[0]}/, and networks are trained on the features of all {len(wanted)} text encoders "
+                             f"that --text-join {rule} joins: name a model folder with all of them, or one of them with --text-join single")
         return load_text_encoders(Path(path), rule, (), lengths(rule), load)
     module = tokenizer_only(path) if load is tokenizer_only else load_text(source)
     return TextEncoders([TextEncoder(module, load_tokenizer(source, getattr(module.config, "context_length", None)))], rule)

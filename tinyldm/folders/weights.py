@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,13 +51,17 @@ class Weights:
     """Named tensors that are not in memory yet."""
 
     shapes: Mapping[str, Shape]
-    stream: Callable[[], Stream]        # yields (name, tensor), each name of `shapes` once; tensors may be views of a file
+    read: Callable[[Collection[str]], Stream]   # see `stream`; the names are some of those in `shapes`
     facts: Mapping[str, object]         # what the file says besides: numbers of a pickle (global_step), a safetensors header's texts
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
         """From tensors that are in memory already."""
-        return cls({name: tuple(t.shape) for name, t in tensors.items()}, lambda: iter(tensors.items()), {})
+        return cls({name: tuple(t.shape) for name, t in tensors.items()}, _among(tensors), {})
+
+    def stream(self) -> Stream:
+        """(name, tensor), each name of `shapes` once; tensors may be views of a file. What `renamed` has left out is not read."""
+        return self.read(self.shapes.keys())
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
         """The same tensors under the names that `rename` returns; '' leaves a tensor out. ValueError where two get the same name."""
@@ -67,16 +71,22 @@ class Weights:
             for name, new in names.items():
                 if taken.setdefault(new, name) != name:
                     raise ValueError(f"{taken[new]} and {name} are the same tensor {new} twice: {INCOMPLETE}")
-        return Weights({new: self.shapes[name] for name, new in names.items()},
-                       lambda: ((names[name], tensor) for name, tensor in self.stream() if name in names), self.facts)
+        def read(wanted: Collection[str]) -> Stream:
+            return ((names[name], tensor) for name, tensor in self.read({name for name, new in names.items() if new in wanted}))
+
+        return Weights({new: self.shapes[name] for name, new in names.items()}, read, self.facts)
 
     def joined(self, other: Weights) -> Weights:
         """The tensors of both, as of two shards. They must have no name in common."""
-        def stream() -> Stream:
-            yield from self.stream()
-            yield from other.stream()
+        def read(wanted: Collection[str]) -> Stream:
+            for part in (self, other):
+                yield from part.read({name for name in wanted if name in part.shapes})
 
-        return Weights({**self.shapes, **other.shapes}, stream, {**self.facts, **other.facts})
+        return Weights({**self.shapes, **other.shapes}, read, {**self.facts, **other.facts})
+
+
+def _among(tensors: Mapping[str, Tensor]) -> Callable[[Collection[str]], Stream]:
+    return lambda wanted: ((name, tensor) for name, tensor in tensors.items() if name in wanted)
 
 
 @contextmanager
@@ -137,17 +147,15 @@ def _without_float8(weights: Weights) -> Weights:
             raise ValueError(f"{scale} {list(weights.shapes[scale])} is no scale of a tensor {name}, or one per block: {INSTEAD}")
     left_out = {*scale_of.values(), *(name for name in weights.shapes if re.fullmatch(NOT_NEEDED, name))}
 
-    def stream() -> Stream:
-        scales = {name: tensor.float().clone() for name, tensor in weights.stream() if name in left_out} if scale_of else {}
-        for name, tensor in weights.stream():
-            if name in left_out:
-                continue
+    def read(wanted: Collection[str]) -> Stream:
+        scales = {name: tensor.float().clone() for name, tensor in weights.read({scale_of[name] for name in wanted if name in scale_of})}
+        for name, tensor in weights.read(wanted):
             if name in scale_of and tensor.dtype not in FLOAT8:
                 raise ValueError(f"{name} has a scale but is {tensor.dtype}, not float8: {INSTEAD}")
             tensor = tensor.to(torch.bfloat16) if tensor.dtype in FLOAT8 else tensor
             yield name, tensor.float() * scales[scale_of[name]] if name in scale_of else tensor
 
-    return replace(weights, shapes={name: shape for name, shape in weights.shapes.items() if name not in left_out}, stream=stream)
+    return replace(weights, shapes={name: shape for name, shape in weights.shapes.items() if name not in left_out}, read=read)
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path | None:
@@ -184,10 +192,11 @@ def _open_safetensors(file: Path) -> Weights:
     with opened() as handle:
         shapes, facts = {name: tuple(handle.get_slice(name).get_shape()) for name in _in_order(handle)}, handle.metadata() or {}
 
-    def stream() -> Stream:
+    def read(wanted: Collection[str]) -> Stream:
         # Pages that were read stay in memory as long as the file is mapped: map it again after every MAX_RESIDENT bytes.
-        handle, resident = opened(), 0
-        for name in shapes:
+        handle, resident = None, 0
+        for name in (name for name in shapes if name in wanted):
+            handle = handle or opened()
             tensor = handle.get_tensor(name)
             if resident + tensor.nbytes > MAX_RESIDENT:
                 del handle, tensor
@@ -196,7 +205,7 @@ def _open_safetensors(file: Path) -> Weights:
             yield name, tensor
             resident += tensor.nbytes
 
-    return Weights(shapes, stream, facts)
+    return Weights(shapes, read, facts)
 
 
 def _in_order(handle: safe_open) -> list[str]:
@@ -215,7 +224,7 @@ def _open_pickle(file: Path) -> Weights:
         raise ValueError(f"{file} holds a {type(content).__name__}, not named tensors: is it a file of weights?")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     facts = {str(name): value for name, value in content.items() if isinstance(value, (int, float))}
-    return Weights({name: tuple(t.shape) for name, t in tensors.items()}, lambda: iter(tensors.items()), facts)
+    return replace(Weights.of(tensors), facts=facts)
 
 
 def _unpickle(file: Path) -> object:
@@ -247,7 +256,7 @@ def _open_shards(index: Path) -> Weights:
         raise ValueError(f"{index} is damaged ({_first_line(error)}): {INCOMPLETE}") from error
     if odd := [name for name in names if Path(name).name != name or not name.endswith((".safetensors", *PICKLES))]:
         raise ValueError(f"{index} names {odd[0]}, which is not a weights file beside it: the folder is refused")
-    joined = Weights({}, lambda: iter(()), {})
+    joined = Weights.of({})
     for name in names:
         shard = open_weights(index.parent / name)
         if twice := joined.shapes.keys() & shard.shapes.keys():

@@ -9,13 +9,13 @@ belongs to the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
+from tinyldm.models.layers import TextFeatures
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),    # OpenAI's weights
@@ -44,11 +44,6 @@ class CLIPTextConfig:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         if self.activation not in tuple(ACTIVATIONS):
             raise ValueError(f"unknown activation {self.activation!r}: use one of {', '.join(ACTIVATIONS)}")
-
-
-class TextFeatures(NamedTuple):
-    hidden: Tensor    # [b, n, width], one vector per token
-    pooled: Tensor    # [b, width] (or [b, projection_dim]), the last layer's vector at EOS
 
 
 class CLIPText(nn.Module):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
-from tinyldm.models.layers import Attention, Cond, TimeEmbedding, runner, two_layers
+from tinyldm.models.layers import Attention, Cond, TimeEmbedding, check_inputs, init_linears, runner, two_layers
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for linear in (self.time_in.linear_1, self.time_in.linear_2):
-            nn.init.normal_(linear.weight, std=0.02)
+        init_linears(self)
         # Zero-initialised, so that every residual branch and the output start at 0 for any input. The gates get gradients
         # as soon as the last layer is no longer 0, after the first step. The tables need no random initial values to break
         # symmetry, because the gradients of their entries differ from the start.
@@ -83,8 +77,8 @@ class DiT(nn.Module):
             nn.init.zeros_(table)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        self.check(x, cond)
         patch = self.config.patch
+        check_inputs(x, cond, self.config, patch)
         x = F.pixel_unshuffle(x, patch)                                # [b, c * patch^2, rows, cols]
         rows, cols = x.shape[2:]
         rope = axial_rope(rows, cols, self.config.width // self.config.heads, self.config.rope_theta, x.device)
@@ -100,19 +94,6 @@ class DiT(nn.Module):
         shift, scale = (self.final_table + time[:, None, None]).unbind(1)      # each [b, 1, width]
         x = self.patch_out(self.final_norm(x) * (1 + scale) + shift)   # [b, n, out * patch^2]
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, cols)), patch)
-
-    def check(self, x: Tensor, cond: Cond) -> None:
-        """Refuse inputs of the wrong size here, where the message can name the cause."""
-        patch, (h, w) = self.config.patch, x.shape[2:]
-        if h % patch or w % patch:
-            near = "x".join(str(max(1, round(side / patch)) * patch) for side in (h, w))
-            raise ValueError(f"latent size {h}x{w} is not a multiple of the patch size {patch}: use {near}, for example")
-        if cond.context.shape[-1] != self.config.context_dim:
-            raise ValueError(f"text features of width {cond.context.shape[-1]} for a network with context_dim "
-                             f"{self.config.context_dim}: set DiTConfig.context_dim to the text encoder's width")
-        if self.pooled_in is not None and cond.pooled is None:
-            raise ValueError("this network is modulated by pooled text: pass Cond(context, pooled=...), "
-                             "or build it with pooled_dim=None")
 
 
 class DiTBlock(nn.Module):

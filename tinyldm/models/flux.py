@@ -16,18 +16,29 @@ Both have 11.9 billion parameters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
-from tinyldm.models.layers import Attention, Cond, TimeEmbedding, runner
-from tinyldm.models.mmdit import MLP_RATIO, TIME_DIM, Stream, modulate, normalise, vectors
+from tinyldm.models.layers import (
+    Attention,
+    Cond,
+    Stream,
+    TimeEmbedding,
+    check_inputs,
+    init_linears,
+    modulate,
+    normalise,
+    runner,
+    two_layers,
+    vectors,
+)
 
 PATCH = 2                               # latent pixels per token, along each side: published configs cannot say another number
 THETA = 10_000.0                        # the slowest pair of channels turns one radian in roughly this many tokens; as fixed as PATCH
+TIME_DIM = 256                          # sinusoids in the embeddings of the time and of the guidance scale
 FLOAT16_MAX = 65504.0
 
 
@@ -43,8 +54,6 @@ class FluxConfig:
     pooled_dim: int = 768               # width of the pooled text feature
     guidance: bool = False              # whether it is told the guidance scale
     rope_axes: tuple[int, ...] = (16, 56, 56)   # channels of a head that tell the picture (always the first), the row and the column
-
-    qk_norm: ClassVar[bool] = True      # read by mmdit.Stream
 
     def __post_init__(self):
         check_counts(self, "in_channels", "out_channels", "width", "heads", "double_layers", "single_layers", "context_dim",
@@ -78,7 +87,7 @@ class Flux(nn.Module):
         self.context_in = nn.Linear(config.context_dim, width)
         self.time_in = TimeEmbedding(TIME_DIM, width)
         self.guidance_in = TimeEmbedding(TIME_DIM, width) if config.guidance else None
-        self.pooled_in = nn.Sequential(nn.Linear(config.pooled_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.pooled_in = two_layers(config.pooled_dim, width, width, nn.SiLU())
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_layers))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_layers))
         self.final_modulation = nn.Linear(width, 2 * width)
@@ -87,13 +96,7 @@ class Flux(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for embedding in filter(None, (self.time_in, self.guidance_in)):
-            for linear in (embedding.linear_1, embedding.linear_2):
-                nn.init.normal_(linear.weight, std=0.02)
+        init_linears(self)
         # With modulations of zero, every gate is 0 and every block the identity. The output is 0 for any input.
         streams = [stream for block in self.double_blocks for stream in (block.image, block.text)]
         for linear in (self.final_modulation, self.patch_out, *(part.modulation for part in (*streams, *self.single_blocks))):
@@ -123,17 +126,7 @@ class Flux(nn.Module):
 
     def check(self, x: Tensor, cond: Cond) -> None:
         """Refuse inputs of the wrong size here, where the message can name the cause."""
-        h, w = x.shape[2:]
-        if h % PATCH or w % PATCH:
-            near = "x".join(str(side + side % PATCH) for side in (h, w))
-            raise ValueError(f"latent size {h}x{w} is odd, and a token is made of {PATCH}x{PATCH} latent pixels: use {near}, for example")
-        if cond.context.shape[-1] != self.config.context_dim:
-            raise ValueError(f"text features of width {cond.context.shape[-1]} for a network with context_dim "
-                             f"{self.config.context_dim}: set FluxConfig.context_dim to the text encoder's width")
-        if cond.pooled is None or cond.pooled.shape[-1] != self.config.pooled_dim:
-            found = "none" if cond.pooled is None else f"one of width {cond.pooled.shape[-1]}"
-            raise ValueError(f"this network is modulated by a pooled text feature of width {self.config.pooled_dim}, there is {found}: "
-                             "pass Cond(context, pooled=...)")
+        check_inputs(x, cond, self.config, PATCH)
         if self.guidance_in is not None and "guidance" not in cond.extra:
             raise ValueError('this network is told the guidance scale: pass Cond(..., extra={"guidance": ...}), [b] numbers such as 3.5')
         if cond.mask is not None:
@@ -147,8 +140,7 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, config: FluxConfig):
         super().__init__()
-        self.image = Stream(config)
-        self.text = Stream(config)
+        self.image, self.text = (Stream(config.width, config.heads, qk_norm=True) for _ in range(2))
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         image_vectors, text_vectors = vectors(self.image.modulation, c), vectors(self.text.modulation, c)
@@ -165,12 +157,12 @@ class SingleBlock(nn.Module):
 
     def __init__(self, config: FluxConfig):
         super().__init__()
-        width = config.width
+        width, hidden = config.width, Stream.MLP_RATIO * config.width
         self.modulation = nn.Linear(width, 3 * width)
         self.attn = Attention(width, config.heads, bias=True, qk_norm=True)
         del self.attn.to_out                                           # `out` takes its place
-        self.mlp_in = nn.Linear(width, MLP_RATIO * width)
-        self.out = nn.Linear(width + MLP_RATIO * width, width)
+        self.mlp_in = nn.Linear(width, hidden)
+        self.out = nn.Linear(width + hidden, width)
 
     def forward(self, x: Tensor, c: Tensor, rope: Tensor) -> Tensor:
         shift, scale, gate = vectors(self.modulation, c)

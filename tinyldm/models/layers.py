@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,13 @@ class Cond:
         context, mask, pooled = cut(self.context), cut(self.mask), cut(self.pooled)
         extra = {name: cut(value) for name, value in self.extra.items()}
         return [Cond(context[i], mask[i], pooled[i], {name: pieces[i] for name, pieces in extra.items()}) for i in range(parts)]
+
+
+class TextFeatures(NamedTuple):
+    """What a text encoder answers to token ids [b, n]."""
+
+    hidden: Tensor    # [b, n, width], one vector per token
+    pooled: Tensor    # [b, width] (or [b, projection_dim]), the last layer's vector at EOS
 
 
 def runner(net: nn.Module) -> Callable[..., Tensor]:
@@ -133,9 +141,9 @@ class Attention(nn.Module):
         return q, k, v
 
 
-def two_layers(dim: int, hidden: int, out: int) -> nn.Sequential:
-    """The MLP of transformers of images: with GELU in its approximation by tanh."""
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
+def two_layers(dim: int, hidden: int, out: int, activation: nn.Module | None = None) -> nn.Sequential:
+    """The MLP of transformers of images: with GELU in its approximation by tanh unless another activation is given."""
+    return nn.Sequential(nn.Linear(dim, hidden), activation or nn.GELU(approximate="tanh"), nn.Linear(hidden, out))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -145,6 +153,84 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+# ---- transformers of images
+
+
+def init_linears(net: nn.Module) -> None:
+    """Initial weights of a transformer, as in DiT (arXiv:2212.09748, facebookresearch/DiT, models.py), but for what starts at zero."""
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight.flatten(1))          # a view, so that the patches' convolution is a matrix too
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for embedding in (module for module in net.modules() if isinstance(module, TimeEmbedding)):
+        for linear in (embedding.linear_1, embedding.linear_2):
+            nn.init.normal_(linear.weight, std=0.02)
+
+
+def check_inputs(x: Tensor, cond: Cond, config: Any, patch: int) -> None:
+    """ValueError, with the fix, for latents x [b, c, h, w] that cannot be cut into patches, and for text features that do not have the
+    widths in a transformer's config: context_dim and, unless it is None, pooled_dim."""
+    (h, w), kind = x.shape[2:], type(config).__name__
+    if h % patch or w % patch:
+        near = "x".join(str(max(1, round(side / patch)) * patch) for side in (h, w))
+        raise ValueError(f"latent size {h}x{w} is not a multiple of the patch size {patch}: use {near}, for example")
+    if cond.context.shape[-1] != config.context_dim:
+        raise ValueError(f"text features of width {cond.context.shape[-1]} for a network with context_dim {config.context_dim}: "
+                         f"set {kind}.context_dim to the text encoder's width")
+    if config.pooled_dim and (cond.pooled is None or cond.pooled.shape[-1] != config.pooled_dim):
+        fix = (f"there is one of width {cond.pooled.shape[-1]}: set {kind}.pooled_dim to it" if cond.pooled is not None
+               else "there is none: pass Cond(context, pooled=...)")
+        raise ValueError(f"this network is modulated by a pooled text feature of width {config.pooled_dim}, and {fix}")
+
+
+class Stream(nn.Module):
+    """The weights for one kind of tokens, image or text, in a block where both kinds attend to each other (arXiv:2403.03206, Sec. 4).
+
+    The modulation makes from a vector c, in this order: shift, scale and gate of the attention, shift, scale and gate of the MLP and,
+    where there is one (`dual`), those of a second attention, to tokens of the same kind. `read_only`: the tokens are not used after
+    this block. They then have queries, keys and values and, of the vectors, the first two.
+    """
+
+    MLP_RATIO = 4                       # width of the MLP's inner layer over that of its outer ones
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, dual: bool = False, read_only: bool = False):
+        super().__init__()
+        self.read_only = read_only
+        attention = lambda: Attention(width, heads, bias=True, qk_norm=qk_norm)
+        self.modulation = nn.Linear(width, (2 if read_only else 9 if dual else 6) * width)
+        self.attn = attention()
+        self.attn2 = attention() if dual else None
+        self.mlp = two_layers(width, self.MLP_RATIO * width, width)
+        if read_only:
+            del self.attn.to_out, self.mlp
+
+    def update(self, x: Tensor, normed: Tensor | None, attended: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+        """x [b, n, width] after the block. normed: x before attention, normalised; attended: what the joint attention answers."""
+        gate, mlp_shift, mlp_scale, mlp_gate, *second = vectors
+        x = x + gate * self.attn.to_out(attended)
+        if self.attn2 is not None:
+            shift, scale, gate = second
+            x = x + gate * self.attn2(modulate(normed, shift, scale))
+        return x + mlp_gate * self.mlp(modulate(normalise(x), mlp_shift, mlp_scale))
+
+
+def vectors(modulation: nn.Linear, c: Tensor) -> tuple[Tensor, ...]:
+    """The vectors [b, 1, width] that a modulation makes from c [b, width]."""
+    return modulation(c)[:, None].split(c.shape[1], dim=2)
+
+
+def normalise(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)                     # no weights: the modulation scales
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return normed * (1 + scale) + shift
+
+
+# ---- convolutional networks
 
 
 class ResBlock(nn.Module):

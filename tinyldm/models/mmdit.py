@@ -20,10 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
-from tinyldm.models.layers import Attention, Cond, TimeEmbedding, runner, two_layers
+from tinyldm.models.layers import (
+    Cond,
+    Stream,
+    TimeEmbedding,
+    check_inputs,
+    init_linears,
+    modulate,
+    normalise,
+    runner,
+    two_layers,
+    vectors,
+)
 
 TIME_DIM = 256                          # sinusoids in the time embedding
-MLP_RATIO = 4                           # width of an MLP's inner layer over that of its outer ones
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class MMDiT(nn.Module):
         self.patch_in = nn.Conv2d(config.in_channels, width, patch, stride=patch)
         self.register_buffer("positions", position_table(width, config.max_positions, max(1, size // patch)))
         self.time_in = TimeEmbedding(TIME_DIM, width)
-        self.pooled_in = nn.Sequential(nn.Linear(config.pooled_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.pooled_in = two_layers(config.pooled_dim, width, width, nn.SiLU())
         self.context_in = nn.Linear(config.context_dim, width)
         self.blocks = nn.ModuleList(JointBlock(config, dual=i in config.dual_layers, last=i == config.layers - 1)
                                     for i in range(config.layers))
@@ -75,12 +85,7 @@ class MMDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))      # a view, so that the patches' convolution is a matrix too
-                nn.init.zeros_(module.bias)
-        for linear in (self.time_in.linear_1, self.time_in.linear_2):
-            nn.init.normal_(linear.weight, std=0.02)
+        init_linears(self)
         # With modulations of zero, every gate is 0 and every block the identity. The output is 0 for any input.
         streams = [stream for block in self.blocks for stream in (block.image, block.text)]
         for linear in (self.final_modulation, self.patch_out, *(stream.modulation for stream in streams)):
@@ -113,17 +118,10 @@ class MMDiT(nn.Module):
 
     def check(self, x: Tensor, cond: Cond) -> None:
         """Refuse inputs of the wrong size here, where the message can name the cause."""
-        patch, (h, w) = self.config.patch, x.shape[2:]
-        if h % patch or w % patch:
-            near = "x".join(str(max(1, round(side / patch)) * patch) for side in (h, w))
-            raise ValueError(f"latent size {h}x{w} is not a multiple of the patch size {patch}: use {near}, for example")
-        if max(h, w) > (largest := self.config.max_positions * patch):
+        check_inputs(x, cond, self.config, self.config.patch)
+        (h, w), largest = x.shape[2:], self.config.max_positions * self.config.patch
+        if max(h, w) > largest:
             raise ValueError(f"latent size {h}x{w} is larger than the network's table of positions: {largest}x{largest} is the largest")
-        if cond.context.shape[-1] != self.config.context_dim:
-            raise ValueError(f"text features of width {cond.context.shape[-1]} for a network with context_dim "
-                             f"{self.config.context_dim}: set MMDiTConfig.context_dim to the text encoders' width")
-        if cond.pooled is None:
-            raise ValueError("this network is modulated by pooled text: pass Cond(context, pooled=...)")
         if cond.mask is not None:
             raise ValueError("this network attends to all tokens of the text: pass Cond without a mask")
 
@@ -136,8 +134,8 @@ class JointBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, dual: bool, last: bool):
         super().__init__()
-        self.image = Stream(config, dual=dual)
-        self.text = Stream(config, read_only=last)
+        self.image = Stream(config.width, config.heads, config.qk_norm, dual=dual)
+        self.text = Stream(config.width, config.heads, config.qk_norm, read_only=last)
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         image_vectors, text_vectors = vectors(self.image.modulation, c), vectors(self.text.modulation, c)
@@ -151,48 +149,6 @@ class JointBlock(nn.Module):
         if not self.text.read_only:
             text = self.text.update(text, None, for_text, text_vectors[2:])
         return x, text
-
-
-class Stream(nn.Module):
-    """The weights of a joint block for one kind of tokens.
-
-    The modulation makes from c, in this order: shift, scale and gate of the attention, shift, scale and gate of the MLP and, where
-    there is one (`dual`), those of the second attention. After the last block the text is not used, so that there it is
-    `read_only`: it has queries, keys and values, and of the vectors the first two.
-    """
-
-    def __init__(self, config: MMDiTConfig, dual: bool = False, read_only: bool = False):
-        super().__init__()
-        width, self.read_only = config.width, read_only
-        attention = lambda: Attention(width, config.heads, bias=True, qk_norm=config.qk_norm)
-        self.modulation = nn.Linear(width, (2 if read_only else 9 if dual else 6) * width)
-        self.attn = attention()
-        self.attn2 = attention() if dual else None
-        self.mlp = two_layers(width, MLP_RATIO * width, width)
-        if read_only:
-            del self.attn.to_out, self.mlp
-
-    def update(self, x: Tensor, normed: Tensor | None, attended: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
-        """x [b, n, width] after the block. normed: x before attention, normalised; attended: what the joint attention answers."""
-        gate, mlp_shift, mlp_scale, mlp_gate, *second = vectors
-        x = x + gate * self.attn.to_out(attended)
-        if self.attn2 is not None:
-            shift, scale, gate = second
-            x = x + gate * self.attn2(modulate(normed, shift, scale))
-        return x + mlp_gate * self.mlp(modulate(normalise(x), mlp_shift, mlp_scale))
-
-
-def vectors(modulation: nn.Linear, c: Tensor) -> tuple[Tensor, ...]:
-    """The vectors [b, 1, width] that a modulation makes from c [b, width]."""
-    return modulation(c)[:, None].split(c.shape[1], dim=2)
-
-
-def normalise(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)                     # no weights: the modulation scales
-
-
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return normed * (1 + scale) + shift
 
 
 def position_table(width: int, size: int, base: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
-from tinyldm.models.clip_text import TextFeatures
+from tinyldm.models.layers import TextFeatures
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from tinyldm.lookup import check_counts
 from tinyldm.models.vae import AutoencoderKL, Posterior, check_size
 
 LOGVAR = -30.0                  # the lower bound of AutoencoderKL's posterior: a standard deviation of 3e-7
@@ -33,6 +34,10 @@ class TAESDConfig:
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
     sample_size: int | tuple[int, int] = 512    # default picture height and width to draw; any other works too
+
+    def __post_init__(self):
+        check_counts(self, "latent_channels", "width")
+        check_counts(self, "blocks", least=0)
 
     @property
     def downscale(self) -> int:
@@ -124,6 +129,13 @@ class TAESD(nn.Module):
     def decode_fine(self, features: Tensor) -> Tensor:
         """Features -> pixels, downscale times larger."""
         return 2 * self.decoder[self.split:](features) - 1
+
+    def standardise(self, z: Tensor) -> None:
+        """Make to_latents give unit variance. z: what encode() gives for many pictures, [n, c, h, w].
+
+        The means of the channels stay: the decoder's soft clamp depends on where latents lie, and diffusers' pipelines for
+        AutoencoderTiny take no shift."""
+        self.config = replace(self.config, scaling_factor=1 / float((z - z.mean((0, 2, 3), keepdim=True)).std()), shift_factor=0.0)
 
     # Both are the identity for the published configs (scaling_factor 1, shift_factor 0), because TAESD was trained on
     # latents already standardised by the large autoencoder's factors. The two fields serve models that were trained on

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 PIXELS_AT_ONCE = 1024 * 1024   # pixels that a VAE decodes at once: several small pictures, one large one, or a part of a larger one
+TILE, OVERLAP = 64, 16  # usual size of tiles, and by how much they overlap, in latents
 MARGIN = 0.25       # the fraction of the overlap, next to a tile's edge, that is dropped because padding affects it
 
 
-def decode_tiled(decode: Callable[[Tensor], Tensor], z: Tensor, factor: int, tile: int = 64, overlap: int = 16) -> Tensor:
+def decode_tiled(decode: Callable[[Tensor], Tensor], z: Tensor, factor: int, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:
     """Latents [b, c, h, w] of any size -> pixels [b, 3, h * factor, w * factor]. tile and overlap in latents.
 
     decode: latents -> pixels, factor times larger. ValueError unless 0 <= overlap < tile.

@@ -7,7 +7,7 @@ from_latents and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -204,3 +204,14 @@ class AutoencoderKL(nn.Module):
         c = self.config.latent_channels
         self.quant_conv.bias[:c] -= mean
         self.post_quant_conv.bias += self.post_quant_conv.weight.view(c, c) @ mean
+
+    def standardise(self, z: Tensor) -> None:
+        """Make to_latents give zero mean and unit variance. z: what encode() gives for many pictures, [n, c, h, w]."""
+        mean, shift = z.mean((0, 2, 3)), 0.0
+        if self.config.quant_convs:
+            self.centre(mean)
+        else:                                   # there is nothing that the means could be folded into without an error at the borders
+            mean = mean.mean().expand(len(mean))
+            shift = float(mean[0])
+        scale = 1 / float((z - mean[:, None, None]).std())
+        self.config = replace(self.config, scaling_factor=scale, shift_factor=shift)

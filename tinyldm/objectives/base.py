@@ -28,9 +28,11 @@ class Turn(NamedTuple):
     them one after the other; each has parameters, optimizers and a loss of its own."""
 
     name: str
-    trains: tuple[str, ...]                             # part names: the model's, or the objective's own
+    trains: tuple[str, ...]                             # part names, the model's or the objective's own, or parts of these: vae.decoder
     every: int = 1                                      # 5 means: it takes part in every fifth step
     optimisation: OptimisationConfig | None = None      # its optimizer, learning rates and weight decay; None: the run's
+    start: float = 0.0                                  # the fraction of the training that is over when it begins to take part
+    betas: tuple[float, float] = (0.9, 0.95)            # AdamW's
 
 
 class Objective:
@@ -45,10 +47,16 @@ class Objective:
     options: Mapping[str, Any] = {}             # the names that --objective-options takes, and their defaults
     networks: Mapping[str, nn.Module] = {}
     saved: Sequence[str] = ()
+    settled: float = 0.0                        # the fraction of the training after which it minimises the same to the end
 
     @classmethod
     def check(cls, config: Config) -> None:
         """ValueError, before anything is loaded, for settings that cannot work."""
+
+    @classmethod
+    def check_sources(cls, config: Config, downscale: int) -> None:
+        """ValueError, before the run begins, where files that it needs are missing, damaged or do not fit, or where pictures are too
+        small. Of objectives of the first stage. downscale: pixels per latent on each side."""
 
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> NamedTuple:
         """A batch, as a NamedTuple of tensors [b, ...] on the CPU. A field may be None.
@@ -81,6 +89,17 @@ class Objective:
     def after_step(self, step: int) -> None:
         """Called after every optimizer step, on all processes; a moving target network is updated here, for example."""
 
+    def start_over(self) -> None:
+        """Called where memory has run out and a turn is taken again in smaller micro-batches: what `losses` has kept is out of date."""
+
+    def log_row(self) -> Mapping[str, Any]:
+        """Numbers of its own for a row of log.jsonl."""
+        return {}
+
+    def notes(self) -> Sequence[str]:
+        """Texts that are to be noted in the log, asked for with every row of it."""
+        return ()
+
 
 def map_tensors(batch: NamedTuple, function: Callable[[Tensor], Tensor]) -> NamedTuple:
     """The same batch with function(tensor) in place of each tensor. Fields that are None stay None; one may map names to tensors."""
@@ -99,6 +118,6 @@ def _cut(field: Any, parts: int) -> Sequence[Any]:
     return [None] * parts if field is None else field.tensor_split(parts)
 
 
-def turns_at(objective: Objective, step: int) -> list[Turn]:
-    """The turns that take part in optimizer step `step` (0-based)."""
-    return [turn for turn in objective.turns if step % turn.every == 0]
+def turns_at(objective: Objective, step: int, progress: float = 1.0) -> list[Turn]:
+    """The turns that take part in optimizer step `step` (0-based), when this fraction of the training is over."""
+    return [turn for turn in objective.turns if step % turn.every == 0 and progress >= turn.start]

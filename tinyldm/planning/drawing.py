@@ -32,7 +32,7 @@ from tinyldm.folders.parts import in_source
 from tinyldm.folders.weights import find_weights
 from tinyldm.model import Model, architecture, repeated_blocks
 from tinyldm.models.layers import Cond
-from tinyldm.offload import weight_bytes
+from tinyldm.offload import offload, weight_bytes
 from tinyldm.pipeline import DrawSettings, PromptFeatures, check_size, decode_unchecked, guide, picture_size, with_extras
 from tinyldm.planning.flops import count_flops, size
 from tinyldm.planning.memory import RESERVE, empty
@@ -101,6 +101,11 @@ def weights_that_fit(model: Model, order: Order, device: torch.device) -> int | 
     activations = Meter(live_peak)
     run(replace(on_meta(model), placement=activations), sized(model, order))
     return free * 9 // 10 - max(activations.found.values())
+
+
+def offload_to_fit(model: Model, device: torch.device, how: str, order: Order) -> Model:
+    """offload.offload, with what fits on the device now. ValueError as of plan_drawing."""
+    return offload(model, device, how, weights_that_fit(model, order, device) if how == "auto" else None)
 
 
 def sized(model: Model, order: Order) -> Order:

@@ -16,9 +16,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinyldm.config import Config, PlanConfig, change, phases
-from tinyldm.lookup import build_dataclass, lookup
-from tinyldm.model import Model, NetworkShapes, architecture, new_network
-from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.data.decoding import make_buckets
+from tinyldm.lookup import lookup
+from tinyldm.model import (
+    AUTOENCODERS,
+    NETWORKS,
+    Model,
+    NetworkShapes,
+    architecture,
+    autoencoder_config,
+    network_config,
+    new_network,
+    settings_flag,
+)
 from tinyldm.planning.memory import empty
 from tinyldm.planning.texts import condition, encoders, join_of, like, meta_text, run_encoders
 from tinyldm.text.encoders import JOINS, TextEncoders
@@ -41,19 +51,42 @@ class MetaNetworks(NamedTuple):
     vae: nn.Module
 
 
+def meta_autoencoder(config: Config) -> nn.Module:
+    """The VAE that train.py would train or load; one of others is assumed to have Stable Diffusion 1's shapes."""
+    own = config.autoencoder
+    name, fields = ("kl", {}) if own.weights or own.init else (own.name, own.fields)
+    with torch.device("meta"):
+        return AUTOENCODERS[name].module(autoencoder_config(name, fields))
+
+
 def meta_networks(config: Config, loaded: nn.Module | None = None, texts: TextEncoders | None = None) -> MetaNetworks:
     """The networks that train.py would build or load. loaded, texts: the pretrained VAE and text encoders; None: a pretrained VAE is
     assumed to have Stable Diffusion 1's shapes, and for text encoders see meta_text."""
-    vae = loaded.config if loaded else VAEConfig() if config.autoencoder.weights else build_dataclass(
-        VAEConfig, config.autoencoder.fields, "--vae")
+    loaded = loaded or meta_autoencoder(config)
+    vae = loaded.config
     text, join = (like(texts), texts.join) if texts else (meta_text(config), join_of(config))
     widths = [architecture(module).widths(module.config) for module in encoders(text)]
     shapes = NetworkShapes(vae.latent_channels, vae.latent_channels * (1 + config.objective.learned_variance),
                            lookup(JOINS, join, "rule to join text encoders").widths(widths),
                            phases(config)[-1].data.resolution // vae.downscale)
+    check_sides(config, vae.downscale)
     with torch.device("meta"):
         net = new_network(config.network.name, config.network.settings, shapes)
-        return MetaNetworks(net, text, loaded or AutoencoderKL(vae))
+        return MetaNetworks(net, text, loaded)
+
+
+def check_sides(config: Config, downscale: int) -> None:
+    """ValueError, with the flags to change, where a phase has pictures that are larger than the network takes. downscale: the VAE's."""
+    name = config.network.name
+    row, network = lookup(NETWORKS, name, "network"), network_config(name, config.network.settings)
+    for phase in phases(config):
+        side, buckets = phase.data.resolution, phase.data.buckets
+        longest = max(map(max, make_buckets(side, downscale * row.divisor(network), buckets))) if buckets else side
+        if changes := row.enlarged(network, longest // downscale):
+            flag = "--buckets" if not row.enlarged(network, side // downscale) else "--stages" if config.data.phases else "--resolution"
+            fields = " ".join(f"{field}={value}" for field, value in changes.items())
+            raise ValueError(f"pictures with a side of {longest} pixels are larger than this {name} takes: set {settings_flag(name)} "
+                             f"{fields} or more, or lower {flag}")
 
 
 def forwards(networks: MetaNetworks, resolution: int, batch: int = 1, join: str = "single") -> dict[str, Callable[[], object]]:
@@ -65,7 +98,14 @@ def forwards(networks: MetaNetworks, resolution: int, batch: int = 1, join: str 
     extra = {name: empty(batch, *lookup(EXTRA_SHAPES, name, "condition")) for name in architecture(net).extras(net.config)}
     cond = replace(condition(text, join, batch), extra=extra)
     return {"net": lambda: net(x, empty(batch), cond), "text": lambda: run_encoders(text, join, batch),
-            "encode": lambda: vae.encode(empty(batch, 3, resolution, resolution)), "decode": lambda: vae.decode(x)}
+            **vae_forwards(vae, resolution, batch)}
+
+
+def vae_forwards(vae: nn.Module, resolution: int, batch: int = 1) -> dict[str, Callable[[], object]]:
+    """The same for the encoder and the decoder of a VAE."""
+    size = resolution // vae.config.downscale
+    return {"encode": lambda: vae.encode(empty(batch, 3, resolution, resolution)),
+            "decode": lambda: vae.decode(empty(batch, vae.config.latent_channels, size, size))}
 
 
 def size(*modules: nn.Module) -> int:
@@ -79,6 +119,13 @@ def count_flops(forward: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         forward()
     return counter.get_total_flops()
+
+
+def vae_flops(vae: nn.Module, resolution: int) -> int:
+    """FLOPs of training a VAE on one picture, discriminators and the like aside. Only the config of vae matters."""
+    with torch.device("meta"):
+        same = type(vae)(vae.config)
+    return 3 * sum(map(count_flops, vae_forwards(same, resolution).values()))
 
 
 def useful_flops(config: Config, model: Model | None = None) -> int:

@@ -149,7 +149,7 @@ def memory(config: Config, trained: Mapping[str, nn.Module], frozen: int, saved:
     named = {f"{part}.{name}": p.numel() for part, module in trained.items() for name, p in module.named_parameters()}
     chosen = muon_matrices(trained) if config.optimisation.optimizer == "muon" else ()
     count, matrices = sum(named.values()), sum(named[name] for name in chosen)
-    averages = max(1, len(config.optimisation.ema_widths)) if "net" in trained else 0
+    averages = max(1, len(config.optimisation.ema_widths)) if "net" in trained else config.autoencoder.ema > 0
     return {"weights, fp32": 4 * count, CASTS: casts, GRADIENTS: 4 * count,
             f"optimizer ({config.optimisation.optimizer})": 8 * (count - matrices) + 4 * matrices,
             "averaged weights, fp32": 4 * count * averages, "frozen networks, fp32": 4 * frozen,

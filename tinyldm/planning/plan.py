@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from tinyldm.config import Config, change, phases
+from tinyldm.data.shard import SIZES
 from tinyldm.durations import parse_date, parse_duration
 from tinyldm.models.tiling import PIXELS_AT_ONCE
-from tinyldm.planning.flops import MetaNetworks, count_flops, forwards, meta_networks, size
+from tinyldm.planning.flops import MetaNetworks, count_flops, forwards, meta_autoencoder, meta_networks, size, vae_forwards
 from tinyldm.planning.memory import CASTS, EAGER, GRADIENTS, RESERVE, memory, saved_bytes
 from tinyldm.planning.peak import peak_bytes
 from tinyldm.planning.texts import caption_tokens, condition, join_of
@@ -108,8 +109,10 @@ def make_plan(config: Config, must_fit: bool = True) -> Plan:
     for name in ("utilisation", "gpu_tflops", "gpu_gb"):
         if not (value := getattr(config.plan, name)) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+    if config.run.only:
+        return plan_autoencoder(config, must_fit)
     networks, parts, budget = meta_networks(config), phases(config), budget_hours(config)
-    first = [] if config.autoencoder.weights else [plan_vae_phase(parts[0], networks)]
+    first = [] if config.autoencoder.weights else [plan_vae_phase(parts[0], networks.vae)]
     planned = [plan_network_phase(part, networks) for part in parts]
     pictures = config.data.scenes if config.data.sources == ["toyworld"] else config.plan.pictures
     on_first = sum(s.hours for s in first)                                           # only the first stage's steps are set yet
@@ -125,6 +128,18 @@ def make_plan(config: Config, must_fit: bool = True) -> Plan:
         for index, phase in enumerate(plan.phases, -len(first)):
             check_fit(config, phase, index)
     return plan
+
+
+def plan_autoencoder(config: Config, must_fit: bool) -> Plan:
+    """The plan of --only vae. Networks that are not there have no parameters."""
+    networks, budget = MetaNetworks(nn.Identity(), nn.Identity(), meta_autoencoder(config)), budget_hours(config)
+    phase = plan_vae_phase(config, networks.vae)
+    phase = replace(phase, micro=-(-phase.batch // config.optimisation.grad_accum))
+    if budget:
+        phase = replace(phase, steps=int(budget * (1 - OVERHEAD) * 3600 * phase.rate / phase.batch))
+    if must_fit:
+        check_fit(config, phase, -1)
+    return Plan(config, networks, [phase], 0, budget)
 
 
 def compiles(config: Config, hours: float, device: str = "cuda") -> bool:
@@ -165,11 +180,12 @@ def share_out(config: Config, planned: list[PlannedPhase], hours: float) -> list
     return result
 
 
-def plan_vae_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
+def plan_vae_phase(config: Config, vae: nn.Module) -> PlannedPhase:
     """Plan the first stage: the VAE on crops."""
-    settings, vae = config.autoencoder, networks.vae
+    settings = config.autoencoder
+    config = change(config, optimizer=settings.optimizer or config.optimisation.optimizer)
     side, batch = min(settings.crop or config.data.resolution, config.data.resolution), settings.batch_size
-    calls = {part: call for part, call in forwards(networks, side).items() if part in ("encode", "decode")}
+    calls = vae_forwards(vae, side)
     flops = {part: 3 * count_flops(call) for part, call in calls.items()}
     saved, casts = saved_bytes(config, *((vae, call) for call in calls.values()))
     return PlannedPhase(f"VAE, {side} px", config, batch, batch, {"vae": vae}, 0, flops, dict(zip(calls, saved)), casts, {},
@@ -189,7 +205,14 @@ def plan_network_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
     return PlannedPhase(f"{side} px", config, batch, -(-batch // config.optimisation.grad_accum), trained,
                    size(*networks) - size(*trained.values()), flops, dict(zip(trained, saved)), casts,
                    {part: peak_bytes(call, dtype) for part, call in calls.items()}, 4 * (2 * latent + features),
-                   cache_bytes=2 * (latent + caption_tokens(text)))                   # latents in fp16, token ids of 16 bits
+                   cache_bytes=bytes_in_cache(config, latent, caption_tokens(text)))
+
+
+def bytes_in_cache(config: Config, latent: int, tokens: int) -> int:
+    """Bytes on disk of a picture's arrays in a cache (data/shard.py): latents in fp16, sizes, and the token ids of one caption, in 16
+    bits. The caption itself is not counted."""
+    views, parts = 1 + config.data.flip, 1 + config.data.moments
+    return views * (2 * parts * latent + 4 * SIZES) + 2 * tokens
 
 
 def latent_numbers(vae: nn.Module, side: int) -> int:
@@ -203,7 +226,8 @@ def check_fit(config: Config, phase: PlannedPhase, index: int) -> None:
         return
     divisors = [m for m in range(1, phase.batch + 1) if phase.batch % m == 0]
     if index < 0:
-        options = [(f"--vae-batch-size {micro}", micro) for micro in reversed(divisors)]
+        options = [(f"--grad-accum {phase.batch // micro}" if config.run.only else f"--vae-batch-size {micro}", micro)
+                   for micro in reversed(divisors)]
     else:                                                      # --grad-accum is that of the first phase; the others follow from it
         scaled = {accum: -(-phase.batch // phases(change(config, grad_accum=accum))[index].optimisation.grad_accum)
                   for accum in divisors}

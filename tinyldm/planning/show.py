@@ -11,6 +11,7 @@ from tinyldm.durations import parse_duration, show_duration
 from tinyldm.planning.flops import on_this_gpu, size
 from tinyldm.planning.plan import ENCODE_UTILISATION, GRID_PICTURES, OVERHEAD, Plan, PlannedPhase, make_plan
 from tinyldm.planning.step import step_seconds
+from tinyldm.planning.texts import assumed
 
 
 def render(plan: Plan) -> str:
@@ -18,36 +19,41 @@ def render(plan: Plan) -> str:
     lines = [f"plan of --preset {config.run.preset}: nothing is loaded, trained or written", "", "parameters"]
 
     def row(label: str, cell: Callable[[PlannedPhase], str], diffusion: bool = False) -> None:
+        if diffusion and config.run.only:
+            return
         lines.append(f"  {label:46}" + "".join(f"{cell(s) if s.cache_bytes or not diffusion else '':>16}" for s in planned))
 
     names = dict(net=config.network.name, text="text encoder", vae="VAE", encode="VAE encoder", decode="VAE decoder")
     weights = {"net": "", "text": config.text.weights, "vae": config.autoencoder.weights}
-    for part, module in networks._asdict().items():
+    for part, module in ((part, module) for part, module in networks._asdict().items() if size(module)):
         state = f"frozen: {weights[part]}" if weights[part] else "trained"
         lines.append(f"  {names[part]:20}{size(module):14,}  {state}")
+    if assumption := assumed(config):
+        lines.append(f"  ({assumption})")
     lines += ["", f"{'GFLOP per image: forward, x 3 where trained':48}" + "".join(f"{s.name:>16}" for s in planned)]
     for part in planned[-1].flops:
         row(names[part], lambda s: f"{s.flops[part] / 1e9:,.4g}" if part in s.flops else "")
     lines += ["", f"memory, GB of {config.plan.gpu_gb:g}"]
-    row("micro-batch x accumulation", lambda s: f"{s.micro} x {s.config.optimisation.grad_accum if s.cache_bytes else 1}")
+    cut = lambda s: s.config.optimisation.grad_accum if s.cache_bytes or config.run.only else 1
+    row("micro-batch x accumulation", lambda s: f"{s.micro} x {cut(s)}")
     for kind in planned[0].memory():
         row(kind, lambda s: f"{s.memory()[kind] / 1e9:.3f}")
     row("all", lambda s: f"{s.memory_gb():.3f}")
     row(f"encoding, {config.data.encode_batch_size} pictures at once (estimate)", lambda s: f"{s.encoding_gb(networks.vae):.3f}",
         diffusion=True)
     row(f"sample grid, {GRID_PICTURES} pictures (estimate)", lambda s: f"{s.grid_gb():.3f}", diffusion=True)
-    compiled = "compiled" if planned[-1].compiled else "not compiled"
-    lines += ["", f"time (projection: {config.plan.utilisation:.0%} of {config.plan.gpu_tflops:g} TFLOP/s; the network is {compiled})"]
+    compiled = "" if config.run.only else f"; the network is {'compiled' if planned[-1].compiled else 'not compiled'}"
+    lines += ["", f"time (projection: {config.plan.utilisation:.0%} of {config.plan.gpu_tflops:g} TFLOP/s{compiled})"]
     row("images per second", lambda s: f"{s.rate:,.0f}")
     row("steps", lambda s: f"{s.steps:,}")
     row("images", lambda s: f"{s.steps * s.batch:,}")
     row("seconds per step", lambda s: f"{s.batch / s.rate:.4g}")
-    for part in step_seconds(planned[-1]):
+    for part in () if config.run.only else step_seconds(planned[-1]):
         row(f"  of which {part} (estimate)", lambda s: f"{step_seconds(s)[part]:.2g}", diffusion=True)
     row("time", lambda s: show_duration(3600 * s.hours))
     if pictures:
         row(f"epochs over {pictures:,} pictures", lambda s: f"{s.steps * s.batch / pictures:,.1f}", diffusion=True)
-        row("GB on disk (latents in fp16, token ids)", lambda s: f"{pictures * s.cache_bytes / 1e9:,.3g}", diffusion=True)
+        row("GB on disk (latents in fp16, sizes, token ids)", lambda s: f"{pictures * s.cache_bytes / 1e9:,.3g}", diffusion=True)
         utilisation = ENCODE_UTILISATION[planned[-1].compiled]
         row(f"time to encode them (at {utilisation:.0%})", lambda s: show_duration(3600 * s.encoding), diffusion=True)
     return "\n".join([*lines, *render_hours(plan)])
@@ -61,6 +67,8 @@ def render_hours(plan: Plan) -> list[str]:
     shown = {"encoding": encoding, "training": training, "evaluation and restarts": total * OVERHEAD}
     parts = ", ".join(f"{what} {show_duration(3600 * hours)}" for what, hours in shown.items())
     lines = [f"  in all {show_duration(3600 * total)}: {parts}"]
+    if plan.config.run.only:
+        return lines
     if plan.budget_hours and (not plan.phases[-1].steps or before > encoding + training - before):
         end = "--budget" if plan.config.optimisation.budget else "--deadline"
         lines.append(f"  TOO MUCH for {end}: the first stage and the encoding leave too little; use fewer --pictures or more time")
@@ -98,7 +106,8 @@ def compare(config: Config, measured: Measured, whole: Config | None = None, aft
     config = on_this_gpu(config, device)
     try:
         plan = make_plan(on_this_gpu(whole or config, device), must_fit=False)
-        phase = next((s for s in plan.phases if s.cache_bytes and s.config.data.resolution == config.data.resolution), None)
+        main = plan.phases if config.run.only else [s for s in plan.phases if s.cache_bytes]
+        phase = next((s for s in main if s.config.data.resolution == config.data.resolution), None)
     except ValueError:                                         # the deadline has passed, or the VAE has another downscale
         pass
     show = lambda value, form: "-" if value is None else format(value, form)
@@ -108,7 +117,7 @@ def compare(config: Config, measured: Measured, whole: Config | None = None, aft
             ("TFLOP/s, useful", ",.4g", phase and phase.rate * useful, phase and measured.images_per_second * useful),
             ("MFU", ".1%", phase and phase.rate * useful / config.plan.gpu_tflops, measured.mfu),
             ("memory, GB", ".3g", phase and phase.memory_gb(), measured.memory_gb),
-            ("steps in all", ",", plan and sum(s.steps for s in plan.phases if s.cache_bytes), measured.steps),
+            ("steps in all", ",", plan and sum(s.steps for s in main), measured.steps),
             ("finish", "", plan and planned_finish(plan), measured.finish)]
     lines = [f"{f'after {after} steps':20}{'plan':>20}{'measured':>20}"]
     lines += [f"  {label:18}{show(planned, form):>20}{show(found, form):>20}" for label, form, planned, found in rows]

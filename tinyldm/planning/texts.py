@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tinyldm.config import Config
+from tinyldm.folders.load import load_text
 from tinyldm.folders.parts import config_in
 from tinyldm.folders.texts import join_in
 from tinyldm.lookup import build_dataclass, lookup
@@ -21,6 +22,7 @@ from tinyldm.planning.memory import empty
 from tinyldm.text.encoders import JOINS, Encoded, TextEncoders
 from tinyldm.vendor_loaders import pipelines
 
+OWN_TEXTS = "text"                      # the folder of a run with its pretrained text encoders: training/frozen.py
 CLIP_L = CLIPTextConfig(activation="gelu")
 BIG_G = CLIPTextConfig(activation="gelu", width=1280, layers=32, heads=20, mlp_width=5120, projection_dim=1280)
 # Published text encoders by the rule that joins them, for pretrained ones that are not on this machine.
@@ -29,9 +31,34 @@ PUBLISHED = {"single": (CLIP_L,), "sdxl": (CLIP_L, BIG_G), "sd3": (replace(CLIP_
 MODULES = {CLIPTextConfig: CLIPText, T5Config: T5}
 
 
+def text_source(config: Config) -> Path:
+    """Where a run's pretrained text encoders are: in its own folder where a resumed run has them, else in --text-weights, which may be a
+    hub id. Plans do not ask the hub."""
+    own = Path(config.run.out) / OWN_TEXTS
+    return own if config.run.resume != "no" and own.is_dir() else Path(config.text.weights)
+
+
 def join_of(config: Config) -> str:
-    """The rule that joins a run's text encoders: --text-join, else that of the model folder in --text-weights."""
-    return config.text.join or (join_in(Path(config.text.weights)) if config.text.weights else "single")
+    """The rule that joins a run's text encoders: --text-join, else that of the model folder in --text-weights. Where no such folder is on
+    this machine, it is the rule of published models with such a network."""
+    if config.text.join or not config.text.weights:
+        return config.text.join or "single"
+    source = text_source(config)
+    return join_in(source) if source.exists() else usual_join(config)
+
+
+def usual_join(config: Config) -> str:
+    row = lookup(NETWORKS, config.network.name, "network")
+    if "sizes" in row.extras(network_config(config.network.name, config.network.settings)):         # the other U-Nets are not told any
+        return pipelines.PIPELINES[pipelines.SDXL].join
+    return next(pipeline.join for pipeline in pipelines.PIPELINES.values() if pipeline.network in (row.classes[0], ""))
+
+
+def assumed(config: Config) -> str:
+    """What the plan assumes of text encoders that are not on this machine, in words; "" where it knows them."""
+    if not config.text.weights or text_source(config).exists():
+        return ""
+    return f"the text encoder is not here: published ones are assumed, joined by --text-join {join_of(config)}"
 
 
 def token_counts(config: Config, join: str) -> Sequence[int | None]:
@@ -43,15 +70,17 @@ def token_counts(config: Config, join: str) -> Sequence[int | None]:
 
 def meta_text(config: Config) -> nn.Module:
     """The text encoder that a run would build or load, on the meta device; several in an nn.ModuleList. Pretrained ones are those of
-    the folder in --text-weights; where there is no such folder, the published ones of --text-join are assumed."""
+    text_source(); where there is no such folder or file, the published ones are assumed that are joined by the same rule."""
     if not config.text.weights:
         row = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
         with torch.device("meta"):
             return row.module(build_dataclass(row.config, config.text.fields | {"vocab_size": config.text.vocab_size}, "--text"))
-    join, path = join_of(config), Path(config.text.weights)
+    join, path = join_of(config), text_source(config)
     if path.is_dir():
         folders = sorted(path.glob("text_encoder*"))[:1 if join == "single" else None] or [path]
         found = [config_in(folder, TEXT_ENCODERS.values()) for folder in folders]
+    elif path.is_file():
+        found = [(architecture(module), module.config) for module in [load_text(path, "meta")]]
     else:
         found = [(None, published) for published in lookup(PUBLISHED, join, "rule to join text encoders")]
     counts = [*token_counts(config, join), *[None] * len(found)]

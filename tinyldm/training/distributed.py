@@ -91,6 +91,12 @@ class World:
                 work.wait()
                 torch._foreach_copy_(bucket, parts)
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over all processes, the same everywhere."""
+        total = tensor.detach().clone()
+        self.sum([total])
+        return total / self.size
+
     @torch.no_grad()
     def all_gather(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensor i by that of process i % size, in all processes. All must pass contiguous tensors of the same shapes and

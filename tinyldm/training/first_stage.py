@@ -1,123 +1,153 @@
-"""The first stage of a run without a pretrained VAE: it trains one on crops, then standardises its latents."""
+"""The first stage of a run without a pretrained VAE: it trains one on crops, then standardises its latents.
+
+In a run of both stages the main process does this by itself. With --only vae it is the whole run, of all processes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from tinyldm.cli import best_effort
 from tinyldm.config import Config, OptimisationConfig, change
 from tinyldm.data.encoding import posterior
-from tinyldm.data.prepare import some_pictures
-from tinyldm.device import in_parts
+from tinyldm.data.loader import own_part
+from tinyldm.device import autocast, in_parts
 from tinyldm.files import replace_folder
 from tinyldm.folders.load import load_vae
 from tinyldm.folders.save import save_vae
-from tinyldm.lookup import build_dataclass
-from tinyldm.models.vae import AutoencoderKL, VAEConfig
+from tinyldm.model import AUTOENCODERS, architecture, autoencoder_config
 from tinyldm.objectives import FIRST_STAGE_OBJECTIVES
-from tinyldm.pictures.pixels import psnr, to_bytes, to_pixels, write_picture
-from tinyldm.pictures.sheet import tile
-from tinyldm.random_streams import Stream, seed_sequence
+from tinyldm.pictures.pixels import psnr
+from tinyldm.planning.flops import peak_flops, vae_flops
+from tinyldm.random_streams import Stream
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World
+from tinyldm.training.learner import Learner
+from tinyldm.training.report import refresh_report
 from tinyldm.training.stage import Phase, Stage
 from tinyldm.training.trained import TrainedAutoencoder
+from tinyldm.training.vae_pictures import hold_out, middle, random_crops
+from tinyldm.training.vae_validation import SHOWN, VAEValidation, reconstruct, write_grid
 
-PICTURES = "vae-pictures"               # start of the name of the folder in a run that holds the VAE's pictures while it trains
-LARGEST_PART = 0.1                      # fraction of the free disk space that they may take
+MEASURED = 2048                         # pictures from which the scale of the latents is measured, at most
 
 
 class AutoencoderStage(Stage):
-    """The main process trains an autoencoder by itself, on crops of pictures that are held in memory."""
+    """Trains an autoencoder on crops of pictures."""
 
     name, title, stream = "vae", "VAE", Stream.POSTERIOR
-    average = checkpoint_at_end = False
+    checkpoint_at_end = False
 
-    def __init__(self, config: Config, context: RunContext, images: np.ndarray):
-        """images: uint8 [n, h, w, 3]."""
+    def __init__(self, config: Config, context: RunContext, images: np.ndarray, last: Path | None = None, world: World | None = None):
+        """images: uint8 [n, h, w, 3]. last: the checkpoint to continue from. world: the processes that train; None: this one alone."""
+        own, self.world = config.autoencoder, world or World()
         torch.manual_seed(config.run.seed)
-        fields = config.autoencoder.fields | {"sample_size": config.data.resolution}
-        self.vae = AutoencoderKL(build_dataclass(VAEConfig, fields, "--vae")).to(context.device)
-        self.config, self.context, self.images, self.world = config, context, images, World()
+        self.vae = new_autoencoder(config, last).to(context.device)
+        if context.device.type == "cpu":
+            self.vae.to(memory_format=architecture(self.vae).memory_format)
+        self.config, self.context, self.images = config, context, images
+        self.average, self.val_every, self.patience, self.reported = own.ema > 0, own.val_every, own.early_stop, bool(config.run.only)
+        self.kept, self.held_out = hold_out(len(images), config.run.val_samples if own.val_every else 0)
+        if own.val_every and not len(self.held_out):
+            raise ValueError(f"a tenth of {len(images)} pictures is none: use ten or more, or leave out --vae-val-every")
         self.settings, self.phases = optimisation(config), [change(config, stages={})]
-        self.objective = FIRST_STAGE_OBJECTIVES[config.autoencoder.objective](config.autoencoder, self.vae)
+        if config.run.only and (peak := peak_flops(config.plan, context.device)):
+            self.peak, self.costs = peak * self.world.size, [vae_flops(self.vae, min(own.crop or images.shape[1], images.shape[1]))]
+        self.objective = FIRST_STAGE_OBJECTIVES[own.objective](own, self.vae)
+        self.objective.mean = self.world.mean
         for network in self.objective.networks.values():
             network.to(context.device)
         self.trained = TrainedAutoencoder(self.vae)
 
     def begin_phase(self, index: int) -> Phase:
-        settings, seed = self.config.autoencoder, self.config.run.seed
-        crops = lambda step: random_crops(self.images, settings.crop, settings.batch_size, seed, step)
-        return Phase(self.config, crops, slice(0, settings.batch_size), {"vae": self.vae, **self.objective.networks}, 1)
+        own, seed, world, only = self.config.autoencoder, self.config.run.seed, self.world, self.config.run.only
+        networks = {"vae": self.vae, **self.objective.networks}
+        part = own_part(own.batch_size, world.rank, world.size)
+        crops = lambda step: random_crops(self.images, own.crop, own.batch_size, seed, step, self.kept if own.val_every else None)[part]
+        count = min(-(-self.config.optimisation.grad_accum // world.size), own.batch_size // world.size) if only else 1
+        return Phase(self.config, crops, part, networks, count, self.validation(networks, -(-(part.stop - part.start) // count)))
 
-    def finish(self) -> None:
-        """Measure the latents' mean and scale, make them part of the VAE, write RUN/vae and a picture that shows reconstructions.
+    def validation(self, networks: dict[str, nn.Module], micro_batch: int) -> VAEValidation | None:
+        """What is measured on the pictures that are held out; None where none are."""
+        if not len(self.held_out):
+            return None
+        samples = middle(np.array(self.images[self.held_out]), self.config.autoencoder.crop)
+        device, dtype = self.context.device, self.config.run.dtype
+
+        def losses(micro: Any, progress: float) -> Tensor:
+            with autocast(device, dtype):
+                return self.objective.losses(self.objective.turns[0], networks, micro, progress)
+
+        batch = self.objective.validation_batch(samples, self.config.run.seed)
+        grid = self.grid_file if self.world.main else None
+        return VAEValidation(batch, micro_batch, device, losses, self.objective.to_device, self.vae, samples, dtype, grid)
+
+    @property
+    def grid_file(self) -> Path:
+        return self.context.folder / "samples" / "vae.png"
+
+    def state(self) -> dict[str, Any]:
+        return {"pictures": [len(self.images), len(self.held_out)]}
+
+    def check_resume(self, state: dict[str, Any]) -> None:
+        before, now = state.get("pictures", [0, 0]), self.state()["pictures"]
+        if before != now and (before[1] or now[1]):
+            raise ValueError(f"the run began with {before[0]:,} pictures, {before[1]:,} of them held out, and now has {now[0]:,} and "
+                             f"{now[1]:,}: some would be both trained on and validated on; keep --vae-pictures and the data, and "
+                             "--vae-val-every 0 where it was 0")
+
+    def finish(self, learner: Learner) -> None:
+        """Measure the latents' mean and scale, make them part of the VAE, write RUN/vae and a picture that shows reconstructions. All
+        processes call this; the main one does it.
 
         From here on the scaling factor belongs to the weights: to_latents applies it wherever latents are made, from_latents
-        takes it back before decoding, and the diffusion network only ever sees latents of unit variance."""
-        config, vae, device, run = self.config, self.vae, self.context.device, self.context.folder
-        some = self.images[:2048]
-        z = torch.cat([*in_parts(lambda part: posterior(vae, part, device, config.run.dtype).mean, some, 64)])
-        mean = z.mean((0, 2, 3))
-        vae.centre(mean)
-        scale = 1 / float((z - mean[:, None, None]).std())
-        vae.config = dataclasses.replace(vae.config, scaling_factor=scale)
-        shown = self.images[:8]
-        with torch.no_grad():
-            decoded = to_bytes(vae.decode(vae.encode(to_pixels(shown).to(device)).mean))
-        write_picture(run / "samples" / "vae.png", tile(np.concatenate([shown, decoded]), columns=8))
-        print(f"VAE: {psnr(decoded, shown).mean():.1f} dB on 8 pictures, scaling factor {scale:.4f}")
-        replace_folder(run / "vae", lambda folder: save_vae(folder, vae))
+        takes it back before decoding, and the diffusion network only ever sees latents of unit variance. That of a frozen encoder
+        stays as it is, and so do the latents that diffusion networks know."""
+        config, vae, device = self.config, self.vae, self.context.device
+        if chosen := learner.take_final_weights():
+            print(f"VAE: {chosen}")
+        if self.world.main:
+            if config.autoencoder.freeze != "encoder":
+                some = np.array(self.images[:MEASURED])
+                vae.standardise(torch.cat([*in_parts(lambda part: posterior(vae, part, device, config.run.dtype).mean, some, 64)]))
+            shown = np.array(self.images[self.held_out[:SHOWN]] if len(self.held_out) else self.images[:SHOWN])
+            decoded, _ = reconstruct(vae, shown, device, "fp32")
+            write_grid(self.grid_file, shown, decoded)
+            print(f"VAE: {psnr(decoded, shown).mean():.1f} dB on {len(shown)} pictures, scaling factor {vae.config.scaling_factor:.4f}")
+            replace_folder(self.context.folder / "vae", lambda folder: save_vae(folder, vae))
+            if config.run.only:
+                refresh_report(self.context.folder)
+        self.world.barrier()
+
+
+def new_autoencoder(config: Config, last: Path | None) -> nn.Module:
+    """The autoencoder to train. Where it begins with weights of others, a resumed run has them, and its class and fields, in its last
+    checkpoint: their source may have changed or gone."""
+    own = config.autoencoder
+    if own.init:
+        vae = load_vae(last / "vae" if last else own.init).train().requires_grad_(True)
+        vae.config = dataclasses.replace(vae.config, sample_size=own.crop or config.data.resolution)
+    else:
+        fields = autoencoder_config(own.name, own.fields, sample_size=config.data.resolution)
+        vae = AUTOENCODERS[own.name].module(fields)
+    return vae
 
 
 def optimisation(config: Config) -> OptimisationConfig:
-    """The settings of the first stage's optimizers: its own where it has some, else the run's."""
-    own = config.autoencoder
-    return dataclasses.replace(config.optimisation, lr=own.lr, muon_lr=own.muon_lr, decay=own.decay, batch_size=own.batch_size,
-                               max_steps=own.steps, budget="", deadline="", weight_decay=0.0, rollback=False)
-
-
-def random_crops(images: np.ndarray, size: int, number: int, seed: int, step: int) -> np.ndarray:
-    """The batch of a step: `number` crops of size x size pixels (size 0: whole pictures), uint8 [number, size, size, 3]."""
-    side = images.shape[1]
-    size = min(size or side, side)
-    rng = np.random.default_rng(seed_sequence(Stream.CROPS, seed, step))
-    chosen = rng.integers(len(images), size=number)
-    ys, xs = rng.integers(side - size + 1, size=(2, number))
-    return np.stack([images[i, y:y + size, x:x + size] for i, y, x in zip(chosen, ys, xs)])
+    """The settings of the first stage's optimizers: its own where it has some, else the run's. Where it is the whole run, --budget and
+    --deadline are its own."""
+    own, run = config.autoencoder, config.optimisation
+    timed = bool(config.run.only and (run.budget or run.deadline))
+    return dataclasses.replace(run, lr=own.lr, muon_lr=own.muon_lr, decay=own.decay, batch_size=own.batch_size, weight_decay=0.0,
+                               rollback=False, optimizer=own.optimizer or run.optimizer, ema_decay=own.ema, ema_widths=[],
+                               max_steps=0 if timed else own.steps, budget=run.budget * timed, deadline=run.deadline * timed)
 
 
 def copy_pretrained(config: Config, context: RunContext) -> None:
     """Write RUN/vae from the pretrained autoencoder of --vae-weights."""
     replace_folder(context.folder / "vae", lambda folder: save_vae(folder, load_vae(config.autoencoder.weights)))
-
-
-def training_pictures(config: Config, context: RunContext) -> np.ndarray:
-    """The pictures that a VAE trains on, uint8 [n, h, w, 3], cropped square. They are kept in the run's folder, so that a run that
-    is interrupted in its first stage need not decode or draw them again, and goes on with the same ones. Of the settings that they
-    depend on, a resumed run may change the number only, which is in the folder's name."""
-    folder = context.folder / f"{PICTURES}-{config.autoencoder.pictures}"
-    try:
-        images = np.load(folder / "pictures.npy", allow_pickle=False)
-        print(f"the VAE trains on the same {len(images):,} pictures as before")
-        return images
-    except (OSError, ValueError, EOFError):                     # the first start, or a damaged file
-        pictures, faults = some_pictures(config, config.autoencoder.pictures, context.signals.check)
-    print(f"the VAE trains on {len(pictures):,} pictures" + f" ({sum(faults.values()):,} unusable ones left out)" * bool(faults))
-    images = np.stack([item.image for item in pictures])
-    forget_pictures(context.folder)                             # another number of them
-    if images.nbytes < shutil.disk_usage(context.folder).free * LARGEST_PART:
-        best_effort("keeping the VAE's pictures", lambda: replace_folder(folder, lambda partial: (
-            partial.mkdir(), np.save(partial / "pictures.npy", images))))
-    return images
-
-
-def forget_pictures(run: Path) -> None:
-    """Remove the pictures that training_pictures keeps in a run's folder."""
-    for folder in run.glob(f"*{PICTURES}-*"):                   # half-written ones too
-        shutil.rmtree(folder, ignore_errors=True)

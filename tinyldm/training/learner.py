@@ -17,6 +17,7 @@ from tinyldm.model import muon_matrices
 from tinyldm.objectives import Objective, Turn
 from tinyldm.training import checkpoint
 from tinyldm.training.distributed import World, load_whole, local, total_norm
+from tinyldm.training.early_stopping import EarlyStopping
 from tinyldm.training.ema import EMA, PowerEMA, parse_widths
 from tinyldm.training.loss_monitor import LossMonitor
 from tinyldm.training.meter import Meter
@@ -38,25 +39,25 @@ class Update(NamedTuple):
 class Learner:
     """The trained networks of a stage and of its objective, with their optimizers, averages, meters and loss monitor.
 
-    average: whether the weights are averaged (those of the first stage are not)."""
+    average: whether the weights are averaged. patience: see EarlyStopping."""
 
     def __init__(self, trained: Trained, objective: Objective, settings: OptimisationConfig, world: World, device: torch.device,
-                 average: bool = True):
+                 average: bool = True, patience: int = 0):
         self.trained, self.objective, self.world, self.device = trained, objective, world, device
-        if all(turn.every > 1 for turn in objective.turns):
+        if all(turn.every > 1 or turn.start > 0 for turn in objective.turns):
             raise ValueError(f"{type(objective).__name__}: at least one turn must be taken in every step (every=1)")
         own = {part: module for part, module in objective.networks.items() if any(part in turn.trains for turn in objective.turns)}
         modules = trained.modules | own
         self.parameters = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
         matrices = muon_matrices(modules)
-        self.optimizers = {turn.name: make_optimizers(self.named(turn), matrices, turn.optimisation or settings, world)
+        self.optimizers = {turn.name: make_optimizers(self.named(turn), matrices, turn.optimisation or settings, world, turn.betas)
                            for turn in objective.turns}
         self.ema: EMA | PowerEMA | None = None
         if average:
             widths = parse_widths(settings.ema_widths)
             self.ema = PowerEMA(trained.modules, widths) if widths else EMA(trained.modules, settings.ema_decay)
         self.meters = {turn.name: Meter(device) for turn in objective.turns}
-        self.monitor = LossMonitor()
+        self.monitor, self.stopping = LossMonitor(), EarlyStopping(patience)
 
     @property
     def main_turn(self) -> str:
@@ -69,7 +70,7 @@ class Learner:
 
     def named(self, turn: Turn) -> dict[str, nn.Parameter]:
         """The parameters that a turn trains, keyed by "part.name"."""
-        return {name: p for name, p in self.parameters.items() if name.partition(".")[0] in turn.trains}
+        return {name: p for name, p in self.parameters.items() if name.startswith(tuple(f"{part}." for part in turn.trains))}
 
     def weights(self, turn: Turn) -> list[nn.Parameter]:
         return list(self.named(turn).values())
@@ -131,12 +132,43 @@ class Learner:
         if self.ema is not None:
             self.ema.update(step)
 
+    def validated(self, step: int, row: Mapping[str, Any]) -> str:
+        """Early stopping: keep the weights if the loss of this validation is the smallest so far. -> "", or why training is over. row: its
+        log row; of averages, if there are some. All processes take the main one's loss."""
+        if not self.stopping.patience:
+            return ""
+        loss = self.world.broadcast(row.get("val_ema", row.get("val_raw")))
+        if loss is None:                                        # the validation has failed
+            return ""
+        if self.stopping.better(step, loss):
+            self.stopping.weights = checkpoint.host_copy({f"{part}.{name}": tensor for part in self.trained.modules
+                                                          for name, tensor in self.final_weights(part).items()})
+        if not self.stopping.over:
+            return ""
+        return (f"{self.stopping.since} validations without a smaller loss than {self.stopping.loss:.5g}, that of step "
+                f"{self.stopping.step:,}: training is over")
+
+    def final_weights(self, part: str) -> dict[str, Tensor]:
+        """The state of a part with averages, if there are some, in place of its parameters."""
+        return {**self.trained.modules[part].state_dict(), **(self.ema.state_dict(part) if self.ema else {})}
+
+    def take_final_weights(self) -> str:
+        """At the end: give the trained networks the weights of the best validation, if early stopping has kept them, else the averages,
+        if there are some. -> which they are; "" where they stay as they are."""
+        best = self.stopping
+        for part, module in self.trained.modules.items():
+            kept = {name.removeprefix(f"{part}."): tensor for name, tensor in best.weights.items() if name.startswith(f"{part}.")}
+            load_whole(module, kept or {name: tensor.clone() for name, tensor in self.final_weights(part).items()})
+        if best.weights:
+            return f"the weights of step {best.step:,}, with the smallest validation loss, {best.loss:.5g}"
+        return "the averaged weights" if self.ema else ""
+
     def log_row(self) -> dict[str, Any]:
         """The meters' means since the last row, for log.jsonl; those of turns after the first end in _NAME of the turn."""
         row = self.meter.row()
         for name in list(self.meters)[1:]:
             row |= {f"{key}_{name}": value for key, value in self.meters[name].row().items()}
-        return row
+        return {**row, **self.objective.log_row()}
 
     def save(self, writer: checkpoint.Writer, stage: str, step: int, state: dict[str, Any]) -> None:
         """Copy all that training changes to the host; the main process then writes the copy in the background. ValueError where the
@@ -146,7 +178,8 @@ class Learner:
         averages = {} if self.ema is None else {part: to_host(self.ema.state_dict(part)) for part in modules}
         stored = Stored({part: to_host(module.state_dict()) for part, module in modules.items()}, averages)
         moments = to_host(checkpoint.optimizer_tensors(self.all_optimizers, self.parameters))
-        files = {"optimizer": moments, "averages": to_host(self.further_averages()), "objective": to_host(self.objective_tensors())}
+        files = {"optimizer": moments, "averages": to_host(self.further_averages()), "objective": to_host(self.objective_tensors()),
+                 "best": self.stopping.weights}
         if not self.world.main:
             return
 
@@ -161,6 +194,8 @@ class Learner:
         checkpoint.check_room(writer.run, needed)
         measured = {"meter": self.meter.state(), "course": self.monitor.state(),
                     "meters": {name: meter.state() for name, meter in list(self.meters.items())[1:]}}
+        if self.stopping.patience:
+            measured["early_stopping"] = self.stopping.state()
         writer.save(stage, step, fill, state | measured)
 
     def load(self, last: Path) -> dict[str, Any]:
@@ -181,6 +216,8 @@ class Learner:
         state = checkpoint.read_state(last)
         for name, meter in self.meters.items():
             meter.load(state["meter"] if name == self.main_turn else state["meters"][name])
+        if "early_stopping" in state:
+            self.stopping.load(state["early_stopping"], load_file(file) if (file := last / "best.safetensors").exists() else {})
         if "course" in state:                                                   # missing in old checkpoints of the first stage
             self.monitor.load(state["course"])
         return state

@@ -161,19 +161,20 @@ def parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def make_optimizers(parameters: Mapping[str, nn.Parameter], matrices: Collection[str],
-                    settings: OptimisationConfig, world: World | None = None) -> list[torch.optim.Optimizer]:
+                    settings: OptimisationConfig, world: World | None = None,
+                    betas: tuple[float, float] = (0.9, 0.95)) -> list[torch.optim.Optimizer]:
     """[AdamW] or, for --optimizer muon, [AdamW, Muon], together covering parameters (name -> parameter) once each.
 
     matrices: the names of the parameters that Muon may train (model.muon_matrices). Muon's update of a matrix has the root mean
     square that AdamW's would have at 0.2 of the learning rate, whatever its shape, so the two learning rates are of the same order;
-    they are separate settings because the best one for embeddings, norms and biases need not be the best for matrices.
+    they are separate settings because the best one for embeddings, norms and biases need not be the best for matrices. betas: AdamW's.
     """
     inner = [p for name, p in parameters.items() if settings.optimizer == "muon" and name in matrices]
     chosen = set(map(id, inner))
     outer = [p for p in parameters.values() if id(p) not in chosen]
     kinds = [[p for p in outer if sharded(p) == kind] for kind in (False, True)]     # fused AdamW takes no mixture of the two
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([{"params": params} for params in kinds if params], lr=settings.lr, betas=(0.9, 0.95),
+        torch.optim.AdamW([{"params": params} for params in kinds if params], lr=settings.lr, betas=betas,
                           weight_decay=settings.weight_decay, fused=True)]
     if inner:
         optimizers.append(Muon(inner, lr=settings.muon_lr, weight_decay=settings.weight_decay, world=world))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,18 +18,18 @@ from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.samplers import find_sampler
 from tinyldm.durations import parse_date
 from tinyldm.folders.load import load_vae
-from tinyldm.folders.texts import load_texts
 from tinyldm.lookup import build_dataclass, fit, lookup, type_of
-from tinyldm.model import NETWORKS, TEXT_ENCODERS, network_config
-from tinyldm.models.vae import VAEConfig
+from tinyldm.model import NETWORKS, TEXT_ENCODERS, autoencoder_config, network_config
+from tinyldm.models.vae import check_size
 from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
 from tinyldm.objectives.denoising import process_of
-from tinyldm.planning.flops import forwards, meta_networks
-from tinyldm.planning.texts import join_of, token_counts
+from tinyldm.planning.flops import forwards, meta_autoencoder, meta_networks
+from tinyldm.planning.texts import OWN_TEXTS, join_of
 from tinyldm.text.encoders import JOINS, TextEncoders
 from tinyldm.training import checkpoint
 from tinyldm.training.distributed import launched
 from tinyldm.training.ema import parse_widths
+from tinyldm.training.frozen import read_texts
 from tinyldm.training.second_stage import needs_sizes, scheduler_config
 from tinyldm.training.track import find_backend
 from tinyldm.vendor_loaders.scheduler import sampling
@@ -68,13 +67,13 @@ def check_settings(config: Config) -> None:
     if config.text.join:
         lookup(JOINS, config.text.join, "rule to join text encoders")
     objective = lookup(OBJECTIVES, config.objective.name, "objective")
-    lookup(FIRST_STAGE_OBJECTIVES, config.autoencoder.objective, "objective of the autoencoder")
+    lookup(FIRST_STAGE_OBJECTIVES, config.autoencoder.objective, "objective of the autoencoder").check(config)
     for name, value in config.objective.options.items():
         default = lookup(objective.options, name, what := f"{config.objective.name} option")
         fit(value, type_of(default), f"{what} {name}")
     network_config(config.network.name, config.network.settings)
     if not config.autoencoder.weights:
-        build_dataclass(VAEConfig, config.autoencoder.fields, "--vae")
+        autoencoder_config(config.autoencoder.name, config.autoencoder.fields)
     if not config.text.weights:
         build_dataclass(text.config, config.text.fields | {"vocab_size": config.text.vocab_size}, "--text")
     find_sampler(config.drawing.sampler)
@@ -101,10 +100,16 @@ def check_parts(config: Config) -> Config:
     resumed run has its own copies of pretrained parts: their sources may have changed or gone meanwhile."""
     run, resumed = Path(config.run.out), config.run.resume != "no"
     own_vae = resumed and (run / "vae").is_dir()
-    own_text = resumed and any(folder.name.startswith("step") for folder in checkpoint.names(run))
-    vae = None
-    if config.autoencoder.weights:
-        vae = load_vae(run / "vae" if own_vae else config.autoencoder.weights)
+    own_text = resumed and ((run / OWN_TEXTS).is_dir() or any(folder.name.startswith("step") for folder in checkpoint.names(run)))
+    vae = first_vae(config, run, own_vae, resumed)
+    if not config.autoencoder.weights and not own_vae:
+        downscale = (vae or meta_autoencoder(config)).config.downscale
+        side = min(config.autoencoder.crop or config.data.resolution, config.data.resolution)
+        check_size(torch.empty(1, 3, side, side, device="meta"), downscale)
+        FIRST_STAGE_OBJECTIVES[config.autoencoder.objective].check_sources(config, downscale)
+    if config.run.only:
+        return config
+    if vae:
         for phase in phases(config):
             if phase.data.resolution % (divisor := picture_divisor(phase, vae)) and not phase.data.buckets:
                 raise ValueError(f"resolution {phase.data.resolution} is not a multiple of {divisor}, as this VAE and network need")
@@ -114,13 +119,22 @@ def check_parts(config: Config) -> Config:
             config = change(config, **{name: value for name, value in adopted.items() if name not in kept})
     texts = None
     if config.text.weights and not own_text:
-        texts = load_texts(config.text.weights, config.text.join, partial(token_counts, config))
+        texts = read_texts(config, config.text.weights)
     elif config.run.fsdp and not config.text.weights:
         raise ValueError("--fsdp shards only the network, so the text encoder cannot be trained: name a pretrained one with "
                          "--text-weights")
     if not own_text:
         try_shapes(config, vae, texts)
     return config
+
+
+def first_vae(config: Config, run: Path, own: bool, resumed: bool) -> nn.Module | None:
+    """The VAE of others that the run begins with, or what the run has made of it; None: it trains a new one. own: RUN/vae is there."""
+    source = config.autoencoder.weights or config.autoencoder.init
+    if not source:
+        return None
+    begun = [folder / "vae" for folder in checkpoint.names(run) if folder.name.startswith("vae")] if resumed else []
+    return load_vae(run / "vae" if own else begun[-1] if begun else source)
 
 
 def try_shapes(config: Config, vae: nn.Module | None, texts: TextEncoders | None) -> None:

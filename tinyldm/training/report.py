@@ -36,8 +36,9 @@ from tinyldm.training.portable import portable_settings
 POINTS = 2000          # points of a curve, at most
 BINS = 16              # curves by noise level t, at most
 EVENTS = 400           # plans shown, and other events shown, at most
+CHANNELS = 64          # of latents whose statistics are shown, at most
 TEXT = 400             # characters shown of an event, at most; ten times as many of a setting
-SCALARS = "loss lr_factor grad_norm update_ratio val_raw val_ema images_per_second mfu memory_gb skipped".split()
+SCALARS = "loss lr_factor grad_norm update_ratio val_raw val_ema val_psnr images_per_second mfu memory_gb skipped".split()
 VECTORS = ("t_bins", "val_bins")
 
 
@@ -53,10 +54,12 @@ def write_report(run: Path, environment: dict | None = None) -> Path:
     names = dict.fromkeys(row["stage"] for row in [*rows, *saved]) or ["step"]
     stages = {name: stage(name, [row for row in rows if row["stage"] == name], config, saved)
               for name in sorted(names, key=lambda name: name != "vae")}
-    name, finished = run.resolve().name, is_finished(config, rows, saved)
+    only = config.get("only") == "vae"
+    name, finished = run.resolve().name, (run / "vae").is_dir() if only else is_finished(config, rows, saved)
     data = {
-        "name": name, "folder": f"…/{name}" if run.is_absolute() else str(run), "preset": str(config.get("preset", "")),
-        "finished": finished,
+        "name": name, "folder": f"…/{name}" if run.is_absolute() else str(run),
+        "preset": str(config.get("vae_preset" if only else "preset", "")),
+        "finished": finished, "only": only, "latents": latents(rows),
         "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "stages": stages, "hours": running_hours(rows), "time": time_to_go(config), "checkpoints": saved, "samples": samples(run),
         "events": [shown(event) for event in kept], "events_left_out": len(events) - len(kept),
@@ -188,6 +191,21 @@ def curve(rows: list[dict], pick: Callable[[dict], Any]) -> dict | None:
     return thin(steps, [value for value in values if value is not None]) if steps else None
 
 
+def latents(rows: list[dict]) -> dict | None:
+    """The newest statistics of latents in the log (latent_statistics.py): {step: ..., and of them what consists of finite numbers}; None
+    where there are none."""
+    found = [row for row in rows if isinstance(row.get("latents"), dict)]
+    if not found:
+        return None
+    kept = {"step": found[-1]["step"]}
+    for name, value in found[-1]["latents"].items():
+        with suppress(ValueError, TypeError, OverflowError):
+            array = np.array(value, np.float64)
+            if np.isfinite(array).all() and max((0, *array.shape)) <= CHANNELS:
+                kept[name] = array.tolist()
+    return kept
+
+
 def running_hours(rows: list[dict]) -> dict[str, dict]:
     """For each stage, the running time at every logged step: hours, added up over interruptions. Rows of older logs have no
     `running`; for those `seconds`, which starts again at 0 with each process, is added up."""
@@ -209,7 +227,8 @@ def plan(name: str, rows: list[dict], config: dict) -> dict:
     events = [row for row in rows if row.get("event") == "plan"]
     planned = shown(events[-1]) if events else {}
     settings = {key: value for key, value in config.items() if 0 < number(value) < math.inf}
-    total = planned.get("total_steps") or settings.get("vae_steps" if name == "vae" else "max_steps")
+    counted = name == "vae" and not (config.get("only") and (config.get("budget") or config.get("deadline")))
+    total = planned.get("total_steps") or settings.get("vae_steps" if counted else "max_steps")
     decay = settings.get("vae_decay", AutoencoderConfig.decay) if name == "vae" else settings.get("decay")
     default = round(total * (1 - decay)) if total and decay is not None else None
     return {"total": total, "decay_from": planned.get("decay_from", default), "finish": planned.get("finish"),

@@ -14,6 +14,8 @@ from tinyldm.files import read_json, write_file
 from tinyldm.folders import hub
 from tinyldm.folders.load import FILES
 from tinyldm.training import checkpoint
+from tinyldm.training.distributed import launch
+from tinyldm.training.vae_pictures import forget_pictures
 
 
 def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
@@ -47,6 +49,23 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
     return trained[-1] / "model"
 
 
+def prepare_run(config: Config) -> None:
+    """Make or reopen the run folder, lock it, and write the resolved config into it."""
+    run, new = Path(config.run.out), config.run.resume == "no"
+    if new and ((run / "vae").exists() or checkpoint.names(run)):
+        raise ValueError(f"{run} holds a run already: continue it with --resume yes, or name another folder with --out")
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint.lock(run)
+    if new:                                                     # left by a run that ended before its first checkpoint
+        (run / "running.json").unlink(missing_ok=True)
+        forget_pictures(run)
+    file = write_settings(config)
+    write_file(run / "launch", launch())
+    print(f"{'new run' if new else 'continuing the run'} in {run}, configuration in {file}")
+    if config.run.only and (run / "vae").is_dir():
+        print(f"its VAE is finished: to train it further, begin another run with --vae-init {run / 'vae'}")
+
+
 def write_settings(config: Config) -> Path:
     """Write the run's settings, and the folder in which the run was begun, to its config.json -> that file. A resumed run keeps its
     paths, as they were typed there."""
@@ -66,7 +85,9 @@ def find_paths(config: Config) -> Config:
     if directory == os.getcwd() or not os.path.isdir(directory):
         return config
     there = lambda word: joined if word and os.path.exists(joined := os.path.join(directory, word)) else word
-    weights = {"vae_weights": there(config.autoencoder.weights), "text_weights": there(config.text.weights)}
+    weights = {"vae_weights": there(config.autoencoder.weights), "vae_init": there(config.autoencoder.init),
+               "text_weights": there(config.text.weights),
+               "vae_lpips": [*map(there, config.autoencoder.lpips)]}
     if config.data.cache:                                       # then its sources are not read, and their names are those in the cache
         return change(config, **weights, cache=[there(folder) for folder in config.data.cache])
     return change(config, **weights, data=[find_source(word, directory) for word in config.data.sources])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from tinyldm.data.cache import Cache, write_tokens
 from tinyldm.data.loader import Loader
 from tinyldm.data.sources import parse_sources
 from tinyldm.device import DTYPES, autocast
-from tinyldm.folders.texts import load_texts
 from tinyldm.lookup import build_dataclass, lookup
 from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, network_config, new_network
 from tinyldm.objectives import OBJECTIVES
@@ -27,7 +25,7 @@ from tinyldm.pictures.pixels import write_picture
 from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import draw, draw_settings
 from tinyldm.planning.flops import peak_flops, useful_flops
-from tinyldm.planning.texts import token_counts
+from tinyldm.planning.texts import OWN_TEXTS
 from tinyldm.random_streams import Stream
 from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.text.base_tokenizer import BaseTokenizer
@@ -35,6 +33,7 @@ from tinyldm.text.tokenizer import open_tokenizer
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, shard
 from tinyldm.training.ema import EMA, PowerEMA
+from tinyldm.training.frozen import Frozen, read_texts
 from tinyldm.training.portable import portable_data
 from tinyldm.training.stage import Phase, Stage
 from tinyldm.training.trained import TrainedModel
@@ -57,11 +56,11 @@ class LatentStage(Stage):
     def build(self, config: Config, context: RunContext, vae: nn.Module, captions: Iterable[str], last: Path | None) -> None:
         """All networks, on the device, and the objective. captions: a new tokenizer is trained on them."""
         torch.manual_seed(config.run.seed + 1)
-        self.config, self.context = config, context
+        self.config, self.context, self.val_every = config, context, config.run.val_every
         self.settings, self.phases, self.world, self.title = config.optimisation, phases(config), context.world, config.network.name
         sizes = [float(fraction) for fraction in config.data.phases.values()] or [1.0]
         self.fractions = [size / sum(sizes) for size in sizes]
-        text = build_text_encoders(config, captions, last)
+        text = build_text_encoders(config, context.folder, captions, last)
         self.model = at_phase(build_model(config, vae, text), self.phases[0])
         for part in self.model.modules.values():
             part.to(context.device)
@@ -75,7 +74,7 @@ class LatentStage(Stage):
             with autocast(context.device, config.run.dtype):
                 shard(net, self.world, DTYPES[config.run.reduce_dtype])
         parts = trained_parts(config, self.model)
-        self.trained = TrainedModel(lambda: self.model, parts, context.folder / "vae", plain)
+        self.trained = TrainedModel(lambda: self.model, parts, Frozen(context.folder), plain)
         self.objective = lookup(OBJECTIVES, config.objective.name, "objective")(config, self.model, parts)
         for network in self.objective.networks.values():
             network.to(context.device)
@@ -145,15 +144,15 @@ def compile_network(net: nn.Module, config: Config) -> Callable[..., torch.Tenso
     return torch.compile(net, dynamic=dynamic, options=dict(architecture(net).compile_options) or None)
 
 
-def build_text_encoders(config: Config, captions: Iterable[str], last: Path | None) -> TextEncoders:
-    """Pretrained frozen text encoders, or a new one that is trained with the network. last: the checkpoint that a resumed run
-    continues from. Its text encoders and tokenizers are used, whatever has become of --text-weights since."""
-    settings, saved = config.text, last and last / "model"
+def build_text_encoders(config: Config, run: Path, captions: Iterable[str], last: Path | None) -> TextEncoders:
+    """The pretrained frozen text encoders in the run's folder, or a new one that is trained with the network. last: the checkpoint
+    that a resumed run continues from, whose tokenizer is used."""
+    settings = config.text
     if settings.weights:
-        return load_texts(saved or settings.weights, settings.join, partial(token_counts, config))
+        return read_texts(config, run / OWN_TEXTS)
     length = settings.fields.get("context_length", 77)
     row = lookup(TEXT_ENCODERS, settings.encoder, "text encoder")
-    tokenizer = (open_tokenizer(saved / "tokenizer") if saved else
+    tokenizer = (open_tokenizer(last / "model" / "tokenizer") if last else
                  row.tokenizer.train(captions, settings.vocab_size, length))
     known = {field.name for field in fields(row.config)}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id") if name in known}

@@ -43,6 +43,8 @@ class Stage:
     objective: Objective
     trained: Trained
     average = True                                  # whether the weights are averaged
+    val_every = 0                                   # steps per validation
+    patience = 0                                    # of early stopping; 0: there is none
     checkpoint_at_end = True                        # False for the first stage: its result is RUN/vae instead
     reported = False                                # whether it is compared with --dry-run's plan, and sent to --track
     fractions: list[float] = [1.0]                  # the fraction of the training that each phase has; they sum to 1

@@ -30,6 +30,7 @@ class Timing:
         self.context, self.fractions, self.costs = context, fractions, costs
         self.ends = list(accumulate(fractions))
         self.timer, self.signal = StepTimer(), 0
+        self.over = False                                       # training ends now, before its schedule does
         self.synchronise()
         self.schedule = make_schedule(settings, saved, self.running, self.now)
 
@@ -45,7 +46,7 @@ class Timing:
         return self.schedule.factor(step, self.running, self.now)
 
     def done(self, step: int) -> bool:
-        return self.schedule.done(step, self.running, self.now)
+        return self.over or self.schedule.done(step, self.running, self.now)
 
     def progress(self, step: int) -> float:
         """The fraction of the training that is over."""

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from tinyldm.folders.build import load_weights
 from tinyldm.folders.load import load_model
-from tinyldm.folders.save import save_model, save_vae
-from tinyldm.model import Model
+from tinyldm.folders.save import save_model, save_vae, weights_name
+from tinyldm.model import NON_EMA, Model, architecture
+from tinyldm.training.frozen import Frozen
 
 StateDict = Mapping[str, Tensor]
 
@@ -32,7 +33,7 @@ class Stored(NamedTuple):
 
     def with_averages(self, part: str) -> StateDict:
         """All tensors of a part: averages of its parameters, and its buffers, which are not averaged."""
-        return {**self.raw[part], **self.averaged[part]}
+        return {**self.raw[part], **self.averaged.get(part, {})}
 
 
 class Trained(Protocol):
@@ -43,51 +44,57 @@ class Trained(Protocol):
     def read(self, folder: Path) -> Stored: ...
 
     def frozen_bytes(self) -> int:
-        """The bytes of frozen networks that `write` stores in addition to the trained parts."""
+        """The bytes that `write` takes on the disk for frozen networks, in addition to the trained parts."""
 
 
 class TrainedModel:
     """Trains the network of a model, and its text encoders unless they are frozen. FOLDER/model/ is a complete model folder with
     averaged weights, and the raw ones beside them as its non_ema variant."""
 
-    def __init__(self, model: Callable[[], Model], parts: tuple[str, ...], vae: Path, plain: nn.Module | None = None):
-        """model: returns the model of the current phase. vae: the written folder of its VAE, which checkpoints link to.
+    def __init__(self, model: Callable[[], Model], parts: tuple[str, ...], frozen: Frozen, plain: nn.Module | None = None):
+        """model: returns the model of the current phase. frozen: the written folders of its other parts, which checkpoints link to.
         plain: for a sharded network, an unsharded copy on the meta device, which gives the shapes."""
-        self.model, self.vae, self.plain = model, vae, plain
+        self.model, self.frozen, self.plain = model, frozen, plain
         modules = model().modules
         self.modules = {part: modules[part] for part in parts}
 
     def write(self, folder: Path, stored: Stored, step: int) -> None:
         model = self.model()
         shapes = model.modules | ({"net": self.plain} if self.plain is not None else {})
-        texts = [(shapes[part], stored.with_averages(part)) if part in self.modules else module
-                 for part, module in model.text.modules.items()]
-        save_model(folder / "model", net=(shapes["net"], stored.with_averages("net")), vae=self.vae, texts=texts,
-                   tokenizers=model.text.tokenizers, non_ema=stored.raw, scheduler=model.scheduler,
-                   defaults=model.defaults | {"step": step})
+        texts = [((shapes[part], stored.with_averages(part)), tokenizer) if part in self.modules else self.frozen.text(i)
+                 for i, (part, tokenizer) in enumerate(zip(model.text.modules, model.text.tokenizers, strict=True))]
+        encoders, tokenizers = zip(*texts)
+        save_model(folder / "model", net=(shapes["net"], stored.with_averages("net")), vae=self.frozen.vae, texts=encoders,
+                   tokenizers=tokenizers, non_ema=stored.raw, scheduler=model.scheduler, defaults=model.defaults | {"step": step})
 
     def read(self, folder: Path) -> Stored:
         raw, averaged = (load_model(folder / "model", ema=wanted).modules for wanted in (False, True))
         return Stored(*({part: found[part].state_dict() for part in self.modules} for found in (raw, averaged)))
 
     def frozen_bytes(self) -> int:
-        frozen = [module for part, module in self.model().text.modules.items() if part not in self.modules]
-        return sum(tensor.nbytes for module in frozen for tensor in module.state_dict().values())
+        return self.frozen.bytes_in_checkpoint()
 
 
 class TrainedAutoencoder:
-    """Trains an autoencoder. FOLDER/vae/ is its part folder."""
+    """Trains an autoencoder. FOLDER/vae/ is its part folder, with averaged weights, if there are some, and the raw ones beside them as its
+    non_ema variant."""
 
     def __init__(self, vae: nn.Module):
         self.modules = {"vae": vae}
 
     def write(self, folder: Path, stored: Stored, step: int) -> None:
-        save_vae(folder / "vae", self.modules["vae"], stored.raw["vae"])
+        vae = self.modules["vae"]
+        save_vae(folder / "vae", vae, stored.with_averages("vae"), stored.raw["vae"] if stored.averaged else None)
 
     def read(self, folder: Path) -> Stored:
-        found = copy.deepcopy(self.modules["vae"])
-        load_weights(found, folder / "vae" / "diffusion_pytorch_model.safetensors")
-        return Stored({"vae": found.state_dict()}, {})
+        """Averages are read where the checkpoint has some, wanted or not."""
+        row, found = architecture(self.modules["vae"]), []
+        files = [folder / "vae" / weights_name(row, variant) for variant in (NON_EMA, None)]
+        for file in filter(Path.exists, files):
+            network = copy.deepcopy(self.modules["vae"])
+            load_weights(network, file)
+            found.append({"vae": network.state_dict()})
+        return Stored(found[0], found[1] if len(found) > 1 else {})
 
     def frozen_bytes(self) -> int:
         return 0

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from tinyldm.models.clip_text import ACTIVATIONS, CLIPTextConfig
 from tinyldm.text.tokenizer import EOS
-from tinyldm.vendor_loaders.layout import Layout, Rules, Shape
+from tinyldm.vendor_loaders.layout import Layout, Rules, Shape, count_blocks
 
 CLIP_RULES = [
     (r"^(token|position)_embedding\.", r"text_model.embeddings.\1_embedding."),
@@ -85,7 +85,7 @@ def _config_from_shapes(shapes: Mapping[str, Shape], layer: str, tokens: str, po
     return CLIPTextConfig(
         vocab_size=vocab_size,
         width=width,
-        layers=len({found[1] for name in shapes if (found := re.match(layer, name))}),
+        layers=count_blocks(shapes, layer),
         heads=max(1, width // 64),
         mlp_width=shapes[mlp][0],
         context_length=shapes[positions][0],
@@ -123,6 +123,8 @@ def known_source(*names: str | None) -> Source | None:
 
 
 PROJECTED = ("CLIPTextModelWithProjection", "CLIPModel")    # the published classes whose pooled output is projected
+MODEL_TYPES = {"clip_text_model": "CLIPTextModel", "clip": "CLIPModel"}     # model_type of a config -> the class that it means alone
+CLASSES = ("CLIPTextModel", *PROJECTED, *MODEL_TYPES)       # the names of the tower in config.json
 
 # our field -> the published field, and the value that transformers assumes for a config.json without it
 FIELDS = {
@@ -161,7 +163,8 @@ def from_config(config: dict, origin: str | None = None) -> CLIPTextConfig:
     """
     if "model_cfg" in config:
         return _from_open_clip(config["model_cfg"])
-    architecture = (config.get("architectures") or ["CLIPTextModel"])[0].removeprefix("Flax")
+    kind = config.get("model_type", "clip_text_model")
+    architecture = (config.get("architectures") or [MODEL_TYPES.get(kind, kind)])[0].removeprefix("Flax")
     if architecture not in ("CLIPTextModel", *PROJECTED):
         raise ValueError(f"config.json describes a {architecture}: of text encoders, only CLIP's and T5's can be read")
     text = next((config[name] for name in ("text_config_dict", "text_config") if config.get(name) is not None), config)

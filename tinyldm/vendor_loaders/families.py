@@ -57,6 +57,22 @@ _alone = lambda text, net: text.width == net.context_dim
 _narrow_context, _wide_context = lambda text, net: 2 * text.width < net.context_dim, lambda text, net: 2 * text.width > net.context_dim
 _narrow_pooled, _wide_pooled = lambda text, net: 2 * text.width < net.pooled_dim, lambda text, net: 2 * text.width > net.pooled_dim
 
+_any = lambda text, net: True
+_clip_h = Text("CLIP-H", "", CLIPTextConfig, _any, LAION, "!")
+# CLIP's text encoders in files of their own, by width and number of layers. Stable Diffusion 2 has CLIP-H without its last layer. CLIP-L
+# under the names of open_clip, of which the config tells gelu, may be OpenAI's or LAION's.
+ALONE = {(768, 12): _clip_l("", lambda text, net: text.activation == OPENAI["activation"]), (1024, 23): _clip_h, (1024, 24): _clip_h,
+         (1280, 32): _big_g("", _any)}
+
+
+def alone(config: Any) -> Text | None:
+    """What a text encoder in a file of its own is, by the config that its tensors tell; None where that is not known."""
+    if isinstance(config, T5Config):
+        return _t5
+    text = ALONE.get((config.width, config.layers))
+    return text if text and text.fits(config, None) else None
+
+
 # ---- schedulers, as in the published scheduler_config.json
 
 CURVE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,

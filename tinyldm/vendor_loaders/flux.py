@@ -15,38 +15,23 @@ import re
 from collections.abc import Mapping
 
 from tinyldm.models.flux import PATCH, FluxConfig, usual_axes
-from tinyldm.vendor_loaders.layout import Layout, Rules, Shape
+from tinyldm.vendor_loaders.layout import Layout, Rules, Shape, count_blocks
+from tinyldm.vendor_loaders.two_streams import AROUND, STREAMS
 from tinyldm.vendor_loaders.unet import check
 
 CLASS = "FluxTransformer2DModel"
 AREA = PATCH**2
 
 DIFFUSERS_RULES: Rules = [
+    *AROUND,
     (r"^patch_in\.", "x_embedder."),
-    (r"^context_in\.", "context_embedder."),
-    (r"^time_in\.", "time_text_embed.timestep_embedder."),
     (r"^guidance_in\.", "time_text_embed.guidance_embedder."),
-    (r"^pooled_in\.0\.", "time_text_embed.text_embedder.linear_1."),
-    (r"^pooled_in\.2\.", "time_text_embed.text_embedder.linear_2."),
-    (r"^final_modulation\.(.*)", r"norm_out.linear.\1@swap"),
-    (r"^patch_out\.", "proj_out."),
-    (r"\.([qk])_norm\.", r".norm_\1."),
     (r"^single_blocks\.(\d+)\.modulation\.", r"single_transformer_blocks.\1.norm.linear."),
     (r"^single_blocks\.(\d+)\.mlp_in\.", r"single_transformer_blocks.\1.proj_mlp."),
     (r"^single_blocks\.(\d+)\.out\.", r"single_transformer_blocks.\1.proj_out."),
     (r"^single_blocks\.", "single_transformer_blocks."),
     (r"^double_blocks\.", "transformer_blocks."),
-    (r"\.image\.modulation\.", ".norm1.linear."),
-    (r"\.text\.modulation\.", ".norm1_context.linear."),
-    (r"\.image\.attn\.to_out\.", ".attn.to_out.0."),
-    (r"\.image\.attn\.", ".attn."),
-    (r"\.text\.attn\.to_([qkv])\.", r".attn.add_\1_proj."),
-    (r"\.text\.attn\.to_out\.", ".attn.to_add_out."),
-    (r"\.text\.attn\.norm_", ".attn.norm_added_"),
-    (r"\.image\.mlp\.0\.", ".ff.net.0.proj."),
-    (r"\.image\.mlp\.", ".ff.net."),
-    (r"\.text\.mlp\.0\.", ".ff_context.net.0.proj."),
-    (r"\.text\.mlp\.", ".ff_context.net."),
+    *STREAMS,
 ]
 
 ORIGINAL_RULES: Rules = [
@@ -93,13 +78,12 @@ def infer(shapes: Mapping[str, Shape]) -> FluxConfig:
     _refuse_others(shapes)
     width, channels = shapes["img_in.weight"]
     head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
-    layers = lambda kind: 1 + max(int(found[1]) for name in shapes if (found := re.match(rf"{kind}_blocks\.(\d+)\.", name)))
     return FluxConfig(
         **_latent_channels(channels, shapes["final_layer.linear.weight"][0]),
         width=width,
         heads=width // head,
-        double_layers=layers("double"),
-        single_layers=layers("single"),
+        double_layers=count_blocks(shapes, r"double_blocks\.(\d+)\."),
+        single_layers=count_blocks(shapes, r"single_blocks\.(\d+)\."),
         context_dim=shapes["txt_in.weight"][1],
         pooled_dim=shapes["vector_in.in_layer.weight"][1],
         guidance="guidance_in.in_layer.weight" in shapes,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +58,11 @@ def apply(rules: Rules, name: str) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def count_blocks(names: Iterable[str], pattern: str) -> int:
+    """The number of blocks in names of tensors; group 1 of the pattern is a block's number, from 0 on."""
+    return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)
 
 
 class ConfigFunctions(NamedTuple):

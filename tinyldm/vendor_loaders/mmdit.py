@@ -10,40 +10,25 @@ Stability's layout has a prefix (model.diffusion_model.) in the published files 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 
 from tinyldm.models.mmdit import MMDiTConfig
-from tinyldm.vendor_loaders.layout import Layout, Rules, Shape
+from tinyldm.vendor_loaders.layout import Layout, Rules, Shape, count_blocks
+from tinyldm.vendor_loaders.two_streams import AROUND, STREAMS
 from tinyldm.vendor_loaders.unet import check, sample_size
 
 CLASS = "SD3Transformer2DModel"
 
 
 def diffusers_rules(config: MMDiTConfig) -> Rules:
-    """Rules to diffusers' names, in which only a part of a name tells the text's weights from the image's."""
+    last = config.layers - 1
     return [
+        *AROUND,
         (r"^patch_in\.", "pos_embed.proj."),
         (r"^positions$", "pos_embed.pos_embed"),
-        (r"^time_in\.", "time_text_embed.timestep_embedder."),
-        (r"^pooled_in\.0\.", "time_text_embed.text_embedder.linear_1."),
-        (r"^pooled_in\.2\.", "time_text_embed.text_embedder.linear_2."),
-        (r"^context_in\.", "context_embedder."),
-        (r"^final_modulation\.(.*)", r"norm_out.linear.\1@swap"),
-        (r"^patch_out\.", "proj_out."),
         (r"^blocks\.", "transformer_blocks."),
-        (r"\.(attn2?)\.([qk])_norm\.", r".\1.norm_\2."),
-        (r"\.image\.modulation\.", ".norm1.linear."),
-        (r"\.image\.(attn2?)\.to_out\.", r".\1.to_out.0."),
-        (r"\.image\.(attn2?)\.", r".\1."),
-        (rf"(\.{config.layers - 1})\.text\.modulation\.(.*)", r"\1.norm1_context.linear.\2@swap"),
-        (r"\.text\.modulation\.", ".norm1_context.linear."),
-        (r"\.text\.attn\.to_([qkv])\.", r".attn.add_\1_proj."),
-        (r"\.text\.attn\.to_out\.", ".attn.to_add_out."),
-        (r"\.text\.attn\.norm_", ".attn.norm_added_"),
-        (r"\.image\.mlp\.", ".ff.net."),
-        (r"\.text\.mlp\.", ".ff_context.net."),
-        (r"(\.ff|\.ff_context)\.net\.0\.", r"\1.net.0.proj."),
+        (rf"(\.{last})\.text\.modulation\.(.*)", r"\1.norm1_context.linear.\2@swap"),
+        *STREAMS,
     ]
 
 
@@ -74,7 +59,7 @@ def infer(shapes: Mapping[str, Shape]) -> MMDiTConfig:
     if control := next((name for name in shapes if "control" in name), None):
         raise ValueError(f"the weights are those of a ControlNet ({control}), which steers a Stable Diffusion 3 and draws nothing alone")
     width, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
-    layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"joint_blocks\.(\d+)\.", name)))
+    layers = count_blocks(shapes, r"joint_blocks\.(\d+)\.")
     max_positions = math.isqrt(shapes["pos_embed"][1])
     norm = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
     return MMDiTConfig(

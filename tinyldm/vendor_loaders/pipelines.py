@@ -118,6 +118,13 @@ def defaults(name: str, index: Mapping, network: Mapping) -> dict[str, Any]:
     return {**row.defaults(network), **({} if row.join == "single" else {"text_join": row.join}), **zero}
 
 
+def text_row(name: str, join: str) -> Pipeline:
+    """The row that says which text encoders a model may lack and how many tokens each reads. OWN takes any that a published pipeline
+    joins by the same rule."""
+    rows = (row for row in PIPELINES.values() if name == OWN and row.join == join)
+    return next(rows, PIPELINES[name])
+
+
 def for_parts(parts: Configs, join: str) -> str:
     """The pipeline class that draws with these parts what tinyldm draws: OWN where no published one does."""
     name = written_as(str(parts.network.get("_class_name")), join)

@@ -6,15 +6,15 @@ The embedding has one of two names, or both, for the same numbers: `shared.weigh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from tinyldm.models.t5 import T5Config
-from tinyldm.vendor_loaders.layout import Layout, Rules, Shape
+from tinyldm.vendor_loaders.layout import Layout, Rules, Shape, count_blocks
 
 FIRST = "encoder.block.0.layer."
 BIAS = r"SelfAttention.relative_attention_bias.weight"
 CLASSES = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")      # the last: an old name of the second
+MODEL_TYPE = "t5"
 BESIDE = r"^(decoder\..*|lm_head\.weight|spiece_model)$"        # ComfyUI stores the tokenizer's file as a tensor
 
 
@@ -42,7 +42,7 @@ def infer(shapes: Mapping[str, Shape]) -> T5Config:
     gated = f"{FIRST}1.DenseReluDense.wi_0.weight" in shapes
     return T5Config(
         vocab_size=vocab_size, width=width, heads=heads, buckets=buckets, gated=gated,
-        layers=len({found[1] for name in shapes if (found := re.match(r"encoder\.block\.(\d+)\.", name))}),
+        layers=count_blocks(shapes, r"encoder\.block\.(\d+)\."),
         head_dim=shapes[f"{FIRST}0.SelfAttention.q.weight"][0] // heads,
         mlp_width=shapes[f"{FIRST}1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"][0])
 
@@ -76,7 +76,7 @@ def to_config(config: T5Config) -> dict:
     """The config.json with which transformers opens the encoder as T5EncoderModel."""
     return {
         "architectures": [CLASSES[0]],
-        "model_type": "t5",
+        "model_type": MODEL_TYPE,
         **{published: getattr(config, ours) for ours, (published, _) in FIELDS.items()},
         "feed_forward_proj": "gated-gelu" if config.gated else "relu",
         **{name: values[config.gated] for name, values in STATED.items()},
@@ -91,8 +91,8 @@ def to_config(config: T5Config) -> dict:
 
 def from_config(config: dict) -> T5Config:
     """A published config.json of T5's encoder, or of the whole T5 -> our config. ValueError for relatives that differ."""
-    name, kind = (config.get("architectures") or CLASSES)[0], config.get("model_type", "t5")
-    if name not in CLASSES or kind != "t5":
+    name, kind = (config.get("architectures") or CLASSES)[0], config.get("model_type", MODEL_TYPE)
+    if name not in CLASSES or kind != MODEL_TYPE:
         reason = ", which has position biases in every layer" if "UMT5" in name or kind == "umt5" else ""
         raise ValueError(f"config.json describes a {name if name not in CLASSES else kind}{reason}: of this family, only T5's encoder "
                          f"({', '.join(CLASSES)}) can be read")
