@@ -42,11 +42,12 @@ def deferred(file: str, function: str) -> Callable[[Evaluation], Any]:
 
 
 PICTURES: dict[str, dict[str, Any]] = {                         # flags of metrics of an autoencoder
-    "--data": dict(nargs="+", metavar="WORD", help="pictures, with captions or without: toyworld, folders, WebDataset tars, .npz; paths, "
-                   "patterns or URLs"),
-    "--resolution": dict(type=int, metavar="N", help="picture size in pixels (default: that of the autoencoder's training, 256 at most)"),
-    "--vae-lpips": dict(nargs="+", default=[], metavar="SOURCE", help="for LPIPS: VGG16 or AlexNet, and its linear layers: hub ids, "
-                        "folders or files, as in timm/vgg16.tv_in1k lpips/weights/v0.1"),
+    "--data": dict(nargs="+", metavar="WORD", help="with --vae: pictures, with captions or without: toyworld, folders, WebDataset tars, "
+                   ".npz; paths, patterns or URLs"),
+    "--resolution": dict(type=int, metavar="N", help="with --vae: picture size in pixels (default: that of the autoencoder's training, "
+                         "256 at most)"),
+    "--vae-lpips": dict(nargs="+", default=[], metavar="SOURCE", help="with --vae, for LPIPS: VGG16 or AlexNet, and its linear "
+                        "layers: hub ids, folders or files, as in timm/vgg16.tv_in1k lpips/weights/v0.1"),
 }
 
 METRICS: dict[str, Metric] = {

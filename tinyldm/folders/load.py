@@ -164,6 +164,8 @@ def load_vae(source: str | Path, device: str | torch.device = "cpu", dtype: torc
     if path.is_file():
         return _load_vae_file(path, device, dtype)
     path = path / "vae" if (path / "vae").is_dir() else path
+    if (path / "log.jsonl").exists():
+        raise ValueError(f"the run {path} has no finished autoencoder yet: go on with python train.py --out {path} --resume yes")
     if not (path / "config.json").exists() and (weights := _taesd_halves(path)):
         with errors_about(path):
             return load_network(TAESD, taesd.LAYOUTS["original"].config_of(weights.shapes), weights, device, dtype)
