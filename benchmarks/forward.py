@@ -24,7 +24,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from tinyldm.device import pick_device, prefer_plain_attention
+from tinyldm.device import pick_device
 from tinyldm.folders.rename import export_renamed
 from tinyldm.folders.save import written_rules
 from tinyldm.model import architecture
@@ -200,7 +200,7 @@ def main() -> None:
                     raise SystemExit(f"{name}: the outputs differ by {error:.1e} of their norm, so times do not compare")
                 torch.backends.cuda.enable_flash_sdp(True)
                 default = medians(one, two, args.rounds, device)
-                prefer_plain_attention()
+                torch.backends.cuda.enable_flash_sdp(False)
                 plain = medians(one, two, args.rounds, device)
                 torch.backends.cuda.enable_flash_sdp(True)
             cells = " | ".join(f"{ours:.0f} | {peer:.0f} | {ours / peer:.2f}" for ours, peer in (default, plain))

@@ -37,6 +37,7 @@ from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.flux import Flux, FluxConfig
 from tinyldm.models.mmdit import MMDiT, MMDiTConfig
+from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pipeline import draw, draw_settings
@@ -150,6 +151,15 @@ def test_the_command_writes_a_folder_that_diffusers_opens_and_draws_from(make_ru
 def test_every_pair_that_diffusers_implements_draws_the_same_picture_there(make_run, exported, process, options, prediction):
     run = make_run(process, options, prediction)
     folder = exported(run)
+    assert_same(theirs(folder), ours(folder), ours(run))
+
+
+def test_a_tiny_autoencoder_is_published_as_one(make_run, exported):
+    vae = randomise(TAESD(TAESDConfig(latent_channels=4, width=16, blocks=(1, 2), scaling_factor=0.7, sample_size=32)), 3)
+    vae.decoder[-1].weight.data *= 0.35                                    # so that pictures are not much clipped
+    run = make_run("flow", {"shift": 3.0}, "flow", vae=vae)
+    folder = exported(run)
+    assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
     assert_same(theirs(folder), ours(folder), ours(run))
 
 

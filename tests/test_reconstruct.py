@@ -103,6 +103,7 @@ def test_an_average_of_another_width_and_step_is_the_one_training_would_have_kep
     assert min(abs(expected - course(other, 400)) for other in (0.05, 0.1)) > 5e-3            # not just one of those kept
 
 
+@pytest.mark.slow
 def test_averages_of_older_runs_name_the_one_block_of_a_u_net_s_transformer_without_a_number(parts, make_run, made):
     run = make_run("unet", name_of=lambda name: name.replace(".blocks.0.", ".block."))
     with safe_open(run / "checkpoints" / "step-000400" / "averages.safetensors", "np") as tensors:

@@ -22,7 +22,8 @@ from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
 from tinyldm.planning.plan import make_plan
 from tinyldm.planning.show import render
 
-TINY = dict(resolution=8, vae=dict(widths=(8, 8), groups=4, depth=1, middle_attention=False), vae_steps=2, vae_batch_size=2, vae_crop=4,
+TINY = dict(resolution=8, autoencoder="kl", vae=dict(widths=(8, 8), groups=4, depth=1, middle_attention=False),
+            vae_steps=2, vae_batch_size=2, vae_crop=4,
             network="dit", dit=dict(patch=2, width=8, layers=1, heads=1, mlp_width=8, time_dim=8),
             unet=dict(widths=(8, 16), depth=1, attention=(True, True), heads=(1, 1), groups=4),
             text=dict(width=8, layers=1, heads=1, mlp_width=8, context_length=16), batch_size=4, max_steps=3, warmup_steps=2,
@@ -164,7 +165,7 @@ ROWS = {
                       which_way=lambda a, b: {name.partition("/")[0] for name in b.further_averages} == {"0.05"}),
     # drawing: the first two steps of dpmpp_2m, from pure noise on, and the last are those of ddim
     "sampler": Row("ddim", {"defaults", "pictures"}, dict(sample_steps=4, cfg=99.0)),
-    "sample_steps": Row(2, {"defaults", "pictures"}),
+    "sample_steps": Row(2, {"defaults", "pictures"}, dict(cfg=99.0)),
     "cfg": Row(2.0, {"defaults", "pictures"}),
 }
 # What the same settings do to the first stage, and to drawn data.

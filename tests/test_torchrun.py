@@ -55,7 +55,8 @@ def test_several_processes_train_as_one(alone, tmp_path, processes):
     assert_alike(alone, tmp_path / "run")
 
 
-@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, processes):
     cut = tmp_path / "cut"
     shutil.copytree(alone, cut)
@@ -67,7 +68,8 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, process
 
 
 ONLY = ("--only vae --scenes 40 --resolution 16 --vae-batch-size 6 --vae-steps 4 --vae-val-every 2 --early-stop 3 --vae-ema 0.5 "
-        "--val-samples 4 --log-every 1 --dtype fp32 --optimizer adamw --vae widths=8,16 groups=4 depth=1 middle_attention=false --vae-loss gan=0.5 "
+        "--val-samples 4 --log-every 1 --dtype fp32 --optimizer adamw "
+        "--autoencoder kl --vae widths=8,16 groups=4 depth=1 middle_attention=false --vae-loss gan=0.5 "
         "--vae-gan start=0 warmup=0 width=8 layers=1 norm=none").split()
 
 
@@ -115,6 +117,7 @@ def test_a_dead_process_ends_all_and_a_polite_one_saves_first(alone, tmp_path, n
         assert jobs[1].returncode == 143 and f"--out {run} --resume yes" in out
 
 
+@pytest.mark.slow
 def test_processes_that_draw_other_initial_weights_train_with_those_of_the_first(alone, tmp_path):
     start = tmp_path / "start.py"
     start.write_text("import os, runpy, sys, torch\n"

@@ -176,6 +176,7 @@ def test_a_loss_that_has_diverged_rolls_back_and_skips_the_batches(vae, tmp_path
     assert state["step"] == 75 and state["window"] == len(trained) - 75 > 15
 
 
+@pytest.mark.slow
 def test_without_the_switch_a_spike_is_only_noted(vae, tmp_path, monkeypatch, train):
     monkeypatch.setattr(loss_monitor, "WARMUP", 20)
     spoil(monkeypatch, lambda loss, call: loss * (20 if call == 45 else 1))
@@ -183,6 +184,7 @@ def test_without_the_switch_a_spike_is_only_noted(vae, tmp_path, monkeypatch, tr
     assert [(row["event"], row["step"]) for row in events(tmp_path / "run")] == [("spike", 45)]
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_there_is_nothing_to_roll_back_to(vae, tmp_path, monkeypatch, train):
     monkeypatch.setattr(loss_monitor, "WARMUP", 20)
     spoil(monkeypatch, lambda loss, call: loss * (20 if call >= 50 else 1))

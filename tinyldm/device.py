@@ -98,13 +98,6 @@ def fast_convolutions() -> None:
     torch.backends.cudnn.benchmark = True
 
 
-def prefer_plain_attention() -> None:
-    """For training on CPUs: attention over a few dozen tokens runs several times faster (backward pass, bf16) as plain matrix
-    products than through the fused kernel. For drawing the fused kernel is faster: forward passes only, and over many tokens.
-    In spite of its name, this switch also applies to the CPU."""
-    torch.backends.cuda.enable_flash_sdp(False)
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a GPU or the CPU is out of memory. CUDNN_STATUS_INTERNAL_ERROR does not: it has many other causes."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (

@@ -66,7 +66,7 @@ class Architecture(NamedTuple):
     blocks: tuple[type[nn.Module], ...] = ()    # the repeated blocks, for gradient checkpointing and sharding
     inner: tuple[str, ...] = ()                 # substrings of parameter names: Muon trains the matrices whose names have one
     compile_options: Mapping[str, Any] = MappingProxyType({})   # of torch.compile
-    memory_format: torch.memory_format = torch.contiguous_format    # of an autoencoder's weights and pictures, on CPUs
+    memory_format: torch.memory_format = torch.contiguous_format    # of its weights when it is trained on a CPU
     # For networks that denoise latents:
     fields: Callable[[NetworkShapes], dict] = lambda shapes: {}     # the fields of its config that the other parts determine
     divisor: Callable[[Any], int] = lambda config: 1                # config -> height and width of latents are multiples of this
@@ -83,7 +83,7 @@ class Architecture(NamedTuple):
 NETWORKS: dict[str, Architecture] = {           # keyed by the name on the command line
     "unet": Architecture(
         UNet, UNetConfig, "unet", WEIGHTS, (unet.CLASS,), unet.LAYOUTS, unet.to_config, unet.from_config,
-        blocks=(ResBlock, SpatialTransformer), inner=("down.", "middle.", "up."),
+        blocks=(ResBlock, SpatialTransformer), inner=("down.", "middle.", "up."), memory_format=torch.channels_last,
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels,
                                    context_dim=shapes.text.context, sample_size=shapes.sample_size),
         divisor=lambda config: 2 ** (len(config.widths) - 1), trained_size=lambda config: config.sample_size,

@@ -32,6 +32,7 @@ def test_a_permutation_takes_every_value_once(n):
         assert np.array_equal(np.sort(permute(np.arange(n), n, 5, 0, epoch)), np.arange(n))
 
 
+@pytest.mark.slow
 def test_ten_million_values_are_permuted_and_any_of_them_can_be_computed_alone():
     n = 10_000_000
     assert np.bincount(permute(np.arange(n), n, 0, 1), minlength=n).max() == 1

@@ -273,6 +273,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked to begin at the same moment")
+@pytest.mark.slow
 def test_processes_that_begin_at_the_same_moment_make_one_cache(tmp_path):
     for i in range(6):
         shard(tmp_path / f"s-{i}.tar", numbered(7 * i, 7))

@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("how", ["ordinary", "pinned"])
+@pytest.mark.parametrize("how", [pytest.param("ordinary", marks=pytest.mark.slow), "pinned"])
 def test_shards_and_several_encoders_take_the_memory_of_the_model_and_hardly_more(folder, how):
     done = subprocess.run([sys.executable, "-c", MEASURE, folder, how], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT,
                           check=False)

@@ -2,8 +2,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tinyldm.models.layers import Attention, Cond
+from tinyldm.models.layers import Attention, Cond, dot_product_attention
 
 
 def cond(b: int, **extra) -> Cond:
@@ -53,3 +54,20 @@ def test_a_mask_of_numbers_weighs_tokens(dtype):
     twice = torch.cat([context, context[:, :1]], 1)             # the first token again: half of it in each place is all of it
     close(weigh(twice, 0.5, 1.0, 1.0, 1.0, 0.5), weigh(context, True, True, True, True))
     close(weigh(twice, 0.25, 0.5, 0.5, 0.5, 0.25), weigh(context, True, True, True, True))
+
+
+@pytest.mark.parametrize("given", ["nothing", "mask", "weights", "causal"])
+def test_plain_products_in_training_are_the_kernel_s_answer_and_gradients(given):
+    rng = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randn(2, 3, n, 4, generator=rng, dtype=torch.float64, requires_grad=True)
+    q, k, v = draw(5), draw(5), draw(5)
+    mask = {"mask": torch.tensor([[True, True, False, True, False]]), "weights": torch.randn(1, 5, generator=rng, dtype=torch.float64)}.get(given)
+    plain = dot_product_attention(q, k, v, mask, causal=given == "causal")
+    kernel = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=given == "causal")
+    assert type(plain.grad_fn) is not type(kernel.grad_fn)
+    direction = torch.randn(plain.shape, generator=rng, dtype=torch.float64)
+    gradients = [torch.autograd.grad((out * direction).sum(), (q, k, v)) for out in (plain, kernel)]
+    for one, two in zip((plain, *gradients[0]), (kernel, *gradients[1])):
+        assert torch.allclose(one, two, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(dot_product_attention(q, k, v, mask, causal=given == "causal"), kernel)

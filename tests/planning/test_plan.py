@@ -226,6 +226,7 @@ def test_only_on_gpus_compiling_is_the_default_and_only_for_jobs_that_are_long_e
     assert compiles(config(compile=True), 0, device) and not compiles(config(compile=False), 168, device)
 
 
+@pytest.mark.slow
 def test_a_sharded_week_does_not_fit_unless_it_is_compiled_or_checkpointed():
     make_plan(config(fsdp=True), must_fit=False)
     for changes in (dict(fsdp=True), dict(compile=False)):

@@ -58,7 +58,8 @@ RUN = [*SMALL, "--batch-size", "8", "--grad-accum", "3", "--val-samples", "2", "
        "--max-steps", "4", "--vae-steps", "1", "--sample-steps", "1"]
 
 
-@pytest.mark.parametrize("network", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("network", ["dit", "unet"])
+@pytest.mark.slow
 def test_a_run_of_two_picture_sizes_has_static_graphs_only_and_no_more_than_it_needs(network, graphs, tmp_path, monkeypatch):
     train = load_script("train")
     monkeypatch.setattr(train, "rehearse", lambda config, context, last: (config, []))
@@ -89,7 +90,7 @@ def awake(net):
     return net
 
 
-@pytest.mark.parametrize("network", NETS)
+@pytest.mark.parametrize("network", ["unet", pytest.param("dit", marks=pytest.mark.slow)])
 def test_the_backward_pass_of_a_compiled_network_adds_nothing_by_index(network, graphs):
     """index_put and index_add add in any order on CUDA, so gradients would differ from run to run."""
     net = awake(NETS[network]())

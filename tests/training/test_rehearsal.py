@@ -131,6 +131,7 @@ def test_a_picture_that_does_not_fit_alone_is_refused(rehearse, monkeypatch, err
         rehearse()
 
 
+@pytest.mark.slow
 def test_the_run_begins_with_the_micro_batches_that_fit(undisturbed, on_gpu, tmp_path, monkeypatch):
     fail(monkeypatch, lambda size, net: size > 3 and torch.is_grad_enabled(), torch.OutOfMemoryError("CUDA out of memory"))
     trained = note(monkeypatch, denoising, "sample_losses", lambda net, x0, *more: (torch.is_grad_enabled(), len(x0)))

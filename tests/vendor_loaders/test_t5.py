@@ -183,7 +183,7 @@ def hole(file, shapes):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_loading_takes_the_memory_of_the_encoder_and_hardly_more(tmp_path, shards, dtype):
     config = T5Config(vocab_size=8192, width=1024, layers=10, heads=16, mlp_width=2816)
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from tinyldm.config.fields import Config, make_config
 from tinyldm.lookup import lookup
 
 TINY = dict(
-    vae=dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False), vae_steps=950,
+    autoencoder="taesd", vae=dict(latent_channels=8, width=32, blocks=(1, 2, 2, 2)), vae_steps=2000, vae_latents=dict(noise=0.1),
     text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
     unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=850,
 )
@@ -46,8 +46,8 @@ PRESETS: dict[str, dict] = {
         network="dit", dit=dict(patch=1, width=192, layers=6, heads=4, mlp_width=768, time_dim=128),
         lr=2e-3, muon_lr=2e-3, max_steps=1000),
     "tiny_mmdit": TINY | dict(
-        network="mmdit", net=dict(patch=1, width=160, layers=5, heads=4, qk_norm=True, max_positions=16),
-        lr=2e-3, muon_lr=2e-3, max_steps=1500),
+        network="mmdit", net=dict(patch=1, width=96, layers=6, heads=3, qk_norm=True, max_positions=16),
+        lr=4e-3, muon_lr=5e-3, max_steps=1800),
     "5090_week": WEEK | dict(network="dit", dit=dict(width=1024, layers=16, heads=16), grad_accum=8),
     "5090_week_unet": WEEK | dict(
         network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), utilisation=0.4),

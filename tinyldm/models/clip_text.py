@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
-from tinyldm.models.layers import TextFeatures
+from tinyldm.models.layers import TextFeatures, dot_product_attention
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),    # OpenAI's weights
@@ -129,6 +129,6 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
         q, k, v = (linear(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)           # [b, heads, n, width/heads]
+        y = dot_product_attention(q, k, v, causal=True)                       # [b, heads, n, width/heads]
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))

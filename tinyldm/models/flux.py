@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
 from tinyldm.models.layers import (
+    MLP_RATIO,
     Attention,
     Cond,
     Stream,
     TimeEmbedding,
     check_inputs,
+    dot_product_attention,
     init_linears,
     modulate,
     normalise,
@@ -157,7 +159,7 @@ class SingleBlock(nn.Module):
 
     def __init__(self, config: FluxConfig):
         super().__init__()
-        width, hidden = config.width, Stream.MLP_RATIO * config.width
+        width, hidden = config.width, MLP_RATIO * config.width
         self.modulation = nn.Linear(width, 3 * width)
         self.attn = Attention(width, config.heads, bias=True, qk_norm=True)
         del self.attn.to_out                                           # `out` takes its place
@@ -176,7 +178,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
     """Attention of q, k, v [b, n, heads, d] -> [b, n, heads * d]. Rotations turn q and k, so that q * k tells their distance."""
     q, k = (rotate_pairs(y, rope).to(v.dtype) for y in (q, k))
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))                   # [b, heads, n, d]
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def clipped(x: Tensor) -> Tensor:

@@ -96,6 +96,22 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
+def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, Eq. 1) of q [b, heads, n, d] over k and v [b, heads, m, d] -> [b, heads, n, d].
+
+    mask: broadcast to [b, heads, n, m]: True where attention may go, or numbers that are added to the logits. causal: token i sees
+    the tokens up to i. Training on a CPU takes plain products: their backward pass over some dozens of tokens is several times faster
+    than that of PyTorch's kernels, and they can be differentiated twice."""
+    if q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    logits = q * q.shape[-1] ** -0.5 @ k.mT                                # [b, heads, n, m]
+    if causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1).to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     """Multi-head attention of x [b, n, d] over context [b, m, c] (over x itself when context is None).
 
@@ -128,7 +144,7 @@ class Attention(nn.Module):
         if mask is not None:
             weights = mask if mask.dtype == torch.bool else mask.log().to(dtype)        # added to the logits, so -inf is weight 0
             mask = weights[:, None, None, :]                                    # [b, 1, 1, m]
-        out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask)
+        out = dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask)
         return self.to_out(out.transpose(1, 2).flatten(2).to(v.dtype))
 
     def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,6 +202,9 @@ def check_inputs(x: Tensor, cond: Cond, config: Any, patch: int) -> None:
         raise ValueError(f"this network is modulated by a pooled text feature of width {config.pooled_dim}, and {fix}")
 
 
+MLP_RATIO = 4                           # width of the inner layer of a stream's MLP over that of its outer ones
+
+
 class Stream(nn.Module):
     """The weights for one kind of tokens, image or text, in a block where both kinds attend to each other (arXiv:2403.03206, Sec. 4).
 
@@ -194,8 +213,6 @@ class Stream(nn.Module):
     this block. They then have queries, keys and values and, of the vectors, the first two.
     """
 
-    MLP_RATIO = 4                       # width of the MLP's inner layer over that of its outer ones
-
     def __init__(self, width: int, heads: int, qk_norm: bool, dual: bool = False, read_only: bool = False):
         super().__init__()
         self.read_only = read_only
@@ -203,7 +220,7 @@ class Stream(nn.Module):
         self.modulation = nn.Linear(width, (2 if read_only else 9 if dual else 6) * width)
         self.attn = attention()
         self.attn2 = attention() if dual else None
-        self.mlp = two_layers(width, self.MLP_RATIO * width, width)
+        self.mlp = two_layers(width, MLP_RATIO * width, width)
         if read_only:
             del self.attn.to_out, self.mlp
 

@@ -25,6 +25,7 @@ from tinyldm.models.layers import (
     Stream,
     TimeEmbedding,
     check_inputs,
+    dot_product_attention,
     init_linears,
     modulate,
     normalise,
@@ -143,7 +144,7 @@ class JointBlock(nn.Module):
         ours = self.image.attn.project(modulate(normed, *image_vectors[:2]))
         theirs = self.text.attn.project(modulate(normalise(text), *text_vectors[:2]))
         q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(ours, theirs))       # [b, heads, n + m, width/heads]
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
+        out = dot_product_attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
         for_image, for_text = out.tensor_split([x.shape[1]], dim=1)
         x = self.image.update(x, normed, for_image, image_vectors[2:])
         if not self.text.read_only:

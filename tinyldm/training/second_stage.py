@@ -64,6 +64,8 @@ class LatentStage(Stage):
         self.model = at_phase(build_model(config, vae, text), self.phases[0])
         for part in self.model.modules.values():
             part.to(context.device)
+        if context.device.type == "cpu":
+            self.model.net.to(memory_format=architecture(self.model.net).memory_format)
         peak = peak_flops(config.plan, context.device)
         self.peak = peak and peak * self.world.size
         if peak or len(self.phases) > 1:                # counting takes a second, and a single phase needs no comparison
