@@ -8,7 +8,7 @@ from tinyldm.config.fields import Config, make_config
 from tinyldm.lookup import lookup
 
 TINY = dict(
-    autoencoder="taesd", vae=dict(latent_channels=8, width=32, blocks=(1, 2, 2, 2)), vae_steps=2000, vae_latents=dict(noise=0.1),
+    vae=dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False), vae_steps=950,
     text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
     unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=850,
 )
