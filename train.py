@@ -37,6 +37,7 @@ import torch
 
 from tinyldm.data.loader import prefetch
 from tinyldm.device import autocast, deterministic, fast_convolutions, memory_gb, pick_device, pin
+from tinyldm.models.layers import prefer_plain_attention
 from tinyldm.objectives import Turn, map_tensors, split, turns_at
 from tinyldm.planning.show import Measured, compare, print_plan
 from tinyldm.random_streams import generator
@@ -363,6 +364,8 @@ def main() -> None:
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")     # the main process prints for all
     device = pick_device(config.run.device)
+    if device.type == "cpu":
+        prefer_plain_attention()
     if config.run.deterministic or device.type == "cpu":        # on CPUs it costs no speed
         deterministic()
     else:

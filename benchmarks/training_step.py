@@ -17,7 +17,7 @@ import torch
 from tinyldm.config import PRESETS
 from tinyldm.device import autocast, pick_device
 from tinyldm.lookup import build_dataclass
-from tinyldm.models.layers import Cond
+from tinyldm.models.layers import Cond, prefer_plain_attention
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.vendor_loaders import unet as unets
@@ -62,9 +62,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     device = pick_device()
-    for fused in (True, False):                 # of the peer: on a CPU ours takes plain products in training
-        torch.backends.cuda.enable_flash_sdp(fused)
-        print(f"attention: flash {'on' if fused else 'off'}")
+    for fused in (True, False):
+        torch.backends.cuda.enable_flash_sdp(fused)             # the peer's, and on GPUs ours
+        if not fused:
+            prefer_plain_attention()
+        without = "plain products (what train.py does on a CPU)" if device.type == "cpu" else "another fused kernel (flash attention off)"
+        print(f"attention: {'torch default (fused)' if fused else without}")
         for name, (our_module, our_forward, their_module, their_forward) in pairs(args.batch_size, device).items():
             times = [(step(our_module, our_forward, device), step(their_module, their_forward, device))
                      for _ in range(args.rounds)]

@@ -67,8 +67,7 @@ def mistake(name: str, words, capsys) -> str:
 
 SMALL = ("--scenes 24 --resolution 16 --vae-crop 8 --vae-batch-size 4 --batch-size 4 --log-every 3 --save-every 2 "
          "--keep-last 99 --sample-every 2 --sample-steps 2 --warmup-steps 2 --vae-steps 4 --max-steps 6 "
-         "--autoencoder kl --vae widths=8,16 groups=4 depth=1 middle_attention=false "
-         "--unet widths=16,32 attention=False,True heads=1,2 groups=4 "
+         "--vae widths=8,16 groups=4 --unet widths=16,32 attention=False,True heads=1,2 groups=4 "
          "--text width=16 layers=1 heads=2 mlp_width=32").split()
 
 
@@ -88,7 +87,8 @@ def train_here(train, words: list[str], monkeypatch, stop_after: int | None = No
     in the second stage while that step was in progress."""
     train.CONFIG, train.ARGS = parse(words, "", train.FLAGS)
     signals = SimpleNamespace(received=0, check=lambda: None)
-    monkeypatch.setattr(train, "deterministic", lambda: None)   # for the whole process
+    for switch in ("prefer_plain_attention", "deterministic"):                  # for the whole process
+        monkeypatch.setattr(train, switch, lambda: None)
     monkeypatch.setattr(train, "Signals", lambda: signals)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))      # which main() wraps

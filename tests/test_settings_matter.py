@@ -22,8 +22,7 @@ from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
 from tinyldm.planning.plan import make_plan
 from tinyldm.planning.show import render
 
-TINY = dict(resolution=8, autoencoder="kl", vae=dict(widths=(8, 8), groups=4, depth=1, middle_attention=False),
-            vae_steps=2, vae_batch_size=2, vae_crop=4,
+TINY = dict(resolution=8, vae=dict(widths=(8, 8), groups=4, depth=1, middle_attention=False), vae_steps=2, vae_batch_size=2, vae_crop=4,
             network="dit", dit=dict(patch=2, width=8, layers=1, heads=1, mlp_width=8, time_dim=8),
             unet=dict(widths=(8, 16), depth=1, attention=(True, True), heads=(1, 1), groups=4),
             text=dict(width=8, layers=1, heads=1, mlp_width=8, context_length=16), batch_size=4, max_steps=3, warmup_steps=2,

@@ -16,8 +16,7 @@ from tinyldm.training.ema import EMA
 from tinyldm.training.learner import Learner
 from tinyldm.training.validation import Validation
 
-TINY = dict(resolution=8, autoencoder="kl", vae=dict(widths=(8, 8), groups=4, depth=1, middle_attention=False),
-            vae_steps=1, vae_batch_size=2,
+TINY = dict(resolution=8, vae=dict(widths=(8, 8), groups=4, depth=1, middle_attention=False), vae_steps=1, vae_batch_size=2,
             network="dit", dit=dict(patch=2, width=8, layers=1, heads=1, mlp_width=8, time_dim=8), lr=0.1, muon_lr=0.1,
             text=dict(width=8, layers=1, heads=1, mlp_width=8, context_length=16), batch_size=4, max_steps=3, warmup_steps=0, decay=0.0,
             log_every=1, save_every=1, val_every=1, sample_every=1, sample_prompts="a red fox", sample_steps=1, dtype="fp32", keep_last=9)
@@ -165,7 +164,7 @@ def test_after_a_rollback_samples_noise_times_and_captions_are_those_of_later_ba
 
 
 @pytest.mark.parametrize("device, asked, expected", [
-    ("cpu", False, ["same bits"]), ("cuda", True, ["same bits"]), ("cuda", False, [])])
+    ("cpu", False, ["plain attention", "same bits"]), ("cuda", True, ["same bits"]), ("cuda", False, [])])
 def test_training_on_a_cpu_is_deterministic_and_on_a_gpu_where_that_is_asked_for(monkeypatch, device, asked, expected):
     train, called = load_script("train"), []
 
@@ -174,6 +173,7 @@ def test_training_on_a_cpu_is_deterministic_and_on_a_gpu_where_that_is_asked_for
 
     train.CONFIG, train.ARGS = parse(flags(dict(deterministic=asked)), "", train.FLAGS)
     for name, value in {"pick_device": lambda name: torch.device(device), "check_run": stop,
+                        "prefer_plain_attention": lambda: called.append("plain attention"),
                         "deterministic": lambda: called.append("same bits")}.items():
         monkeypatch.setattr(train, name, value)
     for name in ("stdout", "stderr"):

@@ -96,13 +96,23 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
+_plain = False                          # see prefer_plain_attention
+
+
+def prefer_plain_attention() -> None:
+    """From now on, attention that is differentiated on a CPU is computed by plain products, for the whole process: for training. Their
+    backward pass over some dozens of tokens is several times faster than that of PyTorch's kernels (bf16), and the same up to
+    rounding. For drawing the kernels are faster: forward passes only, and over many tokens."""
+    global _plain
+    _plain = True
+
+
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, Eq. 1) of q [b, heads, n, d] over k and v [b, heads, m, d] -> [b, heads, n, d].
 
     mask: broadcast to [b, heads, n, m]: True where attention may go, or numbers that are added to the logits. causal: token i sees
-    the tokens up to i. Training on a CPU takes plain products: their backward pass over some dozens of tokens is several times faster
-    than that of PyTorch's kernels, and they can be differentiated twice."""
-    if q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+    the tokens up to i."""
+    if not (_plain and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     logits = q * q.shape[-1] ** -0.5 @ k.mT                                # [b, heads, n, m]
     if causal:
