@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, pictures, train_here
+from helpers import SMALL, load_script, pictures, train_here
 from outcomes import awake, flags
 
 from tinyldm.config import parse
@@ -181,3 +181,15 @@ def test_training_on_a_cpu_is_deterministic_and_on_a_gpu_where_that_is_asked_for
     with pytest.raises(ValueError, match="far enough"):
         train.main()
     assert called == expected
+
+
+def test_a_u_net_is_trained_in_channels_last_on_a_cpu(tmp_path, monkeypatch):
+    seen, real = [], Denoising.losses
+
+    def losses(self, turn, networks, *rest):
+        seen.append(networks["net"].conv_out.weight.is_contiguous(memory_format=torch.channels_last))
+        return real(self, turn, networks, *rest)
+
+    monkeypatch.setattr(Denoising, "losses", losses)
+    train_here(load_script("train"), [*SMALL, "--max-steps", "1", "--sample-every", "0", "--out", str(tmp_path / "run")], monkeypatch)
+    assert seen and all(seen)

@@ -66,7 +66,7 @@ class Architecture(NamedTuple):
     blocks: tuple[type[nn.Module], ...] = ()    # the repeated blocks, for gradient checkpointing and sharding
     inner: tuple[str, ...] = ()                 # substrings of parameter names: Muon trains the matrices whose names have one
     compile_options: Mapping[str, Any] = MappingProxyType({})   # of torch.compile
-    memory_format: torch.memory_format = torch.contiguous_format    # of its weights when it is trained on a CPU
+    memory_format: torch.memory_format = torch.contiguous_format    # of its weights, and of an autoencoder's pictures, in training on CPUs
     # For networks that denoise latents:
     fields: Callable[[NetworkShapes], dict] = lambda shapes: {}     # the fields of its config that the other parts determine
     divisor: Callable[[Any], int] = lambda config: 1                # config -> height and width of latents are multiples of this
