@@ -162,6 +162,7 @@ def test_broken_pictures_are_left_out_and_enlarged_ones_counted(places, tmp_path
 
 @pytest.mark.parametrize("words, message", [
     ("--vae kl", "--vae needs pictures: name them with --data"),
+    ("--vae kl --data nowhere", "--data nowhere: there is no such file or folder"),
     ("--vae kl --data photos --resolution 17", "not a multiple of 2: use 16 or 18"),
     ("--vae kl --data photos --resolution 10", "pictures are compared from 11 px on"),
     ("--vae kl --data photos --resolution 14 --vae-lpips lpips.safetensors", "pictures are compared from 16 px on"),

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from tinyldm.config import make_config
 from tinyldm.data.encoding import Item, make_recipe
 from tinyldm.data.prepare import usable_pictures
+from tinyldm.data.sources import list_shards, parse_sources
 from tinyldm.data.report import listed
 from tinyldm.device import in_parts
 from tinyldm.evaluation.base import Evaluation, Measurement
@@ -70,6 +71,9 @@ def check(evaluation: Evaluation) -> None:
 def check_data(evaluation: Evaluation) -> None:
     if not evaluation.options["data"]:
         raise ValueError("--vae needs pictures: name them with --data, as for train.py")
+    config = make_config(data=evaluation.options["data"], seed=evaluation.seed)
+    for source in parse_sources(config.data.sources):           # what is not there is refused before anything is written
+        list_shards(source, resolution=config.data.resolution, scenes=config.data.scenes, seed=config.run.seed)
 
 
 def resolution(evaluation: Evaluation) -> int:
