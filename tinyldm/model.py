@@ -50,6 +50,11 @@ class NetworkShapes(NamedTuple):
     sample_size: int                # height and width of the latents that it is trained on
 
 
+def named(*keys: str) -> Callable[[str, torch.Size], bool]:
+    """For `inner`: the matrices whose names have one of these substrings."""
+    return lambda name, shape: any(key in name for key in keys)
+
+
 class Architecture(NamedTuple):
     """A row of a table: a class of network, and everything that the rest of the library needs to know about it."""
 
@@ -64,7 +69,8 @@ class Architecture(NamedTuple):
     from_config: Callable[[dict], Any]          # config.json -> config
     # How it is trained:
     blocks: tuple[type[nn.Module], ...] = ()    # the repeated blocks, for gradient checkpointing and sharding
-    inner: tuple[str, ...] = ()                 # substrings of parameter names: Muon trains the matrices whose names have one
+    inner: Callable[[str, torch.Size], bool] = lambda name, shape: False        # name and shape of a matrix -> whether Muon trains it
+    targets: Mapping[str, str] = MappingProxyType({})           # of adapters: group -> regex found in the names of its layers
     compile_options: Mapping[str, Any] = MappingProxyType({})   # of torch.compile
     memory_format: torch.memory_format = torch.contiguous_format    # of its weights, and of an autoencoder's pictures, in training on CPUs
     # For networks that denoise latents:
@@ -83,7 +89,8 @@ class Architecture(NamedTuple):
 NETWORKS: dict[str, Architecture] = {           # keyed by the name on the command line
     "unet": Architecture(
         UNet, UNetConfig, "unet", WEIGHTS, (unet.CLASS,), unet.LAYOUTS, unet.to_config, unet.from_config,
-        blocks=(ResBlock, SpatialTransformer), inner=("down.", "middle.", "up."), memory_format=torch.channels_last,
+        blocks=(ResBlock, SpatialTransformer), inner=named("down.", "middle.", "up."), memory_format=torch.channels_last,
+        targets={"attention": r"attention\.to_", "mlp": r"\.feed_forward\.|\.proj_(in|out)$", "conv": r"\.conv(1|2|_shortcut)?$"},
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels,
                                    context_dim=shapes.text.context, sample_size=shapes.sample_size),
         divisor=lambda config: 2 ** (len(config.widths) - 1), trained_size=lambda config: config.sample_size,
@@ -94,12 +101,13 @@ NETWORKS: dict[str, Architecture] = {           # keyed by the name on the comma
         conditions=frozenset({"context", "pooled"}), extras=lambda config: ("sizes",) if config.pooled_dim else ()),
     "dit": Architecture(
         DiT, DiTConfig, "transformer", WEIGHTS, (dit.CLASS,), dit.LAYOUTS, dit.to_config, dit.from_config,
-        blocks=(DiTBlock,), inner=("blocks.",),
+        blocks=(DiTBlock,), inner=named("blocks."), targets={"attention": r"\.(attn|cross)\.to_", "mlp": r"\.mlp\."},
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels, context_dim=shapes.text.context),
         divisor=lambda config: config.patch, conditions=frozenset({"context", "mask", "pooled"})),
     "mmdit": Architecture(
         MMDiT, MMDiTConfig, "transformer", WEIGHTS, (mmdit.CLASS,), mmdit.LAYOUTS, mmdit.to_config, mmdit.from_config,
-        blocks=(JointBlock,), inner=(".attn", ".mlp."),
+        blocks=(JointBlock,), inner=named(".attn", ".mlp."),
+        targets={"attention": r"\.attn2?\.to_", "mlp": r"\.mlp\.", "modulation": r"\.modulation$"},
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels, context_dim=shapes.text.context,
                                    pooled_dim=shapes.text.pooled, sample_size=shapes.sample_size),
         divisor=lambda config: config.patch, trained_size=lambda config: config.sample_size,
@@ -107,7 +115,8 @@ NETWORKS: dict[str, Architecture] = {           # keyed by the name on the comma
         conditions=frozenset({"context", "pooled"})),
     "flux": Architecture(
         Flux, FluxConfig, "transformer", WEIGHTS, (flux.CLASS,), flux.LAYOUTS, flux.to_config, flux.from_config,
-        blocks=(DoubleBlock, SingleBlock), inner=(".attn.", ".mlp", ".out."),
+        blocks=(DoubleBlock, SingleBlock), inner=named(".attn.", ".mlp", ".out."),
+        targets={"attention": r"\.attn\.to_", "mlp": r"\.mlp\.|\.mlp_in$|\.out$", "modulation": r"\.modulation$"},
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels, context_dim=shapes.text.context,
                                    pooled_dim=shapes.text.pooled),
         divisor=lambda config: PATCH, conditions=frozenset({"context", "pooled"}),
@@ -115,16 +124,18 @@ NETWORKS: dict[str, Architecture] = {           # keyed by the name on the comma
 }
 AUTOENCODERS: dict[str, Architecture] = {
     "kl": Architecture(AutoencoderKL, VAEConfig, "vae", WEIGHTS, (vae.CLASS,), vae.LAYOUTS, vae.to_config, vae.from_config,
-                       inner=("down.", "middle.", "up.")),
+                       inner=named("down.", "middle.", "up.")),
     # On CPUs a training step is 1.9 times faster in channels-last; that of `kl` 1.2 times slower, for GroupNorm's sake (torch 2.13).
     "taesd": Architecture(TAESD, TAESDConfig, "vae", WEIGHTS, taesd.CLASSES, taesd.LAYOUTS, taesd.to_config, taesd.from_config,
-                          inner=(".conv.", ".pool."), memory_format=torch.channels_last),
+                          # All convolutions between feature maps, the resampling ones too: they have only indices for names.
+                          inner=lambda name, shape: shape[0] == shape[1] or ".pool." in name, memory_format=torch.channels_last),
 }
 TEXT_ENCODERS: dict[str, Architecture] = {      # their published names are in "architectures" of config.json, or in "model_type" alone
     "clip": Architecture(CLIPText, CLIPTextConfig, "text_encoder", "model", clip.CLASSES, clip.LAYOUTS, clip.to_config, clip.from_config,
-                         inner=("layers.",), widths=lambda config: TextWidths(config.width, config.projection_dim or config.width)),
+                         inner=named("layers."), targets={"attention": r"\.(q|k|v|out)$", "mlp": r"\.fc\d$"},
+                         widths=lambda config: TextWidths(config.width, config.projection_dim or config.width)),
     "t5": Architecture(T5, T5Config, "text_encoder", "model", (*t5.CLASSES, t5.MODEL_TYPE), t5.LAYOUTS, t5.to_config, t5.from_config,
-                       blocks=(T5Layer,), inner=("layers.",),
+                       blocks=(T5Layer,), inner=named("layers."), targets={"attention": r"\.(q|k|v|out)$", "mlp": r"\.(fc\d|gate)$"},
                        tokenizer=T5Tokenizer),
 }
 
@@ -180,7 +191,7 @@ def muon_matrices(modules: Mapping[str, nn.Module]) -> set[str]:
             inner = architecture(module).inner
         except ValueError:
             continue
-        found |= {f"{part}.{name}" for name, p in module.named_parameters() if p.ndim in (2, 4) and any(key in name for key in inner)}
+        found |= {f"{part}.{name}" for name, p in module.named_parameters() if p.ndim in (2, 4) and inner(name, p.shape)}
     return found
 
 
