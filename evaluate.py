@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 
 from tinyldm.cli import Parser, add_drawing_flags, add_offload_flag, check_offload, check_scale, check_seed, fail, guard, outlive_terminal
+from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_names
 from tinyldm.lookup import device_name, dtype_name
 
-DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "offload", "no_ema")      # flags of models that draw
+DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "offload", "no_ema", "lora", "embedding")      # flags of models that draw
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,8 +40,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", metavar="NAME", help="autocast: auto (bf16 where the device computes it natively), bf16 (bfloat16), "
         "fp32 (float32)")
     add_offload_flag(parser)
-    add("--out", metavar="FOLDER", help="(default: RUN/evaluation or MODEL/evaluation; of a hub id or a file evaluation/NAME)")
+    add("--out", metavar="FOLDER", help="(default: RUN/evaluation or MODEL/evaluation; of a hub id or a file evaluation/NAME; with --lora "
+        "or --embedding that of its first)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
+    add_adapter_flags(parser)
     own = {flag: add(flag, **keywords).dest for flag, keywords in metric_flags().items()}
     args = parser.parse_args(argv)
     if args.run is None and args.vae is None and len(args.metric or []) > 1:    # --metric a b RUN
@@ -83,6 +86,7 @@ if __name__ == "__main__":                                   # before torch is l
 import json
 import traceback
 
+from tinyldm.adapters.embedding_files import split_token
 from tinyldm.device import pick_device
 from tinyldm.evaluation.base import Evaluation, Measurement
 from tinyldm.files import make_output_folder, write_file
@@ -91,24 +95,29 @@ from tinyldm.folders.load import load_model, load_vae
 from tinyldm.offload import place_for_weights
 from tinyldm.pipeline import draw_settings
 from tinyldm.planning.drawing import Order, offload_to_fit
+from tinyldm.training.learned import apply_learned
 from tinyldm.training.run_folder import find_model
 
 
 def load(args: argparse.Namespace) -> Evaluation:
     """What was asked for: an autoencoder, or a model and how to draw with it, as typed, else by the model's own defaults."""
-    device, out = pick_device(args.device), Path(args.out) if args.out else usual_output(args.vae or args.run)
+    learned = [each.path for each in args.lora] + [str(split_token(each)[0]) for each in args.embedding]
+    subject = (learned or [args.vae or args.run])[0]                           # the figures of an adapter are not those of its model
+    device, out = pick_device(args.device), Path(args.out) if args.out else usual_output(subject)
     if args.vae:
         return Evaluation(None, args.vae, None, device, out, args.count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options,
                           load_vae(args.vae, device))
     source = find_model(args.run)
     with place_for_weights(device, args.offload) as place:
         model = load_model(source, place, ema=not args.no_ema)
+    apply_learned(model, args)
     settings = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg)
     if args.offload:
         at_once = min(args.batch_size, args.count)
         captions = [f"caption {i}" for i in range(at_once)]             # a stand-in for the metrics' own: as many, and as long
         model = offload_to_fit(model, device, args.offload, Order(settings, ["", *captions], at_once))
-    return Evaluation(model, source, settings, device, out, args.count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options)
+    return Evaluation(model, source, settings, device, out, args.count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options,
+                      adapters={name: [*map(str, getattr(args, name))] for name in ("lora", "embedding") if getattr(args, name)})
 
 
 def usual_output(run: str) -> Path:

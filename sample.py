@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from tinyldm.cli import Parser, add_drawing_flags, add_offload_flag, caption, fail, guard, outlive_terminal
+from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.config.sample_arguments import add_guidance_flags, add_model_flags, check, is_file_name
 from tinyldm.unicode import read_lines
 
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--negative-prompt", type=caption, metavar="TEXT", help="what to steer away from (default: the empty caption; of Stable "
         "Diffusion XL zeros, which are something else)")
     add_model_flags(parser)
+    add_adapter_flags(parser)
     add_drawing_flags(parser)
     add_guidance_flags(parser)
     add("--prompt-weights", action="store_true", help="(x) [x] (x:1.3) change the weight of x, also in --negative-prompt")
@@ -107,6 +109,7 @@ from tinyldm.pipeline import (Canvas, DrawSettings, Morph, PromptFeatures, all_c
                               picture_size)
 from tinyldm.planning.drawing import Order, bytes_on_disk, offload_to_fit, plan_drawing, render
 from tinyldm.text.prompt_weights import plain
+from tinyldm.training.learned import apply_learned, learned_facts
 from tinyldm.training.portable import model_name, portable
 from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders import latent_rgb
@@ -125,7 +128,9 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
     with place_for_weights(device, args.offload) as place:
         model = load_model(source, "meta" if args.dry_run else place, pick_dtype(args.dtype, device), not args.no_ema, args.variant,
                            args.tokenizer, args.prediction, args.parts or (), {"text_encoder_3"} if args.without_t5 else ())
-    for prompt in [*args.prompt, args.negative_prompt or "", args.invert or ""]:
+    captions = [*args.prompt, args.negative_prompt or "", args.invert or ""]
+    apply_learned(model, args, captions)
+    for prompt in captions:
         for part, length, cut in model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
             who = "the model" if len(model.text.modules) == 1 else f"its encoder {part}"
             print(f'warning: {who} reads {length} tokens; left out: "{cut}"', file=sys.stderr)
@@ -156,9 +161,8 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
             raise ValueError(f"--{'crop' if args.crop else 'original-size'} is for networks that are told sizes (Stable Diffusion XL)")
         width, height = args.original_size or picture_size(model, args.width, args.height)
         sizes = (height, width, *reversed(args.crop or (0, 0)))
-    skip = None if args.skip_layers is None else choose_layers(args, model)
     return found._replace(rescale=args.guidance_rescale, interval=args.guidance_interval and tuple(args.guidance_interval),
-                          weighted=args.prompt_weights, sizes=sizes, skip=skip)
+                          weighted=args.prompt_weights, sizes=sizes, skip=None if args.skip_layers is None else choose_layers(args, model))
 
 
 def choose_layers(args: argparse.Namespace, model: Model) -> SkipLayers:
@@ -241,7 +245,7 @@ def facts_about(args: argparse.Namespace, model: Model, name: str) -> dict[str, 
     """All about the model that another picture could come of: which one it is, and how it was loaded."""
     facts = {"Model": name, "Variant": args.variant, "Weights": "raw" if args.no_ema else "", "Prediction": args.prediction,
              "Tokenizer": " ".join(map(portable, args.tokenizer or ())), "Parts": " ".join(map(portable, args.parts or ())),
-             "Left out": "T5" if args.without_t5 else "",
+             "Left out": "T5" if args.without_t5 else "", **learned_facts(args),
              "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]]}
     return {key: value for key, value in facts.items() if value}
 

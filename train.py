@@ -7,6 +7,7 @@
     python train.py --preset 5090_week --dry-run             the plan of a week on one RTX 5090
     python train.py --preset tiny --budget 20m               use 20 minutes of running time
     python train.py --only vae --vae-preset cifar10 ...      an autoencoder alone, for its own sake
+    python train.py --finetune lora --model M --data dog/    train a model that exists (or dreambooth, textual_inversion)
     torchrun --nproc-per-node 4 train.py ...                 several GPUs: each takes a part of the same batches
 
 Any setting of tinyldm/config/fields.py is a flag; network fields are KEY=VALUE pairs (--unet widths=64,128,256 depth=2).
@@ -45,6 +46,7 @@ from tinyldm.training import checkpoint
 from tinyldm.training.clock import Clock
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, clip, connect, launched, started_again
+from tinyldm.training.finetune import prepare_finetune
 from tinyldm.training.first_stage import AutoencoderStage, copy_pretrained
 from tinyldm.training.frozen import keep_texts
 from tinyldm.training.latents import prepare_latents
@@ -52,12 +54,12 @@ from tinyldm.training.learner import Learner, Update
 from tinyldm.training.log import Log
 from tinyldm.training.loss_monitor import RECENT, LossMonitor
 from tinyldm.training.micro_batches import MicroBatches
-from tinyldm.training.preflight import check_run, check_settings
+from tinyldm.training.preflight import check_plan, check_run
 from tinyldm.training.progress import ProgressBar
 from tinyldm.training.rehearsal import rehearse
 from tinyldm.training.report import refresh_report
 from tinyldm.training.rollback import Diverged, skipped_before
-from tinyldm.training.run_folder import find_paths, prepare_run
+from tinyldm.training.run_folder import find_paths, next_command, prepare_run
 from tinyldm.training.schedule import Revision
 from tinyldm.training.second_stage import LatentStage
 from tinyldm.training.signals import Interrupted, Signals
@@ -311,7 +313,10 @@ def train_all(config: Config, context: RunContext) -> None:
     last = Path(last) if last else None
     begun = last is not None and last.name.startswith("step")
 
-    first_stage(config, context, last)
+    if config.finetune.kind:
+        config = prepare_finetune(config, context)
+    else:
+        first_stage(config, context, last)
     if config.run.only:
         return
     keep_texts(config, context, last if begun else None)
@@ -357,8 +362,7 @@ def first_stage(config: Config, context: RunContext, last: Path | None) -> None:
 def main() -> None:
     config = CONFIG
     if ARGS.dry_run:
-        check_settings(config)
-        return print_plan(config)
+        return print_plan(check_plan(config))
     rank, processes = launched()
     outlive_terminal()
     if rank:
@@ -388,9 +392,7 @@ def main() -> None:
     finally:
         clock.close()
     world.close()                                               # not after an error: NCCL would wait for processes that have ended
-    if config.run.only:
-        return print(f"done: --vae-weights {run / 'vae'} takes this autoencoder; look at {run / 'report.html'}")
-    print(f"done: look at {run / 'report.html'}, and draw what you like: python sample.py \"a red fox\" --model {run}")
+    print(f"done: look at {run / 'report.html'}, and {next_command(config)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes small models as diffusers publishes them: Stable Diffusion XL, Stable Diffusion 3 and FLUX.1, with random weights of a good
+"""Writes small models as diffusers publishes them: Stable Diffusion 1, 2 and XL, Stable Diffusion 3 and FLUX.1, with random weights of a good
 scale and with tokenizers of their own.
 
 Each function returns the pipeline of diffusers, which draws the pictures to compare with. Everything that a single-file checkpoint does
@@ -74,6 +74,22 @@ def _written(pipeline, folder: Path | None):
     if folder is not None:
         pipeline.save_pretrained(folder)
     return pipeline
+
+
+def write_sd(folder: Path | None, version: int = 1):
+    """Stable Diffusion 1 or 2, which differ in how they enter transformers: by convolution or by Linear. Two levels."""
+    linear, words = version == 2, clip_tokenizer("!" if version == 2 else "<|endoftext|>")
+    net = diffusers.UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=64, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        use_linear_projection=linear)
+    return _written(diffusers.StableDiffusionPipeline(
+        vae=autoencoder(3, scaling_factor=0.18215), unet=randomise(net, 5), tokenizer=words,
+        text_encoder=clip_text(64, 2, words, 1, activation="gelu" if linear else "quick_gelu"),
+        scheduler=diffusers.DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1, clip_sample=False,
+            prediction_type="v_prediction" if linear else "epsilon"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False), folder)
 
 
 def write_sdxl(folder: Path | None, prediction: str = "epsilon", layers: tuple[int, ...] = (1, 1, 2), **scheduler):

@@ -62,7 +62,8 @@ def test_every_field_is_a_flag():
 
 # Values where not every word will do, with what else they need.
 SPECIAL = {"budget": ["3m"], "deadline": ["2999-01-31T18:00+00:00"], "only": ["vae"], "vae_preset": ["kl-f8"], "vae_optimizer": ["adamw"],
-           "vae_freeze": ["encoder", "--vae-init", "folder"], "early_stop": ["3", "--only", "vae", "--vae-val-every", "9"]}
+           "vae_freeze": ["encoder", "--vae-init", "folder"], "early_stop": ["3", "--only", "vae", "--vae-val-every", "9"],
+           "finetune": ["lora"]}
 
 
 def test_every_setting_s_flag_is_understood():

@@ -22,6 +22,9 @@ from PIL import Image
 from small_models import write_lpips
 from test_sample import OTHER, PROMPT, make
 
+from tinyldm.adapters.embedding import save_embedding
+from tinyldm.adapters.files import save_adapter
+from tinyldm.adapters.lora import LoRA, LoRAConfig
 from tinyldm.diffusion.guidance import SkipLayers
 from tinyldm.evaluation import base, reconstruction
 from tinyldm.evaluation.base import Measurement
@@ -81,6 +84,11 @@ def places(tmp_path_factory):
         model = make("flow", "flow")
         save_model(folder / name, net=randomise(net(), 1), vae=model.vae, texts=[*model.text.modules.values()],
                    tokenizers=model.text.tokenizers, scheduler=model.scheduler, defaults=model.defaults)
+    style = LoRA(make().net, LoRAConfig(2))
+    for branch in style.branches.values():
+        torch.nn.init.ones_(branch.up)
+    save_adapter(folder / "style.safetensors", {"net": style}, make(), {})
+    save_embedding(folder / "dog.safetensors", "<my-dog>", {"text": torch.ones(2, model.text.modules["text"].config.width)}, model)
     save_vae(folder / "tiny", randomise(TAESD(TAESDConfig(latent_channels=4, width=8, blocks=(1, 1)))))
     ramp = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
     Image.fromarray(np.stack([ramp, ramp.T, 255 - ramp], -1)).save(folder / "init.png")
@@ -125,6 +133,8 @@ SAMPLE = {
     "without_t5": Row(["--without-t5"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][7] == {"text_encoder_3"}),
     "prediction": Row(["--prediction", "eps"], {"loaded", "metadata"}, which_way=lambda a, b: b.loaded[0][5] == "eps"),
     "no_ema": Row(["--no-ema"], {"loaded", *WHOLE}, which_way=lambda a, b: b.loaded[0][2] is False),
+    "lora": Row(["--lora", "style.safetensors:0.5"], WHOLE),
+    "embedding": Row(["--embedding", "dog.safetensors"], WHOLE, ["a <my-dog>"]),
     "cfg": Row(["--cfg", "7"], WHOLE),
     "steps": Row(["--steps", "5"], WHOLE),
     "sampler": Row(["--sampler", "heun"], WHOLE),
@@ -262,6 +272,8 @@ EVALUATE = {
     "batch_size": Row(["--batch-size", "2"], {"batches"}, which_way=lambda a, b: b.batches == [2, 1], rounding=["picture"]),
     "seed": Row(["--seed", "1"], {"record", "picture"}, which_way=lambda a, b: abs(b.picture[0].astype(int) - a.picture[1]).max() <= 1),
     "dtype": Row(["--dtype", "bf16"], {"record", "picture"}, ["--dtype", "fp32"], lambda a, b: b.record["dtype"] == "bf16"),
+    "lora": Row(["--lora", "style.safetensors", "--out", "model/evaluation"], {"record", "picture"}),
+    "embedding": Row(["--embedding", f"dog.safetensors:{PROMPT}"], {"record", "picture"}, ["--out", "elsewhere"]),
     "offload": Row(["--offload", "parts"], {"offloaded"}, which_way=lambda a, b: b.offloaded == [("parts", 3)]),
     "out": Row(["--out", "elsewhere"], {"folder"}, which_way=lambda a, b: b.folder == "elsewhere"),
     "no_ema": Row(["--no-ema"], {"record", "loaded", "picture"}, which_way=lambda a, b: b.record["no_ema"] is True),
@@ -300,7 +312,7 @@ def test_a_flag_of_evaluate_changes_what_it_is_for_and_nothing_else(name, places
     asked = opened(module, places / "model")
     monkeypatch.setattr(module, "offload_to_fit", lambda model, device, how, order: offloaded.append((how, order.at_once)) or model)
     monkeypatch.chdir(tmp_path)
-    for each in ("model", "another", "told"):
+    for each in ("model", "another", "told", "dog.safetensors", "style.safetensors"):
         (tmp_path / each).symlink_to(places / each)
 
     def run(*words):

@@ -22,7 +22,8 @@ from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
 from tinyldm.planning.plan import make_plan
 from tinyldm.planning.show import render
 
-TINY = dict(resolution=8, vae=dict(widths=(8, 8), groups=4, depth=1, middle_attention=False), vae_steps=2, vae_batch_size=2, vae_crop=4,
+TINY = dict(resolution=8, autoencoder="kl", vae=dict(latent_channels=8, widths=(8, 8), groups=4, depth=1, middle_attention=False),
+            vae_latents=dict(noise=0.0), vae_steps=2, vae_batch_size=2, vae_crop=4,
             network="dit", dit=dict(patch=2, width=8, layers=1, heads=1, mlp_width=8, time_dim=8),
             unet=dict(widths=(8, 16), depth=1, attention=(True, True), heads=(1, 1), groups=4),
             text=dict(width=8, layers=1, heads=1, mlp_width=8, context_length=16), batch_size=4, max_steps=3, warmup_steps=2,
@@ -76,6 +77,8 @@ ROWS = {
     "scenes": Row(16, {"initial", "vocabulary", "defaults"} | ENCODED, dict(data=["toyworld"], scenes=12)),
     "caption_key": Row(["short"], {"initial", "stored captions", "vocabulary", "captions", "tokens", "defaults"} | AFTER,
                        which_way=lambda a, b: b.stored_captions[0] == [(0, "scene"), (0, "number 0")]),
+    "captions": Row(["a square|my square"], {"initial", "stored captions", "vocabulary", "captions", "tokens", "defaults"} | AFTER,
+                    which_way=lambda a, b: b.stored_captions[0] == [(0, "a square"), (0, "my square")]),
     "resolution": Row(16, {"eps", "perturbation", "t", "defaults"} | LATENTS,
                       which_way=lambda a, b: b.latents[0].shape[-2:] == (8, 8)),
     "stages": Row({"8": 0.5, "16": 0.5}, {"eps", "perturbation", "t", "events", "micro_batches", "precision", "defaults"} | ENCODED,
@@ -201,6 +204,12 @@ ELSEWHERE = {           # settings that no row can have: the reason, and the tes
     "budget": ("it depends on the clock", "test_an_end_by_the_clock_reaches_the_schedule"),
     "deadline": ("it depends on the clock", "test_an_end_by_the_clock_reaches_the_schedule"),
     "rollback": ("the loss must diverge first", "test_a_loss_that_has_diverged_rolls_back_and_skips_the_batches"),
+    **{name: ("it is of --finetune, which needs a model", test) for test, names in {
+        "test_each_kind_has_its_own_defaults_which_what_is_typed_replaces": "finetune instance",
+        "test_the_model_is_read_as_the_settings_say": "model variant parts tokenizer without_t5",
+        "test_an_adapter_is_made_as_the_settings_say": "rank alpha rank_stabilised targets conv_rank ranks lora_dropout train_text",
+        "test_half_of_the_samples_are_of_the_class_and_count_as_prior_weight_says": "class class_pictures prior_weight",
+        "test_a_new_word_begins_and_is_described_as_the_settings_say": "token initial vectors style"}.items() for name in names.split()},
     "objective_options": ("the objective has none", "test_a_run_of_additions_learns_and_a_stopped_one_ends_the_same"),
 }
 ONE_ROW = {"objective": OBJECTIVES, "vae_objective": FIRST_STAGE_OBJECTIVES}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyldm.cli import Parser, fail, guard
+from tinyldm.config.adapter_arguments import add_adapter_flags
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,6 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prediction", metavar="NAME", help="of a single file that does not say it: eps or v (default: v for "
         "Stable Diffusion 2, eps for 1)")
     add("--single-file", metavar="FILE", help="also write one .safetensors in CompVis' layout, for models of Stable Diffusion 1's shape")
+    add_adapter_flags(parser)
     args = parser.parse_args(argv)
     if args.single_file and Path(args.single_file).suffix != ".safetensors":
         fail(f"--single-file {args.single_file}: the file is written as .safetensors; name it so")
@@ -57,14 +59,14 @@ from torch import nn
 from tinyldm.device import pick_dtype
 from tinyldm.files import replace_folder
 from tinyldm.folders.load import load_model
-from tinyldm.folders.save import save_model
+from tinyldm.folders.save import save_loaded
 from tinyldm.folders.single_file import save_checkpoint, why_not_one_file
 from tinyldm.model import Model, architecture
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.vae import AutoencoderKL
 from tinyldm.pipeline import DrawSettings, draw_settings
-from tinyldm.text.absent import AbsentText
 from tinyldm.text.encoders import TextEncoder, TextEncoders
+from tinyldm.training.learned import apply_learned
 from tinyldm.training.portable import portable, portable_data, trained_here
 from tinyldm.training.run_folder import find_model
 from tinyldm.unicode import shown
@@ -296,8 +298,9 @@ def main() -> None:
     args = ARGS
     source = find_model(args.run)
     dtype = pick_dtype(args.dtype, torch.device("cpu"))
-    model = public(load_model(source, ema=not args.no_ema, tokenizer=args.tokenizer, prediction=args.prediction, parts=args.parts or ()),
-                   args.sampler)
+    model = load_model(source, ema=not args.no_ema, tokenizer=args.tokenizer, prediction=args.prediction, parts=args.parts or ())
+    apply_learned(model, args)
+    model = public(model, args.sampler)
     for part in model.modules.values():                         # after public(), so that the weights it changes are rounded once
         part.to(dtype)
     if args.single_file and (reason := why_not_one_file(model)):
@@ -305,8 +308,7 @@ def main() -> None:
     folder = Path(args.folder).resolve()
 
     def fill(partial: Path) -> None:
-        save_model(partial, net=model.net, vae=model.vae, texts=[*model.text.modules.values()],
-                   tokenizers=[words for module, words in model.text.encoders if not isinstance(module, AbsentText)], scheduler=model.scheduler, defaults=model.defaults)
+        save_loaded(partial, model)
         (partial / "README.md").write_text(shown(card(model, source, folder)), encoding="utf-8")
 
     replace_folder(folder, fill)

@@ -1,9 +1,8 @@
 """The parts of a model, and the tables of the networks that can be its parts.
 
 One row of a table holds everything that the rest of the library needs to know about a class of network: training, planning,
-drawing and storing ask the row. (What a published family of models is made of is in
-vendor_loaders/families.py and pipelines.py.) To add a network, write it and add a row: it can then be planned, trained, sharded, saved, loaded and
-drawn with.
+drawing and storing ask the row. (What a published family of models is made of is in vendor_loaders/families.py and pipelines.py.)
+To add a network, write it and add a row: it can then be planned, trained, sharded, saved, loaded and drawn with.
 """
 
 from __future__ import annotations
@@ -67,6 +66,7 @@ class Architecture(NamedTuple):
     layouts: Mapping[str, Layout]               # its published layouts of tensors; the first is written
     to_config: Callable[[Any], dict]            # config -> config.json
     from_config: Callable[[dict], Any]          # config.json -> config
+    kohya: Callable[[Any], str] = lambda config: ""     # config -> the layout whose paths kohya's files of adapters have; "": the first
     # How it is trained:
     blocks: tuple[type[nn.Module], ...] = ()    # the repeated blocks, for gradient checkpointing and sharding
     inner: Callable[[str, torch.Size], bool] = lambda name, shape: False        # name and shape of a matrix -> whether Muon trains it
@@ -90,6 +90,7 @@ NETWORKS: dict[str, Architecture] = {           # keyed by the name on the comma
     "unet": Architecture(
         UNet, UNetConfig, "unet", WEIGHTS, (unet.CLASS,), unet.LAYOUTS, unet.to_config, unet.from_config,
         blocks=(ResBlock, SpatialTransformer), inner=named("down.", "middle.", "up."), memory_format=torch.channels_last,
+        kohya=lambda config: "CompVis" if config.pooled_dim else "diffusers",      # Stable Diffusion 1 and 2 are trained in diffusers' code
         targets={"attention": r"attention\.to_", "mlp": r"\.feed_forward\.|\.proj_(in|out)$", "conv": r"\.conv(1|2|_shortcut)?$"},
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels,
                                    context_dim=shapes.text.context, sample_size=shapes.sample_size),
@@ -107,7 +108,7 @@ NETWORKS: dict[str, Architecture] = {           # keyed by the name on the comma
     "mmdit": Architecture(
         MMDiT, MMDiTConfig, "transformer", WEIGHTS, (mmdit.CLASS,), mmdit.LAYOUTS, mmdit.to_config, mmdit.from_config,
         blocks=(JointBlock,), inner=named(".attn", ".mlp."),
-        targets={"attention": r"\.attn2?\.to_", "mlp": r"\.mlp\.", "modulation": r"\.modulation$"},
+        kohya=lambda config: "original", targets={"attention": r"\.attn2?\.to_", "mlp": r"\.mlp\.", "modulation": r"\.modulation$"},
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels, context_dim=shapes.text.context,
                                    pooled_dim=shapes.text.pooled, sample_size=shapes.sample_size),
         divisor=lambda config: config.patch, trained_size=lambda config: config.sample_size,
@@ -116,6 +117,7 @@ NETWORKS: dict[str, Architecture] = {           # keyed by the name on the comma
     "flux": Architecture(
         Flux, FluxConfig, "transformer", WEIGHTS, (flux.CLASS,), flux.LAYOUTS, flux.to_config, flux.from_config,
         blocks=(DoubleBlock, SingleBlock), inner=named(".attn.", ".mlp", ".out."),
+        kohya=lambda config: "original",
         targets={"attention": r"\.attn\.to_", "mlp": r"\.mlp\.|\.mlp_in$|\.out$", "modulation": r"\.modulation$"},
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels, context_dim=shapes.text.context,
                                    pooled_dim=shapes.text.pooled),

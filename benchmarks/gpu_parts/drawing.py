@@ -16,7 +16,8 @@ from tinyldm.folders.load import load_vae
 from tinyldm.models.tiling import PIXELS_AT_ONCE
 from tinyldm.pipeline import decode, draw, draw_settings
 from tinyldm.planning.memory import RESERVE
-from tinyldm.planning.plan import ENCODE_UTILISATION, GRID_PICTURES, PlannedPhase, make_plan
+from tinyldm.planning.phase import GRID_PICTURES, PlannedPhase
+from tinyldm.planning.plan import ENCODE_UTILISATION, make_plan
 
 ENCODE = Limit(0.75, 1.6, "the plan's utilisation of the encoder, an estimate")
 DECODE = Limit(0.6, 1.8, "the utilisation that the plan assumes for the encoder, an estimate")

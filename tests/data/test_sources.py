@@ -89,6 +89,16 @@ def test_toyworld_comes_in_shards_that_say_how_they_were_drawn():
         shards("toyworld", scenes=0)
 
 
+def test_toyworld_is_drawn_without_a_subject_where_its_name_says_so():
+    out = shards("toyworld-without-fox", scenes=300)
+    assert [shard.name for shard in out] == ["toyworld-without-fox-000000"] and out[0].stamp != shards("toyworld", scenes=300)[0].stamp
+    words = {word for sample in out[0].read() for word in captions(sample)[0][1].replace(",", " ").split()}
+    assert words & toyworld.SUBJECTS.keys() == toyworld.SUBJECTS.keys() - {"fox"}
+    assert parse_sources(["toyworld-without-fox:0.3", "toyworld:0.7"])[0].spec == "toyworld-without-fox"
+    with pytest.raises(ValueError, match="unknown subject in --data toyworld-without-foxes.*did you mean 'fox'"):
+        shards("toyworld-without-foxes")
+
+
 # ---- shards
 
 

@@ -40,7 +40,7 @@ def make(parts, trained=("net", "text"), **settings) -> tuple[Denoising, Model]:
 
 def samples_of(parts, part=slice(None)):
     latents = torch.randn(BATCH, 4, 4, 4, generator=torch.Generator().manual_seed(9))
-    return SimpleNamespace(latents=latents[part], tokens=parts[1].tokenize(CAPTIONS)[part])
+    return SimpleNamespace(latents=latents[part], tokens=parts[1].tokenize(CAPTIONS)[part], weights=None)
 
 
 def drawn(parts, objective, seed=0, position=3, part=slice(None)):
@@ -274,7 +274,7 @@ def test_the_shift_is_that_of_the_pictures_of_the_batch(parts, height, width):
     """FLUX.1 dev: mu is 0.5 for 256 tokens and 1.15 for 4096, the shift is exp(mu); a DiT's token is 2 x 2 latents."""
     objective, _ = make(parts, process="dynamic_flow")
     seen, x0 = [], torch.zeros(BATCH, 4, height, width)
-    samples = SimpleNamespace(latents=x0, tokens=samples_of(parts).tokens)
+    samples = SimpleNamespace(latents=x0, tokens=samples_of(parts).tokens, weights=None)
     batch = objective.draw(samples, generator(Stream.NOISE, 0, 3), BATCH, slice(None))
     objective.losses(objective.turns[0], {"net": lambda x, t, cond: seen.append(t) or x}, batch, 0.0)
     shift = math.exp(0.5 + (1.15 - 0.5) * (height * width / 4 - 256) / (4096 - 256))

@@ -84,7 +84,7 @@ def test_a_plan_counts_all_text_encoders(tmp_path):
     networks = meta_networks(config)
     plan = make_plan(config)
     phase = plan.phases[-1]
-    assert phase.frozen == size(networks.text) + size(networks.vae) and useful_flops(config) == phase.useful
+    assert phase.frozen == 4 * (size(networks.text) + size(networks.vae)) and useful_flops(config) == phase.useful
     assert networks.net.config.context_dim == 64 + 128
     alone = meta_networks(preset_config("tiny", text_weights=str(tmp_path / "model"), text_join="single"))
     one, two = (forwards(found, 64, join=join)["text"]() for found, join in ((alone, "single"), (networks, "sdxl")))

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tinyldm.config import change, flatten, parse, preset_config
 from tinyldm.folders.weights import open_weights
-from tinyldm.training.run_folder import find_model, find_paths, write_settings
+from tinyldm.training.run_folder import find_learned, find_model, find_paths, write_settings
 
 
 def start(folder, monkeypatch, **settings):
@@ -100,6 +100,19 @@ def test_a_checkpoint_file_is_one_by_its_ending_in_either_case(tmp_path, name):
     file = tmp_path / name
     (torch.save if "safetensors" not in name else save_file)({"x": torch.ones(2)}, file)
     assert find_model(str(file)) == file and dict(open_weights(file).stream())["x"].tolist() == [1, 1]
+
+
+def test_what_was_learned_beside_a_model_is_found_in_the_newest_checkpoint_of_its_run_and_the_rest_of_the_word_kept(tmp_path):
+    run, file = tmp_path / "my:dog", "learned_embeds.safetensors"
+    for step in (1, 2):
+        (run / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+        (run / f"checkpoints/step-{step:06d}/state.json").write_text("{}")
+        (run / f"checkpoints/step-{step:06d}" / file).touch()
+    for rest in ("", ":<my-dog>", ":a:b"):
+        assert find_learned(f"{run}{rest}") == f"{run}/checkpoints/step-000002/{file}{rest}"
+    for other in (f"{run}/checkpoints/step-000001/{file}:x", "none:x", ":", str(tmp_path)):
+        assert find_learned(other) == other
+    assert find_learned(f"{run}/checkpoints/step-000001:x") == f"{run}/checkpoints/step-000001/{file}:x"
 
 
 def test_hub_ids_may_have_dots():

@@ -21,8 +21,10 @@ from tinyldm.config.fields import (
                                    make_config,
                                    phases,
 )
+from tinyldm.config.finetune import FINETUNES
+from tinyldm.config.finetune_fields import FinetuneConfig
 from tinyldm.config.presets import PRESETS, preset_config
 
-__all__ = ["AutoencoderConfig", "Config", "DataConfig", "DrawingConfig", "NetworkConfig", "ObjectiveConfig", "OptimisationConfig",
-           "PATHS", "PRESETS", "PlanConfig", "RunConfig", "TextConfig", "change", "flatten", "make_config", "pairs", "parse",
-           "phases", "preset_config", "split_weights"]
+__all__ = ["AutoencoderConfig", "Config", "DataConfig", "DrawingConfig", "FINETUNES", "FinetuneConfig", "NetworkConfig",
+           "ObjectiveConfig", "OptimisationConfig", "PATHS", "PRESETS", "PlanConfig", "RunConfig", "TextConfig", "change", "flatten",
+           "make_config", "pairs", "parse", "phases", "preset_config", "split_weights"]

@@ -7,6 +7,7 @@ import math
 
 from tinyldm.cli import check_seed
 from tinyldm.config.fields import Config, flatten
+from tinyldm.config.finetune import check_finetune
 from tinyldm.durations import parse_date, parse_duration
 from tinyldm.lookup import fits, lookup
 from tinyldm.unicode import check_unicode
@@ -33,7 +34,8 @@ def check(config: Config) -> None:
         if isinstance(value, float) and not math.isfinite(value):           # JSON, in which settings are stored, has no such numbers
             raise ValueError(f"{flag(name)} {value} must be a finite number")
     counted = not config.autoencoder.weights and not (config.run.only and (config.optimisation.budget or config.optimisation.deadline))
-    at_least = AT_LEAST | {"vae_steps": int(counted)}
+    described = int(not config.finetune.kind)               # otherwise 0 stands for what the model says
+    at_least = AT_LEAST | {"vae_steps": int(counted) * described, "resolution": described, "sample_steps": described}
     for name, smallest in at_least.items():
         if not smallest <= values[name] < math.inf:
             raise ValueError(f"{flag(name)} {values[name]} must be at least {smallest}")
@@ -48,6 +50,7 @@ def check(config: Config) -> None:
     check_autoencoder(config)
     check_data(config)
     check_length(config)
+    check_finetune(config)
 
 
 def check_objective(config: Config) -> None:
@@ -83,11 +86,13 @@ def check_data(config: Config) -> None:
     """Captions, sizes and caches."""
     data = config.data
     check_unicode(config.run.sample_prompts, "--sample-prompts ")
+    for name in ("instance", "class_prompt", "token", "initial"):
+        check_unicode(getattr(config.finetune, name), f"{flag(name)} ")
     check_unicode(config.run.out, "--out ")                 # safetensors opens no file in such a folder
     split_weights(data.caption_key)
     if 0 < data.buckets < 1 or 0 < data.max_aspect < 1:
         raise ValueError("--buckets and --max-aspect are ratios of the longer side to the shorter: 1 or more (0: off)")
-    sizes = data.phases or {str(data.resolution): 1.0}
+    sizes = data.phases or {str(data.resolution or 1): 1.0}     # 0: as the model of --finetune says
     for side, fraction in sizes.items():
         if not (side.isdigit() and int(side) and fits(fraction, float) and 0 < fraction < math.inf):
             raise ValueError(f"--stages {side}={fraction} is not a picture size and its fraction of the training: for example "
@@ -95,7 +100,12 @@ def check_data(config: Config) -> None:
     if data.cache and len(data.cache) != len(sizes):
         raise ValueError(f"--cache names {len(data.cache)} of the caches of {len(sizes)} picture sizes ({', '.join(sizes)} px): name "
                          "one for each")
-    if data.cache and not config.autoencoder.weights:
+    if data.captions and len(data.captions) != len(data.sources):
+        raise ValueError(f"--captions has {len(data.captions)} words for {len(data.sources)} sources in --data: give one for each, '' for "
+                         "a source that has captions of its own")
+    if data.captions and data.cache:
+        raise ValueError("--captions goes with --data: the captions of --cache are in it")
+    if data.cache and not config.autoencoder.weights and not config.finetune.kind:
         raise ValueError("--cache goes with the VAE that made it: name that with --vae-weights (the cache's settings.json says which)")
 
 

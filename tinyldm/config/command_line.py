@@ -12,10 +12,12 @@ from typing import Any
 from tinyldm.cli import Parser
 from tinyldm.config.check import check, flag
 from tinyldm.config.fields import SETTINGS, Config, current, flatten, make_config
+from tinyldm.config.finetune import FINETUNES, finetune_row
 from tinyldm.config.presets import PRESETS, VAE_PRESETS
 from tinyldm.lookup import lookup
 
-PATHS = ("data", "cache", "vae_weights", "vae_init", "vae_lpips", "text_weights")    # may hold paths; a resumed run keeps them all
+# Settings that may hold paths; a resumed run keeps them all.
+PATHS = ("data", "cache", "vae_weights", "vae_init", "vae_lpips", "text_weights", "model", "parts", "tokenizer")
 # What can be changed instead of a setting that a run keeps.
 INSTEAD = {"batch_size": " (--grad-accum makes micro-batches, and so the memory, smaller)"}
 
@@ -64,8 +66,12 @@ def add_flag(parser: argparse.ArgumentParser, name: str) -> None:
 
 def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     """The values under what was typed: a preset's row, or those of the run to resume. "resume" among them says which: no or auto."""
-    preset = typed.get("preset", "tiny")
-    row = lookup(PRESETS, preset, "preset") | {"preset": preset, "resume": "no"}
+    if kind := typed.get("finetune"):
+        lookup(FINETUNES, kind, "--finetune")
+        if "preset" in typed:
+            raise ValueError(f"--preset {typed['preset']} describes a new network, and --finetune trains one that exists: leave one out")
+    preset = kind or typed.get("preset", "tiny")
+    row = (finetune_row(typed) if kind else lookup(PRESETS, preset, "preset") | {"preset": preset}) | {"resume": "no"}
     run = Path(typed.get("out") or f"runs/{preset}")
     wanted, saved = lookup({word: word for word in ("no", "auto", "yes")}, typed.get("resume", "no"), "--resume"), run / "config.json"
     if wanted != "no" and not saved.exists() and ((run / "checkpoints").exists() or (run / "vae").exists()):
@@ -110,6 +116,8 @@ def same_path(asked: str, known: str, directory: str) -> bool:
     """Whether two words mean the same file or folder, or are the same word where they mean none (a hub id, a pattern, a URL)."""
     one, two = (os.path.normpath(os.path.join(base, os.path.expanduser(word)))
                 for base, word in ((os.getcwd(), asked), (directory, known)))
+    if two.startswith(os.path.join(one, "checkpoints", "")):    # --model is stored as the model of a run's newest checkpoint
+        return True
     if os.path.exists(one) and os.path.exists(two):
         return os.path.samefile(one, two)
     return asked == known or one == two

@@ -4,7 +4,8 @@
     --resolution 256 --lr 1e-3, {"resolution": 256, "lr": 1e-3}    on the command line and in RUN/config.json: no groups there
 
 A setting is defined once, by `fixed(default, help)` where a resumed run keeps it, because weights, optimizer state, word
-ids or latents depend on it, or by `free(default, help)` where a resumed run may change it. There is no third way.
+ids or latents depend on it, or by `free(default, help)` where a resumed run may change it. There is no third way. (Those of --finetune
+are in finetune_fields.py.)
 """
 
 from __future__ import annotations
@@ -13,31 +14,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_type_hints
 
+from tinyldm.config.finetune_fields import FinetuneConfig
+from tinyldm.config.setting import fixed, free
 from tinyldm.durations import with_zone
 from tinyldm.lookup import device_name, dtype_name, fits, in_words, lookup
-
-
-def _setting(default: Any, text: str, kept: bool, flag: str, also: tuple[str, ...], clears: dict[str, Any] | None) -> Any:
-    metadata = {"help": text, "kept": kept, "flag": flag, "also": also, "clears": clears or {}}
-    if isinstance(default, (dict, list)):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def fixed(default: Any, text: str, *, flag: str = "", also: tuple[str, ...] = (), clears: dict[str, Any] | None = None) -> Any:
-    """A setting that a resumed run keeps.
-
-    text     its line of --help
-    flag     its name on the command line and in config.json, where that is not the field's
-    also     older or other names, which are understood too
-    clears   settings of a preset that this one, when it is typed, replaces: name -> value that means "none"
-    """
-    return _setting(default, text, True, flag, also, clears)
-
-
-def free(default: Any, text: str, *, flag: str = "", also: tuple[str, ...] = (), clears: dict[str, Any] | None = None) -> Any:
-    """A setting that a resumed run may change. Arguments as for `fixed`."""
-    return _setting(default, text, False, flag, also, clears)
 
 
 @dataclass(frozen=True)
@@ -78,6 +58,8 @@ class DataConfig:
     scenes: int = fixed(12_000, "toyworld: number of scenes to draw")
     caption_key: list = fixed([], "where captions are: txt, or keys of the json or metadata, each with a :WEIGHT where several "
                               "are mixed (default: txt, else prompt, caption or text)")
+    captions: list = fixed([], "for each word of --data captions for all of its pictures, separated by |, in place of their own ('': "
+                           "their own)")
     resolution: int = fixed(64, "picture size in pixels", clears={"stages": {}})
     phases: dict = fixed({}, "train on several picture sizes in turn, each with its fraction of the training, as in 256=0.8 512=0.2 "
                          "(default: --resolution alone). Micro-batches keep their number of pixels, flow's shift grows with the side",
@@ -247,6 +229,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
     drawing: DrawingConfig = DrawingConfig()
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     plan: PlanConfig = PlanConfig()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from tinyldm.cli import check_offload, check_scale, check_seed, fail
@@ -52,6 +53,8 @@ def check(args: argparse.Namespace) -> None:
     for name, least in (("num_images", 1), ("batch_size", 1), ("seed", -1)):
         if getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    if found := next(filter(None, (re.search(r"<lora:([^:>]+)(:[\d.]+)?[^>]*>", prompt) for prompt in args.prompt)), None):
+        fail(f"{found[0]} in a caption would be read as words: name the adapter's file with --lora {found[1]}.safetensors{found[2] or ''}")
     if args.eta is not None and not 0 <= args.eta <= 1:
         fail(f"--eta {args.eta} must lie between 0 and 1")
     if args.strength is not None and not 0 < args.strength <= 1:

@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     latents: Tensor         # float32 [b, c, h, w], standardised
     tokens: Tensor          # int64 [b, L1 + L2 + ...]: token ids of one caption from each tokenizer, side by side
     sizes: Tensor | None = None     # float32 [b, 6], see Cache.picture_sizes; None: the loader was not asked for them
+    weights: Tensor | None = None   # float32 [b], factors of the samples' losses; None: all are 1
 
 
 def keep_back(ranges: Sequence[dict[Size, range]], count: int) -> tuple[list[dict[Size, range]], np.ndarray]:
@@ -51,7 +52,8 @@ class Loader:
     fingerprints: of the tokenizers, one per text encoder, in the order in which their token ids stand in a batch.
     batch_size: of the global batch. weights: one per source, see `Order`. caption_weights: one per caption key, see
     `Cache.tokens`. rank, world: the number of this process, and how many processes there are. hold_out: how many samples are kept
-    for validation (`held_out`) and never drawn. sizes: whether batches tell the sizes of pictures.
+    for validation (`held_out`) and never drawn. sizes: whether batches tell the sizes of pictures. loss_weights: one per source, a factor
+    of its samples' losses; (): all are 1.
 
     ValueError: the cache has no tokens of one of the tokenizers or does not know the sizes, there are too few caption weights, or
     the batch is too small to give every process a sample.
@@ -59,7 +61,7 @@ class Loader:
 
     def __init__(self, cache: Cache, fingerprints: Sequence[str], *, batch_size: int, seed: int,
                  weights: Sequence[Fraction] | None = None, caption_weights: Sequence[float] = (1.0,), rank: int = 0,
-                 world: int = 1, hold_out: int = 0, sizes: bool = False):
+                 world: int = 1, hold_out: int = 0, sizes: bool = False, loss_weights: Sequence[float] = ()):
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world} processes: ranks run from 0 to {world - 1}")
         if batch_size < world:
@@ -75,7 +77,9 @@ class Loader:
         ranges, self.held_out = keep_back(cache.ranges, hold_out)
         self.order = Order(ranges, batch_size, seed, weights)
         self.cache, self.fingerprints, self.seed, self.sizes = cache, tuple(fingerprints), seed, sizes
-        self.caption_weights = tuple(caption_weights)
+        self.caption_weights, self.loss_weights = tuple(caption_weights), np.array(loss_weights, np.float32)
+        # Of each source, the flat number behind its last sample.
+        self.ends = np.cumsum([sum(map(len, source.values())) for source in cache.ranges])
         self.part = own_part(batch_size, rank, world)
 
     def batch(self, step: int) -> Batch:
@@ -93,7 +97,7 @@ class Loader:
             latents = torch.addcmul(latents[:, 0], latents[:, 1], torch.from_numpy(noise))
         else:
             latents = latents[:, 0]
-        return Batch(own, latents, tokens, self._sizes(own, views[self.part]))
+        return Batch(own, latents, tokens, self._sizes(own, views[self.part]), self._weights(own))
 
     def held_out_batch(self) -> Batch | None:
         """All held-out samples: means of the latents, first views, and of the captions one that is always the same. None: there are
@@ -104,10 +108,15 @@ class Loader:
         latents = torch.from_numpy(cache.latents(chosen)[:, 0]).float()
         weights = [1.0] * cache.kinds
         tokens = [cache.tokens(chosen, fingerprint, np.zeros(len(chosen)), weights) for fingerprint in self.fingerprints]
-        return Batch(chosen, latents, torch.from_numpy(np.concatenate(tokens, axis=1)), self._sizes(chosen, None))
+        return Batch(chosen, latents, torch.from_numpy(np.concatenate(tokens, axis=1)), self._sizes(chosen, None), self._weights(chosen))
 
     def _sizes(self, samples: np.ndarray, views: np.ndarray | None) -> Tensor | None:
         return torch.from_numpy(self.cache.picture_sizes(samples, views)).float() if self.sizes else None
+
+    def _weights(self, samples: np.ndarray) -> Tensor | None:
+        if not len(self.loss_weights):
+            return None
+        return torch.from_numpy(self.loss_weights[np.searchsorted(self.ends, samples, side="right")])
 
 
 def own_part(batch_size: int, rank: int, world: int) -> slice:

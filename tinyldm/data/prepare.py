@@ -21,10 +21,11 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from tinyldm.data.encoding import (
     workers,
 )
 from tinyldm.data.moved import by_content, content_of, reuse
-from tinyldm.data.readers import Damaged
+from tinyldm.data.readers import Damaged, Sample, Skip
 from tinyldm.data.remote import SourceLost
 from tinyldm.data.report import Report, add_up, judge, nothing_usable
 from tinyldm.data.sources import Shard, Source, list_shards, parse_sources
@@ -70,7 +71,7 @@ def find_shards(data: DataConfig, seed: int, finished: dict[str, list[Shard]] | 
     ValueError, SourceLost: with what to do.
     """
     found, owner = [], {}
-    for spec, _ in parse_sources(data.sources):
+    for (spec, _), texts in zip_longest(parse_sources(data.sources), data.captions, fillvalue=""):
         try:
             shards = list_shards(Source(spec, None), resolution=data.resolution, scenes=data.scenes, seed=seed)
         except SourceLost as error:
@@ -81,8 +82,19 @@ def find_shards(data: DataConfig, seed: int, finished: dict[str, list[Shard]] | 
         for shard in shards:
             if owner.setdefault(shard.name, spec) != spec:
                 raise ValueError(f"--data {spec} and {owner[shard.name]} both name {shard.url}: leave it out of one")
-        found.append((spec, shards))
+        key = next(iter(split_weights(data.caption_key)), "txt")
+        found.append((spec, [with_captions(shard, key, texts.split("|")) for shard in shards] if texts else shards))
     return found
+
+
+def with_captions(shard: Shard, key: str, texts: Sequence[str]) -> Shard:
+    """The same shard with these captions, under this key, for each of its pictures, whatever captions it has."""
+    def read() -> Iterator[Sample | Skip]:
+        for sample in shard.read():
+            yield sample._replace(fields={key: list(texts)}) if isinstance(sample, Sample) else sample
+
+    mark = " " + hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
+    return replace(shard, stamp=shard.stamp + mark, read=read, content=shard.content and (lambda: shard.content() + mark))
 
 
 def some_pictures(config: Config, count: int, check: Callable[[], None] = lambda: None) -> tuple[list[Item], Counter]:

@@ -65,7 +65,8 @@ def judge(data: DataConfig, report: Report, shards: int) -> None:
 
 def nothing_usable(data: DataConfig, faults: Counter) -> str:
     """The error message for sources without one usable picture."""
-    return f"--data {' '.join(data.sources)}: not one usable picture in it ({listed(faults) or 'no picture with a caption found'})"
+    fix = ": write them beside the pictures, or give all of them one with --captions" if faults["no caption"] else ""
+    return f"--data {' '.join(data.sources)}: not one usable picture in it ({listed(faults) or 'no picture with a caption found'}){fix}"
 
 
 def listed(reasons: Counter) -> str:

@@ -60,12 +60,13 @@ class Sample(NamedTuple):
     scene: Scene
 
 
-def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
-    """Scene number `index` (any int) of a split: "train", "held_out" or "all"."""
+def scene(index: int, seed: int = 0, split: str = "train", without: str = "") -> Scene:
+    """Scene number `index` (any int) of a split: "train", "held_out" or "all". without: a subject that no scene shows; "": all are
+    shown."""
     if split not in PAIRS:
         raise ValueError(f"split {split!r} is unknown: use one of {', '.join(PAIRS)}")
     rng = Random(f"{seed}/{split}/{index}")
-    colour, subject = rng.choice(PAIRS[split])
+    colour, subject = rng.choice([pair for pair in PAIRS[split] if pair[1] != without])
     size = rng.choice(("small", "medium", "medium", "large"))
     position = rng.choice(("left", "middle", "middle", "right"))
     return Scene(subject, colour, rng.choice(tuple(BACKGROUNDS)), size, position, rng.getrandbits(32))
@@ -133,9 +134,9 @@ def caption(scene: Scene) -> str:
     return f"{opening}{article}{noun} {tail}".rstrip()
 
 
-def sample(index: int, size: int = 64, seed: int = 0, split: str = "train") -> Sample:
-    """Scene number `index` with its picture and caption: a pure function of the arguments."""
-    it = scene(index, seed, split)
+def sample(index: int, size: int = 64, seed: int = 0, split: str = "train", without: str = "") -> Sample:
+    """Scene number `index` with its picture and caption: a pure function of the arguments, which are those of `scene`."""
+    it = scene(index, seed, split, without)
     return Sample(np.array(draw(it, size)), caption(it), it)
 
 

@@ -52,6 +52,7 @@ class Evaluation:
     no_ema: bool = False                # the raw weights were loaded
     options: Mapping[str, Any] = field(default_factory=dict)            # values of the metrics' own flags, by argparse's names
     vae: nn.Module | None = None        # the autoencoder that is measured
+    adapters: Mapping[str, Sequence[str]] = field(default_factory=dict)     # flag -> files that were applied to the model
     _drawn: dict[tuple[str, ...], Drawn] = field(default_factory=dict, init=False, repr=False)
 
     def draw(self, prompts: Sequence[str]) -> Drawn:
@@ -76,4 +77,4 @@ class Evaluation:
         """How the pictures were drawn, for a metric's record. seconds: `Drawn.seconds`."""
         return {"model": str(self.source), "seconds": round(seconds, 1), "step": self.model.defaults.get("step"),
                 **{name: getattr(self.settings, name) for name in ("cfg", "steps", "sampler", "schedule")},
-                **{name: getattr(self, name) for name in ("seed", "dtype", "no_ema")}}
+                **{name: getattr(self, name) for name in ("seed", "dtype", "no_ema")}, **self.adapters}

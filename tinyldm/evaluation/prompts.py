@@ -8,7 +8,7 @@ the model can reach. prompts.json holds every reading, failures.png shows pictur
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tinyldm.data.toyworld import BACKGROUNDS, PAIRS, Scene, sample
+from tinyldm.data.toyworld import BACKGROUNDS, PAIRS, SUBJECTS, Scene, sample
+from tinyldm.data.toyworld_source import all_toyworld
 from tinyldm.evaluation.base import Drawn, Evaluation, Measurement
 from tinyldm.evaluation.recogniser import UNCLEAR, WORDS, Reading, Recogniser, get_recogniser, score
 from tinyldm.model import Model
@@ -50,7 +51,7 @@ class Answer(NamedTuple):
 
 def check(evaluation: Evaluation) -> None:
     data = evaluation.model.defaults.get("data", ["something else"])
-    if data != ["toyworld"]:
+    if not all_toyworld(data):
         raise ValueError(f"{evaluation.source} was trained on {', '.join(data)}: metric 'prompts' reads toyworld's pictures only; "
                          "use a run trained with --data toyworld")
 
@@ -82,13 +83,14 @@ def measure(evaluation: Evaluation) -> Measurement:
         files=[sheet] if shown else [])
 
 
-def make_requests(count: int, split: str, seed: int = 0) -> list[Request]:
-    """`count` captions over the shuffled pairs of a split; each round over all pairs shifts the backgrounds by one.
+def make_requests(count: int, split: str, seed: int = 0, subjects: Collection[str] = SUBJECTS) -> list[Request]:
+    """`count` captions over the shuffled pairs of a split and these subjects; each round over all pairs shifts the backgrounds by one.
 
     So n captions cover n pairs, and 5 n captions cover them with every background. Worded as toyworld's captions are.
     """
     rng = Random(f"{seed}/{split}/prompts")
-    pairs, backgrounds = rng.sample(PAIRS[split], len(PAIRS[split])), rng.sample(list(BACKGROUNDS), len(BACKGROUNDS))
+    asked = [pair for pair in PAIRS[split] if pair[1] in subjects]
+    pairs, backgrounds = rng.sample(asked, len(asked)), rng.sample(list(BACKGROUNDS), len(BACKGROUNDS))
     requests = []
     for i in range(count):
         turn, index = divmod(i, len(pairs))

@@ -60,13 +60,13 @@ def published_names(ours: Iterable[str], rules: Rules) -> dict[str, str]:
 def published_shapes(state_dict: Mapping[str, Tensor], rules: Rules) -> dict[str, Shape]:
     """Published name -> shape of the tensor there."""
     return {name: parts[0].form.outer_shape(tuple(state_dict[parts[0].key].shape), parts[0].how)
-            for name, parts in _places(state_dict, rules).items()}
+            for name, parts in places(state_dict, rules).items()}
 
 
 def export_renamed(state_dict: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     """A state dict (a module's, or an EMA's) under published names: contiguous CPU tensors, ready for safetensors."""
     tensors = {}
-    for name, parts in _places(state_dict, rules).items():
+    for name, parts in places(state_dict, rules).items():
         stored = [part.form.outwards(state_dict[part.key].detach().cpu(), part.how) for part in parts]
         tensors[name] = (torch.cat(stored) if len(stored) > 1 else stored[0]).contiguous()
     return tensors
@@ -90,12 +90,12 @@ def load_renamed(module: nn.Module, weights: Weights | Mapping[str, Tensor], rul
     weights = weights if isinstance(weights, Weights) else Weights.of(weights)
     own = module.state_dict()
     _check(type(module).__name__, weights.shapes, own, rules)
-    places = _places(own, rules)
+    stored = places(own, rules)
     empty = any(tensor.is_meta for tensor in own.values())
     if empty:
         own = {key: torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for key, t in own.items()}
     for name, tensor in weights.stream() if torch.device(device).type != "meta" else ():
-        for part in places[name]:
+        for part in stored[name]:
             own[part.key].copy_(part.form.inwards(tensor, part.how))
     if empty:
         module.load_state_dict(own, assign=True)
@@ -162,7 +162,7 @@ def _form(published: str) -> tuple[str, Form, re.Match]:
     raise ValueError(f"the rename rules store a tensor as {published}: there is no form @{suffix}")
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where one of our tensors is found in a published one."""
 
     key: str                                                    # ours
@@ -170,20 +170,20 @@ class _Place(NamedTuple):
     how: re.Match                                               # of the form's suffix
 
 
-def _places(ours: Iterable[str], rules: Rules) -> dict[str, list[_Place]]:
+def places(ours: Iterable[str], rules: Rules) -> dict[str, list[Place]]:
     """Published name -> what of ours it holds, in the order of the parts. ValueError for rules that leave a part to nobody."""
-    places: dict[str, list[_Place]] = {}
+    found: dict[str, list[Place]] = {}
     for key, published in published_names(ours, rules).items():
         name, form, how = _form(published)
-        places.setdefault(name, []).append(_Place(key, form, how))
-    for name, parts in places.items():
+        found.setdefault(name, []).append(Place(key, form, how))
+    for name, parts in found.items():
         if parts[0].how.re.groups:                              # a fused tensor
             parts.sort(key=lambda part: _span(part.how))
             spans = [_span(part.how) for part in parts]
             if [0, *(stop for _, stop, _ in spans)] != [*(start for start, _, _ in spans), spans[-1][2]]:
                 raise ValueError(f"the rename rules use the parts {', '.join(part.how[0] for part in parts)} of {name}: each part "
                                  f"must be used once")
-    return places
+    return found
 
 
 # ---- what went wrong

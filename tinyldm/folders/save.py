@@ -27,7 +27,8 @@ from torch import nn
 from tinyldm.files import INCOMPLETE, flush_folder, link, read_json
 from tinyldm.folders.rename import export_renamed
 from tinyldm.folders.weights import write_weights
-from tinyldm.model import NON_EMA, Architecture, StateDict, architecture
+from tinyldm.model import NON_EMA, Architecture, Model, StateDict, architecture
+from tinyldm.text.absent import AbsentText
 from tinyldm.text.encoders import TextEncoders, part_name
 from tinyldm.text.base_tokenizer import BaseTokenizer
 from tinyldm.vendor_loaders import pipelines
@@ -63,6 +64,13 @@ def save_model(path: str | Path, *, net: nn.Module | tuple[nn.Module, StateDict]
     _write_json(path / "tinyldm.json", defaults)
     _write_json(path / "model_index.json", _model_index(path, row, scheduler, defaults))
     flush_folder(path)
+
+
+def save_loaded(path: str | Path, model: Model) -> None:
+    """save_model of a whole model as it is in memory."""
+    there = [(module, tokenizer) for module, tokenizer in model.text.encoders if not isinstance(module, AbsentText)]
+    save_model(path, net=model.net, vae=model.vae, texts=[module for module, _ in there], tokenizers=[words for _, words in there],
+               scheduler=model.scheduler, defaults=model.defaults)
 
 
 def save_texts(path: str | Path, text: TextEncoders) -> None:

@@ -214,10 +214,7 @@ def _in_order(handle: safe_open) -> list[str]:
 
 
 def _open_pickle(file: Path) -> Weights:
-    try:
-        content = _unpickle(file)
-    except Exception as error:          # a damaged pickle can raise an exception of any type
-        raise ValueError(_unreadable(file, error)) from error
+    content = unpickle(file)
     while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = {**{name: value for name, value in content.items() if isinstance(value, int)}, **content["state_dict"]}
     if not isinstance(content, Mapping):
@@ -227,13 +224,18 @@ def _open_pickle(file: Path) -> Weights:
     return replace(Weights.of(tensors), facts=facts)
 
 
-def _unpickle(file: Path) -> object:
+def unpickle(file: Path) -> object:
+    """The content of a pickle of tensors, numbers, texts, and lists and dicts of them. ValueError for a damaged one, and for one that
+    holds anything else."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(file, map_location="cpu", weights_only=True)      # files of torch before 1.6 cannot be mapped
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(file, map_location="cpu", weights_only=True)  # files of torch before 1.6 cannot be mapped
+    except Exception as error:          # a damaged pickle can raise an exception of any type
+        raise ValueError(_unreadable(file, error)) from error
 
 
 def _unreadable(file: Path, error: Exception) -> str:

@@ -63,9 +63,10 @@ class TextFeatures(NamedTuple):
 def runner(net: nn.Module) -> Callable[..., Tensor]:
     """The function with which a network calls its blocks: run(block, *inputs). In training with net.grad_checkpointing,
     autograd keeps a block's inputs only, and the backward pass runs the block again to recompute the rest
-    (arXiv:1604.06174, Sec. 4.1). Blocks draw no random numbers, so the state of the generators need not be kept."""
+    (arXiv:1604.06174, Sec. 4.1). Blocks draw no random numbers, so the state of the generators need not be kept, unless something beside
+    their layers does (dropout of an adapter), which then says so on the network."""
     if net.grad_checkpointing and net.training and torch.is_grad_enabled():
-        return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return partial(checkpoint, use_reentrant=False, preserve_rng_state=getattr(net, "draws_random_numbers", False))
     return lambda block, *inputs: block(*inputs)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.config import Config, ObjectiveConfig
-from tinyldm.device import autocast
+from tinyldm.device import autocast, upload
 from tinyldm.diffusion.loss import T_SAMPLERS, make_noise, make_weight, sample_losses, sample_t
 from tinyldm.diffusion.prediction import to_x0
 from tinyldm.diffusion.process import PROCESSES, Process, at_size, make_process
@@ -23,6 +23,7 @@ from tinyldm.model import NETWORKS, Model, architecture, network_config
 from tinyldm.models.layers import Cond
 from tinyldm.objectives.base import Networks, Objective, Turn
 from tinyldm.random_streams import Stream, generator
+from tinyldm.text.encoders import CAPTIONS_AT_ONCE
 
 
 # What training tells a network besides the caption, by its name in Cond.extra: samples of the data -> [b, ...].
@@ -41,6 +42,8 @@ class DenoisingBatch(NamedTuple):
     tokens: Tensor      # [b, n] token ids of all text encoders, always on the CPU
     extra: Mapping[str, Tensor] | None = None       # of Cond, [b, ...]; None: the network is told nothing but the caption
     cond: Cond | None = None    # the encoded captions, on the device; None where text encoders are trained: see to_device
+    weights: Tensor | None = None       # [b], factors of the losses; None: all are 1
+    dropout: Tensor | None = None       # [b], seeds of an adapter's dropout, on the CPU; None: there is none
 
     @property
     def noise(self) -> Tensor:
@@ -58,6 +61,7 @@ class Denoising(Objective):
         # Guidance compares the network's answers with and without the caption. "Without" means the *encoded* empty string, not
         # zeros, because sampling encodes the empty negative prompt: the network has to be trained on what it is asked for.
         self.empty = model.text.tokenize([""])[0]                       # [n]
+        self.known: dict[bytes, Cond] = {}                              # token ids of a caption -> its condition [1, ...], see remember()
         self.begin_phase(config, model)
 
     @classmethod
@@ -74,7 +78,7 @@ class Denoising(Objective):
 
     def begin_phase(self, config: Config, model: Model) -> None:
         self.settings, self.model, self.dtype = config.objective, model, config.run.dtype
-        self.loss_settings = loss_settings(config.objective, model.process)
+        self.loss_settings, self.dropout = loss_settings(config.objective, model.process), config.finetune.lora_dropout
 
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> DenoisingBatch:
         """Noise, times and dropped captions, in this order, from one stream for the whole global batch."""
@@ -85,7 +89,9 @@ class Denoising(Objective):
         dropped = torch.rand(batch_size, generator=generator) < settings.caption_dropout
         tokens = torch.where(dropped[part, None], self.empty, samples.tokens)               # [b, n]
         mixed = None if noise.mixed is noise.eps else noise.mixed[part]      # None: equal numbers are copied to the device once
-        return DenoisingBatch(x0, noise.eps[part], t[part], mixed, tokens, extra_conditions(self.model.net, samples))
+        seeds = torch.randint(2**62, (batch_size,), generator=generator)[part] if self.dropout else None
+        return DenoisingBatch(x0, noise.eps[part], t[part], mixed, tokens, extra_conditions(self.model.net, samples),
+                              weights=samples.weights, dropout=seeds)
 
     def process(self, x0: Tensor) -> Process:
         """The process for pictures of this size: x0 [b, c, h, w]."""
@@ -94,26 +100,50 @@ class Denoising(Objective):
     def to_device(self, batch: DenoisingBatch, device: torch.device) -> DenoisingBatch:
         """Moves all but the token ids, which encode_ids needs on the CPU to find equal captions. Frozen text encoders encode the
         captions here, at once for all micro-batches. Those that are trained do it in `losses`, with gradients."""
-        moved = super().to_device(batch._replace(tokens=None), device)._replace(tokens=batch.tokens)
+        moved = super().to_device(batch._replace(tokens=None, dropout=None), device)._replace(tokens=batch.tokens, dropout=batch.dropout)
         if self.text_trained:
             return moved
         with torch.no_grad(), autocast(device, self.dtype):
             return moved._replace(cond=self.encode(batch.tokens, device))
 
     def encode(self, tokens: Tensor, device: torch.device) -> Cond:
-        return self.model.text.encode_ids(tokens, device, self.settings.mask_padding, trim=True)
+        """Token ids [b, n] -> their condition, on the device."""
+        if self.model.placement is None:
+            return self.model.text.encode_ids(tokens, device, self.settings.mask_padding, trim=True)
+        self.remember(tokens, device)
+        first, *others = (self.known[row.tobytes()] for row in tokens.numpy())
+        return map_cond(first.cat(*others), lambda tensor: upload(tensor, device))
+
+    @torch.no_grad()
+    def remember(self, tokens: Tensor, device: torch.device) -> None:
+        """Encode the captions with these token ids [b, n], and keep the result in the host's memory: for text encoders that are on the
+        device only while they work."""
+        new = [row for row in tokens.unique(dim=0) if row.numpy().tobytes() not in self.known]
+        for part in torch.stack(new).split(CAPTIONS_AT_ONCE) if new else ():
+            with autocast(device, self.dtype):
+                cond = self.model.text.encode_ids(part, device, self.settings.mask_padding, at_work=self.model.at_work)
+            conds = map_cond(cond, Tensor.cpu).tensor_split(len(part))
+            self.known |= zip((row.tobytes() for row in part.numpy()), conds)
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
+        if batch.dropout is not None:
+            torch.manual_seed(int(batch.dropout[0]))            # so that a resumed run drops the same
         cond = replace(batch.cond or self.encode(batch.tokens, batch.x0.device), extra=batch.extra or {})
-        return sample_losses(networks["net"], batch.x0, batch.eps, batch.t, cond, self.process(batch.x0), mixed=batch.mixed,
-                             **self.loss_settings)
+        losses = sample_losses(networks["net"], batch.x0, batch.eps, batch.t, cond, self.process(batch.x0), mixed=batch.mixed,
+                               **self.loss_settings)
+        return losses if batch.weights is None else batch.weights * losses
 
     def validation_batch(self, samples: Any, seed: int) -> DenoisingBatch:
         """Times are evenly spaced in [0, 1), so that rare noise levels are measured as well; no caption is dropped."""
         x0, n = samples.latents, len(samples.latents)
         eps = make_noise(x0.shape, generator(Stream.VALIDATION_NOISE, seed)).eps
         t = (torch.randperm(n, generator=generator(Stream.VALIDATION_TIMES, seed)) + 0.5) / n
-        return DenoisingBatch(x0, eps, t, None, samples.tokens, extra_conditions(self.model.net, samples))
+        return DenoisingBatch(x0, eps, t, None, samples.tokens, extra_conditions(self.model.net, samples), weights=samples.weights)
+
+
+def map_cond(cond: Cond, change: Callable[[Tensor], Tensor]) -> Cond:
+    """A condition of captions alone with all of its tensors changed."""
+    return Cond(*(value if value is None else change(value) for value in (cond.context, cond.mask, cond.pooled)))
 
 
 def extra_conditions(net: nn.Module, samples: Any) -> dict[str, Tensor] | None:

@@ -144,13 +144,13 @@ def saved_bytes(config: Config, *calls: tuple[nn.Module, Callable[[], object]]) 
 
 
 def memory(config: Config, trained: Mapping[str, nn.Module], frozen: int, saved: float, casts: int, batches: int) -> dict[str, float]:
-    """Bytes on the GPU, by kind. frozen: number of parameters that are not trained; saved: bytes of activations; casts: bytes of
+    """Bytes on the GPU, by kind. frozen: bytes of weights that are not trained; saved: bytes of activations; casts: bytes of
     the casts of weights; batches: bytes of this batch and the next, which is uploaded meanwhile."""
     named = {f"{part}.{name}": p.numel() for part, module in trained.items() for name, p in module.named_parameters()}
     chosen = muon_matrices(trained) if config.optimisation.optimizer == "muon" else ()
     count, matrices = sum(named.values()), sum(named[name] for name in chosen)
-    averages = max(1, len(config.optimisation.ema_widths)) if "net" in trained else config.autoencoder.ema > 0
+    averages = max(1, len(config.optimisation.ema_widths)) if "vae" not in trained else config.autoencoder.ema > 0
     return {"weights, fp32": 4 * count, CASTS: casts, GRADIENTS: 4 * count,
             f"optimizer ({config.optimisation.optimizer})": 8 * (count - matrices) + 4 * matrices,
-            "averaged weights, fp32": 4 * count * averages, "frozen networks, fp32": 4 * frozen,
+            "averaged weights, fp32": 4 * count * averages, "frozen networks": frozen,
             "two batches, fp32": batches, "activations (estimate)": saved, "CUDA, fragmentation (estimate)": RESERVE}

@@ -7,7 +7,7 @@ from the fraction of the GPU's peak that training reaches (--utilisation). show.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,80 +15,19 @@ from torch import nn
 
 from tinyldm.config import Config, change, phases
 from tinyldm.data.shard import SIZES
+from tinyldm.data.toyworld_source import all_toyworld
 from tinyldm.durations import parse_date, parse_duration
-from tinyldm.models.tiling import PIXELS_AT_ONCE
+from tinyldm.planning.finetune import plan_base, plan_tuned_phase
 from tinyldm.planning.flops import MetaNetworks, count_flops, forwards, meta_autoencoder, meta_networks, size, vae_forwards
-from tinyldm.planning.memory import CASTS, EAGER, GRADIENTS, RESERVE, memory, saved_bytes
+from tinyldm.planning.memory import saved_bytes
 from tinyldm.planning.peak import peak_bytes
+from tinyldm.planning.phase import PlannedPhase
 from tinyldm.planning.texts import caption_tokens, condition, join_of
 
 # Estimates of the fraction of the GPU's peak that the VAE's encoder reaches: compiled (norms fused, channels last), and not.
 ENCODE_UTILISATION = {True: 0.45, False: 0.36}
 OVERHEAD = 0.04             # estimate: fraction of the running time for sample grids, validation, checkpoints and restarts
 WORTH_COMPILING = 0.5       # hours of work on a GPU: compiling takes some minutes, and saves perhaps a fifth of the rest (estimates)
-GRID_PICTURES = 16          # pictures in a sample grid: about 8 prompts, two of each
-
-
-@dataclass(frozen=True)
-class PlannedPhase:
-    """The plan of one phase: the first stage, or the second stage at one picture size."""
-
-    name: str
-    config: Config                  # the settings of this phase
-    batch: int
-    micro: int                      # the largest micro-batch
-    trained: dict[str, nn.Module]
-    frozen: int                     # number of parameters of frozen networks on the GPU
-    flops: dict[str, int]           # per image, by part: three times those of the forward pass where the part is trained
-    saved: dict[str, float]         # bytes of activations per image under torch.compile, by trained part, an estimate
-    casts: int                      # bytes of the casts of weights
-    peaks: dict[str, int]           # bytes per image of forward passes without gradients, by part
-    batch_bytes: int                # per image of a batch on the GPU: x0, noise, and the features of frozen text encoders
-    cache_bytes: int = 0            # bytes per picture on disk; 0: the first stage, which has no cache
-    steps: int = 0
-    encoding: float = 0.0           # hours of encoding the latents, a projection
-    compiled: bool = False          # whether the network and the VAE's encoder are compiled
-
-    @property
-    def useful(self) -> int:
-        """FLOPs of training on one image."""
-        return sum(self.flops[part] for part in (("net", "text") if self.cache_bytes else self.flops))
-
-    @property
-    def rate(self) -> float:
-        """Images per second, a projection. The utilisation counts everything that the GPU computes, including the forward passes
-        that gradient checkpointing repeats, which the model FLOPs utilisation (MFU) does not count."""
-        recomputed = self.flops["net"] / 3 if self.cache_bytes and self.config.network.grad_checkpointing else 0
-        return self.config.plan.utilisation * self.config.plan.gpu_tflops * 1e12 / (self.useful + recomputed)
-
-    @property
-    def hours(self) -> float:
-        return self.steps * self.batch / self.rate / 3600
-
-    @property
-    def activations(self) -> float:
-        """Bytes of activations per image, an estimate. Of all networks only `net` may be compiled."""
-        return sum(count * (1 if part == "net" and self.compiled else EAGER) for part, count in self.saved.items())
-
-    def memory(self, micro: int | None = None) -> dict[str, float]:
-        """Bytes on the GPU while training, by kind."""
-        saved = self.activations * (self.micro if micro is None else micro)
-        return memory(self.config, self.trained, self.frozen, saved, self.casts, 2 * self.batch * self.batch_bytes)
-
-    def memory_gb(self, micro: int | None = None) -> float:
-        """Total memory on the GPU in GB while training."""
-        return sum(self.memory(micro).values()) / 1e9
-
-    def encoding_gb(self, vae: nn.Module) -> float:
-        """Memory in GB while latents are made, --encode-batch-size pictures at once, an estimate."""
-        return (4 * size(vae) + self.config.data.encode_batch_size * self.peaks["encode"] + RESERVE) / 1e9
-
-    def grid_gb(self) -> float:
-        """Memory in GB while a sample grid is drawn, an estimate: what training keeps between two steps, and the larger one of the
-        network's memory (guidance doubles the pictures) and the decoder's."""
-        kept = sum(size for kind, size in self.memory(0).items() if kind not in (CASTS, GRADIENTS))
-        decoded = max(1, min(GRID_PICTURES, PIXELS_AT_ONCE // self.config.data.resolution**2))
-        return (kept + max(2 * GRID_PICTURES * self.peaks["net"], decoded * self.peaks["decode"])) / 1e9
 
 
 class Plan(NamedTuple):
@@ -111,10 +50,15 @@ def make_plan(config: Config, must_fit: bool = True) -> Plan:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
     if config.run.only:
         return plan_autoencoder(config, must_fit)
-    networks, parts, budget = meta_networks(config), phases(config), budget_hours(config)
-    first = [] if config.autoencoder.weights else [plan_vae_phase(parts[0], networks.vae)]
-    planned = [plan_network_phase(part, networks) for part in parts]
-    pictures = config.data.scenes if config.data.sources == ["toyworld"] else config.plan.pictures
+    parts, budget = phases(config), budget_hours(config)
+    if config.finetune.kind:
+        networks, trained, cond = plan_base(config)
+        first, planned = [], [plan_tuned_phase(part, networks, trained, cond) for part in parts]
+    else:
+        networks = meta_networks(config)
+        first = [] if config.autoencoder.weights else [plan_vae_phase(parts[0], networks.vae)]
+        planned = [plan_network_phase(part, networks) for part in parts]
+    pictures = config.data.scenes if all_toyworld(config.data.sources) else config.plan.pictures
     on_first = sum(s.hours for s in first)                                           # only the first stage's steps are set yet
 
     def with_steps(compiled: bool) -> list[PlannedPhase]:
@@ -203,7 +147,7 @@ def plan_network_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
     latent, batch = latent_numbers(vae, side), config.optimisation.batch_size
     features = 0 if "text" in trained else condition(text, join).context.numel()
     return PlannedPhase(f"{side} px", config, batch, -(-batch // config.optimisation.grad_accum), trained,
-                   size(*networks) - size(*trained.values()), flops, dict(zip(trained, saved)), casts,
+                   4 * (size(*networks) - size(*trained.values())), flops, dict(zip(trained, saved)), casts,
                    {part: peak_bytes(call, dtype) for part, call in calls.items()}, 4 * (2 * latent + features),
                    cache_bytes=bytes_in_cache(config, latent, caption_tokens(text)))
 

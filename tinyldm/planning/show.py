@@ -8,29 +8,35 @@ from typing import NamedTuple
 from tinyldm.config import Config
 from tinyldm.device import pick_device
 from tinyldm.durations import parse_duration, show_duration
+from tinyldm.planning.finetune import render_fitting, render_published
 from tinyldm.planning.flops import on_this_gpu, size
-from tinyldm.planning.plan import ENCODE_UTILISATION, GRID_PICTURES, OVERHEAD, Plan, PlannedPhase, make_plan
+from tinyldm.planning.phase import GRID_PICTURES, PlannedPhase
+from tinyldm.planning.plan import ENCODE_UTILISATION, OVERHEAD, Plan, make_plan
 from tinyldm.planning.step import step_seconds
 from tinyldm.planning.texts import assumed
 
 
 def render(plan: Plan) -> str:
     config, networks, planned, pictures, _ = plan
-    lines = [f"plan of --preset {config.run.preset}: nothing is loaded, trained or written", "", "parameters"]
+    own, kind = config.finetune, "--finetune" if config.finetune.kind else "--preset"
+    lines = [f"plan of {kind} {config.run.preset}: nothing is loaded, trained or written", "", "parameters"]
 
     def row(label: str, cell: Callable[[PlannedPhase], str], diffusion: bool = False) -> None:
         if diffusion and config.run.only:
             return
         lines.append(f"  {label:46}" + "".join(f"{cell(s) if s.cache_bytes or not diffusion else '':>16}" for s in planned))
 
+    factor = "2" if own.kind and not own.whole else "3"         # without gradients of the weights
     names = dict(net=config.network.name, text="text encoder", vae="VAE", encode="VAE encoder", decode="VAE decoder")
-    weights = {"net": "", "text": config.text.weights, "vae": config.autoencoder.weights}
+    weights = {"net": own.model * (not own.whole), "text": config.text.weights, "vae": config.autoencoder.weights}
     for part, module in ((part, module) for part, module in networks._asdict().items() if size(module)):
         state = f"frozen: {weights[part]}" if weights[part] else "trained"
         lines.append(f"  {names[part]:20}{size(module):14,}  {state}")
+    if own.kind and not own.whole:
+        lines.append(f"  {'adapter' if own.adapts else 'new vectors':20}{size(*planned[-1].trained.values()):14,}  trained")
     if assumption := assumed(config):
         lines.append(f"  ({assumption})")
-    lines += ["", f"{'GFLOP per image: forward, x 3 where trained':48}" + "".join(f"{s.name:>16}" for s in planned)]
+    lines += ["", f"{f'GFLOP per image: forward, x {factor} where trained':48}" + "".join(f"{s.name:>16}" for s in planned)]
     for part in planned[-1].flops:
         row(names[part], lambda s: f"{s.flops[part] / 1e9:,.4g}" if part in s.flops else "")
     lines += ["", f"memory, GB of {config.plan.gpu_gb:g}"]
@@ -78,7 +84,11 @@ def render_hours(plan: Plan) -> list[str]:
 
 
 def print_plan(config: Config) -> None:
-    """Print the plan, for train.py --dry-run."""
+    """Print the plan, for train.py --dry-run; of --finetune without a model, that of adapters beside all published ones."""
+    if config.finetune.kind and not config.finetune.model:
+        return print(render_published(config))
+    if config.finetune.kind:                                    # which GPUs have room is a part of the answer
+        return print("\n".join([render(make_plan(config, must_fit=False)), *render_fitting(config)]))
     print(render(make_plan(config)))
 
 

@@ -12,7 +12,7 @@ from torch import Size
 
 from tinyldm.model import muon_matrices
 from tinyldm.planning.flops import size
-from tinyldm.planning.plan import PlannedPhase
+from tinyldm.planning.phase import PlannedPhase
 
 BANDWIDTH = 1.5e12          # bytes/s, estimate: what pointwise operations reach of the RTX 5090's 1.79e12
 # Bytes that are read and written per parameter and micro-batch: the cast of a weight (4 + 2), and the gradient's, which is added in

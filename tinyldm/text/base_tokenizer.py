@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import tokenizers as tk
@@ -60,6 +60,33 @@ class BaseTokenizer(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """The number of ids, those of added tokens included: a text encoder needs as many embeddings, or more."""
+
+    @abstractmethod
+    def with_added(self, added: Sequence[tk.AddedToken]) -> Self:
+        """The same vocabulary, lengths and padding with these added tokens."""
+
+    def with_token(self, token: str, count: int = 1) -> Self:
+        """A tokenizer that has a further token of `count` vectors, `token`, `token_1` and so on, with the next ids. ValueError for a
+        token that exists already, or that would change what an added token stands for."""
+        if count < 1:
+            raise ValueError(f"the token '{token}' has {count} vectors: it needs at least 1")
+        if token != token.strip() or not token:
+            raise ValueError(f"the token '{token}' must not be empty, and not begin or end with white space")
+        check_unicode(token)
+        vocab, new = self._backend.get_vocab(with_added_tokens=True), [token, *(f"{token}_{i}" for i in range(1, count))]
+        if known := [name for name in new if name in vocab or len(self.ids_of(name)) == 1]:
+            raise ValueError(f"the token '{known[0]}' exists already in the model's tokenizer: give it another name, such as "
+                             f"'<my-{known[0].strip('<>')}>'")
+        longer = self.with_added([*self.added.values(), *map(tk.AddedToken, new)])
+        ours = {token: " ".join(new)} if count > 1 else {}
+        if changed := [name for name, row in longer._vectors.items() if row != (self._vectors | ours).get(name)]:
+            raise ValueError(f"the token '{token}' would be taken for a further vector of '{changed[0]}': give it another name")
+        return longer
+
+    def ids_of(self, text: str) -> list[int]:
+        """The ids of a text alone, without BOS, EOS and padding."""
+        row = self._backend.encode(self._written_out(text)[0], add_special_tokens=False)
+        return row.ids[:sum(row.attention_mask)]
 
     @cached_property
     def fingerprint(self) -> str:

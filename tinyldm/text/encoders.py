@@ -9,6 +9,7 @@ is not causal says `takes_mask = True`: where the padding is masked, it is calle
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -119,6 +120,13 @@ class TextEncoders:
     def tokenizers(self) -> list[BaseTokenizer | AbsentTokenizer]:
         return [encoder.tokenizer for encoder in self.encoders]
 
+    def with_tokenizers(self, tokenizers: Mapping[str, BaseTokenizer]) -> TextEncoders:
+        """The same encoders with other tokenizers, by part name, whose ids need not all be in the encoder's table: the rows of further
+        ids come from elsewhere while a token is trained (adapters/embedding.py)."""
+        changed = copy.copy(self)
+        changed.encoders = [TextEncoder(module, tokenizers.get(part_name(i), own)) for i, (module, own) in enumerate(self.encoders)]
+        return changed
+
     @property
     def calls(self) -> Sequence[Mapping[str, Any]]:
         return JOINS[self.join].calls or [{}] * len(self.encoders)
@@ -140,8 +148,9 @@ class TextEncoders:
         found = ((part_name(i), tokenizer.context_length, tokenizer.cut(caption)) for i, tokenizer in enumerate(self.tokenizers))
         return [Truncated(*one) for one in found if one[2]]
 
-    def encode_ids(self, ids: Tensor, device: torch.device, mask_padding: bool = False, trim: bool = False) -> Cond:
-        """Token ids [b, L1 + L2 ...] on the CPU -> Cond on the device. Equal captions are encoded once.
+    def encode_ids(self, ids: Tensor, device: torch.device, mask_padding: bool = False, trim: bool = False,
+                   at_work: AtWork = lambda part: nullcontext()) -> Cond:
+        """Token ids [b, L1 + L2 ...] on the CPU -> Cond on the device. Equal captions are encoded once. at_work: see Model.
 
         mask_padding: the network attends to a caption only up to its end token. trim: shorten all rows to about the longest
         caption, which is possible only with mask_padding (CLIP's attention is causal, and T5's is masked, so the features stay the
@@ -153,7 +162,7 @@ class TextEncoders:
         if mask_padding and trim:
             longest = max(int(module.ends(own).max()) for (module, _), own in zip(self.encoders, rows)) + 1
             length = -(-longest // 16) * 16
-        return JOINS[self.join].conds(self._encode([own[:, :length] for own in rows], inverse, device, mask_padding))
+        return JOINS[self.join].conds(self._encode([own[:, :length] for own in rows], inverse, device, mask_padding, at_work))
 
     def encode(self, prompts: Sequence[str], device: torch.device, mask_padding: bool = False, weighted: bool = False,
                at_work: AtWork = lambda part: nullcontext()) -> Cond:

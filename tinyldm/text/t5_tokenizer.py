@@ -46,6 +46,9 @@ class T5Tokenizer(BaseTokenizer):
     def __len__(self) -> int:
         return 1 + max(len(self.pieces) - 1, *self.added)
 
+    def with_added(self, added: Sequence[tk.AddedToken]) -> T5Tokenizer:
+        return T5Tokenizer(self.pieces, self.charsmap, self.context_length, self.pad_token, added)
+
     def contents(self) -> list:
         return [self.pieces, base64.b64encode(self.charsmap).decode()]
 

@@ -47,6 +47,9 @@ class Tokenizer(BaseTokenizer):
     def __len__(self) -> int:
         return 1 + max(*self.vocab.values(), *self.added)
 
+    def with_added(self, added: Sequence[tk.AddedToken]) -> Tokenizer:
+        return Tokenizer(self.vocab, self.merges, self.context_length, self.pad_token, added)
+
     def contents(self) -> list:
         return [sorted(self.vocab.items()), self.merges]
 

@@ -3,6 +3,8 @@
 RUN/checkpoints/vae-000300/    vae/, optimizer.safetensors, state.json         first stage
 RUN/checkpoints/step-001000/   model/, optimizer.safetensors, state.json       second stage
 
+A run that trains beside a model (--finetune) has trained.safetensors and the published file of what is trained in place of model/.
+
 `model/` is a model folder as the whole library reads it: averaged weights, and the raw ones as its non_ema variant. state.json
 holds the size and SHA-256 of every other file and a checksum of itself: a file that changes later is noticed, and the run
 resumes from the checkpoint before. A name that ends in ~ is the backup of a complete checkpoint: the process died while it was

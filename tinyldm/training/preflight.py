@@ -29,6 +29,7 @@ from tinyldm.text.encoders import JOINS, TextEncoders
 from tinyldm.training import checkpoint
 from tinyldm.training.distributed import launched
 from tinyldm.training.ema import parse_widths
+from tinyldm.training.finetune import complete
 from tinyldm.training.frozen import read_texts
 from tinyldm.training.second_stage import needs_sizes, scheduler_config
 from tinyldm.training.track import find_backend
@@ -37,7 +38,7 @@ from tinyldm.vendor_loaders.scheduler import sampling
 
 def check_run(config: Config) -> Config:
     """ValueError or OSError, with advice, where the run cannot work. -> the configuration, completed by what --cache decides."""
-    check_settings(config)
+    config = check_settings(config)
     length = config.optimisation
     parse_widths(length.ema_widths)
     if config.run.track:
@@ -59,9 +60,15 @@ def check_run(config: Config) -> Config:
     return check_parts(config)
 
 
-def check_settings(config: Config) -> None:
+def check_plan(config: Config) -> Config:
+    """check_settings() for --dry-run, which can do without the model of --finetune."""
+    return config if config.finetune.kind and not config.finetune.model else check_settings(config)
+
+
+def check_settings(config: Config) -> Config:
     """What can be said about the settings alone: names are looked up in their tables; fields, options and combinations that do not
-    fit are refused."""
+    fit are refused. -> the settings, completed by what the model of --finetune says."""
+    config = complete(config)
     row = lookup(NETWORKS, config.network.name, "network")
     text = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
     if config.text.join:
@@ -82,6 +89,7 @@ def check_settings(config: Config) -> None:
         able = [name for name, other in NETWORKS.items() if "mask" in other.conditions]
         raise ValueError(f"--mask-padding is for --network {' or '.join(able)}: the pipelines that a {config.network.name} is exported to "
                          "attend to the padding")
+    return config
 
 
 def check_process(config: Config) -> None:
@@ -91,6 +99,8 @@ def check_process(config: Config) -> None:
     OBJECTIVES[config.objective.name].check(config)
     level = grid(process, config.drawing.steps)[0]
     to_x0(config.objective.prediction, torch.zeros(1, 1), torch.zeros(1, 1), level)     # raises for eps at pure noise
+    if config.finetune.kind:                                    # its scheduler config is that of the model
+        return
     found = sampling(scheduler_config(config, join_of(config)), config.drawing.sampler)
     grid(process, config.drawing.steps, found.schedule, **found.grid)
 
@@ -98,6 +108,8 @@ def check_process(config: Config) -> None:
 def check_parts(config: Config) -> Config:
     """Check that pretrained parts exist, are undamaged and of the right kind, that picture sizes are divisible, that caches fit. A
     resumed run has its own copies of pretrained parts: their sources may have changed or gone meanwhile."""
+    if config.finetune.kind:                                    # complete() has looked at its parts
+        return config
     run, resumed = Path(config.run.out), config.run.resume != "no"
     own_vae = resumed and (run / "vae").is_dir()
     own_text = resumed and ((run / OWN_TEXTS).is_dir() or any(folder.name.startswith("step") for folder in checkpoint.names(run)))

@@ -21,13 +21,13 @@ from tinyldm.data.encoding import CompiledVAE, encode
 from tinyldm.data.loader import Batch
 from tinyldm.data.shard import SIZES
 from tinyldm.device import autocast, first_line, in_parts, out_of_memory
-from tinyldm.folders.load import load_vae
 from tinyldm.objectives import Turn
 from tinyldm.pipeline import decode
 from tinyldm.planning.flops import on_this_gpu
 from tinyldm.planning.plan import compiles, make_plan
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, clip
+from tinyldm.training.frozen import open_vae
 from tinyldm.training.learner import Learner
 from tinyldm.training.micro_batches import MicroBatches
 from tinyldm.training.second_stage import LatentStage
@@ -50,7 +50,7 @@ def rehearse(config: Config, context: RunContext, last: Path | None) -> Rehearse
     config = change(config, compile=wants_compile(config, device))
     if device.type != "cuda" and not config.run.compile:
         return Rehearsed(config, [])
-    vae, reason = load_vae(context.folder / "vae", device), ""  # reason: why torch.compile failed
+    vae, reason = open_vae(config, context), ""  # reason: why torch.compile failed
     try:
         counts = try_phases(config, context, vae, last)
     except Exception as error:
@@ -107,7 +107,7 @@ class RehearsalStage(LatentStage):
 
     def try_phase(self, index: int, learner: Learner) -> int:
         """Two updates of every turn, one batch to encode, one picture to decode."""
-        config, device, vae = self.phases[index], self.context.device, self.model.vae
+        config, device = self.phases[index], self.context.device
         networks, most = self.prepare_networks(index), self.settings.batch_size // self.world.size
         sample = f"a picture of {config.data.resolution} px"
 
@@ -123,13 +123,19 @@ class RehearsalStage(LatentStage):
                     for count in (1, min(2, attempt.count)):
                         self.try_update(turn, networks, config, -(-most // attempt.count), count, learner)
         images = np.zeros((config.data.encode_batch_size, config.data.resolution, config.data.resolution, 3), np.uint8)
+        with self.model.at_work("vae"):
+            self.try_autoencoder(images, config)
+        return micro_batches.count
+
+    def try_autoencoder(self, images: np.ndarray, config: Config) -> None:
+        """Encode a batch of pictures, and decode one."""
+        device, vae = self.context.device, self.model.vae
         if not config.data.cache:
             size = SimpleNamespace(count=len(images))           # in place of BatchSize, which would read and write the cache's folder
             encoder = CompiledVAE(vae, size) if config.run.compile else vae
             [*in_parts(lambda part: encode(encoder, part, device, config.run.dtype, config.data.flip), images, len(images))]
         with torch.no_grad(), autocast(device, config.run.dtype):
             decode(vae, self.latents(1, config).to(device))
-        return micro_batches.count
 
     def try_update(self, turn: Turn, networks: dict, config: Config, size: int, count: int, learner: Learner) -> None:
         """Forward and backward passes of `count` equal micro-batches of random latents, then an update."""

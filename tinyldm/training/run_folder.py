@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from tinyldm.adapters.embedding_files import STANDARD
+from tinyldm.adapters.files import OWN as ADAPTER
 from tinyldm.config import PATHS, Config, change, flatten
 from tinyldm.data.file_sources import FILES as FILE_SOURCES
 from tinyldm.data.sources import find_kind, parse_sources
@@ -39,6 +41,11 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
         return folder
     if (folder / "model" / "model_index.json").exists():
         return folder / "model"
+    if beside := find_beside(folder):
+        base = read_json(beside.parents[2] / "config.json", None).get("model") if (beside.parents[2] / "config.json").exists() else None
+        what, flag = ("an adapter", "--lora") if beside.name == ADAPTER else ("the vectors of a token", "--embedding")
+        raise ValueError(f"{folder} holds {what}, not a model: name the model that it was trained with, --model {base or 'MODEL'} {flag} "
+                         f"{path}")
     trained = [last for last in checkpoint.names(folder) if (last / "model").is_dir()]
     if not trained and (folder / "config.json").exists():
         config = read_json(folder / "config.json", "name a run or a model folder")
@@ -47,6 +54,34 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
     if not trained:
         raise ValueError(f"{folder} is neither a run, a model folder nor a checkpoint file ({', '.join(FILES)})")
     return trained[-1] / "model"
+
+
+def find_beside(folder: Path) -> Path | None:
+    """The file with the adapter or the embedding of a run's newest checkpoint, or of a checkpoint; None where it holds none."""
+    for last in (*reversed(checkpoint.names(folder)), folder):
+        for name in (ADAPTER, STANDARD):
+            if (last / name).is_file():
+                return last / name
+    return None
+
+
+def next_command(config: Config) -> str:
+    """What to do with the result of a run, as the end of a sentence."""
+    own, run = config.finetune, config.run.out
+    if config.run.only:
+        return f"give this autoencoder to another run: --vae-weights {Path(run) / 'vae'}"
+    prompt = own.instance.split("|")[0] or (f"a photo of a {own.token}" if own.token else "a red fox")
+    draw = f'draw what you like: python sample.py "{prompt}" --model '
+    return draw + (run if own.whole or not own.kind else f"{own.model} --{'lora' if own.adapts else 'embedding'} {run}")
+
+
+def find_learned(typed: str) -> str:
+    """PATH, or PATH and more behind a colon, as --lora and --embedding take it -> the same, of a run folder with the path of its newest
+    adapter or embedding."""
+    heads = [typed[:colon.start()] for colon in re.finditer(":|$", typed)]
+    folder = next((head for head in reversed(heads) if head and Path(head).is_dir()), None)
+    file = folder and find_beside(Path(folder))
+    return f"{file}{typed[len(folder):]}" if file else typed
 
 
 def prepare_run(config: Config) -> None:
@@ -86,7 +121,8 @@ def find_paths(config: Config) -> Config:
         return config
     there = lambda word: joined if word and os.path.exists(joined := os.path.join(directory, word)) else word
     weights = {"vae_weights": there(config.autoencoder.weights), "vae_init": there(config.autoencoder.init),
-               "text_weights": there(config.text.weights),
+               "text_weights": there(config.text.weights), "model": there(config.finetune.model),
+               "parts": [*map(there, config.finetune.parts)], "tokenizer": [*map(there, config.finetune.tokenizer)],
                "vae_lpips": [*map(there, config.autoencoder.lpips)]}
     if config.data.cache:                                       # then its sources are not read, and their names are those in the cache
         return change(config, **weights, cache=[there(folder) for folder in config.data.cache])

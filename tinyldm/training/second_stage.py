@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinyldm.cli import best_effort
 from tinyldm.config import Config, phases, split_weights
 from tinyldm.data import toyworld
 from tinyldm.data.cache import Cache, write_tokens
 from tinyldm.data.loader import Loader
 from tinyldm.data.sources import parse_sources
+from tinyldm.data.toyworld_source import all_toyworld
 from tinyldm.device import DTYPES, autocast
 from tinyldm.lookup import build_dataclass, lookup
 from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, network_config, new_network
@@ -24,15 +27,18 @@ from tinyldm.objectives.denoising import process_of, process_options
 from tinyldm.pictures.pixels import write_picture
 from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import draw, draw_settings
+from tinyldm.planning.base import Tuned, tune
 from tinyldm.planning.flops import peak_flops, useful_flops
 from tinyldm.planning.texts import OWN_TEXTS
 from tinyldm.random_streams import Stream
 from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.text.base_tokenizer import BaseTokenizer
 from tinyldm.text.tokenizer import open_tokenizer
+from tinyldm.training.class_pictures import loss_weights
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, shard
 from tinyldm.training.ema import EMA, PowerEMA
+from tinyldm.training.finetune import drawn_as, few_distinct, fingerprint, open_base, put_on, what_is_trained
 from tinyldm.training.frozen import Frozen, read_texts
 from tinyldm.training.portable import portable_data
 from tinyldm.training.stage import Phase, Stage
@@ -41,10 +47,14 @@ from tinyldm.training.validation import Validation, held_out_batch
 from tinyldm.vendor_loaders import pipelines, scheduler
 
 
+BEFORE = "before"           # name of the sample grid of a model before it is trained further: report.html knows it
+
+
 class LatentStage(Stage):
     """Trains a network, and the text encoders unless they are frozen, on cached latents."""
 
     name, stream, reported = "step", Stream.NOISE, True
+    base = ""                   # a fingerprint of the model that stays as it is while something is trained beside it; "": there is none
 
     def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None,
                  micro_batches: list[int] | None = None):
@@ -52,6 +62,8 @@ class LatentStage(Stage):
         self.caches, self.micro_batches = caches, micro_batches
         self.cache_digests = [cache.digest for cache in caches]
         self.build(config, context, vae, caches[0].all_captions(), last)
+        if config.finetune.kind and config.run.sample_every and context.world.main:
+            best_effort("the sample grid of the model as it was", self.draw_before)
 
     def build(self, config: Config, context: RunContext, vae: nn.Module, captions: Iterable[str], last: Path | None) -> None:
         """All networks, on the device, and the objective. captions: a new tokenizer is trained on them."""
@@ -60,9 +72,14 @@ class LatentStage(Stage):
         self.settings, self.phases, self.world, self.title = config.optimisation, phases(config), context.world, config.network.name
         sizes = [float(fraction) for fraction in config.data.phases.values()] or [1.0]
         self.fractions = [size / sum(sizes) for size in sizes]
-        text = build_text_encoders(config, context.folder, captions, last)
-        self.model = at_phase(build_model(config, vae, text), self.phases[0])
-        for part in self.model.modules.values():
+        tuned = tune(config, open_base(config, context, vae, last)) if config.finetune.kind else new_model(
+            config, context, vae, captions, last)
+        self.model, parts = at_phase(tuned.model, self.phases[0]), tuple(tuned.modules)
+        if config.finetune.kind:
+            self.base = "" if config.finetune.whole else fingerprint(self.model)
+            few = few_distinct(captions)
+            self.model = put_on(context.device, config, self.model, few)
+        for part in (*tuned.modules.values(), *(self.model.modules.values() if self.model.placement is None else ())):
             part.to(context.device)
         if context.device.type == "cpu":
             self.model.net.to(memory_format=architecture(self.model.net).memory_format)
@@ -75,11 +92,13 @@ class LatentStage(Stage):
             plain = copy.deepcopy(net).to("meta")
             with autocast(context.device, config.run.dtype):
                 shard(net, self.world, DTYPES[config.run.reduce_dtype])
-        parts = trained_parts(config, self.model)
-        self.trained = TrainedModel(lambda: self.model, parts, Frozen(context.folder), plain)
+        self.trained = (what_is_trained(config, tuned, lambda: self.model, context.folder) if config.finetune.kind else
+                        TrainedModel(lambda: self.model, parts, Frozen(context.folder), plain))
         self.objective = lookup(OBJECTIVES, config.objective.name, "objective")(config, self.model, parts)
         for network in self.objective.networks.values():
             network.to(context.device)
+        if self.model.placement is not None:
+            self.objective.remember(self.model.text.tokenize(["", *few]), context.device)
 
     def prepare_networks(self, index: int) -> dict[str, Any]:
         """Set the model and the objective to a phase -> what to call in it, by part name: for the network its compiled handle, where
@@ -100,9 +119,11 @@ class LatentStage(Stage):
         networks, count = self.prepare_networks(index), self.micro_batch_count(index)
         loader = make_loader(config, self.caches[index], self.model.text.tokenizers, self.world, needs_sizes(config))
         most = self.settings.batch_size // self.world.size
+        # An adapter beside the model may drop inputs, which validation does not want. The model's networks drop none.
+        beside = [module for part, module in self.trained.modules.items() if module is not self.model.modules.get(part)]
 
         def losses(micro: Any, progress: float) -> torch.Tensor:
-            with autocast(device, config.run.dtype):
+            with evaluating(*beside), autocast(device, config.run.dtype):
                 return objective.losses(objective.turns[0], networks, micro, progress)
 
         held_out = held_out_batch(loader, objective, config.run.seed)
@@ -110,28 +131,51 @@ class LatentStage(Stage):
         return Phase(config, loader.batch, loader.part, networks, count, validation)
 
     def state(self) -> dict[str, Any]:
-        return {"data": self.cache_digests}
+        return {"data": self.cache_digests} | ({"base": self.base} if self.base else {})
 
     def check_resume(self, state: dict[str, Any]) -> None:
         if state["data"] != self.cache_digests:
             raise ValueError(f"{', '.join(str(cache.folder) for cache in self.caches)} has changed since the checkpoint of step "
                              f"{state['step']}: restore the latents that the run began with, or start another run with --out")
+        if state.get("base", "") != self.base:
+            raise ValueError(f"{self.config.finetune.model} has other weights than at step {state['step']}: restore the model that the run "
+                             "trains beside, or start another run with --out")
 
     def draw_samples(self, ema: EMA | PowerEMA | None, step: int) -> Path | None:
         """Draw fixed prompts from fixed seeds, so that the grids of different steps and runs are comparable."""
+        with ema.applied():
+            return self.draw_grid(f"step-{step:06d}")
+
+    def draw_before(self) -> None:
+        """Draw what the model draws that --finetune trains, unless that has been done: weights of a checkpoint are not loaded yet. The
+        report shows it beside the grids of the training, so that drift is seen."""
+        if not (self.context.folder / "samples" / f"{BEFORE}.png").exists():
+            self.draw_grid(BEFORE)
+
+    def draw_grid(self, name: str) -> Path | None:
+        """Draw the sample grid with the weights as they are -> its file, samples/NAME.png, None in processes that do not write."""
         model, prompts = self.model, fixed_prompts(self.config, self.caches[0])
         repeated = [prompt for prompt in prompts for _ in range(2)]
-        model.net.eval(), model.text.train(False)
-        try:
-            with ema.applied(), autocast(self.context.device, self.config.run.dtype):
-                images = draw(model, repeated, range(len(repeated)), draw_settings(model))
-        finally:
-            model.net.train(), model.text.train()
+        with (evaluating(model.net, *model.text.modules.values(), *self.trained.modules.values()),
+              autocast(self.context.device, self.config.run.dtype)):
+            images = draw(model, repeated, range(len(repeated)), draw_settings(model))
         if not self.world.main:
             return None
-        file = self.context.folder / "samples" / f"step-{step:06d}.png"
+        file = self.context.folder / "samples" / f"{name}.png"
         write_picture(file, tile(images, columns=8))
         return file
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Inside, networks are in evaluation mode; afterwards in training mode."""
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for network in networks:
+            network.train()
 
 
 # ---------------------------------------------------------------- the model
@@ -162,6 +206,13 @@ def build_text_encoders(config: Config, run: Path, captions: Iterable[str], last
     return TextEncoders([TextEncoder(module, tokenizer)], settings.join or "single")
 
 
+def new_model(config: Config, context: RunContext, vae: nn.Module, captions: Iterable[str], last: Path | None) -> Tuned:
+    """A model with a new network and, unless they are pretrained, new text encoders, which are trained. Arguments as in build()."""
+    model = build_model(config, vae, build_text_encoders(config, context.folder, captions, last))
+    parts = ("net",) if config.text.weights else ("net", *model.text.modules)
+    return Tuned(model, {part: model.modules[part] for part in parts})
+
+
 def build_model(config: Config, vae: nn.Module, text: TextEncoders) -> Model:
     """A model with a newly initialised network, in training mode."""
     channels, size = vae.config.latent_channels, phases(config)[-1].data.resolution // vae.config.downscale
@@ -172,14 +223,13 @@ def build_model(config: Config, vae: nn.Module, text: TextEncoders) -> Model:
     return Model(net, vae, text, process_of(config.objective), config.objective.prediction, {}, {})
 
 
-def trained_parts(config: Config, model: Model) -> tuple[str, ...]:
-    """The names of the parts that are trained: the network, and text encoders that are not pretrained."""
-    return ("net",) if config.text.weights else ("net", *model.text.modules)
-
-
 def at_phase(model: Model, config: Config) -> Model:
     """The same model with the process, scheduler config and defaults of one phase; its networks stay the same objects."""
     objective, drawing = config.objective, config.drawing
+    if config.finetune.kind:                            # all else is as the model says
+        usual, typed = drawn_as(model), dict(sampler=drawing.sampler, steps=drawing.steps, cfg=drawing.cfg)
+        changed = {name: value for name, value in typed.items() if value != usual[name]}
+        return replace(model, defaults=model.defaults | changed | dict(resolution=config.data.resolution))
     defaults = dict(preset=config.run.preset, resolution=config.data.resolution, sampler=drawing.sampler, steps=drawing.steps,
                     cfg=drawing.cfg, data=[*map(portable_data, config.data.sources)], mask_padding=objective.mask_padding)
     if model.text.join != "single":
@@ -216,7 +266,7 @@ def make_loader(config: Config, data: Cache, tokenizers: Sequence[BaseTokenizer]
     weights = [source.weight for source in parse_sources(config.data.sources)]
     loader = Loader(data, [tokenizer.fingerprint for tokenizer in tokenizers], batch_size=config.optimisation.batch_size,
                     seed=config.run.seed, rank=world.rank, world=world.size,
-                    weights=weights if len(weights) > 1 and weights[0] else None, sizes=sizes,
+                    weights=weights if len(weights) > 1 and weights[0] else None, sizes=sizes, loss_weights=loss_weights(config),
                     hold_out=config.run.val_samples, caption_weights=tuple(split_weights(config.data.caption_key).values()) or (1.0,))
     for size, count in loader.order.never_drawn:
         print(f"{count:,} pictures of latent size {size} are never drawn: fewer than one batch of {config.optimisation.batch_size}")
@@ -235,6 +285,6 @@ def fixed_prompts(config: Config, data: Cache) -> list[str]:
     """The prompts of the sample grids: --sample-prompts, else the toy world's own, else about 8 captions spread over the data."""
     if config.run.sample_prompts:
         return config.run.sample_prompts.split("|")
-    if config.data.sources == ["toyworld"]:
+    if all_toyworld(config.data.sources):
         return toyworld.PROMPTS
     return list(dict.fromkeys(data.captions(i)[0][1] for i in range(0, len(data), -(-len(data) // 8))))

@@ -4,25 +4,35 @@
     write       writes the files of a checkpoint from tensors on the CPU: the weights and their averages
     read        reads those files
 
-The classes here train whole networks. Adapters or embeddings are other classes with the members of Trained.
+Some of the classes train whole networks, others small modules beside a model that stays as it is: their checkpoints do not hold it.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tinyldm.adapters.embedding import Embeddings, save_embedding
+from tinyldm.adapters.embedding_files import STANDARD
+from tinyldm.adapters.files import OWN as ADAPTER
+from tinyldm.adapters.files import save_adapter
+from tinyldm.adapters.lora import LoRA
+from tinyldm.adapters.low_rank import LowRank
 from tinyldm.folders.build import load_weights
 from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model, save_vae, weights_name
 from tinyldm.model import NON_EMA, Model, architecture
+from tinyldm.training.checkpoint import save_tensors
 from tinyldm.training.frozen import Frozen
 
 StateDict = Mapping[str, Tensor]
+STATE = "trained.safetensors"           # raw and averaged numbers of an adapter or embedding, to continue from
 
 
 class Stored(NamedTuple):
@@ -98,3 +108,55 @@ class TrainedAutoencoder:
 
     def frozen_bytes(self) -> int:
         return 0
+
+
+class TrainedBeside:
+    """Trains modules beside a model that stays as it is, one for a part each. FOLDER/trained.safetensors is what a run continues from; the
+    averaged numbers are in a second file, in a published layout."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], model: Callable[[], Model], about: Mapping[str, str]):
+        """model: returns the model. about: facts for the metadata of the published file."""
+        self.modules, self.model, self.about = dict(modules), model, about
+
+    def write(self, folder: Path, stored: Stored, step: int) -> None:
+        save_tensors(folder / STATE, {f"{kind}/{part}/{name}": tensor for kind, parts in stored._asdict().items()
+                                      for part, tensors in parts.items() for name, tensor in tensors.items()})
+        self.publish(folder, {part: stored.with_averages(part) for part in self.modules}, self.about | {"steps": str(step)})
+
+    def read(self, folder: Path) -> Stored:
+        found: dict[str, dict[str, dict[str, Tensor]]] = {kind: {part: {} for part in self.modules} for kind in Stored._fields}
+        for key, tensor in load_file(folder / STATE).items():
+            kind, part, name = key.split("/", 2)
+            found[kind].setdefault(part, {})[name] = tensor
+        return Stored(**found)
+
+    def frozen_bytes(self) -> int:
+        return 0
+
+    @abstractmethod
+    def publish(self, folder: Path, parts: Mapping[str, StateDict], about: Mapping[str, str]) -> None:
+        """Write the file for others. parts: the averaged state dict of every module."""
+
+
+class TrainedAdapter(TrainedBeside):
+    """Trains low-rank adapters. FOLDER/adapter.safetensors is diffusers' layout, which sample.py --lora and load_lora_weights() read."""
+
+    modules: dict[str, LoRA]
+
+    def publish(self, folder: Path, parts: Mapping[str, StateDict], about: Mapping[str, str]) -> None:
+        def changes(part: str) -> dict[str, LowRank]:
+            stored = {end: {name: parts[part][f"branches.{name}.{end}"] for name in self.modules[part].branches} for end in ("down", "up")}
+            return {f"{name.replace('/', '.')}.weight": LowRank(stored["down"][name], stored["up"][name], branch.scale)
+                    for name, branch in self.modules[part].branches.items()}
+
+        save_adapter(folder / ADAPTER, {part: changes(part) for part in self.modules}, self.model(), about)
+
+
+class TrainedEmbeddings(TrainedBeside):
+    """Trains the vectors of a new token. FOLDER/learned_embeds.safetensors is diffusers' layout, which sample.py --embedding reads."""
+
+    modules: dict[str, Embeddings]
+
+    def publish(self, folder: Path, parts: Mapping[str, StateDict], about: Mapping[str, str]) -> None:
+        token = next(iter(self.modules.values())).token
+        save_embedding(folder / STANDARD, token, {part: state["vectors"] for part, state in parts.items()}, self.model(), metadata=about)

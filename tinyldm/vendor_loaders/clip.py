@@ -143,10 +143,13 @@ FIELDS = {
 
 def to_config(config: CLIPTextConfig) -> dict:
     """The config.json with which transformers opens the tower as CLIPTextModel, or as CLIPTextModelWithProjection."""
+    own = CLIPTextConfig.vocab_size
     return {
         "architectures": ["CLIPTextModelWithProjection" if config.projection_dim else "CLIPTextModel"],
         "model_type": "clip_text_model",
         **{published: getattr(config, ours) for ours, (published, _) in FIELDS.items()},
+        # transformers takes 2 for the largest id of all, which a token that was added to CLIP's vocabulary has.
+        **({"eos_token_id": own - 1} if config.eos_token_id == 2 and config.vocab_size > own else {}),
         "projection_dim": config.projection_dim or config.width,    # transformers demands a number even without a projection
         "attention_dropout": 0.0,
         "initializer_factor": 1.0,

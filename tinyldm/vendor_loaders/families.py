@@ -162,7 +162,8 @@ _NOT_ONE = "draw with a checkpoint of Stable Diffusion 1, 2, XL, 3 or FLUX.1"
 _OURS = rf"({re.escape(NETWORK)})?"
 # Regex of a tensor's whole name -> what a file that holds it is, and what to do instead. The first that fits counts.
 OTHERS = {
-    r"lora_.*|.*\.lora[._](A|B|down|up)\..*|.*\.lora_linear_layer\..*": "a LoRA, which changes another model: load that model",
+    r"(lora|lycoris)_.*|.*(\.|_)lora[._](A|B|down|up)\..*|.*\.(lora_linear_layer\..*|(hada|lokr)_[wt][12].*)":
+        "a LoRA or its like, which changes another model: name that one with --model, and this file with --lora",
     r"control_model\..*|.*controlnet_(cond_embedding|down_blocks|blocks)\..*|control_net.*":
         "a ControlNet, which steers another model and draws nothing alone: load that model",
     r"conditioner\.embedders\.0\.model\..*":
