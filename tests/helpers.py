@@ -67,7 +67,8 @@ def mistake(name: str, words, capsys) -> str:
 
 SMALL = ("--scenes 24 --resolution 16 --vae-crop 8 --vae-batch-size 4 --batch-size 4 --log-every 3 --save-every 2 "
          "--keep-last 99 --sample-every 2 --sample-steps 2 --warmup-steps 2 --vae-steps 4 --max-steps 6 "
-         "--vae widths=8,16 groups=4 --unet widths=16,32 attention=False,True heads=1,2 groups=4 "
+         "--autoencoder kl --vae latent_channels=8 widths=8,16 groups=4 depth=1 middle_attention=false "
+         "--unet widths=16,32 attention=False,True heads=1,2 groups=4 "
          "--text width=16 layers=1 heads=2 mlp_width=32").split()
 
 

@@ -9,12 +9,14 @@ from PIL import Image
 
 from tinyldm.config import flatten, preset_config
 
+STEPS = dict(vae_steps=950, max_steps=850)      # of the two stages, whatever the preset has
+
 
 def make_run(folder: Path, rows: list = (), config: dict | None = None, checkpoints: dict = {}, samples: tuple = ()) -> Path:
     for name in ("samples", "checkpoints"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.json").write_text(json.dumps(config if config is not None else flatten(preset_config("tiny"))))
+    (folder / "config.json").write_text(json.dumps(config if config is not None else flatten(preset_config("tiny", **STEPS))))
     for name, state in checkpoints.items():
         (folder / "checkpoints" / name).mkdir()
         (folder / "checkpoints" / name / "state.json").write_text(state if isinstance(state, str) else json.dumps(state))

@@ -20,7 +20,7 @@ from tinyldm.models.vae import AutoencoderKL, VAEConfig
 
 TINY = ("--batch-size 4 --log-every 3 --save-every 2 --sample-every 0 --sample-steps 2 --warmup-steps 2 --max-steps 6 "
         "--unet widths=16,32 attention=False,True heads=1,2 groups=4 --text width=16 layers=1 heads=2 mlp_width=32").split()
-VAE = "--vae widths=8,16 groups=4 --vae-crop 8 --vae-batch-size 4 --vae-steps 2".split()
+VAE = "--autoencoder kl --vae widths=8,16 groups=4 depth=1 middle_attention=false --vae-crop 8 --vae-batch-size 4 --vae-steps 2".split()
 SMALL = ["--scenes", "8", "--resolution", "16", *VAE, *TINY, "--max-steps", "2"]
 
 

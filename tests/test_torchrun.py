@@ -68,7 +68,8 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, process
 
 
 ONLY = ("--only vae --scenes 40 --resolution 16 --vae-batch-size 6 --vae-steps 4 --vae-val-every 2 --early-stop 3 --vae-ema 0.5 "
-        "--val-samples 4 --log-every 1 --dtype fp32 --optimizer adamw --vae widths=8,16 groups=4 depth=1 middle_attention=false --vae-loss gan=0.5 "
+        "--val-samples 4 --log-every 1 --dtype fp32 --optimizer adamw "
+        "--autoencoder kl --vae widths=8,16 groups=4 depth=1 middle_attention=false --vae-loss gan=0.5 "
         "--vae-gan start=0 warmup=0 width=8 layers=1 norm=none").split()
 
 

@@ -16,7 +16,8 @@ from tinyldm.training.ema import EMA
 from tinyldm.training.learner import Learner
 from tinyldm.training.validation import Validation
 
-TINY = dict(resolution=8, vae=dict(widths=(8, 8), groups=4, depth=1, middle_attention=False), vae_steps=1, vae_batch_size=2,
+TINY = dict(resolution=8, autoencoder="kl", vae=dict(latent_channels=8, widths=(8, 8), groups=4, depth=1, middle_attention=False),
+            vae_steps=1, vae_batch_size=2,
             network="dit", dit=dict(patch=2, width=8, layers=1, heads=1, mlp_width=8, time_dim=8), lr=0.1, muon_lr=0.1,
             text=dict(width=8, layers=1, heads=1, mlp_width=8, context_length=16), batch_size=4, max_steps=3, warmup_steps=0, decay=0.0,
             log_every=1, save_every=1, val_every=1, sample_every=1, sample_prompts="a red fox", sample_steps=1, dtype="fp32", keep_last=9)

@@ -12,6 +12,7 @@ from helpers import load_script, pictures, train_here
 from PIL import Image
 from safetensors.torch import load_file
 
+from tinyldm.config.presets import PRESETS
 from tinyldm.config import parse
 from tinyldm.folders.load import load_vae
 from tinyldm.models.taesd import TAESD, TAESDConfig
@@ -23,7 +24,7 @@ from tinyldm.training.early_stopping import EarlyStopping
 from tinyldm.training.log import read
 from tinyldm.training.vae_validation import VAEValidation
 
-KL = "--vae widths=8,16 groups=4 depth=1 middle_attention=false".split()
+KL = "--autoencoder kl --vae widths=8,16 groups=4 depth=1 middle_attention=false".split()
 TAESD_WORDS = "--autoencoder taesd --vae width=8 blocks=1,1".split()
 WORDS = ("--only vae --scenes 40 --resolution 16 --vae-batch-size 4 --vae-steps 6 --vae-val-every 2 --save-every 2 --keep-last 99 "
          "--log-every 1 --warmup-steps 2 --dtype fp32 --val-samples 4").split()
@@ -274,7 +275,7 @@ def test_a_budget_counts_for_the_only_stage_there_is(tmp_path, monkeypatch):
     settings = first_stage.optimisation(parse([*WORDS, "--budget", "1h"], "")[0])
     assert (settings.budget, settings.max_steps) == ("1h", 0)
     settings = first_stage.optimisation(parse(["--budget", "1h"], "")[0])       # of two stages, the first has its number of steps
-    assert (settings.budget, settings.max_steps) == ("", 950)
+    assert (settings.budget, settings.max_steps) == ("", PRESETS["tiny"]["vae_steps"])
     run = train(tmp_path / "run", monkeypatch, "--budget", "1s", "--vae-val-every", 0)
     assert (run / "vae").is_dir()
 

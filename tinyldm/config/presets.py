@@ -8,9 +8,10 @@ from tinyldm.config.fields import Config, make_config
 from tinyldm.lookup import lookup
 
 TINY = dict(
-    vae=dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False), vae_steps=950,
+    autoencoder="taesd", vae=dict(latent_channels=8, width=48, blocks=(0, 2, 2, 2)), vae_steps=1900,
+    vae_latents=dict(noise=0.1),        # for a decoder that bears latents a little off, as a network draws them
     text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
-    unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=850,
+    unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=750,
 )
 WEEK = dict(
     data=["hf://datasets/jackyhate/text-to-image-2M/data_512_2M/data_{000000..000045}.tar"],
@@ -25,16 +26,17 @@ def published_vae(channels: int, widths: tuple[int, ...]) -> dict:
     """Settings of CompVis/latent-diffusion (arXiv:2112.10752; configs/autoencoder, main.py), on one GPU: 12 pictures x 2 micro-batches,
     a learning rate of 4.5e-6 per picture; 246,803 steps are those of Stable Diffusion's kl-f8 (its model card), 50,001 of them without
     the adversarial loss. --vae-lpips must say where the weights of LPIPS are."""
-    return dict(resolution=384, vae_crop=256, vae=dict(latent_channels=channels, widths=widths), vae_batch_size=24, vae_optimizer="adamw",
-                vae_lr=1.08e-4, vae_decay=0.0, vae_steps=246_803, vae_pictures=200_000, vae_val_every=2500,
+    return dict(resolution=384, vae_crop=256, autoencoder="kl", vae=dict(latent_channels=channels, widths=widths), vae_latents={},
+                vae_batch_size=24, vae_optimizer="adamw", vae_lr=1.08e-4, vae_decay=0.0, vae_steps=246_803, vae_pictures=200_000,
+                vae_val_every=2500,
                 vae_loss=dict(l1=1.0, mse=0.0, kl=1e-6, lpips=1.0, gan=0.5),
                 vae_gan=dict(kind="hinge", start=0.2, warmup=0.0, width=64, layers=3, norm="batch", lr=1.08e-4))
 
 
 VAE_PRESETS: dict[str, dict] = {        # --vae-preset: laid over the row of --preset
     "cifar10": dict(
-        resolution=32, vae=dict(latent_channels=4, widths=(32, 64, 64), depth=1, groups=8, middle_attention=False), vae_batch_size=16,
-        vae_steps=3000, vae_pictures=60_000, vae_val_every=100, val_samples=256),
+        resolution=32, autoencoder="kl", vae=dict(latent_channels=4, widths=(32, 64, 64), depth=1, groups=8, middle_attention=False),
+        vae_latents={}, vae_batch_size=16, vae_steps=3000, vae_pictures=60_000, vae_val_every=100, val_samples=256),
     "kl-f4": published_vae(3, (128, 256, 512)),
     "kl-f8": published_vae(4, (128, 256, 512, 512)),
     # Its levels of 16 x 16 have attention after every block as well (attn_resolutions), which VAEConfig does not have.
