@@ -1,12 +1,15 @@
-"""Measure a trained model, or an autoencoder.
+"""Measure a trained model, an autoencoder, or pictures.
 
     python evaluate.py runs/tiny                             prompt accuracy, on 500 pictures
     python evaluate.py runs/tiny --count 2000 --cfg 2        more pictures, another guidance scale
     python evaluate.py runs/tiny --metric prompts            metrics by name; several at once as a,b
     python evaluate.py --vae runs/tiny --data photos.tar     an autoencoder's reconstructions of pictures
+    python evaluate.py runs/tiny --metric fid,clip --cfg 1.5,3,5 --num 30000 --captions captions_val2014.json
+        --reference val2014/ --weights inception=FILE        at three guidance scales: a table and a curve
+    python evaluate.py samples/ --metric fid --reference photos.npz --weights inception=FILE      pictures that are there already
 
 Metrics that ask for the same prompts share their pictures. Each writes its result to RUN/evaluation/METRIC.json (or
---out) as soon as it is measured. The table of metrics is tinyldm/evaluation/metrics.py.
+--out) as soon as it is measured. The table of metrics is tinyldm/evaluation/metrics.py; docs/evaluation.md says more.
 """
 
 from __future__ import annotations
@@ -20,19 +23,20 @@ from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_names
 from tinyldm.lookup import device_name, dtype_name
 
+USUAL_COUNT = 500                   # pictures, unless --count says otherwise
 DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "offload", "no_ema", "lora", "embedding")      # flags of models that draw
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", nargs="?", help="run or model folder, hub id or checkpoint file")
+    add("run", metavar="RUN", nargs="?", help="run or model folder, hub id or checkpoint file; or pictures: a folder, a shard")
     add("--vae", metavar="MODEL", help="an autoencoder, in RUN's place: what train.py takes as --vae-weights. --data names the pictures")
     about = "; ".join(f"{name}: {metric.help}" for name, metric in METRICS.items())
     add("--metric", nargs="+", metavar="NAME", help=f"{about} (default: prompts; with --vae reconstruction)".replace("%", "%%"))
-    add("--count", type=int, default=500, metavar="N", help="pictures to draw or, with --vae, to read; for prompts, half of them of pairs "
-        "never trained on (default: 500)")
-    add_drawing_flags(parser)
+    add("--count", "--num", type=int, metavar="N", help="pictures to draw or, with --vae, to read; for prompts, half of them of pairs "
+        "never trained on (default: 500; of RUN that is pictures all)")
+    add_drawing_flags(parser, scales)
     add("--batch-size", type=int, default=50, metavar="B", help="pictures drawn or read at once")
     add("--seed", type=int, default=0, metavar="S", help="seed of the first picture; the next has S + 1. With --vae "
         "that of toyworld's scenes")
@@ -60,7 +64,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.metric = metric_names(args.metric or [SUBJECTS[subject].metric], subject)
         check_used(args, own, parser)
         check_seed(args.seed)
-        check_scale(args.cfg, "--cfg"), check_scale(args.true_cfg, "--true-cfg")
+        for scale in args.cfg or ():
+            check_scale(scale, "--cfg")
+        check_scale(args.true_cfg, "--true-cfg")
         check_offload(args.offload, "RUN")
         args.dtype, args.device = dtype_name(args.dtype), device_name(args.device)
     except ValueError as error:
@@ -69,15 +75,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def scales(word: str) -> tuple[float, ...]:
+    """Guidance scales, separated by commas."""
+    return tuple(dict.fromkeys(map(float, word.split(","))))
+
+
 def check_used(args: argparse.Namespace, own: dict[str, str], parser: Parser) -> None:
     """ValueError for a flag that was typed and changes nothing: one of drawing with --vae, or one of a metric that is not measured. own:
     the metrics' flags, and their names in `args`."""
     typed = lambda name: getattr(args, name) != parser.get_default(name)
-    if args.vae and (unused := [name for name in DRAWING if typed(name)]):
-        raise ValueError(f"--{unused[0].replace('_', '-')} is for models that draw: leave it out with --vae")
+    args.typed_for_drawing = [f"--{name.replace('_', '-')}" for name in DRAWING if typed(name)]
+    if args.vae:
+        refuse_drawing_flags(args)
+    if len(args.cfg or ()) > 1 and (one := [name for name in args.metric if METRICS[name].of != "pictures"]):
+        raise ValueError(f"--cfg with several scales: metric '{one[0]}' measures one at a time")
     for flag, name in own.items():
         if typed(name) and not any(flag in METRICS[each].flags for each in args.metric):
             raise ValueError(f"{flag} is for --metric {', '.join(name for name, row in METRICS.items() if flag in row.flags)}")
+
+
+def refuse_drawing_flags(args: argparse.Namespace) -> None:
+    """ValueError for a flag of drawing where nothing is drawn."""
+    if args.typed_for_drawing:
+        raise ValueError(f"{args.typed_for_drawing[0]} is for models that draw: leave it out with {'--vae' if args.vae else args.run}")
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
@@ -88,7 +108,8 @@ import traceback
 
 from tinyldm.adapters.embedding_files import split_token
 from tinyldm.device import pick_device
-from tinyldm.evaluation.base import Evaluation, Measurement
+from tinyldm.evaluation.base import Evaluation, Measurement, NotFirst
+from tinyldm.evaluation.picture_sets import ALL, is_pictures
 from tinyldm.files import make_output_folder, write_file
 from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model, load_vae
@@ -104,20 +125,27 @@ def load(args: argparse.Namespace) -> Evaluation:
     learned = [each.path for each in args.lora] + [str(split_token(each)[0]) for each in args.embedding]
     subject = (learned or [args.vae or args.run])[0]                           # the figures of an adapter are not those of its model
     device, out = pick_device(args.device), Path(args.out) if args.out else usual_output(subject)
+    count = args.count or USUAL_COUNT
     if args.vae:
-        return Evaluation(None, args.vae, None, device, out, args.count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options,
+        return Evaluation(None, args.vae, None, device, out, count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options,
                           load_vae(args.vae, device))
+    if is_pictures(args.run):
+        metric_names(args.metric, "pictures"), refuse_drawing_flags(args)
+        return Evaluation(None, args.run, None, device, out, args.count or ALL, args.seed, args.batch_size, options=args.options)
     source = find_model(args.run)
     with place_for_weights(device, args.offload) as place:
         model = load_model(source, place, ema=not args.no_ema)
     apply_learned(model, args)
-    settings = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg)
+    guidance = [draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=scale, true_cfg=args.true_cfg)
+                for scale in args.cfg or (None,)]
+    settings = guidance[0]
     if args.offload:
-        at_once = min(args.batch_size, args.count)
+        at_once = min(args.batch_size, count)
         captions = [f"caption {i}" for i in range(at_once)]             # a stand-in for the metrics' own: as many, and as long
         model = offload_to_fit(model, device, args.offload, Order(settings, ["", *captions], at_once))
-    return Evaluation(model, source, settings, device, out, args.count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options,
-                      adapters={name: [*map(str, getattr(args, name))] for name in ("lora", "embedding") if getattr(args, name)})
+    return Evaluation(model, source, settings, device, out, count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options,
+                      adapters={name: [*map(str, getattr(args, name))] for name in ("lora", "embedding") if getattr(args, name)},
+                      guidance=guidance)
 
 
 def usual_output(run: str) -> Path:
@@ -139,6 +167,8 @@ def measure(name: str, evaluation: Evaluation) -> int:
         guard(lambda: report(name, METRICS[name].measure(evaluation), evaluation.out))
     except SystemExit as end:                               # guard has printed the reason
         return end.code
+    except NotFirst:                                        # torchrun's other processes only draw
+        return 0
     except Exception:
         traceback.print_exc()
         return 1

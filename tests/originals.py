@@ -155,3 +155,70 @@ def compvis_vae(tensors):
         words = [{"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut"}.get(word, word) for word in words]
         renamed[".".join(words)] = tensor
     return renamed
+
+
+def open_clip_picture_tower(state):
+    """transformers' picture tower of a CLIP as open_clip stores it, beside a text tower."""
+    of, to = "vision_model.", "visual."
+    tensors = {f"{to}class_embedding": state[f"{of}embeddings.class_embedding"],
+               f"{to}conv1.weight": state[f"{of}embeddings.patch_embedding.weight"],
+               f"{to}positional_embedding": state[f"{of}embeddings.position_embedding.weight"],
+               f"{to}proj": state["visual_projection.weight"].T.contiguous(),
+               "text_projection": torch.ones(2, 2), "logit_scale": torch.ones(())}
+    for kind in ("weight", "bias"):
+        tensors[f"{to}ln_pre.{kind}"], tensors[f"{to}ln_post.{kind}"] = (
+            state[f"{of}{name}.{kind}"] for name in ("pre_layrnorm", "post_layernorm"))
+    layers = 1 + max(int(name.split(".")[3]) for name in state if name.startswith(f"{of}encoder.layers."))
+    for layer, kind in product(range(layers), ("weight", "bias")):
+        old, new = f"{of}encoder.layers.{layer}.", f"{to}transformer.resblocks.{layer}."
+        tensors[f"{new}attn.in_proj_{kind}"] = torch.cat([state[f"{old}self_attn.{part}_proj.{kind}"] for part in "qkv"])
+        for name, other in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+                            ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+            tensors[f"{new}{other}.{kind}"] = state[f"{old}{name}.{kind}"]
+    return tensors
+
+
+def meta_dinov2(state):
+    """A DINOv2 of transformers' as Meta's own code stores it."""
+    tensors = {"cls_token": state["embeddings.cls_token"], "pos_embed": state["embeddings.position_embeddings"],
+               "mask_token": state["embeddings.mask_token"]}
+    if "embeddings.register_tokens" in state:
+        tensors["register_tokens"] = state["embeddings.register_tokens"]
+    layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layer."))
+    for kind in ("weight", "bias"):
+        tensors[f"patch_embed.proj.{kind}"] = state[f"embeddings.patch_embeddings.projection.{kind}"]
+        tensors[f"norm.{kind}"] = state[f"layernorm.{kind}"]
+        for layer in range(layers):
+            old, new = f"encoder.layer.{layer}.", f"blocks.{layer}."
+            fused = [state[f"{old}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            tensors[f"{new}attn.qkv.{kind}"] = torch.cat(fused)
+            tensors[f"{new}attn.proj.{kind}"] = state[f"{old}attention.output.dense.{kind}"]
+            for first, second in (("fc1", "fc1"), ("fc2", "fc2"), ("weights_in", "w12"), ("weights_out", "w3")):
+                if f"{old}mlp.{first}.{kind}" in state:
+                    tensors[f"{new}mlp.{second}.{kind}"] = state[f"{old}mlp.{first}.{kind}"]
+            for i in (1, 2):
+                tensors[f"{new}norm{i}.{kind}"] = state[f"{old}norm{i}.{kind}"]
+                tensors[f"{new}ls{i}.gamma"] = state[f"{old}layer_scale{i}.lambda1"]
+    return tensors
+
+
+def timm_siglip(state):
+    """A SigLIP picture tower of transformers' as open_clip stores it: timm's network inside."""
+    to, head = "visual.trunk.", "head."
+    tensors = {f"{to}pos_embed": state["embeddings.position_embedding.weight"][None], f"{to}attn_pool.latent": state[f"{head}probe"],
+               "text.positional_embedding": torch.ones(2, 2), "logit_bias": torch.ones(())}
+    layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layers."))
+    for kind in ("weight", "bias"):
+        tensors[f"{to}patch_embed.proj.{kind}"] = state[f"embeddings.patch_embedding.{kind}"]
+        tensors[f"{to}norm.{kind}"] = state[f"post_layernorm.{kind}"]
+        query, keys_and_values = state[f"{head}attention.in_proj_{kind}"].tensor_split([len(state[f"{head}layernorm.weight"])])
+        tensors[f"{to}attn_pool.q.{kind}"], tensors[f"{to}attn_pool.kv.{kind}"] = query, keys_and_values
+        for name, other in (("attention.out_proj", "proj"), ("layernorm", "norm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+            tensors[f"{to}attn_pool.{other}.{kind}"] = state[f"{head}{name}.{kind}"]
+        for layer in range(layers):
+            old, new = f"encoder.layers.{layer}.", f"{to}blocks.{layer}."
+            tensors[f"{new}attn.qkv.{kind}"] = torch.cat([state[f"{old}self_attn.{part}_proj.{kind}"] for part in "qkv"])
+            for name, other in (("self_attn.out_proj", "attn.proj"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2"),
+                                ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+                tensors[f"{new}{other}.{kind}"] = state[f"{old}{name}.{kind}"]
+    return tensors

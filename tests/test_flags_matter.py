@@ -290,7 +290,9 @@ EVALUATE_VAE = {                                    # with --vae: what is measur
     "dtype": Row(["--dtype", "bf16"], {"record", "figures"}, ["--dtype", "fp32"], lambda a, b: b.record["dtype"] == "bf16"),
     "out": Row(["--out", "elsewhere"], {"folder"}, which_way=lambda a, b: b.folder == "elsewhere"),
 }
-NOT_EVALUATE = {"device": "there may be one alone"}
+NOT_EVALUATE = {"device": "there may be one alone",
+                **dict.fromkeys(("reference", "captions", "weights", "replicates", "fid_resize", "tower"),
+                                "of metrics of pictures: tests/evaluation/test_picture_metrics.py")}
 
 
 @pytest.mark.parametrize("name", EVALUATE)

@@ -75,10 +75,11 @@ def check_seed(seed: int, flag: str = "--seed") -> None:
         raise ValueError(f"{flag} {seed} must be below 2^62")
 
 
-def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every script that draws pictures, the arguments of pipeline.draw_settings. Their default is None."""
+def add_drawing_flags(parser: argparse.ArgumentParser, scale: Callable[[str], Any] = float) -> None:
+    """Add the flags of every script that draws pictures, the arguments of pipeline.draw_settings. Their default is None. scale: what
+    reads the word after --cfg."""
     add = parser.add_argument
-    add("--cfg", "--guidance-scale", "--scale", type=float, metavar="W", help="guidance scale; 1 or less is none, the prompt alone: "
+    add("--cfg", "--guidance-scale", "--scale", type=scale, metavar="W", help="guidance scale; 1 or less is none, the prompt alone: "
         "turbo models want 0; of FLUX dev the number that the network is told (default: the model's)")
     add("--true-cfg", type=float, metavar="W", help="of FLUX dev: guidance scale against a negative prompt, at twice the cost (default: 1)")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (default: the model's)")

@@ -124,6 +124,17 @@ def test_parts_of_different_sizes_and_swapped_halves_are_written_and_read():
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), net.state_dict().values()))
 
 
+@pytest.mark.parametrize("form, shape", [("1,", (1, 4, 3)), ("1,1,", (1, 1, 4, 3))])
+def test_a_tensor_with_more_axes_in_front_is_written_and_read(form, shape):
+    net, rules = Net(), [(r"^first\.weight$", f"token@{form}")]
+    stored = export_renamed(net.state_dict(), rules)
+    assert stored["token"].shape == shape and torch.equal(stored["token"].view(4, 3), net.first.weight)
+    assert published_shapes(net.state_dict(), rules)["token"] == shape
+    other = Net()
+    load_renamed(other, stored, rules)
+    assert torch.equal(other.first.weight, net.first.weight)
+
+
 def test_the_parts_of_a_fused_tensor_are_written_in_order_where_there_are_more_than_ten():
     values = {f"part.{i}": torch.full((1, 2), float(i)) for i in reversed(range(12))}
     fused = export_renamed(values, [(r"part\.(\d+)", r"all@\1/12")])["all"]

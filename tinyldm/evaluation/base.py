@@ -36,11 +36,15 @@ class Drawn(NamedTuple):
     seconds: float                      # that drawing them took
 
 
+class NotFirst(Exception):
+    """Raised by a metric in every process but torchrun's first, when its share of the work is done."""
+
+
 @dataclass
 class Evaluation:
-    """One model, or one autoencoder, under evaluation: what every metric is given."""
+    """One model, one autoencoder, or pictures under evaluation: what every metric is given."""
 
-    model: Model | None                 # None where an autoencoder is measured
+    model: Model | None                 # None where an autoencoder or pictures are measured
     source: Path | str                  # where the model was loaded from
     settings: DrawSettings | None       # how the model draws
     device: torch.device
@@ -53,6 +57,8 @@ class Evaluation:
     options: Mapping[str, Any] = field(default_factory=dict)            # values of the metrics' own flags, by argparse's names
     vae: nn.Module | None = None        # the autoencoder that is measured
     adapters: Mapping[str, Sequence[str]] = field(default_factory=dict)     # flag -> files that were applied to the model
+    guidance: Sequence[DrawSettings] = ()       # `settings` at every guidance scale that was typed
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)      # what metrics share, by a key of their own
     _drawn: dict[tuple[str, ...], Drawn] = field(default_factory=dict, init=False, repr=False)
 
     def draw(self, prompts: Sequence[str]) -> Drawn:

@@ -51,9 +51,14 @@ def of_texts(names: set[str]) -> list[str]:
 
 def of_folder(names: set[str], folder: str, row: Architecture, variant: str | None = None) -> list[str]:
     """Config and weights in one folder of a repository; "" is its root. [] where there are no weights."""
+    return of_weights(names, folder, row.stem, variant)
+
+
+def of_weights(names: set[str], folder: str, stem: str, variant: str | None = None) -> list[str]:
+    """The same of weights files of this stem."""
     start = f"{folder}/" if folder else ""
     inside = {name.removeprefix(start) for name in names if name.startswith(start)}
-    weights = choose(inside, row.stem, variant) or choose(inside, row.stem)
+    weights = choose(inside, stem, variant) or choose(inside, stem)
     if weights is None:
         return []
     return [start + name for name in (*(set(CONFIGS) & inside), weights, *_shards(weights, inside))]

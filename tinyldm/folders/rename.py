@@ -11,6 +11,7 @@ Where a published tensor is stored differently from ours, a suffix of its name i
     name@swap   the two halves of the first axis are swapped (Stability's last modulation: shift, scale; diffusers': scale, shift)
     name@T      stored transposed
     name@1x1    a matrix stored as a 1x1 convolution
+    name@1,1,   stored with two more axes of length 1 in front; name@1, with one
 
 Each form is a row of FORMS.
 
@@ -150,6 +151,8 @@ FORMS = {                                                       # keyed by the r
     r"1x1": Form(lambda shape, how: shape + (1, 1) if len(shape) == 2 else shape,           # a bias stays as it is
                  lambda tensor, how: tensor.flatten(1) if tensor.dim() == 4 else tensor,
                  lambda tensor, how: tensor[:, :, None, None] if tensor.dim() == 2 else tensor),
+    r"(?:1,)+": Form(lambda shape, how: (1,) * how[0].count(",") + shape, lambda tensor, how: tensor.flatten(0, how[0].count(",")),
+                     lambda tensor, how: tensor[(None,) * how[0].count(",")]),
 }
 
 

@@ -11,16 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
-from tinyldm.models.layers import TextFeatures, dot_product_attention
-
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),    # OpenAI's weights
-    "gelu": F.gelu,                                          # LAION's weights; the wrong one degrades silently
-}
+from tinyldm.models.layers import ACTIVATIONS, TextFeatures, dot_product_attention
 
 
 @dataclass(frozen=True)

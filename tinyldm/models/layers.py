@@ -97,6 +97,12 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
+ACTIVATIONS = {                         # of CLIP's two towers
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),    # OpenAI's weights
+    "gelu": F.gelu,                                          # LAION's weights; the wrong one degrades silently
+}
+
+
 _plain = False                          # see prefer_plain_attention
 
 

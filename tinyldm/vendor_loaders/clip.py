@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from tinyldm.models.clip_text import ACTIVATIONS, CLIPTextConfig
+from tinyldm.models.clip_text import CLIPTextConfig
+from tinyldm.models.layers import ACTIVATIONS
 from tinyldm.text.tokenizer import EOS
 from tinyldm.vendor_loaders.layout import Layout, Rules, Shape, count_blocks
 
@@ -122,6 +123,14 @@ def known_source(*names: str | None) -> Source | None:
                  if name and re.fullmatch(pattern, name, re.IGNORECASE)), None)
 
 
+def check_activation(activation: str, *names: str | None) -> None:
+    """ValueError where the first known source of these names (as for known_source) was trained with another activation."""
+    source = known_source(*names)
+    if source and source.activation != activation:
+        raise ValueError(f"the config says hidden_act={activation!r}, but {next(filter(None, names))} was trained with "
+                         f"{source.activation!r}; the wrong one loads without an error and degrades the results. Correct config.json")
+
+
 PROJECTED = ("CLIPTextModelWithProjection", "CLIPModel")    # the published classes whose pooled output is projected
 MODEL_TYPES = {"clip_text_model": "CLIPTextModel", "clip": "CLIPModel"}     # model_type of a config -> the class that it means alone
 CLASSES = ("CLIPTextModel", *PROJECTED, *MODEL_TYPES)       # the names of the tower in config.json
@@ -177,11 +186,7 @@ def from_config(config: dict, origin: str | None = None) -> CLIPTextConfig:
     if values["activation"] not in ACTIVATIONS:
         raise ValueError(f"hidden_act {values['activation']!r} is unknown: CLIP text encoders use "
                          f"{' or '.join(ACTIVATIONS)}")
-    source = known_source(origin, config.get("_name_or_path"), text.get("_name_or_path"))
-    if source and source.activation != values["activation"]:
-        raise ValueError(f"the config says hidden_act={values['activation']!r}, but {origin or config.get('_name_or_path')} was "
-                         f"trained with {source.activation!r}; the wrong one loads without an error and degrades the pictures. "
-                         f"Correct config.json")
+    check_activation(values["activation"], origin, config.get("_name_or_path"), text.get("_name_or_path"))
     return CLIPTextConfig(**values, projection_dim=config.get("projection_dim", 512) if architecture in PROJECTED else None)
 
 

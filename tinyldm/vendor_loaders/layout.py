@@ -4,7 +4,7 @@ Published files hold the same networks as ours under other tensor names. A table
 replacement)]`, turns our names into published ones; tinyldm/folders/rename.py applies it in both directions, to load and to
 export. A replacement may end in the form in which the tensor is stored: `name@1/3` for one of three parts of a fused
 tensor, `name@3-6/7` for four of seven, `name@swap` for one with its halves swapped, `name@T` for a transposed one, `name@1x1`
-for a matrix stored as a 1x1 convolution. That file explains them.
+for a matrix stored as a 1x1 convolution, `name@1,` with one more axis in front. That file explains them.
 
 A `Layout` is such a table and what it takes to recognise a file that needs it. Each module beside this one has LAYOUTS, the
 layouts of one kind of network by name; the first of them is the one that is written. It also has `to_config` and
