@@ -91,7 +91,8 @@ NO_LAYOUTS = ("families", "latent_rgb", "layout", "lpips", "pipelines", "schedul
               "scheduler_process", "two_streams")                              # in vendor_loaders/
 
 
-SMALL_TABLES = {"DTYPES", "DTYPE_NAMES", "DEVICES", "HOW", "EXTRA_SHAPES", "TIME_SHIFT_TYPES", "TRAINED"}       # nobody adds a row to these
+SMALL_TABLES = {"ACTIVATIONS", "ACTIVATION_NAMES", "DTYPES", "DTYPE_NAMES", "DEVICES", "HOW", "EXTRA_SHAPES", "TIME_SHIFT_TYPES",
+                "TRAINED"}                                                     # nobody adds a row to these
 
 
 def test_the_tables_of_the_architecture_are_where_it_says():
