@@ -37,7 +37,7 @@ if __name__ == "__main__":                                   # before torch is l
 import torch
 
 from tinyldm.data.loader import prefetch
-from tinyldm.device import autocast, deterministic, fast_convolutions, memory_gb, pick_device, pin
+from tinyldm.device import autocast, deterministic, fast_convolutions, keep_freed_memory, memory_gb, pick_device, pin
 from tinyldm.models.layers import prefer_plain_attention
 from tinyldm.objectives import Turn, map_tensors, split, turns_at
 from tinyldm.planning.show import Measured, compare, print_plan
@@ -369,7 +369,7 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")     # the main process prints for all
     device = pick_device(config.run.device)
     if device.type == "cpu":
-        prefer_plain_attention()
+        prefer_plain_attention(), keep_freed_memory()
     if config.run.deterministic or device.type == "cpu":        # on CPUs it costs no speed
         deterministic()
     else:

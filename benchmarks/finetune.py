@@ -213,7 +213,7 @@ def main() -> None:
         sys.exit(f"{args.base} was trained on {', '.join(data)}: train one on toyworld-without-SUBJECT, a SUBJECT that is not {args.kind}")
     task = Task(args.base, subject, args.kind, args.count, args.out, get_recogniser())
     pictures, file = write_pictures(task, size), args.out / "finetune.json"
-    record = json.loads(file.read_text()) if file.exists() else {}
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     facts = {"base": args.base, "subject": subject, "class": args.kind, "count": args.count}
     if {name: record.get(name) for name in facts} != facts:
         record = {**facts, "ceiling": ceiling(task, base, size), "ways": {}}

@@ -261,7 +261,8 @@ def test_a_u_net_with_two_text_encoders_is_for_sample_py_and_the_command_says_so
 
 @pytest.mark.parametrize("preset", [name for name, row in PRESETS.items() if row.get("network", "unet") == "unet"])
 def test_every_u_net_preset_has_the_names_and_shapes_of_published_classes(preset):
-    made = {"net": diffusers.UNet2DConditionModel.from_config, "vae": diffusers.AutoencoderKL.from_config,
+    of_diffusers = lambda config: getattr(diffusers, config["_class_name"]).from_config(config)
+    made = {"net": of_diffusers, "vae": of_diffusers,
             "text": lambda config: transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))}
     short = lambda shapes: {name.removeprefix("text_model."): tuple(shape) for name, shape in shapes.items()}
     for part, module in meta_networks(preset_config(preset))._asdict().items():

@@ -11,7 +11,7 @@ from tinyldm.training import latents
 @pytest.mark.parametrize("compiled", [True, False])
 def test_every_picture_size_is_prepared_once_by_processes_that_wait_for_each_other(tmp_path, monkeypatch, capsys, compiled):
     happened = []
-    monkeypatch.setattr(latents, "load_vae", lambda folder, device: "vae")
+    monkeypatch.setattr(latents, "open_vae", lambda config, context: "vae")
     monkeypatch.setattr(latents, "Cache", lambda folder: folder.name)
     monkeypatch.setattr(latents, "prepare", lambda config, folder, vae, device, **more: happened.append((folder.name, more)) or "report")
     check = lambda: None
