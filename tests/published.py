@@ -139,3 +139,7 @@ def write_flux(folder: Path | None, guidance: bool = True, head_dim: int = 32):
         tokenizer=clip_tokenizer(), text_encoder_2=t5_text(160, 4), tokenizer_2=t5_tokenizer(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
             **shift, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)), folder)
+
+
+PIPELINES = {"sd1": lambda folder: write_sd(folder, 1), "sd2": lambda folder: write_sd(folder, 2), "sdxl": write_sdxl,
+             "sd3": lambda folder: write_sd3(folder, qk_norm=True, dual=True), "flux": write_flux}

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from originals import compvis_unet, original_flux, original_mmdit
-from published import write_flux, write_sd, write_sd3, write_sdxl
+from published import PIPELINES
 from safetensors.torch import save_file
 from small_models import unet_model
 
-from tinyldm.adapters.files import read_adapter, read_layers, save_adapter
+from tinyldm.adapters.files import locate, read_adapter, read_layers, save_adapter
 from tinyldm.adapters.formats import family, layers_in
 from tinyldm.adapters.lora import LoRA, LoRAConfig
 from tinyldm.adapters.merge import apply_adapters
@@ -26,8 +26,6 @@ from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.flux import Flux, FluxConfig
 from tinyldm.models.unet import UNet, UNetConfig
 
-PIPELINES = {"sd1": lambda folder: write_sd(folder, 1), "sd2": lambda folder: write_sd(folder, 2), "sdxl": write_sdxl,
-             "sd3": lambda folder: write_sd3(folder, qk_norm=True, dual=True), "flux": write_flux}
 # Family -> (diffusers' weights, the network's config) -> the layout of kohya's paths, and the weights under its names.
 ORIGINALS = {
     "sd1": lambda tensors, config: ("diffusers", tensors), "sd2": lambda tensors, config: ("diffusers", tensors),
@@ -37,19 +35,6 @@ ORIGINALS = {
 }
 TEXTS = {"sd1": {"text": "te"}, "sd2": {"text": "te"}, "sdxl": {"text": "te1", "text_2": "te2"},
          "sd3": {"text": "te1", "text_2": "te2", "text_3": "te3"}, "flux": {"text": "te1", "text_2": "te3"}}
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """A function: family -> (its folder, diffusers' pipeline), written the first time."""
-    memo = {}
-
-    def written(name):
-        if name not in memo:
-            folder = tmp_path_factory.mktemp(name)
-            memo[name] = folder, PIPELINES[name](folder)
-        return memo[name]
-    return written
 
 
 def factors(weight, rank, generator):
@@ -423,3 +408,10 @@ def test_half_precision_files_and_pickles_of_tensors_are_read(published, tmp_pat
     same_changes(whole, read_adapter(tmp_path / "pytorch_lora_weights.bin", model))
     for key, change in read_adapter(tmp_path / "half.safetensors", model).changes()["net"].items():
         assert torch.allclose(change.delta(), whole.changes()["net"][key].delta(), atol=2e-3)
+
+
+def test_of_a_run_the_adapter_of_the_newest_whole_checkpoint_is_read(tmp_path):
+    for name in ("step-000900", "step-1000000", "step-999999", "step-1000001~"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "adapter.safetensors").touch()
+    assert locate(tmp_path).parent.name == "step-1000000"

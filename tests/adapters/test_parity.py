@@ -7,7 +7,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from published import PROMPT, write_flux, write_sd, write_sd3, write_sdxl
+from published import PIPELINES, PROMPT
 from safetensors.torch import save_file
 
 from tinyldm.adapters.files import save_adapter
@@ -19,25 +19,18 @@ from tinyldm.pipeline import draw, draw_settings
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
 SIZE = dict(width=32, height=24)
-FAMILIES = {"sd1": lambda folder: write_sd(folder, 1), "sd2": lambda folder: write_sd(folder, 2), "sdxl": write_sdxl,
-            "sd3": lambda folder: write_sd3(folder, qk_norm=True, dual=True), "flux": write_flux}
 TEXTS = {"sd1": ["text"], "sd2": ["text"], "sdxl": ["text", "text_2"], "sd3": ["text", "text_2"], "flux": ["text"]}     # CLIPs
 STRENGTHS = (0.0, 0.5, 1.0)
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """A function: family -> (its folder, diffusers' pipeline without adapters), written the first time."""
-    memo = {}
-
-    def written(name):
-        if name not in memo:
-            folder = tmp_path_factory.mktemp(name)
-            memo[name] = folder, FAMILIES[name](folder)
-        folder, pipeline = memo[name]
+@pytest.fixture
+def published(published):
+    """The same, without the adapters of earlier tests."""
+    def without_adapters(name):
+        folder, pipeline = published(name)
         pipeline.unload_lora_weights()
         return folder, pipeline
-    return written
+    return without_adapters
 
 
 def theirs(pipeline):
@@ -72,7 +65,7 @@ def made(model, name, net=("attention", "mlp", "conv", "modulation")):
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_an_adapter_written_here_draws_the_same_picture_in_diffusers(name, published, tmp_path):
     folder, pipeline = published(name)
     model = load_model(folder)

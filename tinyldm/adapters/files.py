@@ -119,7 +119,9 @@ def locate(path: str | Path) -> Path:
     if not path.exists():
         raise ValueError(f"{path} does not exist: name an adapter's .safetensors file, or the folder of a run that trained one")
     found = [path / name for name in NAMES if (path / name).is_file()]
-    found = found or sorted(path.glob(f"checkpoints/step-*/{OWN}"))[-1:]
+    steps = {int(number): file for file in path.glob(f"checkpoints/step-*/{OWN}")
+             if (number := file.parent.name.removeprefix("step-")).isdigit()}       # copies that are being replaced have other names
+    found = found or [file for _, file in sorted(steps.items())][-1:]
     if found:
         return found[0]
     if (path / "model_index.json").exists() or any(path.glob("checkpoints/step-*/model")):

@@ -70,8 +70,6 @@ def check_finetune(config: Config) -> None:
         f"--class-pictures {own.class_pictures} must be at least 1": own.class_pictures < 1,
         f"--prior-weight {own.prior_weight} must be a positive number": not 0 < own.prior_weight < math.inf,
         f"--lora-dropout {own.lora_dropout} must be at least 0 and below 1": not 0 <= own.lora_dropout < 1,
-        "--lora-dropout draws other numbers when --grad-checkpointing computes again: leave one of the two out":
-            own.lora_dropout and config.network.grad_checkpointing,
         f"--class is for --finetune dreambooth, not for {own.kind}: leave it out": own.class_prompt and not dreambooth,
         f"--token is for --finetune textual_inversion, not for {own.kind}: leave it out": own.token and not inversion,
         f"--train-text is for lora and dreambooth: {own.kind} trains nothing but the vectors of its token": own.train_text and inversion,

@@ -9,7 +9,7 @@ from tinyldm.lookup import lookup
 
 TINY = dict(
     autoencoder="taesd", vae=dict(latent_channels=8, width=48, blocks=(0, 2, 2, 2)), vae_steps=1900,
-    vae_latents=dict(noise=0.1),        # for a decoder that bears latents a little off, as a network draws them
+    vae_latents=dict(noise=0.1),        # the decoder learns from slightly wrong latents, as a network draws them
     text=dict(width=128, layers=2, heads=4, mlp_width=512, context_length=24, activation="gelu"),
     unet=dict(widths=(64, 128), depth=1, attention=(True, True), heads=(2, 4), groups=8), max_steps=750,
 )
