@@ -217,7 +217,7 @@ def test_what_a_resumed_run_keeps_and_what_it_may_change():
     may_change = """out resume device dtype compile max_skip encode_batch_size vae_steps vae_pictures vae_batch_size vae_crop vae_lr
         vae_muon_lr vae_val_every early_stop
         times times_mean times_scale stratified_times loss huber_c loss_weight min_snr_gamma p2_gamma noise_offset
-        input_perturbation caption_dropout max_steps budget deadline grad_accum lr muon_lr weight_decay warmup_steps decay
+        input_perturbation caption_dropout max_steps budget deadline grad_accum lr muon_lr text_lr weight_decay warmup_steps decay
         grad_clip ema_decay rollback grad_checkpointing fsdp deterministic log_every track save_every keep_last keep_every val_every
         sample_every sample_prompts sampler sample_steps cfg pictures utilisation gpu_gb gpu_tflops""".split()
     assert all(SETTINGS[name].kept for name in kept) and not any(SETTINGS[name].kept for name in may_change)

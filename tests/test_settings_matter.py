@@ -158,6 +158,8 @@ ROWS = {
     "optimizer": Row("adamw", {"optimizers", "rates", "decays"} | AFTER, which_way=lambda a, b: b.optimizers == [["AdamW"]] * 3),
     "lr": Row(0.008, {"rates"} | AFTER, which_way=scaled(0)),
     "muon_lr": Row(0.006, {"rates"} | AFTER, which_way=scaled(1)),
+    "text_lr": Row(0.002, {"rates", "decays"} | AFTER, which_way=lambda a, b: b.rates == [
+        [pytest.approx(adam), pytest.approx(adam / 2), pytest.approx(muon), pytest.approx(muon / 2)] for adam, muon in a.rates]),
     "weight_decay": Row(0.5, {"decays"} | AFTER, which_way=lambda a, b: b.decays == [[0.5, 0.5]] * 3),
     "warmup_steps": Row(3, {"rates"} | AFTER, which_way=lambda a, b: fraction(a.rates, b.rates, 0)[0] == pytest.approx(2 / 3)),
     "decay": Row(1.0, {"rates"} | AFTER, which_way=lambda a, b: b.rates[2][0] == pytest.approx(0.004 / 3)),

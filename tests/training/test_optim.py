@@ -256,6 +256,15 @@ def test_both_optimizers_have_the_settings_learning_rates_and_decay_all_of_their
     assert adamw.param_groups[0]["betas"] == (0.9, 0.95) and muon.param_groups[0]["momentum"] == 0.95
 
 
+def test_text_encoders_may_have_learning_rates_of_their_own():
+    parameters = {f"{part}.{name}": p for part in ("net", "text_2") for name, p in nn.Linear(2, 2).named_parameters()}
+    settings = OptimisationConfig(optimizer="muon", lr=1e-3, muon_lr=1e-2, text_lr=5e-4)
+    optimizers = make_optimizers(parameters, {"net.weight", "text_2.weight"}, settings)
+    names = {id(p): name for name, p in parameters.items()}
+    found = {names[id(p)]: group["lr"] for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert found == {"net.weight": 1e-2, "net.bias": 1e-3, "text_2.weight": pytest.approx(5e-3), "text_2.bias": 5e-4}
+
+
 def test_adamw_takes_the_steps_of_its_formula():
     """arXiv:1711.05101, Alg. 2, with betas of 0.9 and 0.95: they show from the second step on."""
     start = torch.linspace(-1, 1, 5)

@@ -120,6 +120,11 @@ def check_length(config: Config) -> None:
                 read(value)
             except ValueError as error:
                 raise ValueError(f"--{name}: {error}") from None
+    if length.text_lr < 0:
+        raise ValueError(f"--text-lr {length.text_lr} is negative: leave it out, and text encoders are trained with --lr")
+    if length.text_lr and not (config.finetune.trains_text if config.finetune.kind else not config.text.weights):
+        raise ValueError("--text-lr is for text encoders that are trained, and these are frozen: "
+                         f"{'add --train-text' if config.finetune.kind else 'leave it out'}")
     if length.batch_size < length.grad_accum:
         raise ValueError(f"--batch-size {length.batch_size} cannot be divided into --grad-accum {length.grad_accum} micro-batches")
 

@@ -187,6 +187,7 @@ class OptimisationConfig:
     optimizer: str = fixed("muon", "muon (AdamW for all but the blocks' matrices) or adamw")
     lr: float = free(4e-3, "AdamW's peak learning rate")
     muon_lr: float = free(3e-3, "Muon's peak learning rate")
+    text_lr: float = free(0.0, "learning rate of text encoders that are trained, in place of --lr; Muon's is changed by the same factor")
     weight_decay: float = free(0.0, "decoupled weight decay")
     warmup_steps: int = free(50, "steps of linear warm-up")
     decay: float = free(0.4, "fraction of the steps, at the end, over which the learning rate falls to 0")

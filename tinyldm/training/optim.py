@@ -168,16 +168,20 @@ def make_optimizers(parameters: Mapping[str, nn.Parameter], matrices: Collection
     matrices: the names of the parameters that Muon may train (model.muon_matrices). Muon's update of a matrix has the root mean
     square that AdamW's would have at 0.2 of the learning rate, whatever its shape, so the two learning rates are of the same order;
     they are separate settings because the best one for embeddings, norms and biases need not be the best for matrices. betas: AdamW's.
+    With --text-lr both rates are lower (or higher) in text encoders by the same factor.
     """
-    inner = [p for name, p in parameters.items() if settings.optimizer == "muon" and name in matrices]
-    chosen = set(map(id, inner))
-    outer = [p for p in parameters.values() if id(p) not in chosen]
-    kinds = [[p for p in outer if sharded(p) == kind] for kind in (False, True)]     # fused AdamW takes no mixture of the two
+    def groups(params: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
+        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)      # fused AdamW takes no mixture of sharded and whole
+        for name, p in params.items():
+            kinds[bool(settings.text_lr) and name.startswith("text"), sharded(p)].append(p)
+        return [{"params": kinds[kind], "lr": lr * settings.text_lr / settings.lr if kind[0] else lr} for kind in sorted(kinds)]
+
+    inner = {name: p for name, p in parameters.items() if settings.optimizer == "muon" and name in matrices}
+    outer = {name: p for name, p in parameters.items() if name not in inner}
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([{"params": params} for params in kinds if params], lr=settings.lr, betas=betas,
-                          weight_decay=settings.weight_decay, fused=True)]
+        torch.optim.AdamW(groups(outer, settings.lr), lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True)]
     if inner:
-        optimizers.append(Muon(inner, lr=settings.muon_lr, weight_decay=settings.weight_decay, world=world))
+        optimizers.append(Muon(groups(inner, settings.muon_lr), lr=settings.muon_lr, weight_decay=settings.weight_decay, world=world))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
