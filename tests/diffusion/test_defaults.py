@@ -13,7 +13,7 @@ from tinyldm.diffusion.loss import LOSSES, T_SAMPLERS, WEIGHTS, make_noise, make
 from tinyldm.diffusion.noise import make_generators, slerp
 from tinyldm.diffusion.ode import invert
 from tinyldm.diffusion.process import PROCESSES, Level, make_process
-from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.diffusion.samplers import SAMPLERS, ddpm
 from tinyldm.diffusion.step import straight
 
 EXPECTED = {
@@ -26,6 +26,8 @@ EXPECTED = {
     "sampler dpmpp_sde": dict(eta=1.0, s_noise=1.0),
     "sampler unipc": dict(lower_order_final=True, solver_type="bh2", disable_corrector=()),
     "sampler adaptive": dict(rtol=0.01, atol=0.01),
+    "sampler annealed_langevin": dict(corrections=10, size=0.2),
+    "sampler predictor_corrector": dict(predictor=ddpm, corrections=1, snr=0.16),
     "invert": dict(repeats=3),
     "grid": dict(schedule="normal", strength=1.0, drop_last=False, set_alpha_to_one=True, alpha_floor=0.0),
     "schedule leading": dict(offset=0),
@@ -64,6 +66,7 @@ EXPECTED = {
     "times mode": dict(mean=0.0, scale=1.29),
     "times cosmap": dict(mean=0.0, scale=1.0),
     "times log_normal": dict(mean=-1.2, scale=1.2),
+    "times ladder": dict(mean=0.0, scale=10.0),
 }
 TABLES = {"sampler": SAMPLERS, "schedule": SCHEDULES, "process": PROCESSES, "weight": WEIGHTS, "times": T_SAMPLERS}
 FUNCTIONS = [invert, grid, guidance.cfg, guidance.dynamic_threshold, guidance.classifier_guidance, slerp, sample_losses, make_noise,

@@ -175,6 +175,23 @@ def test_logit_normal_times_have_that_mean_and_scale():
     assert logit.mean().item() == pytest.approx(0.5, abs=0.02) and logit.std().item() == pytest.approx(1.3, rel=0.01)
 
 
+def test_eps_prediction_on_ve_at_times_of_a_ladder_is_ncsn():
+    """arXiv:1907.05600, Eqs. 5 and 6, with lambda = sigma^2 and the score -eps / sigma: half of the sum over pixels, where ours is the mean."""
+    times = sample_t("ladder", 1000, torch.Generator().manual_seed(0), scale=10).unique().double()
+    sigmas = torch.logspace(-2, 0, 10, dtype=torch.float64)
+    ve = make_process("ve", sigma_min=0.01, sigma_max=1.0)
+    torch.testing.assert_close(ve(times).sigma.flatten(), sigmas, rtol=1e-6, atol=0)
+    t = torch.linspace(0, 1, 10, dtype=torch.float64)
+    x0, eps = (torch.randn(10, 2, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2))
+    scale = sigmas.view(-1, 1, 1, 1)
+    score = lambda x, t: torch.tanh(x * 1.3) - t.view(-1, 1, 1, 1) / 500
+    noisy = x0 + scale * eps
+    theirs = sigmas**2 / 2 * (score(noisy, 1000 * t) + (noisy - x0) / scale**2).square().sum((1, 2, 3))
+    net = lambda x, t, cond: -scale * score(x * input_scale(ve(t / 1000)), t)
+    ours = sample_losses(net, x0, eps, t, None, ve, prediction="eps")
+    torch.testing.assert_close(x0[0].numel() / 2 * ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_unknown_names_name_the_nearest():
     with pytest.raises(ValueError, match="unknown loss weight 'minsnr': did you mean 'min_snr'"):
         make_weight("minsnr", "v")

@@ -26,9 +26,11 @@ from tinyldm.diffusion.samplers import (
     heun,
     lms,
     pndm,
+    predictor_corrector,
     sampler_name,
     unipc,
 )
+from tinyldm.diffusion.langevin import annealed_langevin, langevin, to_score
 from tinyldm.diffusion.step import signal
 
 SD = make_process("scaled_linear")
@@ -42,8 +44,11 @@ STOCHASTIC = {
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_sde": dpmpp_sde,
     "edm": edm,
+    "annealed_langevin": annealed_langevin,
+    "predictor_corrector": predictor_corrector,
 }
 ANY = SAMPLERS | STOCHASTIC
+STEPPING = [name for name in SAMPLERS if name not in ("annealed_langevin", "predictor_corrector")]      # move only from level to level
 
 
 def later(every, *places):
@@ -252,7 +257,7 @@ def drawn(sampler, denoise, mixture, levels, n, seed=1):
 
 # Steps from which the bias of the method is below what these sizes can see. (ddim at eta = 1 and euler_a are ddpm: below.)
 STEPS = {name: 400 for name in ("ddpm", "ddim eta=0.3")} | {
-    name: 100 for name in ("dpmpp_2m_sde", "dpmpp_sde", "edm")
+    name: 100 for name in ("dpmpp_2m_sde", "dpmpp_sde", "edm", "predictor_corrector")
 }
 
 
@@ -390,6 +395,71 @@ def test_the_half_step_of_dpmpp_sde_shares_its_noise_with_the_whole_step(image_m
     assert seen[1][0].std().item() == pytest.approx(middle.sigma * math.sqrt(1 - (b / a) ** 2), rel=0.02)
 
 
+@pytest.mark.parametrize("size", [0.02, 0.2, 0.5])
+def test_langevin_steps_settle_a_little_wider_than_the_gaussian_of_their_score(size):
+    """x <- (1 - a / v) x + sqrt(2 a) noise has the stationary variance v / (1 - a / (2 v)); on any curve, v = alpha^2 s^2 + sigma^2."""
+    level, generators = FLOW(torch.tensor([0.4])), make_generators([0])
+    level = Level(*(value.item() for value in level))
+    v, a = level.alpha**2 * 0.25 + level.sigma**2, size * level.sigma**2
+    denoise = lambda x, level: level.alpha * 0.25 / v * x                           # exact for data of N(0, 0.25)
+    x = torch.zeros(1, 1, 200, 200, dtype=torch.float64)                            # far from where it ends
+    for _ in range(math.ceil(5 * v / a)):
+        x = langevin(x, to_score(x, denoise(x, level), level), randn_like(x, generators), a)
+    assert x.mean().item() == pytest.approx(0, abs=0.02) and x.var().item() == pytest.approx(v / (1 - a / 2 / v), rel=0.03)
+
+
+def test_annealed_langevin_is_algorithm_1_of_its_paper(image_mixture):
+    """Transcribed: arXiv:1907.05600, Alg. 1, with its ladder of ten levels, and the denoiser's answer at the end."""
+    sigmas = torch.logspace(0, -2, 10, dtype=torch.float64).tolist()
+    levels = [Level(0.0, 1.0, sigma) for sigma in sigmas]
+    x = start = noise(4, (1, 1, 2)).double()
+    generators, epsilon = make_generators(range(4)), 2e-5
+    for level in levels:
+        a = epsilon * level.sigma**2 / sigmas[-1] ** 2
+        for _ in range(3):
+            x = x + a * (image_mixture(x, level) - x) / level.sigma**2 + math.sqrt(2 * a) * randn_like(x, generators)
+    wanted = image_mixture(x, levels[-1])
+    found = final(annealed_langevin(image_mixture, start, [*levels, Level(0.0, 1.0, 0.0)], make_generators(range(4)), corrections=3))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_annealed_langevin_draws_from_a_mixture_whose_modes_mix(pixel_mixture):
+    """Kolmogorov-Smirnov, 20000 draws. The bias of steps of this size, and of so few at each level, is 0.04."""
+    levels, n = grid(VE, 20), 20_000
+    x = drawn(partial(annealed_langevin, corrections=8), pixel_mixture, pixel_mixture, levels, n)
+    cdf = pixel_mixture.cdf(x.flatten().sort().values, levels[-1])
+    distance = (cdf - (torch.arange(n, dtype=torch.float64) + 0.5) / n).abs().max().item()
+    print(f"KS {distance:.4f}")
+    assert distance < 0.05
+
+
+def test_a_corrector_makes_up_for_coarse_steps_of_the_predictor(image_mixture, curve_levels):
+    """The message of arXiv:2011.13456, Table 1: at equal numbers of calls, half of them on correction serve better."""
+    distances = []
+    for sampler, steps in ((partial(predictor_corrector, snr=0.3), 10), (ddpm, 20)):
+        levels, n = curve_levels("ve", steps, 1.0, 0.1), 8000
+        x = drawn(sampler, image_mixture, image_mixture, levels, n)
+        eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+        distances.append(sliced_wasserstein(x, image_mixture.sample(n, seed=7) + levels[-1].sigma * eps))
+    print(f"SW {distances}")
+    assert distances[0] < distances[1]
+
+
+def test_a_corrected_picture_does_not_depend_on_those_drawn_with_it(image_mixture):
+    x, levels = noise(6, (1, 4, 2)).double(), grid(SD, 5)
+    denoise = lambda x, level: x * level.alpha + x.square() / 5
+    whole = final(predictor_corrector(denoise, x, levels, make_generators(range(6))))
+    alone = final(predictor_corrector(denoise, x[4:5], levels, make_generators([4])))
+    torch.testing.assert_close(whole[4:5], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("predictor", [ddim, heun, dpmpp_sde])
+def test_a_predictor_without_corrections_is_the_sampler_itself(predictor, image_mixture):
+    x, levels = noise(2, (1, 1, 2)).double(), grid(SD, 6)
+    found = final(predictor_corrector(image_mixture, x, levels, make_generators([1, 2]), predictor=predictor, corrections=0))
+    assert torch.equal(found, final(predictor(image_mixture, x, levels, make_generators([1, 2]))))
+
+
 def test_churn_never_leaves_the_grid_and_none_is_heun(image_mixture):
     x, levels, seen = noise(2, (1, 1, 2)).double(), grid(SD, 10), []
     churned = final(edm(watched(image_mixture, seen), x, levels, make_generators([1, 2])))
@@ -445,7 +515,7 @@ def test_every_sampler_runs_from_any_level_on_any_grid(name, process_name, image
             levels = grid(process, steps, schedule, strength=max(strength, 1 / (len(whole) - 1)))
             x = levels[0].alpha * image_mixture.sample(4) + levels[0].sigma * noise(4, (1, 1, 2)).double()
             end = final(SAMPLERS[name](image_mixture, x, levels, generators=make_generators(range(4))))
-            wild = 1e4 if name in ("lms", "pndm") else 10  # extrapolates over steps as long as these
+            wild = 1e4 if name in ("lms", "pndm", "annealed_langevin") else 10  # these extrapolate over steps as long as these
             assert bool(end.isfinite().all()) and end.abs().max() < wild, (schedule, steps)
 
 
@@ -467,7 +537,7 @@ def test_a_network_in_bfloat16_draws_nearly_the_same_in_float32(name, toy_networ
     assert not torch.equal(*ends) and (ends[0] - ends[1]).abs().mean() < 0.02 * ends[0].abs().mean()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STEPPING)
 @pytest.mark.parametrize("process", [SD, FLOW], ids=["discrete", "flow"])
 def test_one_step_jumps_to_the_guess_about_pure_noise(name, process, image_mixture):
     x, levels = noise(3, (1, 1, 2)).double(), grid(process, 1)
@@ -479,7 +549,7 @@ def test_one_step_jumps_to_the_guess_about_pure_noise(name, process, image_mixtu
         torch.testing.assert_close(value, image_mixture(x, levels[0]), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STEPPING)
 def test_every_step_yields_x_and_the_guess_on_the_way_and_ends_on_the_guess(name, image_mixture):
     x, levels = noise(3, (1, 1, 2)).double(), grid(FLOW, 6)
     options = {"s_churn": 0.0} if name == "edm" else {}  # with churn, its x0 is the guess for the noisier x

@@ -154,10 +154,11 @@ class ObjectiveConfig:
     zero_terminal_snr: bool = fixed(False, "rescale the table so that its last level is pure noise (not for flow, which has it)")
     prediction: str = fixed("flow", "what the network predicts: eps, x0, v or flow")
     learned_variance: bool = fixed(False, "the network answers with twice the channels and learns its variance (tables only)")
-    times: str = free("logit_normal", "how training times are drawn: uniform, normal, logit_normal, mode, cosmap, log_normal (EDM's)")
+    times: str = free("logit_normal", "how training times are drawn: uniform, normal, logit_normal, mode, cosmap, log_normal (EDM's), "
+                      "ladder (NCSN's)")
     times_mean: float | None = free(None, "mean of t (normal), logit(t) (logit_normal: 0; above trains more on noise), "
                                     "log(sigma) (log_normal)")
-    times_scale: float | None = free(None, "standard deviation of the same; mode: how much it favours the middle")
+    times_scale: float | None = free(None, "standard deviation of the same; mode: how much it favours the middle; ladder: levels")
     stratified_times: bool = free(False, "one time from every equal part of their distribution, in every batch")
     loss: str = free("mse", "mse, l1 or huber")
     huber_c: float = free(0.1, "huber: the error at which it turns from squared to absolute")

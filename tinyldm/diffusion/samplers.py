@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tinyldm.diffusion.guidance import Denoised, Denoiser
+from tinyldm.diffusion.langevin import annealed_langevin, langevin, to_score
 from tinyldm.diffusion.multistep import dpmpp_2m, dpmpp_2m_sde, lms, pndm, unipc
 from tinyldm.diffusion.noise import Generators, randn_like
 from tinyldm.diffusion.prediction import to_eps
@@ -193,13 +194,35 @@ def dpmpp_sde(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators
         yield x, x0
 
 
+@torch.no_grad()
+def predictor_corrector(
+    denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, predictor: Callable[..., Steps] = ddpm,
+    corrections: int = 1, snr: float = 0.16,
+) -> Steps:
+    """Langevin steps at each level, of a = 2 (snr |noise| / |score|)^2, then the predictor's step to the next level
+    (arXiv:2011.13456, Algs. 1 and 5). corrections + 1 calls per step where the predictor takes one.
+
+    predictor: any sampler; `ddpm` is the paper's reverse diffusion up to the order of a step. It begins anew at each level, so
+    multistep samplers have no past and are of first order. The published code takes the norms as means over the batch, so
+    there a picture depends on those drawn with it; here each has its own.
+    """
+    norm = lambda y: torch.linalg.vector_norm(y, dim=(1, 2, 3), keepdim=True)  # [b, 1, 1, 1]
+    for i, now in enumerate(levels[:-1]):
+        for _ in range(corrections):
+            score, noise = to_score(x, denoise(x, now), now), randn_like(x, generators)
+            x = langevin(x, score, noise, 2 * (snr * norm(noise) / norm(score).clamp(min=1e-12)) ** 2)
+        for x, x0 in predictor(denoise, x, levels[i : i + 2], generators=generators):
+            yield x, x0
+
+
 SAMPLERS = {
     sampler.__name__: sampler
-    for sampler in (ddim, ddpm, euler, euler_a, heun, edm, adaptive, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc)
+    for sampler in (ddim, ddpm, euler, euler_a, heun, edm, adaptive, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc,
+                    annealed_langevin, predictor_corrector)
 }
 
 ALIASES = {"ancestral": "ddpm", "dpmpp2m": "dpmpp_2m", "dpm_pp_2m": "dpmpp_2m", "dpm_pp_2m_sde": "dpmpp_2m_sde",
-           "dpm_pp_sde": "dpmpp_sde", "euler_ancestral": "euler_a", "plms": "pndm", "uni_pc": "unipc"}
+           "dpm_pp_sde": "dpmpp_sde", "euler_ancestral": "euler_a", "pc": "predictor_corrector", "plms": "pndm", "uni_pc": "unipc"}
 
 
 def sampler_name(name: str) -> str:
