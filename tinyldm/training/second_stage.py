@@ -53,7 +53,7 @@ BEFORE = "before"           # name of the sample grid of a model before it is tr
 class LatentStage(Stage):
     """Trains a network, and the text encoders unless they are frozen, on cached latents."""
 
-    name, stream, reported = "step", Stream.NOISE, True
+    name, stream, reported, planned = "step", Stream.NOISE, True, True
     base = ""                   # a fingerprint of the model that stays as it is while something is trained beside it; "": there is none
 
     def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None,
