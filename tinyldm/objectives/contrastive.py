@@ -135,10 +135,12 @@ class Contrastive(Objective):
             found, own = self.compare(CLIPFeatures(*(each.detach() for each in made)), batch.tokens, first), slice(None)
         else:
             own = slice(first - self.first, first - self.first + len(batch.index))
-        linear = (found.images[own] * made.images + found.texts[own] * made.texts).sum(1) + found.log_scale * self.clip.log_scale
+        # The trainer divides the sum of losses by the size. All samples have a part in the temperature's gradient, and each has its own
+        # features: linear in both, this has the gradients that compare() found.
+        linear = self.size * (found.images[own] * made.images + found.texts[own] * made.texts).sum(1)
+        linear = linear + found.log_scale * self.clip.log_scale
         if self.clip.bias is not None:
             linear = linear + found.bias * self.clip.bias
-        linear = self.size * linear                                             # the trainer divides the sum of losses by the size
         return found.losses[own] + (linear - linear.detach())
 
     def compare(self, features: CLIPFeatures, tokens: Tensor, first: int) -> Compared:
