@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, mistake, script, train_here, weights
+from helpers import SMALL, load_script, mistake, pictures, script, train_here, weights
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from tinyldm.data import toyworld
 from tinyldm.evaluation.towers import load_vit
-from tinyldm.folders.load import load_part, load_text, load_tokenizer
+from tinyldm.folders.load import load_model, load_part, load_text, load_tokenizer
 from tinyldm.model import CLIPS
 from tinyldm.models.clip import CLIPFeatures, unit
 from tinyldm.objectives.contrastive import normalised
@@ -86,6 +87,35 @@ def test_micro_batches_train_as_the_whole_batch_does(run, tmp_path, monkeypatch)
     train_here(load_script("train"), [*words(loss), "--grad-accum", "3", "--out", str(tmp_path / "run")], monkeypatch)
     one, two = ([row["loss"] for row in read(folder / "log.jsonl") if "loss" in row] for folder in (run, tmp_path / "run"))
     assert one == pytest.approx(two, rel=1e-4)
+
+
+@torch.no_grad()
+def test_evaluate_scores_pictures_by_a_run_without_a_download(run, tmp_path):
+    folder, module = pictures(tmp_path / "set", 5), load_script("evaluate")
+    module.ARGS = module.parse([str(folder), "--metric", "clip", "--clip", str(run), "--device", "cpu", "--out", str(tmp_path / "out")])
+    module.main()
+    found = json.loads((tmp_path / "out" / "clip.json").read_text())
+    images = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
+    clip = run / "checkpoints" / "step-000004" / "clip"
+    ids = torch.from_numpy(load_tokenizer(clip).encode([file.read_text() for file in sorted(folder.glob("*.txt"))]))
+    made = load_part(clip, CLIPS.values(), "cpu", torch.float32)(normalised(images), ids)
+    expected = 100 * (made.images * made.texts).sum(1).clamp(min=0).mean()
+    assert found["results"][0]["values"]["CLIP score"]["value"] == pytest.approx(float(expected), rel=1e-4)
+    assert (found["weights"], found["size"]) == (str(clip), 16)
+
+
+def test_the_clip_is_named_once(run, tmp_path, capsys):
+    folder = pictures(tmp_path / "set", 2)
+    assert "leave one out" in mistake("evaluate", [folder, "--metric", "clip", "--clip", run, "--weights", f"clip={run}"], capsys)
+
+
+def test_a_diffusion_model_is_conditioned_on_the_text_tower_of_a_run(run, tmp_path, monkeypatch):
+    settings = [*SMALL[:SMALL.index("--text")], "--max-steps", "2", "--vae-steps", "2", "--sample-every", "0"]
+    train_here(load_script("train"), [*settings, "--text-weights", str(run), "--out", str(tmp_path / "run")], monkeypatch)
+    theirs = load_text(run / "checkpoints" / "step-000004" / "clip")
+    model = load_model(tmp_path / "run" / "checkpoints" / "step-000002" / "model")
+    ids = torch.from_numpy(model.text.tokenizers[0].encode(["a red fox"]))
+    assert torch.equal(model.text.modules["text"](ids).hidden, theirs(ids).hidden)
 
 
 @pytest.mark.slow

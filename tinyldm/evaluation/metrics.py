@@ -63,6 +63,8 @@ DRAWN: dict[str, dict[str, Any]] = {                            # flags of metri
 }
 _RESIZE = {"--fid-resize": dict(default="tensorflow1", metavar="NAME", help="how pictures come to Inception's 299 px: tensorflow1 (the "
                                 "original, torch-fidelity), clean (clean-fid), pytorch (pytorch-fid) (default: tensorflow1)")}
+_CLIP = {"--clip": dict(default="", metavar="RUN", help="a run of train.py --objective contrastive, or any other CLIP: short for --weights "
+                        "clip=RUN")}
 _REFERENCE = {"--reference": dict(nargs="+", metavar="WORD", help="real pictures, as for --data, or an .npz of mu and sigma")}
 COMPARED = DRAWN | _REFERENCE
 
@@ -81,7 +83,7 @@ METRICS: dict[str, Metric] = {
     "fid": of_pictures("Fréchet distance of Inception features to --reference", "fid", "check_reference", COMPARED | _RESIZE),
     "is": of_pictures("Inception score", "inception_score", "check", DRAWN | _RESIZE),
     "kid": of_pictures("kernel distance of Inception features to --reference", "kid", "check_reference", COMPARED | _RESIZE),
-    "clip": of_pictures("how well pictures fit their captions, by CLIP", "clip", "check", DRAWN),
+    "clip": of_pictures("how well pictures fit their captions, by CLIP", "clip", "check", DRAWN | _CLIP),
     "cmmd": of_pictures("kernel distance of CLIP features to --reference", "cmmd", "check_reference", COMPARED),
     "fd_dino": of_pictures("Fréchet distance of DINOv2 features to --reference", "fd_dino", "check_reference", COMPARED),
     "precision_recall": of_pictures("precision, recall, density and coverage of Inception features beside --reference", "precision_recall",

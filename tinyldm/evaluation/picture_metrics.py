@@ -51,8 +51,11 @@ class Comparison(NamedTuple):
 
 def check(evaluation: Evaluation) -> None:
     """What all of these metrics ask for."""
-    for name in weight_sources(evaluation.options["weights"]):
+    named = weight_sources(evaluation.options["weights"])
+    for name in named:
         lookup({known.partition("-")[0]: None for known in TOWERS}, name, "tower of --weights")
+    if evaluation.options["clip"] and "clip" in named:
+        raise ValueError("--clip and --weights clip= name the same weights: leave one out")
     if (replicates := evaluation.options["replicates"]) < 2:
         raise ValueError(f"--replicates {replicates}: an interval needs two bootstrap replicates or more")
     if (size := evaluation.options["resolution"]) is not None and size < 1:

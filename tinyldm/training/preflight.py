@@ -31,6 +31,7 @@ from tinyldm.training.distributed import launched
 from tinyldm.training.ema import parse_widths
 from tinyldm.training.finetune import complete
 from tinyldm.training.frozen import read_texts
+from tinyldm.training.run_folder import find_clip
 from tinyldm.training.second_stage import needs_sizes, scheduler_config
 from tinyldm.training.track import find_backend
 from tinyldm.vendor_loaders.scheduler import sampling
@@ -72,6 +73,8 @@ def check_settings(config: Config) -> Config:
     """What can be said about the settings alone: names are looked up in their tables; fields, options and combinations that do not
     fit are refused. -> the settings, completed by what the model of --finetune says."""
     config = complete(config)
+    if clip := find_clip(config.text.weights):                  # --text-weights names a run of --objective contrastive
+        config = change(config, text_weights=str(clip))
     objective = lookup(OBJECTIVES, config.objective.name, "objective")
     for name, value in config.objective.options.items():
         default = lookup(objective.options, name, what := f"{config.objective.name} option")

@@ -60,8 +60,8 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
 
 
 def find_clip(path: str | Path) -> Path | None:
-    """The CLIP of a run's newest checkpoint; None where a path is no such run."""
-    return next((last / "clip" for last in reversed(checkpoint.names(Path(path))) if (last / "clip").is_dir()), None)
+    """The CLIP of a run's newest checkpoint; None where a path ("": there is none) is no such run."""
+    return next((last / "clip" for last in reversed(checkpoint.names(Path(path)) if path else []) if (last / "clip").is_dir()), None)
 
 
 def find_beside(folder: Path) -> Path | None:
