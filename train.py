@@ -39,6 +39,7 @@ import torch
 
 from tinyldm.data.loader import prefetch
 from tinyldm.device import autocast, deterministic, fast_convolutions, keep_freed_memory, memory_gb, pick_device, pin
+from tinyldm.evaluation.while_training import WhileTraining, check_evaluation
 from tinyldm.models.layers import prefer_plain_attention
 from tinyldm.objectives import OBJECTIVES, Turn, map_tensors, split, turns_at
 from tinyldm.planning.show import Measured, compare, print_plan
@@ -47,7 +48,7 @@ from tinyldm.training import checkpoint
 from tinyldm.training.clock import Clock
 from tinyldm.training.context import RunContext
 from tinyldm.training.contrastive_stage import train_clip
-from tinyldm.training.distributed import World, clip, connect, launched, started_again
+from tinyldm.training.distributed import clip, connect, launched, started_again
 from tinyldm.training.finetune import prepare_finetune
 from tinyldm.training.first_stage import first_stage
 from tinyldm.training.frozen import keep_texts
@@ -95,6 +96,7 @@ class Trainer:
         main = stage.world.main
         self.tracker = Tracker(config.run.track if main and stage.reported else "", context.folder, flatten(config), self.step)
         self.log = Log(context.folder / "log.jsonl" if main else None, stage.name, self.step, self.tracker.row)
+        self.evaluation = WhileTraining(config, context)
         self.writer = checkpoint.Writer(context.folder, config.run.keep_last, config.run.keep_every)
         self.note_plan(self.timing.resume(self.step) if last else None)
         if skipped_batches > max(state.get("window", 0), skipped_before(context.folder, last)):     # a rollback led here just now
@@ -235,12 +237,14 @@ class Trainer:
             self.compare_with_plan()
 
     def do_what_is_due(self, phase: Phase) -> None:
-        """Validation and sample grid, and after them the checkpoint, so that a resumed run does not repeat them. Raises Interrupted
+        """Validation, evaluation and sample grid, and after them the checkpoint, so that a resumed run does not repeat them. Raises Interrupted
         after a signal."""
         step, run, stage, ema, signal = self.step, phase.config.run, self.stage, self.learner.ema, self.timing.signal
         if phase.validation and (self.timing.done(step) or (stage.val_every and step % stage.val_every == 0)):
             self.validate(phase.validation)                     # which may end the training
         finished = self.timing.done(step)
+        if stage.draws and run.eval_every and (finished or step % run.eval_every == 0):
+            self.optional("the evaluation", lambda: self.evaluation.log(stage, ema, self.log, step))
         if finished or (run.sample_every and step % run.sample_every == 0):
             self.optional("the sample grid", lambda: self.tracker.picture("samples", stage.draw_samples(ema, step), step))
         if (finished and stage.checkpoint_at_end) or signal or step % run.save_every == 0:
@@ -372,7 +376,7 @@ def main() -> None:
     run = Path(config.run.out)
     if started_again(run):                                      # by torchrun, after one of the processes has died
         config = parse([*sys.argv[1:], "--resume", "auto"], __doc__, FLAGS)[0]
-    config = check_run(find_paths(config))
+    config = check_evaluation(check_run(find_paths(config)))
     if rank == 0:
         prepare_run(config)
     clock, world = Clock(run if rank == 0 else None, STARTED), connect(device)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from tinyldm.config import make_config
 from tinyldm.models.clip import CLIP, CLIPFeatures, unit
-from tinyldm.objectives import split
-from tinyldm.objectives import contrastive
+from tinyldm.objectives import contrastive, split
 from tinyldm.objectives.contrastive import Contrastive, Samples, clip_config, normalised, whole_losses
 
 SIZE = 12

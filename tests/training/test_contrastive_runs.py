@@ -21,8 +21,8 @@ from tinyldm.training.log import read
 from tinyldm.training.retrieval import recall
 
 WORDS = ("--objective contrastive --scenes 60 --resolution 16 --batch-size 6 --max-steps 4 --log-every 1 --save-every 2 --val-every 2 "
-         "--keep-last 9 --warmup-steps 1 --val-samples 6 --dtype fp32 --objective-options patch=8 width=16 layers=1 heads=2 embed=8 loss=LOSS "
-         "--text width=16 layers=1 heads=2 mlp_width=32 context_length=24")
+         "--keep-last 9 --warmup-steps 1 --val-samples 6 --dtype fp32 "
+         "--objective-options patch=8 width=16 layers=1 heads=2 embed=8 loss=LOSS --text width=16 layers=1 heads=2 mlp_width=32 context_length=24")
 
 
 def words(loss: str = "clip") -> list[str]:
@@ -155,7 +155,8 @@ def test_a_picture_s_captions_are_chosen_by_the_weights_of_their_keys():
 @pytest.mark.parametrize("more, said", [
     ("--only vae --vae-steps 2", "leave out --only vae"), ("--text-weights somewhere", "leave out --text-weights"),
     ("--text-encoder t5 --text width=8", "leave out --text-encoder t5"), ("--fsdp", "leave out --fsdp"), ("--buckets 2", "--buckets"),
-    ("--dry-run", "--dry-run plans"), ("--batch-size 55", "fewer than --batch-size 55"), ("--resolution 20", "not a multiple of the patch size"),
+    ("--dry-run", "--dry-run plans"), ("--batch-size 55", "fewer than --batch-size 55"),
+    ("--resolution 20", "not a multiple of the patch size"),
     ("--objective-options loss=sigmoid", "contrastive loss")])
 def test_what_a_clip_cannot_be_trained_with_is_refused(more, said, tmp_path, capsys):
     assert said in mistake("train", [*words(), *more.split(), "--out", tmp_path / "run"], capsys)

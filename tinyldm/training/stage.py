@@ -49,6 +49,7 @@ class Stage:
     patience = 0                                    # of early stopping; 0: there is none
     checkpoint_at_end = True                        # False for the first stage: its result is RUN/vae instead
     reported = False                                # whether it is sent to --track
+    draws = False                                   # whether it trains a model that draws, which --eval-every measures
     planned = False                                 # whether it is compared with --dry-run's plan
     fractions: list[float] = [1.0]                  # the fraction of the training that each phase has; they sum to 1
     costs: list[float] = [1.0]                      # FLOPs of training on one picture, for each phase; [1.0]: not needed
