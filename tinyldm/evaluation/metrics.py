@@ -24,9 +24,9 @@ class Subject(NamedTuple):
     metric: str                                                 # what is measured of it unless --metric says otherwise
 
 
-SUBJECTS = {"model": Subject("a model that draws: name it as RUN, without --vae", "prompts"),
+SUBJECTS = {"model": Subject("a model that draws: name it as RUN", "prompts"),
             "vae": Subject("an autoencoder: name it with --vae, without RUN", "reconstruction"),
-            "pictures": Subject("pictures, or a model that draws some: name either as RUN, without --vae", "is")}
+            "pictures": Subject("pictures, or a model that draws some: name either as RUN", "is")}
 MEASURED_OF = {"model": ("model", "pictures"), "vae": ("vae",), "pictures": ("pictures",)}      # subject -> `of` of its metrics
 
 
@@ -102,7 +102,8 @@ def metric_names(words: Iterable[str], of: str = "model") -> list[str]:
     names = [name for word in words for name in word.split(",") if name]
     for name in names:
         if (wanted := lookup(METRICS, name, "metric").of) not in MEASURED_OF[of]:
-            raise ValueError(f"metric '{name}' measures {SUBJECTS[wanted].how}")
+            raise ValueError(f"metric '{name}' measures {SUBJECTS[wanted].how}{', without --vae' if of == 'vae' else ''}"
+                             f"{', in place of pictures' if of == 'pictures' and wanted == 'model' else ''}")
     if not names:
         raise ValueError(f"no metric is named: known: {', '.join(METRICS)}")
     return list(dict.fromkeys(names))

@@ -153,7 +153,7 @@ def clip(evaluation: Evaluation) -> Measurement:
 
 def clip_scores(tower: OpenTower, text: nn.Module, tokenizer: BaseTokenizer, batches: Iterable[Batch]) -> Moments:
     """Mean and variance of the scores of pictures with captions. text, tokenizer: of the same CLIP as the tower."""
-    moments, device = Moments(1), next(text.parameters()).device
+    moments, device = Moments(1), next(tower.module.parameters()).device
     for images, captions in batches:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             words = text(torch.from_numpy(tokenizer.encode(captions)).to(device)).pooled
