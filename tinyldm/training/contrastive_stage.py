@@ -80,7 +80,7 @@ class ContrastiveStage(Stage):
                              "trained on and validated on; keep --vae-pictures and the data")
 
     def result(self) -> str:
-        """What the last validation of this process found, for people; "" where there was none."""
+        """What the last validation found, for people; "" where there was none."""
         found: Recall | None = self.validation and self.validation.found
         return "" if found is None else (
             f"R@1 of {len(self.held_out)} held-out pictures: caption to picture {found.text_to_image:.1%}, picture to caption "
@@ -107,5 +107,5 @@ def train_clip(config: Config, context: RunContext, last: Path | None, train: Tr
     stage = ContrastiveStage(config, context, captioned_pictures(config, context), last)
     train(stage, context, last)
     if context.world.main:
-        print(stage.result())
+        print(stage.result() or "nothing was held out: R@1 was not measured")
         forget_pictures(context.folder)
