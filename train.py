@@ -7,6 +7,7 @@
     python train.py --preset 5090_week --dry-run             the plan of a week on one RTX 5090
     python train.py --preset tiny --budget 20m               use 20 minutes of running time
     python train.py --only vae --vae-preset cifar10 ...      an autoencoder alone, for its own sake
+    python train.py --objective contrastive --out ...        a CLIP: for evaluate.py --metric clip, or as --text-weights
     python train.py --finetune lora --model M --data dog/    train a model that exists (or dreambooth, textual_inversion)
     torchrun --nproc-per-node 4 train.py ...                 several GPUs: each takes a part of the same batches
 
@@ -38,16 +39,18 @@ import torch
 
 from tinyldm.data.loader import prefetch
 from tinyldm.device import autocast, deterministic, fast_convolutions, keep_freed_memory, memory_gb, pick_device, pin
+from tinyldm.evaluation.while_training import WhileTraining, check_evaluation
 from tinyldm.models.layers import prefer_plain_attention
-from tinyldm.objectives import Turn, map_tensors, split, turns_at
+from tinyldm.objectives import OBJECTIVES, Turn, map_tensors, split, turns_at
 from tinyldm.planning.show import Measured, compare, print_plan
 from tinyldm.random_streams import generator
 from tinyldm.training import checkpoint
 from tinyldm.training.clock import Clock
 from tinyldm.training.context import RunContext
-from tinyldm.training.distributed import World, clip, connect, launched, started_again
+from tinyldm.training.contrastive_stage import train_clip
+from tinyldm.training.distributed import clip, connect, launched, started_again
 from tinyldm.training.finetune import prepare_finetune
-from tinyldm.training.first_stage import AutoencoderStage, copy_pretrained
+from tinyldm.training.first_stage import first_stage
 from tinyldm.training.frozen import keep_texts
 from tinyldm.training.latents import prepare_latents
 from tinyldm.training.learner import Learner, Update
@@ -66,7 +69,6 @@ from tinyldm.training.signals import Interrupted, Signals
 from tinyldm.training.stage import Phase, Stage
 from tinyldm.training.timing import Timing
 from tinyldm.training.track import Tracker
-from tinyldm.training.vae_pictures import forget_pictures, training_pictures
 from tinyldm.training.validation import Validation
 
 COMPARE_AFTER = 200                                          # after this number of steps the plan is compared with measurements
@@ -94,6 +96,7 @@ class Trainer:
         main = stage.world.main
         self.tracker = Tracker(config.run.track if main and stage.reported else "", context.folder, flatten(config), self.step)
         self.log = Log(context.folder / "log.jsonl" if main else None, stage.name, self.step, self.tracker.row)
+        self.evaluation = WhileTraining(config, context)
         self.writer = checkpoint.Writer(context.folder, config.run.keep_last, config.run.keep_every)
         self.note_plan(self.timing.resume(self.step) if last else None)
         if skipped_batches > max(state.get("window", 0), skipped_before(context.folder, last)):     # a rollback led here just now
@@ -172,6 +175,8 @@ class Trainer:
         """Forward and backward passes: the gradients of all micro-batches add up in the parameters."""
         objective, batch_size, run = self.stage.objective, self.stage.settings.batch_size, phase.config.run
         progress = self.timing.progress(self.step)              # for terms of the loss that end during the training
+        with autocast(self.context.device, run.dtype):
+            objective.collect(turn, phase.networks, micro_batches)      # for losses that compare samples with each other
         for micro in micro_batches:
             with autocast(self.context.device, run.dtype):      # a compiled network shares its parameters with the plain one
                 losses = objective.losses(turn, phase.networks, micro, progress)                # [micro-batch]
@@ -183,6 +188,7 @@ class Trainer:
     def cut_batches(self, phase: Phase) -> MicroBatches:
         """The number of micro-batches per step. When memory runs out it doubles, so the global batch stays the same."""
         world, sample = self.stage.world, f"a picture of {phase.config.data.resolution} px"
+        alone = not (phase.config.run.fsdp or self.stage.objective.compares and world.size > 1)     # others would wait for a repetition
         most = self.stage.settings.batch_size // world.size     # so that every process has at least one sample in each micro-batch
 
         def start_over(count: int) -> None:
@@ -194,7 +200,7 @@ class Trainer:
             print(f"\n{text}", flush=True)
             self.note("memory", self.step + 1, text)
 
-        return MicroBatches(phase.micro_batches, most, sample, start_over, retry=not phase.config.run.fsdp)
+        return MicroBatches(phase.micro_batches, most, sample, start_over, retry=alone)
 
     def note(self, event: str, step: int, text: str, **more) -> None:
         """Write an event to the log."""
@@ -227,16 +233,18 @@ class Trainer:
             self.log.write(stage=self.stage.name, step=self.step, lr_factor=factor, **row, **ratio, running=self.timing.running, **shown)
             for text in self.stage.objective.notes():           # a discriminator that has collapsed, for example
                 self.note("collapse", self.step, text)
-        if self.stage.reported and self.step - self.first_step == COMPARE_AFTER:
+        if self.stage.planned and self.step - self.first_step == COMPARE_AFTER:
             self.compare_with_plan()
 
     def do_what_is_due(self, phase: Phase) -> None:
-        """Validation and sample grid, and after them the checkpoint, so that a resumed run does not repeat them. Raises Interrupted
+        """Validation, evaluation and sample grid, and after them the checkpoint, so that a resumed run does not repeat them. Raises Interrupted
         after a signal."""
         step, run, stage, ema, signal = self.step, phase.config.run, self.stage, self.learner.ema, self.timing.signal
         if phase.validation and (self.timing.done(step) or (stage.val_every and step % stage.val_every == 0)):
             self.validate(phase.validation)                     # which may end the training
         finished = self.timing.done(step)
+        if stage.draws and run.eval_every and (finished or step % run.eval_every == 0):
+            self.optional("the evaluation", lambda: self.evaluation.log(stage, ema, self.log, step))
         if finished or (run.sample_every and step % run.sample_every == 0):
             self.optional("the sample grid", lambda: self.tracker.picture("samples", stage.draw_samples(ema, step), step))
         if (finished and stage.checkpoint_at_end) or signal or step % run.save_every == 0:
@@ -306,17 +314,19 @@ class Trainer:
 
 
 def train_all(config: Config, context: RunContext) -> None:
-    """Both stages, or --only one, from the newest checkpoint on. With --rollback the second may return to an older checkpoint."""
+    """All stages, or --only one, from the newest checkpoint on. With --rollback the second may return to an older checkpoint."""
     world, run = context.world, context.folder
     last = checkpoint.to_resume(config.run, run) if world.main else None
     last, skipped = world.broadcast([str(last or ""), skipped_before(run, last)])
     last = Path(last) if last else None
     begun = last is not None and last.name.startswith("step")
 
+    if OBJECTIVES[config.objective.name].on_pictures:
+        return train_clip(config, context, last, train_stage)
     if config.finetune.kind:
         config = prepare_finetune(config, context)
     else:
-        first_stage(config, context, last)
+        first_stage(config, context, last, train_stage)
     if config.run.only:
         return
     keep_texts(config, context, last if begun else None)
@@ -340,23 +350,12 @@ def train_all(config: Config, context: RunContext) -> None:
                      "--muon-lr, or lengthen --warmup-steps")
 
 
-def first_stage(config: Config, context: RunContext, last: Path | None) -> None:
-    """RUN/vae, unless it is there: pretrained, or trained, by all processes if it is all that is trained, else by the main one alone,
-    while the others wait."""
-    world = context.world if config.run.only else World()
-    while not (context.folder / "vae").is_dir():
-        if not (context.world.main or config.run.only):
-            context.check(), time.sleep(0.5)
-        elif config.autoencoder.weights:
-            copy_pretrained(config, context)
-        else:
-            stage = AutoencoderStage(config, context, training_pictures(config, context, world), last, world)
-            trainer = Trainer(stage, context, last)
-            with world.peer_errors():
-                trainer.train()
-            stage.finish(trainer.learner)
-    if context.world.main:
-        forget_pictures(context.folder)
+def train_stage(stage: Stage, context: RunContext, last: Path | None) -> Learner:
+    """Train a stage from a checkpoint on, by all processes of its world, to its end -> what was trained."""
+    trainer = Trainer(stage, context, last)
+    with stage.world.peer_errors():
+        trainer.train()
+    return trainer.learner
 
 
 def main() -> None:
@@ -377,7 +376,7 @@ def main() -> None:
     run = Path(config.run.out)
     if started_again(run):                                      # by torchrun, after one of the processes has died
         config = parse([*sys.argv[1:], "--resume", "auto"], __doc__, FLAGS)[0]
-    config = check_run(find_paths(config))
+    config = check_evaluation(check_run(find_paths(config)))
     if rank == 0:
         prepare_run(config)
     clock, world = Clock(run if rank == 0 else None, STARTED), connect(device)

@@ -292,7 +292,8 @@ EVALUATE_VAE = {                                    # with --vae: what is measur
 }
 NOT_EVALUATE = {"device": "there may be one alone",
                 **dict.fromkeys(("reference", "captions", "weights", "replicates", "fid_resize", "tower"),
-                                "of metrics of pictures: tests/evaluation/test_picture_metrics.py")}
+                                "of metrics of pictures: tests/evaluation/test_picture_metrics.py"),
+                "clip": "it needs a CLIP: tests/training/test_contrastive_runs.py"}
 
 
 @pytest.mark.parametrize("name", EVALUATE)

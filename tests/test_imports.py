@@ -104,10 +104,11 @@ def test_networks_and_mathematics_touch_no_files(room):
 
 
 def test_networks_share_what_they_have_in_common_in_one_file():
-    """But TAESD, which takes the place of another network, the autoencoder, and is one."""
+    """But TAESD, which takes the place of another network, the autoencoder, and is one; and CLIP, which is made of two."""
     networks = {name for name in FILES if package(name) == "tinyldm.models"} - {"tinyldm.models"}
     shared = {name: imports(MODULES[name].read_text(encoding="utf-8"), networks) & networks for name in networks}
     assert shared.pop("tinyldm.models.taesd") == {"tinyldm.models.vae"}
+    assert shared.pop("tinyldm.models.clip") == {"tinyldm.models.vit", "tinyldm.models.clip_text"}
     assert set().union(*shared.values()) <= {"tinyldm.models.layers"}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tinyldm.diffusion.process import Process
 from tinyldm.lookup import build_dataclass, lookup
+from tinyldm.models.clip import CLIP, CLIPConfig
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTBlock, DiTConfig
 from tinyldm.models.flux import PATCH, DoubleBlock, Flux, FluxConfig, SingleBlock
@@ -32,7 +33,7 @@ from tinyldm.text.base_tokenizer import BaseTokenizer
 from tinyldm.text.encoders import TextEncoders, TextWidths
 from tinyldm.text.t5_tokenizer import T5Tokenizer
 from tinyldm.text.tokenizer import Tokenizer
-from tinyldm.vendor_loaders import clip, dit, flux, mmdit, t5, taesd, unet, vae
+from tinyldm.vendor_loaders import clip, clip_model, dit, flux, mmdit, t5, taesd, unet, vae
 from tinyldm.vendor_loaders.layout import Layout
 
 StateDict = Mapping[str, Tensor]
@@ -141,11 +142,17 @@ TEXT_ENCODERS: dict[str, Architecture] = {      # their published names are in "
                        tokenizer=T5Tokenizer),
 }
 
+# No part of a model: trained by --objective contrastive, and used by evaluate.py --metric clip.
+CLIPS: dict[str, Architecture] = {
+    "clip": Architecture(CLIP, CLIPConfig, "clip", "model", (clip_model.CLASS,), clip_model.LAYOUTS, clip_model.to_config,
+                         clip_model.from_config, inner=named("vision.layers.", "text.layers.")),
+}
+
 
 def architecture(module: nn.Module | type[nn.Module]) -> Architecture:
     """The table row of a network or of its class. ValueError for one that is in no table."""
     kind = module if isinstance(module, type) else type(module)
-    rows = {row.module: row for row in (*NETWORKS.values(), *AUTOENCODERS.values(), *TEXT_ENCODERS.values())}
+    rows = {row.module: row for row in (*NETWORKS.values(), *AUTOENCODERS.values(), *TEXT_ENCODERS.values(), *CLIPS.values())}
     for known in kind.__mro__:              # FSDP2 gives a sharded network a new class, derived from its own
         if known in rows:
             return rows[known]

@@ -179,7 +179,7 @@ def test_pictures_of_mixed_sizes_are_measured_each_at_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--metric", "prompts"], "metric 'prompts' measures a model that draws"),
+    (["--metric", "prompts"], "metric 'prompts' measures a model that draws: name it as RUN, in place of pictures"),
     (["--metric", "is", "--steps", "3"], "--steps is for models"),
     (["--metric", "is", "--captions", "a.txt"], "--captions is for a model"), (["--metric", "geneval"], "name a model"),
     (["--metric", "is", "--fid-resize", "cleen"], "did you mean 'clean'"),

@@ -99,7 +99,7 @@ def test_a_file_holds_what_pytorch_fid_reads_and_what_it_writes_is_read(tmp_path
     assert (ours.count, ours.facts["source"]) == (50, str(tmp_path / "ours.npz")) and np.array_equal(ours.rows, found.rows)
     theirs = statistics.load(tmp_path / "theirs.npz", "inception", "pytorch")
     assert theirs.count is None and np.array_equal(theirs.gaussian.cov, sigma)
-    with pytest.raises(ValueError, match="holds only mean and covariance: KID needs the pictures themselves"):
+    with pytest.raises(ValueError, match="holds only mean and covariance: KID needs the pictures themselves as --reference, or an .npz that --metric stats"):
         theirs.kept("KID")
 
 

@@ -45,6 +45,12 @@ class RunConfig:
     keep_every: int = free(0, "keep every checkpoint whose step is a multiple of this too (0: none)")
     val_every: int = free(100, "steps per validation (0: at the end only)")
     val_samples: int = fixed(128, "samples held out for validation (at most a tenth of all)")
+    eval_every: int = free(0, "steps per evaluation of pictures that are drawn with the averaged weights (0: none)")
+    eval_num: int = free(100, "pictures per evaluation")
+    eval_metric: str = free("", "what is measured of them: prompts, fid, clip, or several as fid,clip (default: prompts for toyworld, else "
+                                "fid). fid and clip: of held-out samples' captions, fid beside their pictures")
+    eval_weights: list = free([], "weights of networks whose features are compared, as in inception=FILE clip=RUN (as for evaluate.py "
+                                  "--weights)")
     sample_every: int = free(500, "steps per sample grid (0: none)")
     sample_prompts: str = free("", "prompts of the sample grid, separated by | (default: toyworld's own, else captions of the data)")
 
@@ -89,7 +95,8 @@ class AutoencoderConfig:
                       flag="vae_init", clears={"vae_weights": "", "vae": {}})
     objective: str = fixed("autoencoder", "stage 1: what a training step minimises: autoencoder", flag="vae_objective")
     steps: int = free(0, "stage 1: optimizer steps", flag="vae_steps")
-    pictures: int = free(16_384, "stage 1: number of pictures it trains on, in a file that need not fit into memory", flag="vae_pictures")
+    pictures: int = free(16_384, "stage 1, and --objective contrastive: number of pictures it trains on, in a file that need not fit "
+                               "into memory", flag="vae_pictures")
     batch_size: int = free(8, "stage 1: pictures (or crops) per step", flag="vae_batch_size")
     crop: int = free(0, "stage 1: crop size in pixels (0: whole pictures)", flag="vae_crop")
     lr: float = free(3e-3, "stage 1: AdamW's learning rate", flag="vae_lr")
@@ -146,8 +153,10 @@ class NetworkConfig:
 class ObjectiveConfig:
     """What a training step minimises, and on which noise process."""
 
-    name: str = fixed("denoising", "what a training step minimises: denoising", flag="objective")
-    options: dict = fixed({}, "its own options, as key=value", flag="objective_options")
+    name: str = fixed("denoising", "what is trained: denoising (a diffusion model), or contrastive (a CLIP, on pictures and captions)",
+                      flag="objective")
+    options: dict = fixed({}, "its own options, as key=value; contrastive: loss (clip or siglip), and of the picture tower embed, patch, "
+                              "width, layers, heads", flag="objective_options")
     process: str = fixed("flow", "scaled_linear, linear, cosine, betas, vp, ve, edm, flow or dynamic_flow")
     process_options: dict = fixed({}, "its options, as key=value (beta_start, betas, sigma_max, ...)")
     shift: float = fixed(1.0, "flow: shift of time towards noise")

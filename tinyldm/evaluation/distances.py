@@ -122,8 +122,8 @@ def gaussian(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> np.ndarray:
 def mmd(kernel: Kernel, x: np.ndarray, y: np.ndarray, wx: np.ndarray, wy: np.ndarray, unbiased: bool) -> np.ndarray:
     """Squared maximum mean discrepancies of weighted sets: x [n, d] and y [m, d] with whole weights wx [n, k] and wy [m, k] -> [k].
 
-    unbiased: without pairs of a picture and itself (arXiv:0801.1701's Eq. 3 against Eq. 5). The matrices of pairs are computed once
-    for all k columns, a block of rows at a time."""
+    unbiased: without pairs of a picture and itself (both estimates: arXiv:0805.2368). The matrices of pairs are computed once for all k
+    columns, a block of rows at a time."""
     def within(z: np.ndarray, w: np.ndarray) -> np.ndarray:
         total, n, own = pairs(z, z, w, w), w.sum(0), (w * w).sum(0)
         if not unbiased:

@@ -24,9 +24,9 @@ class Subject(NamedTuple):
     metric: str                                                 # what is measured of it unless --metric says otherwise
 
 
-SUBJECTS = {"model": Subject("a model that draws: name it as RUN, without --vae", "prompts"),
+SUBJECTS = {"model": Subject("a model that draws: name it as RUN", "prompts"),
             "vae": Subject("an autoencoder: name it with --vae, without RUN", "reconstruction"),
-            "pictures": Subject("pictures, or a model that draws some: name either as RUN, without --vae", "is")}
+            "pictures": Subject("pictures, or a model that draws some: name either as RUN", "is")}
 MEASURED_OF = {"model": ("model", "pictures"), "vae": ("vae",), "pictures": ("pictures",)}      # subject -> `of` of its metrics
 
 
@@ -63,6 +63,8 @@ DRAWN: dict[str, dict[str, Any]] = {                            # flags of metri
 }
 _RESIZE = {"--fid-resize": dict(default="tensorflow1", metavar="NAME", help="how pictures come to Inception's 299 px: tensorflow1 (the "
                                 "original, torch-fidelity), clean (clean-fid), pytorch (pytorch-fid) (default: tensorflow1)")}
+_CLIP = {"--clip": dict(default="", metavar="RUN", help="a run of train.py --objective contrastive, or any other CLIP: short for --weights "
+                        "clip=RUN")}
 _REFERENCE = {"--reference": dict(nargs="+", metavar="WORD", help="real pictures, as for --data, or an .npz of mu and sigma")}
 COMPARED = DRAWN | _REFERENCE
 
@@ -81,7 +83,7 @@ METRICS: dict[str, Metric] = {
     "fid": of_pictures("Fréchet distance of Inception features to --reference", "fid", "check_reference", COMPARED | _RESIZE),
     "is": of_pictures("Inception score", "inception_score", "check", DRAWN | _RESIZE),
     "kid": of_pictures("kernel distance of Inception features to --reference", "kid", "check_reference", COMPARED | _RESIZE),
-    "clip": of_pictures("how well pictures fit their captions, by CLIP", "clip", "check", DRAWN),
+    "clip": of_pictures("how well pictures fit their captions, by CLIP", "clip", "check", DRAWN | _CLIP),
     "cmmd": of_pictures("kernel distance of CLIP features to --reference", "cmmd", "check_reference", COMPARED),
     "fd_dino": of_pictures("Fréchet distance of DINOv2 features to --reference", "fd_dino", "check_reference", COMPARED),
     "precision_recall": of_pictures("precision, recall, density and coverage of Inception features beside --reference", "precision_recall",
@@ -100,7 +102,8 @@ def metric_names(words: Iterable[str], of: str = "model") -> list[str]:
     names = [name for word in words for name in word.split(",") if name]
     for name in names:
         if (wanted := lookup(METRICS, name, "metric").of) not in MEASURED_OF[of]:
-            raise ValueError(f"metric '{name}' measures {SUBJECTS[wanted].how}")
+            raise ValueError(f"metric '{name}' measures {SUBJECTS[wanted].how}{', without --vae' if of == 'vae' else ''}"
+                             f"{', in place of pictures' if of == 'pictures' and wanted == 'model' else ''}")
     if not names:
         raise ValueError(f"no metric is named: known: {', '.join(METRICS)}")
     return list(dict.fromkeys(names))

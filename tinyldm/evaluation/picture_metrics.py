@@ -8,23 +8,25 @@ printed beside the number, and is in METRIC.json.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from tinyldm.evaluation import distances, statistics
 from tinyldm.evaluation.base import Evaluation, Measurement
 from tinyldm.evaluation.curve import Point, draw_curve
 from tinyldm.evaluation.distances import Estimate, Frechet
-from tinyldm.evaluation.picture_sets import (PictureSet, captions_of, features_of, pixel_size, reference, subjects, tower_of,
+from tinyldm.evaluation.picture_sets import (Batch, PictureSet, captions_of, features_of, pixel_size, reference, subjects, tower_of,
                                              weight_sources)
 from tinyldm.evaluation.statistics import FeatureSet, Moments
 from tinyldm.evaluation.towers import TOWERS, OpenTower, features
 from tinyldm.folders.load import load_text, load_tokenizer
 from tinyldm.lookup import lookup
 from tinyldm.pictures.pixels import write_picture
+from tinyldm.text.base_tokenizer import BaseTokenizer
 
 FEW = 10_000                        # pictures below which the bias of FID is pointed out
 CMMD_KEPT = 30_000                  # rows of CMMD's sample: its embeddings are short
@@ -51,8 +53,11 @@ class Comparison(NamedTuple):
 
 def check(evaluation: Evaluation) -> None:
     """What all of these metrics ask for."""
-    for name in weight_sources(evaluation.options["weights"]):
+    named = weight_sources(evaluation.options["weights"])
+    for name in named:
         lookup({known.partition("-")[0]: None for known in TOWERS}, name, "tower of --weights")
+    if evaluation.options["clip"] and "clip" in named:
+        raise ValueError("--clip and --weights clip= name the same weights: leave one out")
     if (replicates := evaluation.options["replicates"]) < 2:
         raise ValueError(f"--replicates {replicates}: an interval needs two bootstrap replicates or more")
     if (size := evaluation.options["resolution"]) is not None and size < 1:
@@ -137,17 +142,23 @@ def clip(evaluation: Evaluation) -> Measurement:
     text, tokenizer = load_text(tower.source, evaluation.device), load_tokenizer(tower.source)
 
     def of(tower: OpenTower, pictures: PictureSet) -> tuple[int, Row]:
-        moments = Moments(1)
-        for images, captions in pictures.batches():
-            with torch.no_grad(), torch.autocast(evaluation.device.type, enabled=False):
-                words = text(torch.from_numpy(tokenizer.encode(captions)).to(evaluation.device)).pooled
-            moments.add(100 * torch.cosine_similarity(features(tower, images), words.float()).clamp(min=0).double().cpu().numpy()[:, None])
+        moments = clip_scores(tower, text, tokenizer, pictures.batches())
         spread = moments.gaussian()
         half_width = distances.NORMAL * float(spread.cov[0, 0] / moments.count) ** 0.5
         value = float(spread.mean[0])
         return moments.count, {"CLIP score": Estimate(value, (value - half_width, value + half_width))}
 
     return tabulate(evaluation, "clip", "clip", of, captioned=True)
+
+
+def clip_scores(tower: OpenTower, text: nn.Module, tokenizer: BaseTokenizer, batches: Iterable[Batch]) -> Moments:
+    """Mean and variance of the scores of pictures with captions. text, tokenizer: of the same CLIP as the tower."""
+    moments, device = Moments(1), next(tower.module.parameters()).device
+    for images, captions in batches:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            words = text(torch.from_numpy(tokenizer.encode(captions)).to(device)).pooled
+        moments.add(100 * torch.cosine_similarity(features(tower, images), words.float()).clamp(min=0).double().cpu().numpy()[:, None])
+    return moments
 
 
 def stats(evaluation: Evaluation) -> Measurement:

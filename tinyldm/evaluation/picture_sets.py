@@ -30,6 +30,7 @@ from tinyldm.evaluation.towers import OpenTower, open_tower, outputs
 from tinyldm.models.inception import InceptionFeatures
 from tinyldm.pipeline import picture_size
 from tinyldm.training.distributed import launched
+from tinyldm.training.run_folder import find_clip
 
 ALL = 10**12                        # a count that no set reaches
 Batch = tuple[np.ndarray, list[str]]                        # uint8 [b, h, w, 3], and their captions ("": none)
@@ -154,8 +155,16 @@ def tower_of(evaluation: Evaluation, name: str) -> OpenTower:
     first need none: they draw their share instead, and leave with NotFirst."""
     if launched()[0]:
         subjects(evaluation)
-    sources = weight_sources(evaluation.options["weights"])
+    sources = sources_of(evaluation)
     return share(evaluation, ("tower", name), lambda: open_tower(name, sources.get(name.partition("-")[0]), evaluation.device))
+
+
+def sources_of(evaluation: Evaluation) -> dict[str, str | Path]:
+    """Where the towers' weights are, by the first words of their names. Of a run that trained a CLIP it is that of its newest
+    checkpoint."""
+    named = evaluation.options["clip"]
+    found = weight_sources(evaluation.options["weights"]) | ({"clip": named} if named else {})
+    return {name: find_clip(source) or source for name, source in found.items()}
 
 
 def weight_sources(words: Sequence[str]) -> dict[str, str]:

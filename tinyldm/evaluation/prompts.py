@@ -59,13 +59,10 @@ def check(evaluation: Evaluation) -> None:
 def measure(evaluation: Evaluation) -> Measurement:
     recogniser = get_recogniser(evaluation.device)
     own = recogniser_scores(evaluation, recogniser)
-    count, seed = evaluation.count, evaluation.seed
-    asked = [(split, request) for split, n in (("train", count - count // 2), ("held_out", count // 2))
-             for request in make_requests(n, split, seed)]
+    asked = half_of_each(evaluation.count, evaluation.seed)
     drawn = evaluation.draw([request.prompt for _, request in asked])
-    answers = [Answer(*pair, image, reading) for pair, image, reading in zip(asked, drawn.images, recogniser.read(drawn.images))]
-    scores = {split: score([it.request.scene for it in answers if it.split == split],
-                           [it.reading for it in answers if it.split == split]) for split in SPLITS}
+    answers = read_answers(asked, drawn.images, recogniser)
+    scores = scores_of(answers)
 
     sheet = evaluation.out / "failures.png"
     failures = {split: [it for it in answers if it.split == split and not it.right] for split in SPLITS}
@@ -78,9 +75,25 @@ def measure(evaluation: Evaluation) -> Measurement:
         record=evaluation.facts(drawn.seconds) | {
             "recogniser": {name.strip(): row for name, row in own.items()},
             "scores": scores,
-            "pictures": [{"prompt": it.request.prompt, "seed": seed + i, "split": it.split, "right": it.right,
+            "pictures": [{"prompt": it.request.prompt, "seed": evaluation.seed + i, "split": it.split, "right": it.right,
                           **it.reading._asdict()} for i, it in enumerate(answers)]},
         files=[sheet] if shown else [])
+
+
+def half_of_each(count: int, seed: int) -> list[tuple[str, Request]]:
+    """`count` requests with their splits, half of each split."""
+    return [(split, request) for split, n in (("train", count - count // 2), ("held_out", count // 2))
+            for request in make_requests(n, split, seed)]
+
+
+def read_answers(asked: Sequence[tuple[str, Request]], images: np.ndarray, recogniser: Recogniser) -> list[Answer]:
+    return [Answer(*pair, image, reading) for pair, image, reading in zip(asked, images, recogniser.read(images), strict=True)]
+
+
+def scores_of(answers: Sequence[Answer]) -> dict[str, dict]:
+    """Split -> recogniser.score of its answers."""
+    return {split: score([it.request.scene for it in answers if it.split == split],
+                         [it.reading for it in answers if it.split == split]) for split in SPLITS}
 
 
 def make_requests(count: int, split: str, seed: int = 0, subjects: Collection[str] = SUBJECTS) -> list[Request]:

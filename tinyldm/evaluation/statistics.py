@@ -148,7 +148,7 @@ class FeatureSet:
         """The rows in float64. ValueError where only mean and covariance are known."""
         if self.rows is None:
             raise ValueError(f"{self.facts.get('source', 'the reference')} holds only mean and covariance: {metric} needs the pictures "
-                             "themselves as --reference, or an .npz that --save-stats has written")
+                             "themselves as --reference, or an .npz that --metric stats has written")
         return self.rows.astype(np.float64)
 
 

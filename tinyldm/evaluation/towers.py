@@ -25,13 +25,12 @@ from tinyldm.lookup import lookup
 from tinyldm.models.inception import FIDInception, InceptionFeatures
 from tinyldm.models.vit import ViT
 from tinyldm.pictures.resizing import RESIZES
-from tinyldm.vendor_loaders import clip, inception, vit
+from tinyldm.vendor_loaders import clip, clip_model, inception, vit
 from tinyldm.vendor_loaders.layout import Layout
 
 Colours = tuple[float, float, float]
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 GET_INCEPTION = f"download {INCEPTION} (91 MB) and name the file"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -116,8 +115,8 @@ TOWERS: dict[str, Tower] = {
     "inception": _inception("tensorflow1", 1 / 255),                # torch-fidelity, OpenAI's guided-diffusion, TTUR
     "inception-clean": _inception("clean", 1 / 255),                # clean-fid
     "inception-pytorch": _inception("pytorch", 1 / 256),            # pytorch-fid
-    "clip": _vit("bicubic_crop", None, CLIP_MEAN, CLIP_STD, "openai/clip-vit-base-patch32"),
-    "cmmd": _vit("crop_bicubic", None, CLIP_MEAN, CLIP_STD, "openai/clip-vit-large-patch14-336"),
+    "clip": _vit("bicubic_crop", None, clip_model.MEAN, clip_model.STD, "openai/clip-vit-base-patch32"),
+    "cmmd": _vit("crop_bicubic", None, clip_model.MEAN, clip_model.STD, "openai/clip-vit-large-patch14-336"),
     "dinov2": _vit("bicubic", 224, IMAGENET_MEAN, IMAGENET_STD, "facebook/dinov2-large"),
     "siglip": _vit("bicubic", None, (0.5,) * 3, (0.5,) * 3, "google/siglip-base-patch16-224"),
 }

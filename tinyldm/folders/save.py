@@ -90,11 +90,14 @@ def text_folders(i: int) -> tuple[str, str]:
     return f"text_encoder{number}", f"tokenizer{number}"
 
 
-def save_vae(path: str | Path, vae: nn.Module, state_dict: StateDict | None = None, non_ema: StateDict | None = None) -> None:
-    """Write a VAE's part folder (config.json and weights) to path, which is created, and flush it to the disk. non_ema: raw weights to
-    store beside averaged ones."""
-    _save_part(Path(path), vae if state_dict is None else (vae, state_dict), non_ema)
+def save_part(path: str | Path, module: nn.Module, state_dict: StateDict | None = None, non_ema: StateDict | None = None) -> None:
+    """Write a network's part folder (config.json and weights) to path, which is created, and flush it to the disk. state_dict: weights to
+    write instead of the network's own. non_ema: raw weights to store beside averaged ones."""
+    _save_part(Path(path), module if state_dict is None else (module, state_dict), non_ema)
     flush_folder(Path(path))
+
+
+save_vae = save_part            # of an autoencoder
 
 
 def write_part(path: str | Path, module: nn.Module, state_dict: StateDict | None = None) -> None:

@@ -2,11 +2,12 @@
 
 from tinyldm.objectives.autoencoder import AutoencoderObjective
 from tinyldm.objectives.base import Objective, Turn, map_tensors, split, turns_at
+from tinyldm.objectives.contrastive import Contrastive
 from tinyldm.objectives.denoising import Denoising
 
-# Of the network (--objective), called with (config, model, names of the trained parts), and of the autoencoder
-# (--vae-objective), called with (settings, vae).
-OBJECTIVES: dict[str, type[Objective]] = {"denoising": Denoising}
+# Of the network (--objective), called with (config, model, names of the trained parts; in place of a model, one on pictures gets
+# the CLIP that it trains), and of the autoencoder (--vae-objective), called with (settings, vae).
+OBJECTIVES: dict[str, type[Objective]] = {"denoising": Denoising, "contrastive": Contrastive}
 FIRST_STAGE_OBJECTIVES: dict[str, type[Objective]] = {"autoencoder": AutoencoderObjective}
 
 __all__ = ["FIRST_STAGE_OBJECTIVES", "OBJECTIVES", "Objective", "Turn", "map_tensors", "split", "turns_at"]

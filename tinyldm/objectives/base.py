@@ -41,12 +41,16 @@ class Objective:
     networks    part name -> further network, which is not part of the model. The trainer moves them to the device; whether they are
                 in training mode and require gradients is the objective's to decide
     saved       the names of those networks that a checkpoint holds; a frozen teacher is loaded from its source instead
+    on_pictures whether it trains networks of its own on pictures and captions: then there is neither autoencoder nor diffusion network
+    compares    whether `losses` and `collect` wait for the other processes, so that none can take a step again by itself
     """
 
     turns: Sequence[Turn] = ()
     options: Mapping[str, Any] = {}             # the names that --objective-options takes, and their defaults
     networks: Mapping[str, nn.Module] = {}
     saved: Sequence[str] = ()
+    on_pictures: bool = False
+    compares: bool = False
     settled: float = 0.0                        # the fraction of the training after which it minimises the same to the end
 
     @classmethod
@@ -72,6 +76,10 @@ class Objective:
         """A drawn batch on the device, without waiting for the copies. An objective may leave tensors on the CPU that it only needs
         there, and adds what is computed once per step rather than in every micro-batch."""
         return map_tensors(batch, lambda tensor: upload(tensor, device))
+
+    def collect(self, turn: Turn, networks: Networks, micro_batches: Sequence[NamedTuple]) -> None:
+        """Called before the first call of `losses` in a turn, with all micro-batches of this process, under autocast: for losses that
+        compare the samples of a batch with each other."""
 
     def losses(self, turn: Turn, networks: Networks, batch: NamedTuple, progress: float) -> Tensor:
         """The loss of every sample of a micro-batch, float32 [b], under autocast.

@@ -6,6 +6,7 @@ In a run of both stages the main process does this by itself. With --only vae it
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World
 from tinyldm.training.learner import Learner
 from tinyldm.training.report import refresh_report
-from tinyldm.training.stage import Phase, Stage
+from tinyldm.training.stage import Phase, Stage, Train
 from tinyldm.training.trained import TrainedAutoencoder
-from tinyldm.training.vae_pictures import hold_out, middle, random_crops
+from tinyldm.training.vae_pictures import POLL, forget_pictures, hold_out, middle, random_crops, training_pictures
 from tinyldm.training.vae_validation import SHOWN, VAEValidation, reconstruct, write_grid
 
 MEASURED = 2048                         # pictures from which the scale of the latents is measured, at most
@@ -52,6 +53,7 @@ class AutoencoderStage(Stage):
             self.vae.to(memory_format=architecture(self.vae).memory_format)
         self.config, self.context, self.images = config, context, images
         self.average, self.val_every, self.patience, self.reported = own.ema > 0, own.val_every, own.early_stop, bool(config.run.only)
+        self.planned = self.reported
         self.kept, self.held_out = hold_out(len(images), config.run.val_samples if own.val_every else 0)
         if own.val_every and not len(self.held_out):
             raise ValueError(f"a tenth of {len(images)} pictures is none: use ten or more, or leave out --vae-val-every")
@@ -146,6 +148,22 @@ def optimisation(config: Config) -> OptimisationConfig:
     return dataclasses.replace(run, lr=own.lr, muon_lr=own.muon_lr, decay=own.decay, batch_size=own.batch_size, weight_decay=0.0,
                                rollback=False, optimizer=own.optimizer or run.optimizer, ema_decay=own.ema, ema_widths=[],
                                max_steps=0 if timed else own.steps, budget=run.budget * timed, deadline=run.deadline * timed)
+
+
+def first_stage(config: Config, context: RunContext, last: Path | None, train: Train) -> None:
+    """RUN/vae, unless it is there: pretrained, or trained, by all processes if it is all that is trained, else by the main one alone,
+    while the others wait."""
+    world = context.world if config.run.only else World()
+    while not (context.folder / "vae").is_dir():
+        if not (context.world.main or config.run.only):
+            context.check(), time.sleep(POLL)
+        elif config.autoencoder.weights:
+            copy_pretrained(config, context)
+        else:
+            stage = AutoencoderStage(config, context, training_pictures(config, context, world), last, world)
+            stage.finish(train(stage, context, last))
+    if context.world.main:
+        forget_pictures(context.folder)
 
 
 def copy_pretrained(config: Config, context: RunContext) -> None:

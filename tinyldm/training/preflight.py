@@ -31,6 +31,7 @@ from tinyldm.training.distributed import launched
 from tinyldm.training.ema import parse_widths
 from tinyldm.training.finetune import complete
 from tinyldm.training.frozen import read_texts
+from tinyldm.training.run_folder import find_clip
 from tinyldm.training.second_stage import needs_sizes, scheduler_config
 from tinyldm.training.track import find_backend
 from tinyldm.vendor_loaders.scheduler import sampling
@@ -54,7 +55,8 @@ def check_run(config: Config) -> Config:
                 raise ValueError(f"--out {out} is the folder of --data, where its samples would be taken for data: name another, such as "
                                  f"--out {out / 'run'}")
         find_shards(config.data, config.run.seed)                               # raises where a data source is missing
-    for _, folder in phase_folders(config, out / "latents") if needs_sizes(config) else []:
+    pictures = OBJECTIVES[config.objective.name].on_pictures
+    for _, folder in phase_folders(config, out / "latents") if not pictures and needs_sizes(config) else []:
         if (folder / "index.json").exists():
             Cache(folder).check_has_sizes()
     return check_parts(config)
@@ -62,6 +64,8 @@ def check_run(config: Config) -> Config:
 
 def check_plan(config: Config) -> Config:
     """check_settings() for --dry-run, which can do without the model of --finetune."""
+    if lookup(OBJECTIVES, config.objective.name, "objective").on_pictures:
+        raise ValueError(f"--dry-run plans autoencoders and diffusion models, not --objective {config.objective.name}")
     return config if config.finetune.kind and not config.finetune.model else check_settings(config)
 
 
@@ -69,15 +73,21 @@ def check_settings(config: Config) -> Config:
     """What can be said about the settings alone: names are looked up in their tables; fields, options and combinations that do not
     fit are refused. -> the settings, completed by what the model of --finetune says."""
     config = complete(config)
+    if clip := find_clip(config.text.weights):                  # --text-weights names a run of --objective contrastive
+        config = change(config, text_weights=str(clip))
+    objective = lookup(OBJECTIVES, config.objective.name, "objective")
+    for name, value in config.objective.options.items():
+        default = lookup(objective.options, name, what := f"{config.objective.name} option")
+        fit(value, type_of(default), f"{what} {name}")
+    if objective.on_pictures:
+        check_alone(config)
+        objective.check(config)
+        return config
     row = lookup(NETWORKS, config.network.name, "network")
     text = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
     if config.text.join:
         lookup(JOINS, config.text.join, "rule to join text encoders")
-    objective = lookup(OBJECTIVES, config.objective.name, "objective")
     lookup(FIRST_STAGE_OBJECTIVES, config.autoencoder.objective, "objective of the autoencoder").check(config)
-    for name, value in config.objective.options.items():
-        default = lookup(objective.options, name, what := f"{config.objective.name} option")
-        fit(value, type_of(default), f"{what} {name}")
     network_config(config.network.name, config.network.settings)
     if not config.autoencoder.weights:
         autoencoder_config(config.autoencoder.name, config.autoencoder.fields)
@@ -90,6 +100,22 @@ def check_settings(config: Config) -> Config:
         raise ValueError(f"--mask-padding is for --network {' or '.join(able)}: the pipelines that a {config.network.name} is exported to "
                          "attend to the padding")
     return config
+
+
+def check_alone(config: Config) -> None:
+    """ValueError for settings of autoencoders and diffusion networks where neither is trained."""
+    name = f"--objective {config.objective.name} trains"
+    wrong = {f"{name} no autoencoder: leave out --only {config.run.only}": config.run.only,
+             f"{name} a new model: leave out --finetune": config.finetune.kind,
+             f"{name} a text tower of its own: leave out --text-weights": config.text.weights,
+             f"{name} a CLIP's text tower: leave out --text-encoder {config.text.encoder}": config.text.encoder != "clip",
+             f"{name} a model that draws nothing: leave out --eval-every {config.run.eval_every}": config.run.eval_every,
+             f"{name} on pictures: name them with --data, and leave out --cache": config.data.cache,
+             f"{name} on pictures of one size: leave out --stages and --buckets": config.data.phases or config.data.buckets,
+             f"{name} networks that are too small to shard: leave out --fsdp": config.run.fsdp}
+    for text, given in wrong.items():
+        if given:
+            raise ValueError(text)
 
 
 def check_process(config: Config) -> None:
@@ -108,7 +134,7 @@ def check_process(config: Config) -> None:
 def check_parts(config: Config) -> Config:
     """Check that pretrained parts exist, are undamaged and of the right kind, that picture sizes are divisible, that caches fit. A
     resumed run has its own copies of pretrained parts: their sources may have changed or gone meanwhile."""
-    if config.finetune.kind:                                    # complete() has looked at its parts
+    if config.finetune.kind or OBJECTIVES[config.objective.name].on_pictures:           # complete() has looked at its parts; there are none
         return config
     run, resumed = Path(config.run.out), config.run.resume != "no"
     own_vae = resumed and (run / "vae").is_dir()

@@ -38,7 +38,8 @@ BINS = 16              # curves by noise level t, at most
 EVENTS = 400           # plans shown, and other events shown, at most
 CHANNELS = 64          # of latents whose statistics are shown, at most
 TEXT = 400             # characters shown of an event, at most; ten times as many of a setting
-SCALARS = "loss lr_factor grad_norm update_ratio val_raw val_ema val_psnr images_per_second mfu memory_gb skipped".split()
+SCALARS = ("loss lr_factor grad_norm update_ratio val_raw val_ema val_psnr val_text_to_image val_image_to_text scale eval_prompts "
+           "eval_prompts_held_out eval_fid eval_clip images_per_second mfu memory_gb skipped").split()
 VECTORS = ("t_bins", "val_bins")
 
 

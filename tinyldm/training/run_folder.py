@@ -41,6 +41,9 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
         return folder
     if (folder / "model" / "model_index.json").exists():
         return folder / "model"
+    if find_clip(folder):
+        raise ValueError(f"{folder} holds a CLIP, which draws nothing: it measures pictures, python evaluate.py PICTURES --metric clip "
+                         f"--clip {path}")
     if beside := find_beside(folder):
         base = read_json(beside.parents[2] / "config.json", None).get("model") if (beside.parents[2] / "config.json").exists() else None
         what, flag = ("an adapter", "--lora") if beside.name == ADAPTER else ("the vectors of a token", "--embedding")
@@ -56,6 +59,11 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
     return trained[-1] / "model"
 
 
+def find_clip(path: str | Path) -> Path | None:
+    """The CLIP of a run's newest checkpoint; None where a path ("": there is none) is no such run."""
+    return next((last / "clip" for last in reversed(checkpoint.names(Path(path)) if path else []) if (last / "clip").is_dir()), None)
+
+
 def find_beside(folder: Path) -> Path | None:
     """The file with the adapter or the embedding of a run's newest checkpoint, or of a checkpoint; None where it holds none."""
     for last in (*reversed(checkpoint.names(folder)), folder):
@@ -68,6 +76,8 @@ def find_beside(folder: Path) -> Path | None:
 def next_command(config: Config) -> str:
     """What to do with the result of a run, as the end of a sentence."""
     own, run = config.finetune, config.run.out
+    if find_clip(run):
+        return f"score pictures by their captions: python evaluate.py PICTURES --metric clip --clip {run}"
     if config.run.only:
         return f"give this autoencoder to another run: --vae-weights {Path(run) / 'vae'}"
     prompt = own.instance.split("|")[0] or (f"a photo of a {own.token}" if own.token else "a red fox")

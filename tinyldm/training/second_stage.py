@@ -53,7 +53,9 @@ BEFORE = "before"           # name of the sample grid of a model before it is tr
 class LatentStage(Stage):
     """Trains a network, and the text encoders unless they are frozen, on cached latents."""
 
-    name, stream, reported = "step", Stream.NOISE, True
+    name, stream = "step", Stream.NOISE
+    reported = planned = draws = True
+    loader: Loader              # of the current phase
     base = ""                   # a fingerprint of the model that stays as it is while something is trained beside it; "": there is none
 
     def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None,
@@ -118,6 +120,7 @@ class LatentStage(Stage):
         config, device, objective = self.phases[index], self.context.device, self.objective
         networks, count = self.prepare_networks(index), self.micro_batch_count(index)
         loader = make_loader(config, self.caches[index], self.model.text.tokenizers, self.world, needs_sizes(config))
+        self.loader = loader
         most = self.settings.batch_size // self.world.size
         # An adapter beside the model may drop inputs, which validation does not want. The model's networks drop none.
         beside = [module for part, module in self.trained.modules.items() if module is not self.model.modules.get(part)]

@@ -1,6 +1,6 @@
-"""A stage of a run, as the trainer sees it. Latent diffusion has two: the autoencoder, then the network on its latents.
+"""A stage of a run, as the trainer sees it. Latent diffusion has two: the autoencoder, then the network on its latents. A CLIP has one.
 
-A stage goes through phases, one per picture size. Trainer (train.py) is the same for both stages; what differs is here:
+A stage goes through phases, one per picture size. Trainer (train.py) is the same for all stages; what differs is here:
 which networks, which objective, which data, and what is done beside training.
 """
 
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 from tinyldm.config import Config, OptimisationConfig
 from tinyldm.objectives import Objective
 from tinyldm.random_streams import Stream
+from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World
 from tinyldm.training.ema import EMA, PowerEMA
+from tinyldm.training.learner import Learner
 from tinyldm.training.trained import Trained
 from tinyldm.training.validation import Validation
 
@@ -31,7 +33,7 @@ class Phase(NamedTuple):
 
 
 class Stage:
-    """Base class of the two stages."""
+    """Base class of the stages."""
 
     name: str                                       # "vae" or "step", in the names of checkpoints and in log rows
     title: str                                      # the label of the progress bar
@@ -46,7 +48,9 @@ class Stage:
     val_every = 0                                   # steps per validation
     patience = 0                                    # of early stopping; 0: there is none
     checkpoint_at_end = True                        # False for the first stage: its result is RUN/vae instead
-    reported = False                                # whether it is compared with --dry-run's plan, and sent to --track
+    reported = False                                # whether it is sent to --track
+    draws = False                                   # whether it trains a model that draws, which --eval-every measures
+    planned = False                                 # whether it is compared with --dry-run's plan
     fractions: list[float] = [1.0]                  # the fraction of the training that each phase has; they sum to 1
     costs: list[float] = [1.0]                      # FLOPs of training on one picture, for each phase; [1.0]: not needed
     peak: float | None = None                       # FLOP/s of all devices together; None: not known
@@ -64,3 +68,6 @@ class Stage:
 
     def draw_samples(self, ema: EMA | PowerEMA | None, step: int) -> Path | None:
         """Draw the sample grid after `step` steps -> its file, None in processes that do not write. A stage without one draws nothing."""
+
+
+Train = Callable[[Stage, RunContext, Path | None], Learner]     # (stage, context, the checkpoint to continue from): trains it to its end

@@ -10,6 +10,7 @@ Some of the classes train whole networks, others small modules beside a model th
 from __future__ import annotations
 
 import copy
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,10 +27,13 @@ from tinyldm.adapters.lora import LoRA
 from tinyldm.adapters.low_rank import LowRank
 from tinyldm.folders.build import load_weights
 from tinyldm.folders.load import load_model
-from tinyldm.folders.save import save_model, save_vae, weights_name
+from tinyldm.folders.save import save_model, save_part, weights_name
 from tinyldm.model import NON_EMA, Model, architecture
+from tinyldm.models.clip import CLIP
+from tinyldm.text.base_tokenizer import BaseTokenizer
 from tinyldm.training.checkpoint import save_tensors
 from tinyldm.training.frozen import Frozen
+from tinyldm.vendor_loaders.clip_model import preprocessor_config
 
 StateDict = Mapping[str, Tensor]
 STATE = "trained.safetensors"           # raw and averaged numbers of an adapter or embedding, to continue from
@@ -89,25 +93,43 @@ class TrainedAutoencoder:
     """Trains an autoencoder. FOLDER/vae/ is its part folder, with averaged weights, if there are some, and the raw ones beside them as its
     non_ema variant."""
 
-    def __init__(self, vae: nn.Module):
-        self.modules = {"vae": vae}
+    part = "vae"                        # the name of the module and of the folder
+
+    def __init__(self, module: nn.Module):
+        self.modules = {self.part: module}
 
     def write(self, folder: Path, stored: Stored, step: int) -> None:
-        vae = self.modules["vae"]
-        save_vae(folder / "vae", vae, stored.with_averages("vae"), stored.raw["vae"] if stored.averaged else None)
+        part = self.part
+        save_part(folder / part, self.modules[part], stored.with_averages(part), stored.raw[part] if stored.averaged else None)
 
     def read(self, folder: Path) -> Stored:
         """Averages are read where the checkpoint has some, wanted or not."""
-        row, found = architecture(self.modules["vae"]), []
-        files = [folder / "vae" / weights_name(row, variant) for variant in (NON_EMA, None)]
+        row, found = architecture(self.modules[self.part]), []
+        files = [folder / self.part / weights_name(row, variant) for variant in (NON_EMA, None)]
         for file in filter(Path.exists, files):
-            network = copy.deepcopy(self.modules["vae"])
+            network = copy.deepcopy(self.modules[self.part])
             load_weights(network, file)
-            found.append({"vae": network.state_dict()})
+            found.append({self.part: network.state_dict()})
         return Stored(found[0], found[1] if len(found) > 1 else {})
 
     def frozen_bytes(self) -> int:
         return 0
+
+
+class TrainedCLIP(TrainedAutoencoder):
+    """Trains a CLIP. FOLDER/clip/ is the same of it, with its tokenizer and with what transformers' CLIPProcessor reads."""
+
+    part = "clip"
+
+    def __init__(self, clip: CLIP, tokenizer: BaseTokenizer):
+        super().__init__(clip)
+        self.tokenizer = tokenizer
+
+    def write(self, folder: Path, stored: Stored, step: int) -> None:
+        super().write(folder, stored, step)
+        self.tokenizer.save(folder / self.part)
+        about = preprocessor_config(self.modules[self.part].config)
+        (folder / self.part / "preprocessor_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 class TrainedBeside:

@@ -54,7 +54,7 @@ def _unprojected(config: CLIPTextConfig) -> Rules:
 
 def transformers_tidy(config: CLIPTextConfig) -> Rules:
     """Names of every version of transformers -> those of CLIP_RULES; the image tower is left out."""
-    return [(r"^(vision_model|visual_projection)\..*|^logit_scale$|.*position_ids$", ""), *_unprojected(config),
+    return [(r"^(vision_model|visual_projection)\..*|^logit_(scale|bias)$|.*position_ids$", ""), *_unprojected(config),
             (r"^(?=embeddings|encoder|final_layer_norm)", "text_model.")]
 
 

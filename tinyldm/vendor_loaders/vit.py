@@ -164,7 +164,31 @@ LAYOUTS = {
     "timm": Layout(r"((?:.*\.)?trunk\.|)attn_pool\.latent", lambda config: TIMM, lambda config: [], timm),
 }
 
-ACTIVATION_NAMES = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATION_NAMES = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}      # hidden_act -> ours
+# our field -> that of transformers' CLIPVisionConfig, and the value that it assumes for a config.json without it
+FIELDS = {
+    "image_size": ("image_size", 224), "patch": ("patch_size", 32), "width": ("hidden_size", 768), "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12), "mlp_width": ("intermediate_size", 3072), "activation": ("hidden_act", "quick_gelu"),
+    "projection_dim": ("projection_dim", 512), "norm_eps": ("layer_norm_eps", 1e-5),
+}
+TOLD = ("heads", "norm_eps")            # of these, what tensors do not tell, and what is read as it stands
+
+
+def to_config(config: ViTConfig) -> dict[str, Any]:
+    """The config with which transformers opens a CLIP's picture tower. ValueError for a tower that is none."""
+    alike = ViTConfig(**{ours: getattr(config, ours) for ours in FIELDS}, antialias=config.antialias,
+                      position_offset=config.position_offset)
+    if config != alike:
+        raise ValueError("only picture towers of CLIP are written: pooled at the class token, without registers and layer scale")
+    acts = {ours: theirs for theirs, ours in ACTIVATION_NAMES.items()}
+    return {"model_type": "clip_vision_model", **{theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS.items()},
+            "hidden_act": lookup(acts, config.activation, "activation that is written")}
+
+
+def from_config(published: Mapping[str, Any]) -> ViTConfig:
+    """The inverse of to_config."""
+    values = {ours: published.get(theirs, default) for ours, (theirs, default) in FIELDS.items()}
+    return ViTConfig(**values | {"activation": lookup(ACTIVATION_NAMES, values["activation"], "hidden_act of a picture tower")})
 
 
 def complete(config: ViTConfig, published: Mapping[str, Any]) -> ViTConfig:
@@ -173,8 +197,7 @@ def complete(config: ViTConfig, published: Mapping[str, Any]) -> ViTConfig:
     if "model_cfg" in published:
         return _complete_open_clip(config, published["model_cfg"])
     vision = next((published[name] for name in ("vision_config_dict", "vision_config") if published.get(name) is not None), published)
-    fields = {"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"}
-    told = {ours: vision[theirs] for ours, theirs in fields.items() if vision.get(theirs) is not None}
+    told = {ours: vision[theirs] for ours in TOLD if vision.get(theirs := FIELDS[ours][0]) is not None}
     if vision.get("hidden_act") and config.activation != "swiglu":
         told["activation"] = lookup(ACTIVATION_NAMES, vision["hidden_act"], "hidden_act of a picture tower")
     return replace(config, **told)
