@@ -2,11 +2,13 @@
 
 from tinyldm.objectives.autoencoder import AutoencoderObjective
 from tinyldm.objectives.base import Objective, Turn, map_tensors, split, turns_at
+from tinyldm.objectives.consistency import Consistency
 from tinyldm.objectives.denoising import Denoising
+from tinyldm.objectives.lcm import LCM
 
 # Of the network (--objective), called with (config, model, names of the trained parts), and of the autoencoder
 # (--vae-objective), called with (settings, vae).
-OBJECTIVES: dict[str, type[Objective]] = {"denoising": Denoising}
+OBJECTIVES: dict[str, type[Objective]] = {"denoising": Denoising, "consistency": Consistency, "lcm": LCM}
 FIRST_STAGE_OBJECTIVES: dict[str, type[Objective]] = {"autoencoder": AutoencoderObjective}
 
 __all__ = ["FIRST_STAGE_OBJECTIVES", "OBJECTIVES", "Objective", "Turn", "map_tensors", "split", "turns_at"]

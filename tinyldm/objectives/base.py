@@ -47,11 +47,17 @@ class Objective:
     options: Mapping[str, Any] = {}             # the names that --objective-options takes, and their defaults
     networks: Mapping[str, nn.Module] = {}
     saved: Sequence[str] = ()
+    usual: Mapping[str, Any] = {}               # settings that --finetune takes from it where they are not typed: times, sampler, ...
     settled: float = 0.0                        # the fraction of the training after which it minimises the same to the end
 
     @classmethod
     def check(cls, config: Config) -> None:
         """ValueError, before anything is loaded, for settings that cannot work."""
+
+    @classmethod
+    def taught(cls, config: Config) -> bool:
+        """Whether its constructor takes a teacher, as the last argument: the model of --teacher as it is, beside the trained one."""
+        return False
 
     @classmethod
     def check_sources(cls, config: Config, downscale: int) -> None:

@@ -44,6 +44,8 @@ class DenoisingBatch(NamedTuple):
     cond: Cond | None = None    # the encoded captions, on the device; None where text encoders are trained: see to_device
     weights: Tensor | None = None       # [b], factors of the losses; None: all are 1
     dropout: Tensor | None = None       # [b], seeds of an adapter's dropout, on the CPU; None: there is none
+    own: Mapping[str, Tensor] | None = None         # what a subclass of Denoising draws in addition, by name, each [b, ...]
+    empty: Cond | None = None   # the empty caption's condition for each sample, on the device; None: nobody needs it
 
     @property
     def noise(self) -> Tensor:

@@ -38,7 +38,7 @@ from tinyldm.training.class_pictures import loss_weights
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, shard
 from tinyldm.training.ema import EMA, PowerEMA
-from tinyldm.training.finetune import drawn_as, few_distinct, fingerprint, open_base, put_on, what_is_trained
+from tinyldm.training.finetune import drawn_as, few_distinct, fingerprint, open_base, open_teacher, put_on, what_is_trained
 from tinyldm.training.frozen import Frozen, read_texts
 from tinyldm.training.portable import portable_data
 from tinyldm.training.stage import Phase, Stage
@@ -72,11 +72,13 @@ class LatentStage(Stage):
         self.settings, self.phases, self.world, self.title = config.optimisation, phases(config), context.world, config.network.name
         sizes = [float(fraction) for fraction in config.data.phases.values()] or [1.0]
         self.fractions = [size / sum(sizes) for size in sizes]
+        teacher = open_teacher(config, context) if config.finetune.kind else []
         tuned = tune(config, open_base(config, context, vae, last)) if config.finetune.kind else new_model(
             config, context, vae, captions, last)
         self.model, parts = at_phase(tuned.model, self.phases[0]), tuple(tuned.modules)
         if config.finetune.kind:
-            self.base = "" if config.finetune.whole else fingerprint(self.model)
+            read = teacher if config.finetune.whole else [self.model]           # from its source, also when the run is resumed
+            self.base = fingerprint(read[0]) if read else ""
             few = few_distinct(captions)
             self.model = put_on(context.device, config, self.model, few)
         for part in (*tuned.modules.values(), *(self.model.modules.values() if self.model.placement is None else ())):
@@ -94,7 +96,7 @@ class LatentStage(Stage):
                 shard(net, self.world, DTYPES[config.run.reduce_dtype])
         self.trained = (what_is_trained(config, tuned, lambda: self.model, context.folder) if config.finetune.kind else
                         TrainedModel(lambda: self.model, parts, Frozen(context.folder), plain))
-        self.objective = lookup(OBJECTIVES, config.objective.name, "objective")(config, self.model, parts)
+        self.objective = lookup(OBJECTIVES, config.objective.name, "objective")(config, self.model, parts, *teacher)
         for network in self.objective.networks.values():
             network.to(context.device)
         if self.model.placement is not None:

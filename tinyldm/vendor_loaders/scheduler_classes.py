@@ -120,7 +120,8 @@ PUBLISHED = {  # by the name of our sampler
 
 # Samplers without a row in PUBLISHED, and the sampler whose row they use. diffusers has dpmpp_2m_sde as a setting of
 # DPMSolverMultistepScheduler (SDE_FIELDS) and dpmpp_sde as a class that needs torchsde; it has none that is edm or adaptive.
-USES_ROW_OF = {"dpmpp_2m_sde": "dpmpp_2m", "dpmpp_sde": "heun", "edm": "heun", "adaptive": "dpmpp_2m"}
+USES_ROW_OF = {"dpmpp_2m_sde": "dpmpp_2m", "dpmpp_sde": "heun", "edm": "heun", "adaptive": "dpmpp_2m",
+               "lcm": "ddim"}
 SDE_FIELDS = {"algorithm_type": "sde-dpmsolver++"}
 SDE_SAMPLERS = ("dpmpp_2m_sde", "dpmpp_sde")  # both are written as DPMSolverMultistepScheduler with SDE_FIELDS
 
