@@ -47,12 +47,22 @@ class Objective:
     options: Mapping[str, Any] = {}             # the names that --objective-options takes, and their defaults
     networks: Mapping[str, nn.Module] = {}
     saved: Sequence[str] = ()
-    usual: Mapping[str, Any] = {}               # settings that --finetune takes from it where they are not typed: times, sampler, ...
     settled: float = 0.0                        # the fraction of the training after which it minimises the same to the end
 
     @classmethod
     def check(cls, config: Config) -> None:
         """ValueError, before anything is loaded, for settings that cannot work."""
+
+    @classmethod
+    def usual(cls, config: Config) -> dict[str, Any]:
+        """Settings that a run with --finetune takes where they are not typed: times with their mean and scale, and sampler, steps and cfg,
+        by which its model is drawn with."""
+        return {}
+
+    @classmethod
+    def tells(cls, config: Config) -> tuple[str, ...]:
+        """Names of numbers in Cond.extra that its network is told, in addition to those that the network asks for (model.told_too)."""
+        return ()
 
     @classmethod
     def taught(cls, config: Config) -> bool:

@@ -66,7 +66,10 @@ class Consistency(Distillation):
     """Consistency distillation (distil=true, with the teacher's guidance `scale`) and consistency training."""
 
     options = dict(schedule="ect", distil=False, scale=1.0, solver="heun", ema=0.0, c=0.0, q=2.0, k=8.0, b=1.0, stages=8, s0=10, s1=1280)
-    usual = dict(times="log_normal", mean=-1.1, scale=2.0, sampler="lcm", steps=2, cfg=1.0)     # both papers' P_mean and P_std
+
+    @classmethod
+    def usual(cls, config: Config) -> dict[str, Any]:
+        return dict(times="log_normal", mean=-1.1, scale=2.0, sampler="lcm", steps=2, cfg=1.0)      # P_mean and P_std of both papers
 
     @classmethod
     def taught(cls, config: Config) -> bool:

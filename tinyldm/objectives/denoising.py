@@ -31,6 +31,7 @@ EXTRAS: dict[str, Callable[[Any], Tensor]] = {
     "sizes": lambda samples: samples.sizes,
     # Real pictures are what a network should draw without guidance (kohya-ss/sd-scripts, docs/flux_train_network.md).
     "guidance": lambda samples: torch.ones(len(samples.latents)),
+    "elapsed": lambda samples: torch.zeros(len(samples.latents)),       # what it predicts without any is the velocity (mean_flow.py)
 }
 
 

@@ -16,6 +16,8 @@ distance is pseudo-Huber per number, c = 0.001, as in diffusers' scripts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,10 @@ from tinyldm.objectives.teacher import TARGET, Distillation, ddim, own_options
 
 class LCM(Distillation):
     options = dict(levels=50, scale=0.0, scale_to=0.0, ema=0.95, c=0.001)
-    usual = dict(times="uniform", sampler="lcm", steps=4, cfg=1.0)
+
+    @classmethod
+    def usual(cls, config: Config) -> dict[str, Any]:
+        return dict(times="uniform", sampler="lcm", steps=4, cfg=1.0)
 
     @classmethod
     def taught(cls, config: Config) -> bool:

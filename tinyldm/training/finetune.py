@@ -18,7 +18,7 @@ from torch import nn
 from tinyldm.config import Config, FinetuneConfig, change, phases
 from tinyldm.config.finetune import check_complete
 from tinyldm.lookup import lookup
-from tinyldm.model import NETWORKS, Model, architecture
+from tinyldm.model import NETWORKS, Model, architecture, told_too
 from tinyldm.objectives import OBJECTIVES
 from tinyldm.offload import Offloaded, Whole
 from tinyldm.pipeline import check_size, draw_settings, picture_size
@@ -78,6 +78,7 @@ def open_base(config: Config, context: RunContext, vae: nn.Module, last: Path | 
     that a resumed run continues from; where the whole network is trained, it holds the model."""
     copy = last / "model" if last and config.finetune.whole else None
     model = replace(load_base(config, context.device, torch.device("cpu"), copy), vae=vae)
+    model.net = told_too(model.net, OBJECTIVES[config.objective.name].tells(config))
     model.net.grad_checkpointing = config.network.grad_checkpointing
     for network in (model.net, *model.text.modules.values()):
         network.train()                     # gradient checkpointing is for training; nothing else differs
@@ -150,7 +151,7 @@ def complete(config: Config) -> Config:
     config = change(config, model=str(find_model(own.model)))
     model = load_base(config)
     settings, wording = config.objective, lookup(WORDINGS, own.kind, "--finetune")
-    usual = lookup(OBJECTIVES, settings.name, "objective").usual
+    usual = lookup(OBJECTIVES, settings.name, "objective").usual(config)
     if not (sources := config.data.sources or model.defaults.get("data", [])):
         raise ValueError(f"--finetune {own.kind} needs pictures: --data FOLDER")
     network = next(name for name, known in NETWORKS.items() if known is architecture(model.net))

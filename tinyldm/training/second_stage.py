@@ -21,7 +21,7 @@ from tinyldm.data.sources import parse_sources
 from tinyldm.data.toyworld_source import all_toyworld
 from tinyldm.device import DTYPES, autocast
 from tinyldm.lookup import build_dataclass, lookup
-from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, network_config, new_network
+from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, network_config, new_network, told_too
 from tinyldm.objectives import OBJECTIVES
 from tinyldm.objectives.denoising import process_of, process_options
 from tinyldm.pictures.pixels import write_picture
@@ -220,7 +220,7 @@ def build_model(config: Config, vae: nn.Module, text: TextEncoders) -> Model:
     channels, size = vae.config.latent_channels, phases(config)[-1].data.resolution // vae.config.downscale
     widths = text.widths([architecture(module).widths(module.config) for module in text.modules.values()])
     shapes = NetworkShapes(channels, channels * (1 + config.objective.learned_variance), widths, size)
-    net = new_network(config.network.name, config.network.settings, shapes)
+    net = told_too(new_network(config.network.name, config.network.settings, shapes), OBJECTIVES[config.objective.name].tells(config))
     net.grad_checkpointing = config.network.grad_checkpointing
     return Model(net, vae, text, process_of(config.objective), config.objective.prediction, {}, {})
 
