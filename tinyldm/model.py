@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from tinyldm.diffusion.process import Process
+from tinyldm.diffusion.as_flow import as_flow
+from tinyldm.diffusion.process import FlowOf, Process
 from tinyldm.lookup import build_dataclass, lookup
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTBlock, DiTConfig
@@ -231,6 +232,10 @@ class Model:
     scheduler: dict         # content of scheduler_config.json; save_model writes it
     defaults: dict          # content of tinyldm.json; {} where there is none
     placement: Placement | None = None      # None: all parts stay where they are
+
+    def __post_init__(self):
+        if isinstance(self.process, FlowOf):
+            as_flow(self.net, self.process)
 
     @property
     def modules(self) -> dict[str, nn.Module]:

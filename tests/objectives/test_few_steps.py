@@ -20,6 +20,7 @@ from tinyldm.model import Model, told_too
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
+from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.objectives import OBJECTIVES, split
 from tinyldm.objectives.consistency import PAIRS, Consistency
 from tinyldm.objectives.denoising import DenoisingBatch, process_options
@@ -100,17 +101,19 @@ def test_pseudo_huber_is_a_root_mean_square_for_large_errors_and_a_parabola_for_
     assert torch.equal(error.grad[2], torch.zeros(1, 1, 2)) and error.grad.isfinite().all()
 
 
-def test_derivatives_pass_through_attention_and_leave_no_gradients():
-    net = randomise(DiT(DiTConfig(width=32, layers=1, heads=2, mlp_width=32, context_dim=32, time_dim=16, told=("elapsed",))))
+@pytest.mark.parametrize("make", [
+    lambda told: DiT(DiTConfig(width=32, layers=1, heads=2, mlp_width=32, context_dim=32, time_dim=16, told=told)),
+    lambda told: UNet(UNetConfig(widths=(8, 16), depth=1, attention=(True, True), heads=(2, 2), context_dim=32, groups=4, told=told)).to(
+        memory_format=torch.channels_last)], ids=["dit", "unet"])
+def test_derivatives_pass_through_attention_and_norms_and_leave_no_gradients(make):
+    net = randomise(make(("elapsed",)))
     x, t, v = noise(2, 4, 4, 4).float(), torch.tensor([300.0, 700.0]), noise(2, 4, 4, 4, seed=1).float()
-    cond = lambda way: Cond(noise(2, 3, 32).float(), extra={"elapsed": way})
-    way, one = torch.tensor([0.1, 0.3]), torch.ones(2)
-    call = lambda x, t, way: net(x, t, cond(way))
+    way, one, h = torch.tensor([0.1, 0.3]), torch.ones(2), 0.01
+    call = lambda x, t, way: net(x, t, Cond(noise(2, 3, 32).float(), extra={"elapsed": way}))
     value, change = derivative(call, (x, t, way), (v, one, one / 1000))
-    h = 0.01
     wanted = (call(x + h * v, t + h, way + h / 1000) - call(x - h * v, t - h, way - h / 1000)) / (2 * h)
-    assert not change.requires_grad and torch.allclose(value, call(x, t, way), atol=1e-6)
-    torch.testing.assert_close(change, wanted.detach(), rtol=2e-2, atol=2e-3)
+    assert not change.requires_grad and torch.allclose(value, call(x, t, way), atol=1e-5)
+    torch.testing.assert_close(change, wanted.detach(), rtol=2e-2, atol=2e-3 * change.abs().max().item())
 
 
 def test_a_network_that_is_told_a_number_begins_as_it_was():

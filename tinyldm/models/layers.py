@@ -89,9 +89,8 @@ TOLD_FROM = {"guidance": 1.0}       # the value that says nothing: without guida
 class TimeEmbedding(nn.Module):
     """Network times t [b] -> embedding [b, out]: sinusoids through a two-layer MLP.
 
-    told: names in Cond.extra of further numbers [b], whose sinusoids are added to the time's, each through a matrix of its own that
-    starts at zero, so that a network of others begins as it was. That of "guidance" is time_cond_proj of diffusers, the embedding of
-    latent consistency models (arXiv:2310.04378, App. C: of 1000 (scale - 1), sines first)."""
+    told: names in Cond.extra of further numbers [b], whose sinusoids are added to the time's, each through a matrix that starts at zero,
+    so that a network begins as it was without. "guidance" is time_cond_proj of diffusers, for LCM (arXiv:2310.04378, App. C)."""
 
     def __init__(self, dim: int, out: int, told: tuple[str, ...] = ()):
         super().__init__()
@@ -114,10 +113,11 @@ class TimeEmbedding(nn.Module):
 
 
 def told_embedding(number: Tensor) -> Tensor:
-    """Sinusoids of numbers [b] of about 0 to 10 -> float32 [b, TOLD_CHANNELS], sines first, the last frequency 1 / 10,000."""
+    """Sinusoids of numbers [b] of about 0 to 10 -> float32 [b, TOLD_CHANNELS], sines first, the last frequency 1 / 10,000. (Angles are up
+    to 10,000, so a rounding error of a frequency is seen: they are computed in the order in which diffusers does it.)"""
     half = TOLD_CHANNELS // 2
-    frequency = torch.exp(-math.log(10_000.0) * torch.arange(half, device=number.device, dtype=torch.float32) / (half - 1))
-    angle = 1000 * number.float()[:, None] * frequency
+    step = torch.full((), 10_000.0, device=number.device).log() / (half - 1)
+    angle = 1000 * number.float()[:, None] * torch.exp(torch.arange(half, device=number.device) * -step)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 

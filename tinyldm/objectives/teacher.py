@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from tinyldm.config import Config
 from tinyldm.diffusion.prediction import Network, to_eps, to_target, to_x0
@@ -188,11 +189,20 @@ def move_average(average: nn.Module, net: nn.Module, decay: float) -> None:
     torch._foreach_lerp_([*average.parameters()], [p.detach() for p in net.parameters()], 1 - decay)
 
 
+class DenseNorms(TorchFunctionMode):
+    """Inside, GroupNorm is computed of contiguous tensors: its forward mode refuses those in channels-last (torch 2.13)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def derivative(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """(function(inputs), its derivative along the tangents), in forward mode: about two forward passes, and no gradients.
 
     PyTorch's fused kernels of attention have no forward mode, so attention is computed by plain products inside. In float32, outside of
     autocast: differences of bfloat16 would be noise (arXiv:2410.11081, Appendix G)."""
-    with sdpa_kernel(SDPBackend.MATH), autocast(inputs[0].device, "fp32"):
+    with sdpa_kernel(SDPBackend.MATH), autocast(inputs[0].device, "fp32"), DenseNorms():
         return torch.func.jvp(function, inputs, tangents)

@@ -77,8 +77,9 @@ def open_base(config: Config, context: RunContext, vae: nn.Module, last: Path | 
     """The model that the run trains further, in the host's memory. vae: its autoencoder, which is there already. last: the checkpoint
     that a resumed run continues from; where the whole network is trained, it holds the model."""
     copy = last / "model" if last and config.finetune.whole else None
-    model = replace(load_base(config, context.device, torch.device("cpu"), copy), vae=vae)
-    model.net = told_too(model.net, OBJECTIVES[config.objective.name].tells(config))
+    objective = OBJECTIVES[config.objective.name]
+    model = objective.begins_as(replace(load_base(config, context.device, torch.device("cpu"), copy), vae=vae))
+    model.net = told_too(model.net, objective.tells(config))
     model.net.grad_checkpointing = config.network.grad_checkpointing
     for network in (model.net, *model.text.modules.values()):
         network.train()                     # gradient checkpointing is for training; nothing else differs
@@ -149,9 +150,9 @@ def complete(config: Config) -> Config:
     if not own.kind or config.run.resume != "no":
         return config
     config = change(config, model=str(find_model(own.model)))
-    model = load_base(config)
     settings, wording = config.objective, lookup(WORDINGS, own.kind, "--finetune")
-    usual = lookup(OBJECTIVES, settings.name, "objective").usual(config)
+    objective = lookup(OBJECTIVES, settings.name, "objective")
+    model, usual = objective.begins_as(load_base(config)), objective.usual(config)
     if not (sources := config.data.sources or model.defaults.get("data", [])):
         raise ValueError(f"--finetune {own.kind} needs pictures: --data FOLDER")
     network = next(name for name, known in NETWORKS.items() if known is architecture(model.net))

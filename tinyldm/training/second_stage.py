@@ -119,7 +119,10 @@ class LatentStage(Stage):
     def begin_phase(self, index: int) -> Phase:
         config, device, objective = self.phases[index], self.context.device, self.objective
         networks, count = self.prepare_networks(index), self.micro_batch_count(index)
-        loader = make_loader(config, self.caches[index], self.model.text.tokenizers, self.world, needs_sizes(config))
+        load = lambda world: make_loader(config, self.caches[index], self.model.text.tokenizers, world, needs_sizes(config))
+        loader = load(self.world)
+        with autocast(device, config.run.dtype):
+            objective.prepare(self.context, lambda: load(World()).batch)
         most = self.settings.batch_size // self.world.size
         # An adapter beside the model may drop inputs, which validation does not want. The model's networks drop none.
         beside = [module for part, module in self.trained.modules.items() if module is not self.model.modules.get(part)]
