@@ -9,6 +9,7 @@ from helpers import PROMPT, randomise, small_text
 from mixtures import Mixture
 
 from tinyldm.config import make_config
+from tinyldm.device import autocast
 from tinyldm.diffusion.grids import Levels
 from tinyldm.diffusion.prediction import to_output, to_target, to_x0
 from tinyldm.diffusion.process import CLEAN, Level, make_process
@@ -23,7 +24,7 @@ from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.objectives import OBJECTIVES, split
 from tinyldm.objectives.consistency import PAIRS, Consistency
-from tinyldm.objectives.denoising import DenoisingBatch, process_options
+from tinyldm.objectives.denoising import DenoisingBatch, map_cond, process_options
 from tinyldm.objectives.lcm import LCM
 from tinyldm.objectives.progressive import two_steps
 from tinyldm.objectives.scm import tangent
@@ -32,7 +33,8 @@ from tinyldm.pipeline import tell_elapsed
 from tinyldm.random_streams import Stream, generator
 from tinyldm.text.encoders import TextEncoder, TextEncoders
 
-FEW = [name for name in OBJECTIVES if name != "denoising"]
+# Those with a teacher and one turn; the others have files of their own.
+FEW = ("consistency", "lcm", "scm", "mean_flow", "progressive", "guided")
 FLOW, CONTINUOUS = make_process("flow"), {name: make_process(name) for name in ("flow", "vp", "ve")}
 KINDS = ("eps", "v", "flow")
 MEAN, STD = 0.4, 0.5                # of Gaussian data, whose curves are closed formulas
@@ -278,6 +280,29 @@ def test_gradients_reach_the_student_and_neither_teacher_nor_target(parts, name)
     assert all(p.grad is None for p in parts[1].modules["text"].parameters())
 
 
+@pytest.mark.parametrize("name, options", [*((name, OPTIONS.get(name, {})) for name in FEW), ("consistency", {}),
+                                           ("mean_flow", dict(distil=False, scale=2.0)), ("scm", dict(distil=False))])
+def test_one_call_of_the_student_has_gradients_also_where_it_is_its_own_target(parts, name, options):
+    objective, batch = make(parts, name, objective_options=options)
+    seen = []
+    for part, net in {"net": objective.model.net, **objective.networks}.items():
+        net.register_forward_hook(lambda module, inputs, output, part=part: seen.append((part, output.requires_grad)))
+    losses(objective, batch)
+    assert seen.count(("net", True)) == 1 and len(seen) > 1
+    assert {part for part, gradients in seen if gradients} == {"net"}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_losses_in_bfloat16_are_close_to_those_in_float32(parts, name):
+    """Also where the condition is bfloat16: derivatives are computed in float32 all the same."""
+    objective, batch = make(parts, name)
+    half = lambda cond: map_cond(cond, lambda value: value.bfloat16() if value.is_floating_point() else value)
+    with autocast(torch.device("cpu"), "bf16"):
+        found = losses(objective, batch._replace(cond=half(batch.cond), empty=half(batch.empty)))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, losses(objective, batch), rtol=0.2, atol=0.02)
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_losses_are_those_of_micro_batches_and_of_any_number_of_processes(parts, name):
     objective, batch = make(parts, name)
@@ -384,6 +409,8 @@ def test_exact_answers_of_gaussian_data_are_the_minimum(parts, distil, options):
     (dict(objective="consistency", objective_options=dict(schedule="etc")), "did you mean 'ect'"),
     (dict(objective="lcm", finetune="lora", rank=4, train_text=True), "leave out --train-text"),
     (dict(objective="lcm", fsdp=True), "leave out --fsdp"),
+    (dict(objective="scm", finetune="lora", rank=4), "add --dtype fp32"),
+    (dict(objective="mean_flow", finetune="", model="", objective_options=dict(distil=False, scale=2.0)), "name pretrained ones"),
 ])
 def test_what_cannot_work_is_refused_with_the_fix(words, said):
     config = make_config(**dict(finetune="whole", model="m") | words)

@@ -30,7 +30,7 @@ from tinyldm.diffusion.process import Flow, Level, at_size
 from tinyldm.model import Model
 from tinyldm.objectives.base import Networks, Turn
 from tinyldm.objectives.denoising import DenoisingBatch, process_of
-from tinyldm.objectives.teacher import Distillation, derivative, own_options, told_cond
+from tinyldm.objectives.teacher import Distillation, derivative, own_options, single, told_cond
 
 
 class MeanFlow(Distillation):
@@ -58,6 +58,9 @@ class MeanFlow(Distillation):
         if config.objective.prediction != "flow" or not isinstance(at_size(process_of(config.objective)), Flow):
             raise ValueError("--objective mean_flow is for the straight line: it needs a model of process and prediction flow")
         option = own_options(cls, config)
+        if option["scale"] not in (0, 1) and not config.finetune.kind and not config.text.weights:
+            raise ValueError("mean_flow option scale compares the answers to a caption and to none, encoded once: text encoders that are trained "
+                             "along change, so leave it out, or name pretrained ones with --text-weights")
         if not (0 <= option["apart"] <= 1 and option["power"] >= 0 and option["c"] > 0):
             raise ValueError(f"mean_flow options {option}: use apart between 0 and 1, power of at least 0, a positive c")
 
@@ -74,10 +77,10 @@ class MeanFlow(Distillation):
         at = line(t)
         x = at.alpha * batch.x0 + at.sigma * batch.eps
         v, cond = self.velocity(networks, x, at, batch), self.cond(batch)
-        ask = lambda net: lambda x, t, way: net(x, 1000 * t, told_cond(cond, batch, {"elapsed": way}))
+        ask = lambda net, cond: lambda x, t, way: net(x, 1000 * t, told_cond(cond, batch, {"elapsed": way}))
         one = torch.ones_like(t)
-        _, change = derivative(ask(self.model.net), (x, t, t - r), (v, one, one))
-        error = ask(networks["net"])(x, t, t - r).to(x.dtype) - (v - (t - r).view(-1, 1, 1, 1) * change)
+        _, change = derivative(ask(self.model.net, single(cond)), (x, t, t - r), (v, one, one))
+        error = ask(networks["net"], cond)(x, t, t - r).to(x.dtype) - (v - (t - r).view(-1, 1, 1, 1) * change)
         square = error.square().flatten(1).mean(1)
         losses = square / (square.detach() + self.option["c"]) ** self.option["power"]          # Eq. 22
         return losses if batch.weights is None else batch.weights * losses

@@ -32,7 +32,7 @@ from tinyldm.diffusion.process import Discrete, Level, Process, at_size, input_s
 from tinyldm.models.layers import Cond
 from tinyldm.objectives.base import Networks, Turn
 from tinyldm.objectives.denoising import DenoisingBatch, process_of
-from tinyldm.objectives.teacher import Distillation, both, derivative, own_options
+from tinyldm.objectives.teacher import Distillation, both, derivative, own_options, single
 
 
 class SCM(Distillation):
@@ -52,6 +52,8 @@ class SCM(Distillation):
         if isinstance(at_size(process_of(config.objective)), Discrete):
             raise ValueError("--objective scm differentiates by time, which a table of levels has not: it needs a model of process flow, vp, "
                              "ve or edm")
+        if config.finetune.adapts and config.run.dtype != "fp32":
+            raise ValueError("--objective scm differentiates in float32, which weights beside an adapter need not be: add --dtype fp32")
         if not ((option := own_options(cls, config))["c"] > 0 and 0 <= option["warmup"] < 1):
             raise ValueError(f"scm options c={option['c']} warmup={option['warmup']}: use a positive c and 0 <= warmup < 1")
 
@@ -65,7 +67,7 @@ class SCM(Distillation):
         else:
             ends = batch.x0, batch.eps
         warm = min(1.0, progress / self.option["warmup"]) if self.option["warmup"] else 1.0
-        g = tangent(self.model.net, process, self.kind, x, t, cond, ends, warm)
+        g = tangent(self.model.net, process, self.kind, x, t, single(cond), ends, warm)
         g = g / (g.square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1) + self.option["c"])
         answer = on_arc(networks["net"], self.kind, x, now, cond)
         losses = (answer - answer.detach() - g).square().flatten(1).mean(1)

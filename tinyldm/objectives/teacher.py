@@ -43,7 +43,6 @@ class Distillation(Denoising):
 
     guides = True               # whether batches have the empty caption's condition
     boundary = True             # whether f(x, 0) = x has to follow from the prediction
-    target_decay = 0.0          # of the averages that are networks["target"]; 0: there is none, the student itself is the target
 
     def __init__(self, config: Config, model: Model, trained: tuple[str, ...], teacher: Model | None = None):
         super().__init__(config, model, trained)
@@ -55,8 +54,9 @@ class Distillation(Denoising):
 
     @property
     def decay(self) -> float:
-        """Of the target's averages. Beside an adapter, which is cheap to train and not to copy, the student itself is the target."""
-        return 0.0 if self.adapted else self.option.get("ema", self.target_decay)
+        """Of the averages of the student that are networks["target"], the option `ema`. 0: the student itself is the target, as always
+        beside an adapter (LCM-LoRA, arXiv:2311.05556)."""
+        return 0.0 if self.adapted else self.option.get("ema", 0.0)
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -100,7 +100,8 @@ class Distillation(Denoising):
         return moved._replace(tokens=batch.tokens, cond=map_cond(moved.cond, lambda value: value[:-1]), empty=empty)
 
     def cond(self, batch: DenoisingBatch, **told: Tensor) -> Cond:
-        """The condition of the captions. told: values [b] in Cond.extra, in place of the batch's."""
+        """The condition of the captions. told: values [b] in Cond.extra, in place of the batch's. (Where text encoders are trained too, it
+        is encoded anew, with gradients.)"""
         return told_cond(batch.cond or self.encode(batch.tokens, batch.x0.device), batch, told)
 
     def level(self, t: Tensor, x0: Tensor) -> Level:
@@ -187,6 +188,12 @@ def pseudo_huber(error: Tensor, c: float) -> Tensor:
 def move_average(average: nn.Module, net: nn.Module, decay: float) -> None:
     """average <- decay average + (1 - decay) net, of all parameters."""
     torch._foreach_lerp_([*average.parameters()], [p.detach() for p in net.parameters()], 1 - decay)
+
+
+def single(cond: Cond) -> Cond:
+    """The condition in float32, as `derivative` computes."""
+    exact = lambda value: value.float() if value is not None and value.dtype in (torch.bfloat16, torch.float16) else value
+    return Cond(exact(cond.context), exact(cond.mask), exact(cond.pooled), {name: exact(value) for name, value in cond.extra.items()})
 
 
 class DenseNorms(TorchFunctionMode):
