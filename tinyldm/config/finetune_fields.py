@@ -12,8 +12,8 @@ class FinetuneConfig:
     """Which model is trained further, and which part of it."""
 
     kind: str = fixed("", "train a model that exists: lora, dreambooth, textual_inversion or whole", flag="finetune")
-    model: str = fixed("", "--finetune: the model, as for sample.py: a run, a model folder, a file or a hub id. With --objective alone, as in "
-                           "--objective lcm --teacher runs/tiny, the whole network is trained", also=("teacher",))
+    model: str = fixed("", "--finetune: the model, as for sample.py: a run, a model folder, a file or a hub id. Where --objective is in "
+                           "its place, the whole network is trained", also=("teacher",))
     variant: str = fixed("", "--finetune: its weights files, such as fp16 (default: full precision)")
     parts: list = fixed([], "--finetune: for a single file without text encoders or VAE, files, folders or hub ids of these")
     tokenizer: list = fixed([], "--finetune: for a single file, which holds none (default: CLIP's and T5's, from the hub)")

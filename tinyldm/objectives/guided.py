@@ -3,8 +3,8 @@
     net(x_t, t, caption, w)  ->  (1 - w) teacher(x_t, t, "") + w teacher(x_t, t, caption)                  (arXiv:2210.03142, Eq. 4)
 
 as guesses of x0, at scales w of guidance.cfg (the paper's w is that minus 1), drawn evenly from 1 to `scale`, by default twice the
-teacher's. The network is told w beside the time, through a matrix that starts at 0 (TimeEmbedding): sample.py --cfg is that number from then
-on. The weight of the squared errors is max(SNR, 1), as in the paper's progressive.py; on x_t of real pictures, as there.
+teacher's. The network is told w beside the time, through a matrix that starts at 0 (TimeEmbedding); from then on sample.py --cfg is that
+number. Squared errors are weighed by max(SNR, 1), as in progressive.py, on x_t of real pictures.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ class LCM(Distillation):
     def check(cls, config: Config) -> None:
         super().check(config)
         option = own_options(cls, config)
-        if not (option["levels"] >= 2 and option["c"] > 0 and 0 <= option["ema"] < 1 and (option["scale_to"] or option["scale"]) >= option["scale"]):
+        rising = (option["scale_to"] or option["scale"]) >= option["scale"]
+        if not (option["levels"] >= 2 and option["c"] > 0 and 0 <= option["ema"] < 1 and rising):
             raise ValueError(f"lcm options {option}: use at least 2 levels, a positive c, 0 <= ema < 1, and scale <= scale_to")
 
     def begin_phase(self, config: Config, model: Model) -> None:

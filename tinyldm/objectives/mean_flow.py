@@ -2,9 +2,9 @@
 
 On the straight line of a flow, x_t = (1 - t) x0 + t eps, the velocity is v = dx / dt = E[eps - x0 | x_t], and the mean velocity from t to r
 
-    u(x_t, r, t) = 1 / (t - r)  integral from r to t of v(x_tau, tau) dtau,        x_r = x_t - (t - r) u     (arXiv:2505.13447, Eq. 3 and 12)
+    u(x_t, r, t) = 1 / (t - r)  integral from r to t of v(x_tau, tau) dtau,        x_r = x_t - (t - r) u
 
-Differentiating (t - r) u by t along the curve gives u + (t - r) du/dt = v, in which the integral is gone:
+(arXiv:2505.13447, Eq. 3 and 12). Differentiating (t - r) u by t along the curve gives u + (t - r) du/dt = v, in which the integral is gone:
 
     u = v - (t - r) du/dt,     du/dt = (v d/dx + d/dt) u,  a derivative in forward mode                       (Eq. 6 and 8)
 
@@ -59,8 +59,8 @@ class MeanFlow(Distillation):
             raise ValueError("--objective mean_flow is for the straight line: it needs a model of process and prediction flow")
         option = own_options(cls, config)
         if option["scale"] not in (0, 1) and not config.finetune.kind and not config.text.weights:
-            raise ValueError("mean_flow option scale compares the answers to a caption and to none, encoded once: text encoders that are trained "
-                             "along change, so leave it out, or name pretrained ones with --text-weights")
+            raise ValueError("mean_flow option scale compares the answers to a caption and to none, encoded once: leave it out, or name "
+                             "pretrained text encoders with --text-weights, since those that are trained along change")
         if not (0 <= option["apart"] <= 1 and option["power"] >= 0 and option["c"] > 0):
             raise ValueError(f"mean_flow options {option}: use apart between 0 and 1, power of at least 0, a positive c")
 

@@ -3,11 +3,11 @@
 With DDIM's steps (arXiv:2010.02502, Eq. 12) from t over t' = t - 1 / 2N to t'' = t - 1 / N, the teacher comes from x_t to x''. One DDIM
 step of a student with guess g comes to
 
-    alpha'' g + sigma'' (x_t - alpha g) / sigma,       which is x'' for     g = (x'' - (sigma'' / sigma) x_t) / (alpha'' - (sigma'' / sigma) alpha)
+    alpha'' g + sigma'' (x_t - alpha g) / sigma,   which is x'' for   g = (x'' - k x_t) / (alpha'' - k alpha),   k = sigma'' / sigma
 
 (arXiv:2202.00512, Alg. 2 and App. G). That is the student's target, as a guess of x0, with the weight max(SNR, 1) of its square, which the
-paper calls truncated: the larger of the squared errors in x0 and eps. It is 1, not 0, at pure noise, where all drawing begins. A prediction of
-eps has no x0 there: v, flow or x0 (Sec. 4).
+paper calls truncated: the larger of the squared errors in x0 and eps. It is 1, not 0, at pure noise, where all drawing begins. There a
+prediction of eps has no x0: v, flow or x0 have (Sec. 4).
 
 `rounds` are the student's numbers of steps, equal parts of the training. The paper lets the learning rate fall to 0 in every round; here it
 falls at the end of the training alone. `scale` guides the first teacher, so that all students draw guided pictures without guidance
@@ -66,7 +66,8 @@ class Progressive(Distillation):
         if not all(isinstance(n, int) and n >= 1 for n in steps) or any(a != 2 * b for a, b in zip(steps, steps[1:])):
             raise ValueError(f"progressive option rounds={steps}: each number of steps is half of the one before, as in rounds=8,4,2,1")
         if config.objective.prediction == "eps":
-            raise ValueError("--objective progressive begins at pure noise, where a prediction of eps has no picture: it needs v, flow or x0")
+            raise ValueError("--objective progressive begins at pure noise, where a prediction of eps has no picture: it needs v, flow or "
+                             "x0")
         if config.finetune.adapts:
             raise ValueError("--objective progressive makes teachers of students, which an adapter is not: leave out --finetune lora")
 

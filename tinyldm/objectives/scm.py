@@ -50,8 +50,8 @@ class SCM(Distillation):
     def check(cls, config: Config) -> None:
         super().check(config)
         if isinstance(at_size(process_of(config.objective)), Discrete):
-            raise ValueError("--objective scm differentiates by time, which a table of levels has not: it needs a model of process flow, vp, "
-                             "ve or edm")
+            raise ValueError("--objective scm differentiates by time, which a table of levels has not: it needs a model of process flow, "
+                             "vp, ve or edm")
         if config.finetune.adapts and config.run.dtype != "fp32":
             raise ValueError("--objective scm differentiates in float32, which weights beside an adapter need not be: add --dtype fp32")
         if not ((option := own_options(cls, config))["c"] > 0 and 0 <= option["warmup"] < 1):

@@ -67,8 +67,8 @@ class Distillation(Denoising):
         if cls.taught(config) and not config.finetune.kind:
             raise ValueError(f"--objective {config.objective.name} learns from a model that exists: --teacher with a run or a model folder")
         if cls.tells(config) and config.finetune.adapts:
-            raise ValueError(f"--objective {config.objective.name} tells its network {', '.join(cls.tells(config))}, for which an adapter has "
-                             "no weights: leave out --finetune lora")
+            raise ValueError(f"--objective {config.objective.name} tells its network {', '.join(cls.tells(config))}, for which an adapter "
+                             "has no weights: leave out --finetune lora")
         if config.run.fsdp:
             raise ValueError(f"--objective {config.objective.name} calls other networks beside the sharded one: leave out --fsdp")
         if config.finetune.kind and config.finetune.trains_text:
