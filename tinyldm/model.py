@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.diffusion.as_flow import as_flow
-from tinyldm.diffusion.process import FlowOf, Process
+from tinyldm.diffusion.process import AsFlow, Process
 from tinyldm.lookup import build_dataclass, lookup
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTBlock, DiTConfig
@@ -234,7 +234,7 @@ class Model:
     placement: Placement | None = None      # None: all parts stay where they are
 
     def __post_init__(self):
-        if isinstance(self.process, FlowOf):
+        if isinstance(self.process, AsFlow):
             as_flow(self.net, self.process)
 
     @property

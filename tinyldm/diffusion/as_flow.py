@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.diffusion.prediction import to_target
-from tinyldm.diffusion.process import Discrete, FlowOf, Level, Process, find_t, input_scale, tables
+from tinyldm.diffusion.process import AsFlow, Discrete, Level, Process, find_t, input_scale, tables
 
 SMALLEST = 1e-6             # a time at which the velocity still follows from any prediction
 
 
-def as_flow(net: nn.Module, process: FlowOf) -> nn.Module:
+def as_flow(net: nn.Module, process: AsFlow) -> nn.Module:
     """The network, changed in place: net(y [b, c, h, w], 1000 s [b], cond) -> velocity [b, c, h, w]. Its weights, their names and its
     config stay what they are. One that has been changed already stays as it is."""
     inner = type(net)

@@ -153,7 +153,7 @@ def at_size(process: Process, tokens: int | None = None) -> Process:
 
 
 @dataclass(frozen=True, eq=False)
-class FlowOf(Flow):
+class AsFlow(Flow):
     """Rectified flow for a network that has learned another curve, the process `of` with `options`, and predicts `prediction` on it:
     as_flow.py makes it answer with velocities."""
 
@@ -164,7 +164,7 @@ class FlowOf(Flow):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.curve, Flow):
-            raise ValueError(f"process flow_of is for networks that have learned another curve than the line: of={self.of} is the line")
+            raise ValueError(f"process as_flow is for networks that have learned another curve than the line: of={self.of} is the line")
 
     @cached_property
     def curve(self) -> Process:
@@ -262,7 +262,7 @@ PROCESSES: dict[str, Callable[..., Process]] = {
     "edm": partial(VE, sigma_min=0.002, sigma_max=80.0),  # arXiv:2206.00364, Table 1
     "flow": Flow,
     "dynamic_flow": DynamicFlow,
-    "flow_of": FlowOf,
+    "as_flow": AsFlow,
 }
 
 

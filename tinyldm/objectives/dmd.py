@@ -13,22 +13,22 @@ them for each of the generator's (arXiv:2405.14867, Sec. 4.2). The generator's l
 Each step is a guess of x0, noised again to the next of `steps` evenly spaced times (sampler lcm), and in training the generator sees in
 step k what its own steps before have drawn, not noised data (backward simulation, Sec. 4.5): one k per step of the training.
 
-    gan        > 0: weight of an adversarial term (Sec. 4.3): a small head on the middle features of `fake` tells noised data from noised
-               drawings; it and `fake` learn from that with weight `gan_fake`. It lets the generator come closer to data than the teacher
-    align      < 1: SenseFlow's implicit distribution alignment: after each step of the generator fake <- align fake + (1 - align) generator,
-               so that it does not lag behind and `every` can be small (arXiv:2506.00523, Sec. 3.2). There it is 0.97 to 0.98
-    segment    > 0: weight of SenseFlow's intra-segment guidance (Sec. 3.3): from x at this step's time the teacher goes to a time between it
-               and the next, the generator from there to the next, without gradients; the generator's direct way is to end there too
+    gan        > 0: weight of an adversarial term (Sec. 4.3): a small head on the middle features of `fake` tells noised data from
+               noised drawings; it and `fake` learn from that with weight `gan_fake`. The generator can surpass its teacher by it
+    align      < 1: SenseFlow's implicit distribution alignment (arXiv:2506.00523): after each step of the generator
+               fake <- align fake + (1 - align) generator, so that it does not lag behind and `every` can be small. Its code has 0.98
+    segment    > 0: weight of SenseFlow's intra-segment guidance: from x at this step's time the teacher goes to a time between it and
+               the next, the generator from there to the next, without gradients; the generator's direct way is to end there too
 
-Choices. The paper of SenseFlow leaves open how the two ways are compared and where between; as in its code, by Euler steps, a pseudo-Huber
-distance of c = 0.001 and times drawn evenly, here up to both ends, and 0.5 is a usual weight. The teacher is guided there as everywhere. `fake`
-learns at times drawn evenly, the generator at those of --times, between 0.02 and 0.98. The head's features are averaged over positions.
+Choices. SenseFlow's paper leaves open how the two ways are compared, and where between; as in the authors' code, it is by Euler steps, a
+pseudo-Huber distance with c = 0.001 (here of root mean squares) and times drawn evenly (here up to both ends), and 0.5 is a usual weight.
+The teacher is guided there as everywhere. `fake` learns at times drawn evenly, the generator at those of --times, between 0.02 and 0.98.
+Both turns of a step have the same captions, noise of their own, and the same k.
 """
 
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,10 +38,11 @@ from torch.nn import functional as F
 from tinyldm.config import Config
 from tinyldm.diffusion.loss import sample_losses
 from tinyldm.diffusion.process import Level
-from tinyldm.model import Model, repeated_blocks
+from tinyldm.model import Model
 from tinyldm.models.layers import Cond
 from tinyldm.objectives.base import Networks, Turn
-from tinyldm.objectives.denoising import DenoisingBatch, extra_conditions
+from tinyldm.objectives.denoising import DenoisingBatch
+from tinyldm.objectives.feature_head import features_of, make_head
 from tinyldm.objectives.teacher import Distillation, ddim, move_average, own_options, pseudo_huber
 
 FAKE, HEAD = "fake", "head"
@@ -55,7 +56,7 @@ class DMD(Distillation):
         super().__init__(config, model, trained, teacher)
         self.networks |= {FAKE: copy.deepcopy(model.net).requires_grad_(True)}
         if self.option["gan"]:
-            self.networks |= {HEAD: self.make_head(config, model)}
+            self.networks |= {HEAD: make_head(model, self.encode(self.empty[None], model.device))}
         self.saved = tuple(name for name in (FAKE, HEAD) if name in self.networks)
         self.turns = Turn("generator", trained, every=self.option["every"]), Turn("fake", self.saved)
 
@@ -77,9 +78,10 @@ class DMD(Distillation):
             raise ValueError("--objective dmd trains a second whole network beside the generator: leave out --finetune lora")
 
     def further(self, random: torch.Generator, shape: torch.Size) -> dict[str, Tensor]:
-        steps, normal = self.option["steps"], lambda *more: torch.randn(shape[0], *more, *shape[1:], generator=random)
-        return {"step": torch.randint(steps, (), generator=random).expand(shape[0]), "start": normal(steps), "between": torch.rand(shape[0], generator=random),
-                "fake_eps": normal(), "fake_t": torch.rand(shape[0], generator=random)}
+        b, steps = shape[0], self.option["steps"]
+        return {"step": torch.randint(steps, (), generator=random).expand(b), "noise": torch.randn(b, steps, *shape[1:], generator=random),
+                "between": torch.rand(b, generator=random), "fake_eps": torch.randn(shape, generator=random),
+                "fake_t": torch.rand(b, generator=random)}
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
         cond = self.cond(batch)
@@ -91,7 +93,7 @@ class DMD(Distillation):
 
     def generate(self, net: Any, batch: DenoisingBatch, cond: Cond) -> tuple[Tensor, Tensor, int]:
         """(what the generator guesses of x0 in step k, what it sees there, k); the steps before it without gradients."""
-        noise, k = batch.own["start"], int(batch.own["step"][0])
+        noise, k = batch.own["noise"], int(batch.own["step"][0])
         x = self.at(0, batch).sigma * noise[:, 0]
         for i in range(k):
             with torch.no_grad():
@@ -138,3 +140,14 @@ class DMD(Distillation):
             drawn, real = (self.judge(networks, now.alpha * each + now.sigma * batch.eps, now, cond) for each in (x, batch.x0))
             losses = losses + self.option["gan_fake"] * (F.softplus(drawn) + F.softplus(-real))
         return losses
+
+    def judge(self, networks: Networks, x: Tensor, now: Level, cond: Cond) -> Tensor:
+        return networks[HEAD](features_of(networks[FAKE], x, now, cond))
+
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        if self.option["align"] < 1 and (step - 1) % self.option["every"] == 0:
+            move_average(self.networks[FAKE], self.model.net, self.option["align"])
+
+    def validation_batch(self, samples: Any, seed: int) -> None:
+        """None: the generator's loss says where to go, not how far it is."""

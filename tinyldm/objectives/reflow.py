@@ -15,11 +15,11 @@ many. The paper calls a flow 1-rectified, and the result of one run 2-rectified:
 
 The pairs are drawn before the training, by all processes together, and stored in the run's folder, in half precision as latents are:
 
-    RUN/pairs-SIZE/000000.safetensors ...    one file per batch of the data, whose captions they have; pair i's noise follows from seed i,
-                                             so it is not stored. Files that are there are not drawn again
+    RUN/pairs-SIZE/000000.safetensors ...    one file per batch of the data, whose captions they have. Pair i's noise follows from
+                                             seed i, so it is not stored. Files that are there are not drawn again
 
-Times are drawn in the form of a U by default, exp(4 t) + exp(4 (1 - t)): between the ends x_t shows both, and at one end the other has to be
-told from it alone (arXiv:2405.20320, Sec. 4.1).
+Times are drawn in the form of a U by default, exp(4 t) + exp(4 (1 - t)): between the ends x_t shows both, and at one end the other has to
+be told from it alone (arXiv:2405.20320, Sec. 4.1).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tinyldm.files import write_file
 from tinyldm.model import Model
 from tinyldm.objectives.denoising import DenoisingBatch, extra_conditions, process_of
 from tinyldm.objectives.teacher import Distillation, own_options
-from tinyldm.pipeline import draw_settings
+from tinyldm.vendor_loaders.scheduler import sampling
 
 
 class Reflow(Distillation):
@@ -52,7 +52,9 @@ class Reflow(Distillation):
 
     def __init__(self, config: Config, model: Model, trained: tuple[str, ...], teacher: Model):
         super().__init__(config, model, trained, teacher)
-        self.drawing = draw_settings(teacher, steps=self.option["steps"] or None)
+        usual = teacher.defaults
+        self.sampling = sampling(teacher.scheduler, usual.get("sampler"), usual.get("schedule"))
+        self.steps = self.option["steps"] or usual.get("steps", 50)
 
     @classmethod
     def usual(cls, config: Config) -> dict[str, Any]:
@@ -66,11 +68,12 @@ class Reflow(Distillation):
     def check(cls, config: Config) -> None:
         super().check(config)
         if config.objective.prediction != "flow" or not isinstance(at_size(process_of(config.objective)), Flow):
-            raise ValueError("--objective reflow straightens a flow, and this model is another process: make it one with --objective diff2flow")
+            raise ValueError("reflow straightens a flow, and this model has another process: make it one with --objective diff2flow")
         if config.data.buckets:
             raise ValueError("--objective reflow draws pictures of one size: leave out --buckets")
         if (option := own_options(cls, config))["pairs"] < 1 or option["steps"] < 0:
-            raise ValueError(f"reflow options pairs={option['pairs']} steps={option['steps']}: use at least one pair, and 0 steps for the model's")
+            raise ValueError(f"reflow options pairs={option['pairs']} steps={option['steps']}: use at least one pair, and steps of at "
+                             "least 0 (0: the teacher's)")
 
     def begin_phase(self, config: Config, model: Model) -> None:
         super().begin_phase(config, model)
@@ -83,7 +86,7 @@ class Reflow(Distillation):
         world.barrier()                                             # all have looked before one draws
         if own := missing[world.rank::world.size]:
             folder.mkdir(exist_ok=True)
-            print(f"the teacher draws {len(missing) * self.batch_size:,} pairs in {self.drawing.steps} steps each")
+            print(f"the teacher draws {len(missing) * self.batch_size:,} pairs in {self.steps} steps each")
             batch = batches()
             for i in tqdm(own, unit=" batches", dynamic_ncols=True, disable=None):
                 context.check()                                     # raises Interrupted after a signal
@@ -97,10 +100,10 @@ class Reflow(Distillation):
     @torch.no_grad()
     def pictures(self, samples: Any, seeds: range, device: torch.device) -> Tensor:
         """What the teacher draws with the captions of some samples from these seeds: latents [b, c, h, w]."""
-        noise, chosen, scale = initial_noise(samples.latents.shape[1:], make_generators(seeds)), self.drawing.sampling, self.option["scale"]
-        batch = DenoisingBatch(samples.latents, noise, torch.zeros(len(noise)), None, samples.tokens, extra_conditions(self.model.net, samples))
-        batch = self.to_device(batch, device)
-        levels = grid(self.process(batch.x0), self.drawing.steps, chosen.schedule, **chosen.grid)
+        noise, chosen, scale = initial_noise(samples.latents.shape[1:], make_generators(seeds)), self.sampling, self.option["scale"]
+        told = extra_conditions(self.model.net, samples)
+        batch = self.to_device(DenoisingBatch(samples.latents, noise, torch.zeros(len(noise)), None, samples.tokens, told), device)
+        levels = grid(self.process(batch.x0), self.steps, chosen.schedule, **chosen.grid)
         denoise = lambda x, at: self.teach(x, everywhere(at, x), batch, float(scale or self.usual_scale))
         x = batch.eps * (levels[0].sigma if chosen.start_at_sigma else 1.0)
         return final(find_sampler(chosen.sampler)(denoise, x, levels, generators=make_generators(seeds), **chosen.options))
