@@ -1,12 +1,13 @@
 """Reflow and Diff2Flow on data of which the curve is known: couplings, velocities and end points are the exact ones."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPT, load_script, pictures, randomise, small_text, train_here
+from helpers import PROMPT, load_script, log_without_timing, pictures, randomise, small_text, train_here, weights
 from mixtures import Mixture
 from safetensors.torch import load_file
 from small_models import drawn, unet_model
@@ -23,12 +24,11 @@ from tinyldm.diffusion.process import AsFlow, Discrete, Level, make_process
 from tinyldm.diffusion.samplers import euler, final
 from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_loaded
-from tinyldm.model import Model
+from tinyldm.model import Model, told_too
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.dit import DiT, DiTConfig
+from tinyldm.models.layers import Cond
 from tinyldm.objectives import OBJECTIVES
-from tinyldm.objectives.base import Turn
-from tinyldm.objectives.denoising import DenoisingBatch
 from tinyldm.objectives.diff2flow import flow_model
 from tinyldm.objectives.reflow import Reflow
 from tinyldm.objectives.teacher import TEACHER, derivative
@@ -127,12 +127,17 @@ def test_a_model_becomes_a_flow_is_saved_as_one_and_draws_the_same_after(tmp_pat
     flow = flow_model(model)
     assert flow.prediction == "flow" and isinstance(flow.process, AsFlow) and flow_model(flow) is flow
     assert flow.net.state_dict().keys() == before.keys() and all(torch.equal(before[k], v) for k, v in flow.net.state_dict().items())
+    x, t = noise(2, 4, 8, 8).float(), torch.tensor([300.0, 900.0])
+    answer = lambda net, **told: net(x, t, Cond(noise(2, 3, 32).float(), extra=told))
+    for other in (copy.deepcopy(flow.net), told_too(flow.net, ("elapsed",))):               # a target; a student of mean flow
+        told = {"elapsed": torch.zeros(2)} if other.config.told else {}
+        torch.testing.assert_close(answer(other, **told), answer(flow.net))
     save_loaded(tmp_path / "flow", flow)
     again = load_model(tmp_path / "flow")
     assert (again.process.of, again.process.prediction, again.prediction) == ("scaled_linear", "v", "flow")
     assert again.defaults["sampler"] == "euler" and np.array_equal(drawn(flow), drawn(again))
     assert not np.array_equal(drawn(flow), drawn(unet_model()))
-    assert "diffusers has no scheduler for the process 'as_flow'" in why_not_public("as_flow", {}, "flow")
+    assert "the continuous process 'as_flow'" in why_not_public("as_flow", {}, "flow")
     with pytest.raises(ValueError, match="of=flow is the line"):
         make_process("as_flow", of="flow")
 
@@ -293,8 +298,6 @@ def test_reflow_straightens_curves_and_one_step_comes_closer_to_many():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reflow", "diff2flow", "self_corrected", "dmd"])
 def test_n_steps_and_n_more_are_two_n_steps_with_pairs_and_all_further_networks(kind, tmp_path, monkeypatch):
-    from helpers import log_without_timing, weights
-
     model = unet_model()
     if kind != "diff2flow":
         model = Model(model.net, model.vae, model.text, FLOW, "flow", SCHEDULER, model.defaults)

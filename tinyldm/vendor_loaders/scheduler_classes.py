@@ -164,4 +164,5 @@ class OwnProcess(NamedTuple):
 
 
 # The continuous processes. One that was registered from outside samples by the defaults of OwnProcess.
-OWN_PROCESSES = {"vp": OwnProcess(start_at_sigma=False), "ve": OwnProcess(), "edm": OwnProcess("karras")}
+OWN_PROCESSES = {"vp": OwnProcess(start_at_sigma=False), "ve": OwnProcess(), "edm": OwnProcess("karras"),
+                 "as_flow": OwnProcess(start_at_sigma=False)}
