@@ -410,7 +410,7 @@ def test_exact_answers_of_gaussian_data_are_the_minimum(parts, distil, options):
     (dict(objective="lcm", finetune="lora", rank=4, train_text=True), "leave out --train-text"),
     (dict(objective="lcm", fsdp=True), "leave out --fsdp"),
     (dict(objective="scm", finetune="lora", rank=4), "add --dtype fp32"),
-    (dict(objective="mean_flow", finetune="", model="", objective_options=dict(distil=False, scale=2.0)), "name pretrained ones"),
+    (dict(objective="mean_flow", finetune="", model="", objective_options=dict(distil=False, scale=2.0)), "or name pretrained text encoders"),
 ])
 def test_what_cannot_work_is_refused_with_the_fix(words, said):
     config = make_config(**dict(finetune="whole", model="m") | words)
