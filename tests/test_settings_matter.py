@@ -127,6 +127,8 @@ ROWS = {
     "net": Row(dict(layers=2), NETWORK),
     "grad_checkpointing": Row(True, {"recomputed"}),
     # the objective
+    "objective": Row("consistency", {"micro_batches"} | AFTER),         # neither is watched where it is not the diffusion loss
+    "objective_options": Row(dict(stages=1), AFTER - {"loss"}, dict(objective="consistency")),
     "process": Row("cosine", PROCESS, TABLE),
     "process_options": Row(dict(beta_end=0.02), PROCESS, TABLE),
     "shift": Row(3.0, PROCESS),
@@ -212,8 +214,6 @@ ELSEWHERE = {           # settings that no row can have: the reason, and the tes
         "test_an_adapter_is_made_as_the_settings_say": "rank alpha rank_stabilised targets conv_rank ranks lora_dropout train_text",
         "test_half_of_the_samples_are_of_the_class_and_count_as_prior_weight_says": "class class_pictures prior_weight",
         "test_a_new_word_begins_and_is_described_as_the_settings_say": "token initial vectors style"}.items() for name in names.split()},
-    "objective": ("the other one trains other networks", "test_transformers_opens_the_clip_and_computes_the_same_features"),
-    "objective_options": ("this objective has none", "test_the_towers_are_as_the_options_and_text_say"),
     **dict.fromkeys(("eval_every", "eval_num", "eval_metric", "eval_weights"), (
         "they need weights, or toyworld", "test_fid_compares_with_the_run_s_own_held_out_pictures")),
 }

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tinyldm.diffusion.process import Process
+from tinyldm.diffusion.as_flow import as_flow
+from tinyldm.diffusion.process import AsFlow, Process
 from tinyldm.lookup import build_dataclass, lookup
 from tinyldm.models.clip import CLIP, CLIPConfig
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
@@ -100,12 +101,12 @@ NETWORKS: dict[str, Architecture] = {           # keyed by the name on the comma
         # (torch/_inductor/graph.py, decide_layout_opt), though bfloat16 convolutions on GPUs want them.
         compile_options={"force_layout_optimization": True},
         # There is no mask: the published pipelines attend to the padding, so an exported model would lose it.
-        conditions=frozenset({"context", "pooled"}), extras=lambda config: ("sizes",) if config.pooled_dim else ()),
+        conditions=frozenset({"context", "pooled"}), extras=lambda config: (*["sizes"] * bool(config.pooled_dim), *config.told)),
     "dit": Architecture(
         DiT, DiTConfig, "transformer", WEIGHTS, (dit.CLASS,), dit.LAYOUTS, dit.to_config, dit.from_config,
         blocks=(DiTBlock,), inner=named("blocks."), targets={"attention": r"\.(attn|cross)\.to_", "mlp": r"\.mlp\."},
         fields=lambda shapes: dict(in_channels=shapes.in_channels, out_channels=shapes.out_channels, context_dim=shapes.text.context),
-        divisor=lambda config: config.patch, conditions=frozenset({"context", "mask", "pooled"})),
+        divisor=lambda config: config.patch, conditions=frozenset({"context", "mask", "pooled"}), extras=lambda config: config.told),
     "mmdit": Architecture(
         MMDiT, MMDiTConfig, "transformer", WEIGHTS, (mmdit.CLASS,), mmdit.LAYOUTS, mmdit.to_config, mmdit.from_config,
         blocks=(JointBlock,), inner=named(".attn", ".mlp."),
@@ -178,6 +179,19 @@ def new_network(name: str, settings: Mapping[str, Any], shapes: NetworkShapes) -
     return lookup(NETWORKS, name, "network").module(network_config(name, settings, shapes))
 
 
+def told_too(net: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """The network, told further numbers (see TimeEmbedding), which have no effect before it is trained. ValueError where its class cannot
+    be told any."""
+    if not (new := tuple(name for name in names if name not in getattr(net.config, "told", ()))):
+        return net
+    if not hasattr(net.config, "told"):
+        able = [name for name, row in NETWORKS.items() if any(field.name == "told" for field in fields(row.config))]
+        raise ValueError(f"a {type(net).__name__} cannot be told {', '.join(new)}: use a network that can ({', '.join(able)})")
+    told = type(net)(replace(net.config, told=(*net.config.told, *new)))
+    told.load_state_dict({**told.state_dict(), **net.state_dict()})
+    return told.train(net.training).requires_grad_(next(net.parameters()).requires_grad)
+
+
 def autoencoder_config(name: str, settings: Mapping[str, Any], **more: Any) -> Any:
     """The dataclass config of an autoencoder by name, from the fields that --vae gives. ValueError as for network_config."""
     return build_dataclass(lookup(AUTOENCODERS, name, "autoencoder").config, {**settings, **more}, "--vae")
@@ -225,6 +239,10 @@ class Model:
     scheduler: dict         # content of scheduler_config.json; save_model writes it
     defaults: dict          # content of tinyldm.json; {} where there is none
     placement: Placement | None = None      # None: all parts stay where they are
+
+    def __post_init__(self):
+        if isinstance(self.process, AsFlow):
+            as_flow(self.net, self.process)
 
     @property
     def modules(self) -> dict[str, nn.Module]:

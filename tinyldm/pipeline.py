@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +60,7 @@ class DrawSettings(NamedTuple):
 EXTRAS: dict[str, Callable[[DrawSettings, int, int], Any]] = {
     "sizes": lambda settings, width, height: [*(settings.sizes or (height, width, 0, 0)), height, width],
     "guidance": lambda settings, width, height: settings.told,
+    "elapsed": lambda settings, width, height: 0.0,             # in each step another: see tell_elapsed
 }
 
 
@@ -167,6 +168,18 @@ def with_extras(model: Model, cond: Cond, settings: DrawSettings, width: int, he
     return replace(cond, extra=extra)
 
 
+def tell_elapsed(net: Callable[..., Tensor], levels: Sequence[Level]) -> Callable[..., Tensor]:
+    """The network, told in each step how far it goes along the flow, to the next level: the answer of a mean flow is the mean velocity on
+    that way (arXiv:2505.13447, Eq. 12)."""
+    times = torch.tensor([level.t for level in levels])
+    ways = torch.tensor([*(now.sigma - nxt.sigma for now, nxt in pairwise(levels)), 0.0])
+
+    def told(x: Tensor, t: Tensor, cond: Cond, **options: Any) -> Tensor:
+        nearest = (times.to(t)[None] - t[:, None]).abs().argmin(1)                      # t is a level's, but perhaps rounded
+        return net(x, t, replace(cond, extra={**cond.extra, "elapsed": ways.to(t)[nearest]}), **options)
+    return told
+
+
 def between(start: Cond, end: Cond, fractions: Tensor) -> Cond:
     """Text conditions at `fractions` [b] between start and end; every token is interpolated spherically. A token that only one of two
     captions has takes part in attention with that fraction as its weight: so a morph begins and ends at the two pictures."""
@@ -221,8 +234,9 @@ def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: D
     described = lambda cond: with_extras(model, cond, settings, width, height)
     unwanted = described(features.negative(negative, len(seeds))) if settings.guided else None
 
+    net = tell_elapsed(model.net, levels) if "elapsed" in architecture(model.net).extras(model.net.config) else model.net
     make = denoiser_with_variance if chosen.sampler == "ddpm" else denoiser     # only ddpm uses a learned variance
-    conditional = lambda cond, **options: make(lambda x, t, cond: model.net(x.to(dtype), t, cond, **options), cond, model.prediction)
+    conditional = lambda cond, **options: make(lambda x, t, cond: net(x.to(dtype), t, cond, **options), cond, model.prediction)
     denoise = guide(conditional, described(cond), unwanted, settings, model.prediction, levels)
     if canvas is None:
         x = levels[0].sigma * noise if chosen.start_at_sigma else noise

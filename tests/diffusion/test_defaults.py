@@ -48,6 +48,7 @@ EXPECTED = {
     "process edm": dict(sigma_min=0.002, sigma_max=80.0),
     "process flow": dict(shift=1.0),
     "process dynamic_flow": dict(base_shift=0.5, max_shift=1.15, base_tokens=256, max_tokens=4096, exponential=True),   # FLUX.1 dev's
+    "process as_flow": dict(shift=1.0, of="scaled_linear", options=None, prediction="eps"),
     "cfg": dict(rescale=0.0, prediction="x0"),
     "dynamic_threshold": dict(quantile=0.995, bound=1.0),
     "classifier_guidance": dict(scale=1.0),
@@ -65,6 +66,7 @@ EXPECTED = {
     "times logit_normal": dict(mean=0.0, scale=1.0),
     "times mode": dict(mean=0.0, scale=1.29),
     "times cosmap": dict(mean=0.0, scale=1.0),
+    "times u_shaped": dict(mean=0.0, scale=4.0),                # arXiv:2405.20320
     "times log_normal": dict(mean=-1.2, scale=1.2),
     "times ladder": dict(mean=0.0, scale=10.0),
 }
@@ -126,7 +128,7 @@ def test_default_losses_weights_and_times_are_these():
     for name, weight in (("min_snr", 5.0), ("soft_min_snr", 1 / (1 / snr + 1 / 5)), ("edm", 1 + snr)):
         assert make_weight(name, "x0")(level).item() == pytest.approx(weight, rel=1e-5), name
     assert make_weight("p2", "eps")(level).item() == pytest.approx(1 / (1 + snr), rel=1e-5)
-    for kind, median in dict(uniform=0.5, normal=0.5, logit_normal=0.5, cosmap=0.5, mode=0.5).items():
+    for kind, median in dict(uniform=0.5, normal=0.5, logit_normal=0.5, cosmap=0.5, mode=0.5, u_shaped=0.5).items():
         assert sample_t(kind, 20_001, torch.Generator().manual_seed(0)).median().item() == pytest.approx(median, abs=0.01), kind
     edm = make_process("edm")
     sigma = edm(sample_t("log_normal", 20_001, torch.Generator().manual_seed(0), process=edm)).sigma.log()

@@ -523,12 +523,13 @@ def exact_cdfs():
         ("mode", {}, mode(1.29)),
         ("mode", {"scale": -0.7}, mode(-0.7)),
         ("cosmap", {}, np.vectorize(lambda x: integrate.quad(density, 0, x)[0])),
+        ("u_shaped", {}, lambda t: (np.sinh(4 * t - 2) + np.sinh(2)) / (2 * np.sinh(2))),        # the integral of exp(4 t) + exp(4 (1 - t))
         ("log_normal", {"process": edm}, lambda t: stats.norm.cdf((np.log(ratio(edm, t)) + 1.2) / 1.2)),
         ("log_normal", {"process": vp, "mean": 0.0, "scale": 1.0}, lambda t: stats.norm.cdf(np.log(ratio(vp, t)))),
     ]
 
 
-@pytest.mark.parametrize("case", range(9))
+@pytest.mark.parametrize("case", range(10))
 def test_times_have_the_distribution_they_are_named_for(case):
     """Kolmogorov-Smirnov at n = 20000: at 1.95 / sqrt(n) = 0.0138 chance fails once in a thousand; the seed is fixed."""
     from scipy import stats

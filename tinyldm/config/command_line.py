@@ -12,7 +12,7 @@ from typing import Any
 from tinyldm.cli import Parser
 from tinyldm.config.check import check, flag
 from tinyldm.config.fields import SETTINGS, Config, current, flatten, make_config
-from tinyldm.config.finetune import FINETUNES, finetune_row
+from tinyldm.config.finetune import FINETUNES, finetune_kind, finetune_row
 from tinyldm.config.presets import PRESETS, VAE_PRESETS
 from tinyldm.lookup import lookup
 
@@ -66,7 +66,7 @@ def add_flag(parser: argparse.ArgumentParser, name: str) -> None:
 
 def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     """The values under what was typed: a preset's row, or those of the run to resume. "resume" among them says which: no or auto."""
-    if kind := typed.get("finetune"):
+    if kind := finetune_kind(typed):
         lookup(FINETUNES, kind, "--finetune")
         if "preset" in typed:
             raise ValueError(f"--preset {typed['preset']} describes a new network, and --finetune trains one that exists: leave one out")

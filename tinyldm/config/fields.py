@@ -153,18 +153,17 @@ class NetworkConfig:
 class ObjectiveConfig:
     """What a training step minimises, and on which noise process."""
 
-    name: str = fixed("denoising", "what is trained: denoising (a diffusion model), or contrastive (a CLIP, on pictures and captions)",
-                      flag="objective")
-    options: dict = fixed({}, "its own options, as key=value; contrastive: loss (clip or siglip), and of the picture tower embed, patch, "
-                              "width, layers, heads", flag="objective_options")
+    name: str = fixed("denoising", "what a training step minimises: denoising; in few steps, with a --teacher: consistency, lcm, "
+                       "scm, mean_flow, progressive, guided, reflow, self_corrected, dmd; diff2flow; contrastive (a CLIP)", flag="objective")
+    options: dict = fixed({}, "its own options, as key=value: its class in tinyldm/objectives/ has them", flag="objective_options")
     process: str = fixed("flow", "scaled_linear, linear, cosine, betas, vp, ve, edm, flow or dynamic_flow")
     process_options: dict = fixed({}, "its options, as key=value (beta_start, betas, sigma_max, ...)")
     shift: float = fixed(1.0, "flow: shift of time towards noise")
     zero_terminal_snr: bool = fixed(False, "rescale the table so that its last level is pure noise (not for flow, which has it)")
     prediction: str = fixed("flow", "what the network predicts: eps, x0, v or flow")
     learned_variance: bool = fixed(False, "the network answers with twice the channels and learns its variance (tables only)")
-    times: str = free("logit_normal", "how training times are drawn: uniform, normal, logit_normal, mode, cosmap, log_normal (EDM's), "
-                      "ladder (NCSN's)")
+    times: str = free("logit_normal", "how training times are drawn: uniform, normal, logit_normal, mode, cosmap, "
+                       "u_shaped, log_normal (EDM's), ladder (NCSN's)")
     times_mean: float | None = free(None, "mean of t (normal), logit(t) (logit_normal: 0; above trains more on noise), "
                                     "log(sigma) (log_normal)")
     times_scale: float | None = free(None, "standard deviation of the same; mode: how much it favours the middle; ladder: levels")

@@ -20,6 +20,7 @@ FINETUNES: dict[str, dict[str, Any]] = {        # rows of settings, as PRESETS a
     "lora": SHARED | dict(rank=16, lr=1e-4, max_steps=1000, batch_size=1),
     "dreambooth": SHARED | dict(lr=5e-6, max_steps=400, batch_size=1),
     "textual_inversion": SHARED | dict(lr=2e-3, max_steps=3000, batch_size=4, grad_accum=4, weight_decay=0.0),
+    "whole": SHARED | dict(lr=1e-4, max_steps=1000, batch_size=32, weight_decay=0.0),
 }
 # Laid over a row, in this order, where these settings are typed.
 WITH: dict[str, dict[str, dict[str, Any]]] = {
@@ -27,9 +28,14 @@ WITH: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def finetune_kind(typed: Mapping[str, Any]) -> str:
+    """How a model that exists is trained, "" where none is: --objective with a --teacher trains all of its network."""
+    return typed.get("finetune") or ("whole" if "objective" in typed and "model" in typed else "")
+
+
 def finetune_row(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings to start from where --finetune is typed: those of its kind, and what follows from others that are typed."""
-    kind = typed["finetune"]
+    """The settings to start from where a model is trained further: those of its kind, and what follows from others that are typed."""
+    kind = finetune_kind(typed)
     row = {"finetune": kind, "preset": kind, **FINETUNES[kind]}
     for name, changes in WITH.get(kind, {}).items():
         row |= changes if typed.get(name) else {}
@@ -41,11 +47,12 @@ def check_complete(config: Config) -> None:
     own = config.finetune
     dreambooth, inversion = own.kind == "dreambooth", own.kind == "textual_inversion"
     wrong = {
-        "--model names a model to train further: say how, with --finetune lora, dreambooth or textual_inversion":
+        "--model names a model to train further: say how, with --finetune lora, dreambooth, textual_inversion or whole":
             own.model and not own.kind,
         f"--finetune {own.kind} needs the model to train: --model with a run, a model folder, a file or a hub id":
             own.kind and not own.model,
-        f"--finetune {own.kind} needs pictures: --data FOLDER": own.kind and not (config.data.sources or config.data.cache),
+        f"--finetune {own.kind} needs pictures: --data FOLDER":         # whole: else those of the model
+            own.kind not in ("", "whole") and not (config.data.sources or config.data.cache),
         '--finetune dreambooth needs the caption of the pictures: --instance "a photo of a sks dog"': dreambooth and not own.instance,
         '--finetune textual_inversion needs the new word: --token "<my-dog>" --initial dog': inversion and not own.token,
     }
@@ -59,7 +66,7 @@ def check_finetune(config: Config) -> None:
     own = config.finetune
     if not own.kind:
         return
-    lora, dreambooth, inversion = (own.kind == kind for kind in FINETUNES)
+    lora, dreambooth, inversion = (own.kind == kind for kind in ("lora", "dreambooth", "textual_inversion"))
     wrong = {
         "--only vae trains an autoencoder: leave out --finetune": config.run.only,
         "--fsdp shards a network that is trained from the start: leave it out with --finetune": config.run.fsdp,

@@ -11,8 +11,9 @@ from tinyldm.config.setting import fixed, free
 class FinetuneConfig:
     """Which model is trained further, and which part of it."""
 
-    kind: str = fixed("", "train a model that exists: lora, dreambooth or textual_inversion", flag="finetune")
-    model: str = fixed("", "--finetune: the model, as for sample.py: a run, a model folder, a file or a hub id")
+    kind: str = fixed("", "train a model that exists: lora, dreambooth, textual_inversion or whole", flag="finetune")
+    model: str = fixed("", "--finetune: the model, as for sample.py: a run, a model folder, a file or a hub id. Where --objective is in "
+                           "its place, the whole network is trained", also=("teacher",))
     variant: str = fixed("", "--finetune: its weights files, such as fp16 (default: full precision)")
     parts: list = fixed([], "--finetune: for a single file without text encoders or VAE, files, folders or hub ids of these")
     tokenizer: list = fixed([], "--finetune: for a single file, which holds none (default: CLIP's and T5's, from the hub)")
@@ -44,7 +45,7 @@ class FinetuneConfig:
     @property
     def whole(self) -> bool:
         """Whether the network itself is trained."""
-        return self.kind == "dreambooth" and not self.rank
+        return self.kind == "whole" or self.kind == "dreambooth" and not self.rank
 
     @property
     def trains_text(self) -> bool:

@@ -155,6 +155,7 @@ T_SAMPLERS: dict[str, Callable[..., Tensor]] = {  # quantile functions: from a u
     "logit_normal": lambda z, process, mean=0.0, scale=1.0: torch.sigmoid(mean + scale * z),
     "mode": lambda u, process, mean=0.0, scale=1.29: u - scale * (torch.sin(torch.pi / 2 * u) ** 2 - u),
     "cosmap": lambda u, process, mean=0.0, scale=1.0: 1 - 1 / (1 + torch.tan(torch.pi / 2 * u)),
+    "u_shaped": lambda u, process, mean=0.0, scale=4.0: 0.5 + torch.asinh((2 * u - 1) * math.sinh(scale / 2)) / scale,
     "log_normal": lambda z, process, mean=-1.2, scale=1.2: find_t(process, torch.exp(mean + scale * z)),
     "ladder": lambda u, process, mean=0.0, scale=10.0: (u * int(scale)).floor() / max(int(scale) - 1, 1),
 }
@@ -165,7 +166,8 @@ def sample_t(kind: str, n: int, generator: Generator | None = None, mean: float 
     """Training times [n] in [0, 1), float32 on the CPU. mean and scale None: the defaults of this kind.
 
     normal: a Gaussian around the middle, truncated. logit_normal: Gaussian in logit(t) (arXiv:2403.03206, Eq. 19; a larger
-    mean trains more on noise). mode, cosmap: Eqs. 20-21 of that paper, where `scale` is mode's s, -1 to 1.75. log_normal:
+    mean trains more on noise). mode, cosmap: Eqs. 20-21 of that paper, where `scale` is mode's s, -1 to 1.75.
+    u_shaped: exp(scale t) + exp(scale (1 - t)), most at both ends (arXiv:2405.20320, Sec. 4.1). log_normal:
     Gaussian in log(sigma / alpha) of `process` (arXiv:2206.00364, Table 1). stratified: one draw from each of n equally
     likely intervals, so that every batch covers all levels. ladder: one of `scale` evenly spaced times, both ends among them, which
     on VE are the geometric ladder of NCSN (arXiv:1907.05600, Sec. 3); with eps-prediction the loss is NCSN's as well.

@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -152,6 +152,25 @@ def at_size(process: Process, tokens: int | None = None) -> Process:
     return process.for_tokens(tokens) if hasattr(process, "for_tokens") else process
 
 
+@dataclass(frozen=True, eq=False)
+class AsFlow(Flow):
+    """Rectified flow for a network that has learned another curve, the process `of` with `options`, and predicts `prediction` on it:
+    as_flow.py makes it answer with velocities."""
+
+    of: str = "scaled_linear"
+    options: dict | None = None
+    prediction: str = "eps"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.curve, Flow):
+            raise ValueError(f"process as_flow is for networks that have learned another curve than the line: of={self.of} is the line")
+
+    @cached_property
+    def curve(self) -> Process:
+        return at_size(make_process(self.of, **(self.options or {})))
+
+
 @dataclass(frozen=True)
 class VP:
     """DDPM in continuous time, beta(t) = beta_min + t (beta_max - beta_min)  (arXiv:2011.13456, Eqs. 29 and 33)."""
@@ -243,6 +262,7 @@ PROCESSES: dict[str, Callable[..., Process]] = {
     "edm": partial(VE, sigma_min=0.002, sigma_max=80.0),  # arXiv:2206.00364, Table 1
     "flow": Flow,
     "dynamic_flow": DynamicFlow,
+    "as_flow": AsFlow,
 }
 
 

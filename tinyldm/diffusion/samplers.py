@@ -80,6 +80,16 @@ def euler(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = N
 
 
 @torch.no_grad()
+def lcm(denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None) -> Steps:
+    """Multistep consistency sampling (arXiv:2303.01469, Alg. 1; LCMScheduler): take the guess of x0, and add fresh noise up to the next
+    level. For networks whose every guess is a picture (consistency, lcm); what others guess at once is a blur."""
+    for now, nxt in pairwise(levels):
+        x0 = denoise(x, now)
+        x = nxt.alpha * x0 + nxt.sigma * randn_like(x, generators) if nxt.sigma > 0 else nxt.alpha * x0
+        yield x, x0
+
+
+@torch.no_grad()
 def heun(
     denoise: Denoiser, x: Tensor, levels: Grid, generators: Generators = None, scale: Scale = straight,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
@@ -217,7 +227,7 @@ def predictor_corrector(
 
 SAMPLERS = {
     sampler.__name__: sampler
-    for sampler in (ddim, ddpm, euler, euler_a, heun, edm, adaptive, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc,
+    for sampler in (ddim, ddpm, euler, euler_a, lcm, heun, edm, adaptive, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc,
                     annealed_langevin, predictor_corrector)
 }
 

@@ -34,6 +34,7 @@ class DiTConfig:
     time_dim: int = 256               # number of sinusoids in the time embedding
     rope_theta: float = 100.0         # the slowest pair turns one radian in roughly this many tokens; 10,000 suits long texts
     rounded_residual: bool = False    # under autocast, keep the residual stream in bfloat16 too: less memory traffic, more rounding
+    told: tuple[str, ...] = ()        # numbers in Cond.extra that it is told: see TimeEmbedding
 
     def __post_init__(self):
         check_counts(self, "in_channels", "out_channels", "patch", "width", "heads", "mlp_width", "context_dim", "pooled_dim")
@@ -54,7 +55,7 @@ class DiT(nn.Module):
         self.grad_checkpointing = False                                # in training: saves memory for a third more compute
         width, area = config.width, config.patch**2
         self.patch_in = nn.Linear(config.in_channels * area, width)
-        self.time_in = TimeEmbedding(config.time_dim, width)
+        self.time_in = TimeEmbedding(config.time_dim, width, config.told)
         self.context_in = two_layers(config.context_dim, width, width)
         self.pooled_in = two_layers(config.pooled_dim, width, width) if config.pooled_dim else None
         self.modulation = nn.Linear(width, 6 * width)                  # the single adaLN of all blocks
@@ -84,7 +85,7 @@ class DiT(nn.Module):
         rope = axial_rope(rows, cols, self.config.width // self.config.heads, self.config.rope_theta, x.device)
         x = self.patch_in(x.flatten(2).transpose(1, 2))                # [b, n, width], n = rows * cols
         context = self.context_in(cond.context)                        # [b, m, width]
-        time = self.time_in(t)                                         # [b, width]
+        time = self.time_in(t, cond.extra)                                         # [b, width]
         if self.pooled_in is not None:
             time = time + self.pooled_in(cond.pooled)
         modulation = self.modulation(F.silu(time)).unflatten(1, (6, 1, -1))    # [b, 6, 1, width]

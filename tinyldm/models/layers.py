@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -81,20 +82,43 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-class TimeEmbedding(nn.Module):
-    """Network times t [b] -> embedding [b, out]: sinusoids through a two-layer MLP."""
+TOLD_CHANNELS = 256         # sinusoids of a number that a network is told
+TOLD_FROM = {"guidance": 1.0}       # the value that says nothing: without guidance its scale is 1
 
-    def __init__(self, dim: int, out: int):
+
+class TimeEmbedding(nn.Module):
+    """Network times t [b] -> embedding [b, out]: sinusoids through a two-layer MLP.
+
+    told: names in Cond.extra of further numbers [b], whose sinusoids are added to the time's, each through a matrix that starts at zero,
+    so that a network begins as it was without. "guidance" is time_cond_proj of diffusers, for LCM (arXiv:2310.04378, App. C)."""
+
+    def __init__(self, dim: int, out: int, told: tuple[str, ...] = ()):
         super().__init__()
         if dim < 2 or dim % 2:
             raise ValueError(f"a time embedding of {dim} numbers, half of them cosines and half sines: use an even width, 2 or more")
         self.dim = dim
         self.linear_1 = nn.Linear(dim, out)
         self.linear_2 = nn.Linear(out, out)
+        self.told = nn.ModuleDict({name: nn.Linear(TOLD_CHANNELS, dim, bias=False) for name in told})
+        for linear in self.told.values():
+            nn.init.zeros_(linear.weight)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, extra: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         embedding = timestep_embedding(t, self.dim).to(self.linear_1.weight.dtype)
+        for name, linear in self.told.items():
+            if name not in extra:
+                raise ValueError(f'this network is told a number by the name {name}, which is missing: pass Cond(extra={{"{name}": [b]}})')
+            embedding = embedding + linear(told_embedding(extra[name] - TOLD_FROM.get(name, 0.0)).to(embedding.dtype))
         return self.linear_2(F.silu(self.linear_1(embedding)))
+
+
+def told_embedding(number: Tensor) -> Tensor:
+    """Sinusoids of numbers [b] of about 0 to 10 -> float32 [b, TOLD_CHANNELS], sines first, the last frequency 1 / 10,000. (Angles are up
+    to 10,000, so a rounding error of a frequency is seen: they are computed in the order in which diffusers does it.)"""
+    half = TOLD_CHANNELS // 2
+    step = torch.full((), 10_000.0, device=number.device).log() / (half - 1)
+    angle = 1000 * number.float()[:, None] * torch.exp(torch.arange(half, device=number.device) * -step)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 ACTIVATIONS = {                         # of CLIP's two towers
@@ -201,6 +225,8 @@ def init_linears(net: nn.Module) -> None:
     for embedding in (module for module in net.modules() if isinstance(module, TimeEmbedding)):
         for linear in (embedding.linear_1, embedding.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
+        for linear in embedding.told.values():
+            nn.init.zeros_(linear.weight)
 
 
 def check_inputs(x: Tensor, cond: Cond, config: Any, patch: int) -> None:

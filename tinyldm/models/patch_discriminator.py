@@ -27,16 +27,17 @@ class PatchDiscriminatorConfig:
     width: int = 64                     # channels of the first layer; the next ones have twice as many each, eight times at most
     layers: int = 3                     # convolutions of stride 2
     norm: str = "batch"                 # batch is the published one; with group or none, pictures do not depend on their batch
+    channels: int = 3                   # of the pictures; of latents, their number
 
     def __post_init__(self):
-        check_counts(self, "width", "layers")
+        check_counts(self, "width", "layers", "channels")
         lookup(NORMS, self.norm, "norm of the discriminator")
         if self.norm == "group" and self.width > 32 and self.width % 32:
             raise ValueError(f"width={self.width} must be a multiple of 32, or less, for norm=group")
 
 
 class PatchDiscriminator(nn.Module):
-    """forward: pictures [b, 3, H, W] in [-1, 1] -> one logit per patch [b, 1, h, w]; above 0 is "real".
+    """forward: pictures [b, channels, H, W], of three in [-1, 1], -> one logit per patch [b, 1, h, w]; above 0 is "real".
 
     With three layers h = H / 8 - 2. ValueError for pictures smaller than `smallest` pixels.
     """
@@ -44,7 +45,7 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, config: PatchDiscriminatorConfig = PatchDiscriminatorConfig()):
         super().__init__()
         norm, channels = NORMS[config.norm], config.width
-        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(config.channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for index in range(1, config.layers + 1):
             out, stride = config.width * min(2**index, 8), 2 if index < config.layers else 1
             layers += [nn.Conv2d(channels, out, 4, stride, padding=1, bias=norm is None),     # a norm has a bias of its own

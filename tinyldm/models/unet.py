@@ -37,6 +37,7 @@ class UNetConfig:
     sample_size: int | tuple[int, int] = 64                 # latent height and width in training
     transformer_layers: tuple[int, ...] = ()                # blocks per transformer and level (the middle's: the last); (): one
     pooled_dim: int | None = None                           # width of the pooled text feature; None: told neither that nor sizes
+    told: tuple[str, ...] = ()                              # numbers in Cond.extra that it is told: see TimeEmbedding
 
     def __post_init__(self):
         check_counts(self, "in_channels", "out_channels", "widths", "depth", "heads", "context_dim", "groups", "pooled_dim",
@@ -158,7 +159,7 @@ class UNet(nn.Module):
         emb_dim = 4 * widths[0]
         heads = [h if attended else 0 for h, attended in zip(config.heads, config.attention)]
         layers = config.transformer_layers or (1,) * len(widths)
-        self.time_embedding = TimeEmbedding(widths[0], emb_dim)
+        self.time_embedding = TimeEmbedding(widths[0], emb_dim, config.told)
         self.add_embedding = AddedEmbedding(config.pooled_dim, emb_dim) if config.pooled_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
@@ -193,14 +194,14 @@ class UNet(nn.Module):
     def embed(self, t: Tensor, cond: Cond) -> Tensor:
         """The embedding of the time and of what else is the same for all pixels [b, e]. ValueError where cond lacks any of it."""
         if self.add_embedding is None:
-            return self.time_embedding(t)
+            return self.time_embedding(t, cond.extra)
         sizes, width = cond.extra.get("sizes"), self.config.pooled_dim
         for name, found, shape in (("pooled", cond.pooled, (len(t), width)), ('extra["sizes"]', sizes, (len(t), SIZES))):
             if found is None or found.shape != shape:
                 raise ValueError(f"this network is told pooled text [b, {width}] and six sizes [b, {SIZES}], but Cond.{name} is "
                                  f"{'missing' if found is None else list(found.shape)}: pass {list(shape)}, or build the network with "
                                  "the pooled_dim of its text encoders (None: told neither)")
-        return self.time_embedding(t) + self.add_embedding(cond.pooled, sizes)
+        return self.time_embedding(t, cond.extra) + self.add_embedding(cond.pooled, sizes)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         multiple = 2 ** (len(self.config.widths) - 1)

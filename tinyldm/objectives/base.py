@@ -58,6 +58,28 @@ class Objective:
         """ValueError, before anything is loaded, for settings that cannot work."""
 
     @classmethod
+    def usual(cls, config: Config) -> dict[str, Any]:
+        """Settings that a run with --finetune takes where they are not typed: times with their mean and scale, and sampler, steps and cfg,
+        by which its model is drawn with."""
+        return {}
+
+    @classmethod
+    def tells(cls, config: Config) -> tuple[str, ...]:
+        """Names of numbers in Cond.extra that its network is told, in addition to those that the network asks for (model.told_too)."""
+        return ()
+
+    @classmethod
+    def taught(cls, config: Config) -> bool:
+        """Whether its constructor takes a teacher, as the last argument: the model of --teacher as it is, beside the trained one."""
+        return False
+
+    @classmethod
+    def begins_as(cls, model: Any) -> Any:
+        """The Model that a run with --finetune loads, in the form in which it is trained and written: another network of its parts, for
+        example. Of a model that has this form already, the same."""
+        return model
+
+    @classmethod
     def check_sources(cls, config: Config, downscale: int) -> None:
         """ValueError, before the run begins, where files that it needs are missing, damaged or do not fit, or where pictures are too
         small. Of objectives of the first stage. downscale: pixels per latent on each side."""
@@ -93,6 +115,11 @@ class Objective:
 
     def begin_phase(self, config: Config, model: Any) -> None:
         """Called before each phase (picture size), with the config and the model of that phase."""
+
+    def prepare(self, context: Any, batches: Callable[[], Callable[[int], Any]]) -> None:
+        """Called at the start of each phase, after begin_phase, by all processes, before its first batch is drawn: for what is computed
+        once, ahead of the training, and kept in the run's folder. context: the run's (training/context.py). batches: makes a function
+        that returns the samples of a whole global batch at a position."""
 
     def after_step(self, step: int) -> None:
         """Called after every optimizer step, on all processes; a moving target network is updated here, for example."""

@@ -31,6 +31,7 @@ EXTRAS: dict[str, Callable[[Any], Tensor]] = {
     "sizes": lambda samples: samples.sizes,
     # Real pictures are what a network should draw without guidance (kohya-ss/sd-scripts, docs/flux_train_network.md).
     "guidance": lambda samples: torch.ones(len(samples.latents)),
+    "elapsed": lambda samples: torch.zeros(len(samples.latents)),       # what it predicts without any is the velocity (mean_flow.py)
 }
 
 
@@ -44,6 +45,8 @@ class DenoisingBatch(NamedTuple):
     cond: Cond | None = None    # the encoded captions, on the device; None where text encoders are trained: see to_device
     weights: Tensor | None = None       # [b], factors of the losses; None: all are 1
     dropout: Tensor | None = None       # [b], seeds of an adapter's dropout, on the CPU; None: there is none
+    own: Mapping[str, Tensor] | None = None         # what a subclass of Denoising draws in addition, by name, each [b, ...]
+    empty: Cond | None = None   # the empty caption's condition for each sample, on the device; None: nobody needs it
 
     @property
     def noise(self) -> Tensor:

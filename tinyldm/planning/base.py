@@ -81,6 +81,7 @@ TUNED: dict[str, Callable[[FinetuneConfig, Model], Tuned]] = {      # by --finet
     "lora": tune_adapter,
     "dreambooth": lambda own, model: (tune_adapter if own.rank else tune_whole)(own, model),
     "textual_inversion": tune_embeddings,
+    "whole": tune_whole,
 }
 
 

@@ -18,7 +18,8 @@ from torch import nn
 from tinyldm.config import Config, FinetuneConfig, change, phases
 from tinyldm.config.finetune import check_complete
 from tinyldm.lookup import lookup
-from tinyldm.model import NETWORKS, Model, architecture
+from tinyldm.model import NETWORKS, Model, architecture, told_too
+from tinyldm.objectives import OBJECTIVES
 from tinyldm.offload import Offloaded, Whole
 from tinyldm.pipeline import check_size, draw_settings, picture_size
 from tinyldm.planning.base import Tuned, load_base, tune
@@ -47,6 +48,7 @@ class Wording(NamedTuple):
 
 WORDINGS: dict[str, Wording] = {          # by --finetune
     "lora": Wording(),
+    "whole": Wording(),
     "dreambooth": Wording(
         prompts=lambda own: [form.format(each) for each in filter(None, [own.instance.split("|")[0], own.class_prompt])
                              for form in ("{}", "{} in the snow", "a painting of {}")]),
@@ -75,11 +77,23 @@ def open_base(config: Config, context: RunContext, vae: nn.Module, last: Path | 
     """The model that the run trains further, in the host's memory. vae: its autoencoder, which is there already. last: the checkpoint
     that a resumed run continues from; where the whole network is trained, it holds the model."""
     copy = last / "model" if last and config.finetune.whole else None
-    model = replace(load_base(config, context.device, torch.device("cpu"), copy), vae=vae)
+    objective = OBJECTIVES[config.objective.name]
+    model = objective.begins_as(replace(load_base(config, context.device, torch.device("cpu"), copy), vae=vae))
+    model.net = told_too(model.net, objective.tells(config))
     model.net.grad_checkpointing = config.network.grad_checkpointing
     for network in (model.net, *model.text.modules.values()):
         network.train()                     # gradient checkpointing is for training; nothing else differs
     return model
+
+
+def open_teacher(config: Config, context: RunContext) -> list[Model]:
+    """The model of --teacher as it is, whatever the run has trained since, for objectives that compare with it; [] for others."""
+    if not OBJECTIVES[config.objective.name].taught(config):
+        return []
+    model = load_base(config, context.device, torch.device("cpu"))
+    if context.device.type == "cpu":
+        model.net.to(memory_format=architecture(model.net).memory_format)
+    return [model]
 
 
 def few_distinct(captions: Iterable[str]) -> list[str]:
@@ -136,23 +150,28 @@ def complete(config: Config) -> Config:
     if not own.kind or config.run.resume != "no":
         return config
     config = change(config, model=str(find_model(own.model)))
-    model = load_base(config)
     settings, wording = config.objective, lookup(WORDINGS, own.kind, "--finetune")
+    objective = lookup(OBJECTIVES, settings.name, "objective")
+    model, usual = objective.begins_as(load_base(config)), objective.usual(config)
+    if not (sources := config.data.sources or model.defaults.get("data", [])):
+        raise ValueError(f"--finetune {own.kind} needs pictures: --data FOLDER")
     network = next(name for name, known in NETWORKS.items() if known is architecture(model.net))
     process, options, prediction = read_process(model.scheduler)
     typed = {name: value for name, value in vars(config.drawing).items() if value}
     draw_settings(model, **typed)                               # refuses what the model cannot do
-    drawing = drawn_as(model) | typed
+    drawing = drawn_as(model) | {name: usual[name] for name in ("sampler", "steps", "cfg") if name in usual} | typed
     captions = "|".join(wording.captions(own))
     config = change(
         config, network=network, net=different(model.net.config), unet={}, dit={}, vae_weights=config.finetune.model,
         text_weights="" if own.train_text and own.whole else config.finetune.model, text_join=model.text.join,
         process=process, process_options=options, prediction=settings.prediction or prediction,
-        times=settings.times or ("logit_normal" if prediction == "flow" else "uniform"),
+        times=settings.times or usual.get("times") or ("logit_normal" if prediction == "flow" else "uniform"),
+        times_mean=usual.get("mean") if settings.times_mean is None and not settings.times else settings.times_mean,
+        times_scale=usual.get("scale") if settings.times_scale is None and not settings.times else settings.times_scale,
         learned_variance=model.net.config.out_channels == 2 * model.vae.config.latent_channels,
         mask_padding=model.defaults.get("mask_padding", False), resolution=config.data.resolution or min(picture_size(model)),
         sampler=drawing["sampler"], sample_steps=drawing["steps"], cfg=drawing["cfg"],
-        captions=[captions] * len(config.data.sources) if captions else config.data.captions,
+        data=sources, captions=[captions] * len(sources) if captions else config.data.captions,
         sample_prompts=config.run.sample_prompts or "|".join(wording.prompts(own)))
     if config.objective.prediction != prediction:
         raise ValueError(f"--prediction {config.objective.prediction}: the model predicts {prediction}; leave it out")

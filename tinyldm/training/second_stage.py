@@ -21,7 +21,7 @@ from tinyldm.data.sources import parse_sources
 from tinyldm.data.toyworld_source import all_toyworld
 from tinyldm.device import DTYPES, autocast
 from tinyldm.lookup import build_dataclass, lookup
-from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, network_config, new_network
+from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, network_config, new_network, told_too
 from tinyldm.objectives import OBJECTIVES
 from tinyldm.objectives.denoising import process_of, process_options
 from tinyldm.pictures.pixels import write_picture
@@ -38,7 +38,7 @@ from tinyldm.training.class_pictures import loss_weights
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, shard
 from tinyldm.training.ema import EMA, PowerEMA
-from tinyldm.training.finetune import drawn_as, few_distinct, fingerprint, open_base, put_on, what_is_trained
+from tinyldm.training.finetune import drawn_as, few_distinct, fingerprint, open_base, open_teacher, put_on, what_is_trained
 from tinyldm.training.frozen import Frozen, read_texts
 from tinyldm.training.portable import portable_data
 from tinyldm.training.stage import Phase, Stage
@@ -74,11 +74,13 @@ class LatentStage(Stage):
         self.settings, self.phases, self.world, self.title = config.optimisation, phases(config), context.world, config.network.name
         sizes = [float(fraction) for fraction in config.data.phases.values()] or [1.0]
         self.fractions = [size / sum(sizes) for size in sizes]
+        teacher = open_teacher(config, context) if config.finetune.kind else []
         tuned = tune(config, open_base(config, context, vae, last)) if config.finetune.kind else new_model(
             config, context, vae, captions, last)
         self.model, parts = at_phase(tuned.model, self.phases[0]), tuple(tuned.modules)
         if config.finetune.kind:
-            self.base = "" if config.finetune.whole else fingerprint(self.model)
+            read = teacher if config.finetune.whole else [self.model]           # from its source, also when the run is resumed
+            self.base = fingerprint(read[0]) if read else ""
             few = few_distinct(captions)
             self.model = put_on(context.device, config, self.model, few)
         for part in (*tuned.modules.values(), *(self.model.modules.values() if self.model.placement is None else ())):
@@ -96,7 +98,7 @@ class LatentStage(Stage):
                 shard(net, self.world, DTYPES[config.run.reduce_dtype])
         self.trained = (what_is_trained(config, tuned, lambda: self.model, context.folder) if config.finetune.kind else
                         TrainedModel(lambda: self.model, parts, Frozen(context.folder), plain))
-        self.objective = lookup(OBJECTIVES, config.objective.name, "objective")(config, self.model, parts)
+        self.objective = lookup(OBJECTIVES, config.objective.name, "objective")(config, self.model, parts, *teacher)
         for network in self.objective.networks.values():
             network.to(context.device)
         if self.model.placement is not None:
@@ -119,8 +121,10 @@ class LatentStage(Stage):
     def begin_phase(self, index: int) -> Phase:
         config, device, objective = self.phases[index], self.context.device, self.objective
         networks, count = self.prepare_networks(index), self.micro_batch_count(index)
-        loader = make_loader(config, self.caches[index], self.model.text.tokenizers, self.world, needs_sizes(config))
-        self.loader = loader
+        load = lambda world: make_loader(config, self.caches[index], self.model.text.tokenizers, world, needs_sizes(config))
+        loader = self.loader = load(self.world)
+        with autocast(device, config.run.dtype):
+            objective.prepare(self.context, lambda: load(World()).batch)
         most = self.settings.batch_size // self.world.size
         # An adapter beside the model may drop inputs, which validation does not want. The model's networks drop none.
         beside = [module for part, module in self.trained.modules.items() if module is not self.model.modules.get(part)]
@@ -221,7 +225,7 @@ def build_model(config: Config, vae: nn.Module, text: TextEncoders) -> Model:
     channels, size = vae.config.latent_channels, phases(config)[-1].data.resolution // vae.config.downscale
     widths = text.widths([architecture(module).widths(module.config) for module in text.modules.values()])
     shapes = NetworkShapes(channels, channels * (1 + config.objective.learned_variance), widths, size)
-    net = new_network(config.network.name, config.network.settings, shapes)
+    net = told_too(new_network(config.network.name, config.network.settings, shapes), OBJECTIVES[config.objective.name].tells(config))
     net.grad_checkpointing = config.network.grad_checkpointing
     return Model(net, vae, text, process_of(config.objective), config.objective.prediction, {}, {})
 

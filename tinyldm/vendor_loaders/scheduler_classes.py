@@ -121,8 +121,8 @@ PUBLISHED = {  # by the name of our sampler
 # Samplers without a row in PUBLISHED, and the sampler whose row they use. diffusers has dpmpp_2m_sde as a setting of
 # DPMSolverMultistepScheduler (SDE_FIELDS) and dpmpp_sde as a class that needs torchsde; it has none that is edm, adaptive, or a
 # sampler with Langevin steps for pipelines that draw text-to-image.
-USES_ROW_OF = {"dpmpp_2m_sde": "dpmpp_2m", "dpmpp_sde": "heun", "edm": "heun", "adaptive": "dpmpp_2m", "annealed_langevin": "ddpm",
-               "predictor_corrector": "ddpm"}
+USES_ROW_OF = {"dpmpp_2m_sde": "dpmpp_2m", "dpmpp_sde": "heun", "edm": "heun", "adaptive": "dpmpp_2m", "lcm": "ddim",
+               "annealed_langevin": "ddpm", "predictor_corrector": "ddpm"}
 SDE_FIELDS = {"algorithm_type": "sde-dpmsolver++"}
 SDE_SAMPLERS = ("dpmpp_2m_sde", "dpmpp_sde")  # both are written as DPMSolverMultistepScheduler with SDE_FIELDS
 
@@ -165,4 +165,5 @@ class OwnProcess(NamedTuple):
 
 
 # The continuous processes. One that was registered from outside samples by the defaults of OwnProcess.
-OWN_PROCESSES = {"vp": OwnProcess(start_at_sigma=False), "ve": OwnProcess(), "edm": OwnProcess("karras")}
+OWN_PROCESSES = {"vp": OwnProcess(start_at_sigma=False), "ve": OwnProcess(), "edm": OwnProcess("karras"),
+                 "as_flow": OwnProcess(start_at_sigma=False)}

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from tinyldm.models.layers import TOLD_CHANNELS
 from tinyldm.models.unet import SIZE_CHANNELS, SIZES, UNetConfig
 from tinyldm.vendor_loaders.layout import Layout, Rules, Shape
 
@@ -32,6 +33,7 @@ UNET_RULES = [
     (r"^(down|up)\.", r"\1_blocks."),
     (r"^middle\.", "mid_block."),
     (r"^norm_out\.", "conv_norm_out."),
+    (r"^time_embedding\.told\.guidance\.", "time_embedding.cond_proj."),
     (r"^(down|up)(_blocks\.\d+)\.resample\.", r"\1\2.\1samplers.0."),
     *TRANSFORMER,
 ]
@@ -45,6 +47,7 @@ def compvis_rules(config: UNetConfig) -> Rules:
     first_out = lambda match: int(match[1]) * (config.depth + 1)
     attended = config.attention[::-1]
     return [
+        (r"^time_embedding\.told\.guidance\.", "time_embed.cond_proj."),
         (r"^time_embedding\.linear_1\.", "time_embed.0."),
         (r"^time_embedding\.linear_2\.", "time_embed.2."),
         (r"^add_embedding\.linear_1\.", "label_emb.0.0."),
@@ -79,9 +82,7 @@ UNCLIP = "Stable unCLIP's, which draws variations of a picture: there the label 
 LABELS = {REFINER: "Stable Diffusion XL's refiner, which finishes pictures that the base model has begun: draw with the base model alone",
           (2048, 1024, 320): UNCLIP, (1536, 1024, 320): UNCLIP}
 PRUNED = "one number of blocks per level, the last also in the middle, can be expressed here (SSD-1B and Segmind-Vega are pruned)"
-LCM = "a latent consistency model's, which takes the guidance scale as an input: take the model that it was distilled from"
-OTHERS = {"time_embed.cond_proj.weight": LCM,
-          "label_emb.weight": "an upscaler's, which takes the noise level of a small picture that it enlarges"}
+OTHERS = {"label_emb.weight": "an upscaler's, which takes the noise level of a small picture that it enlarges"}
 
 
 def infer(shapes: Mapping[str, Shape]) -> UNetConfig:
@@ -114,6 +115,7 @@ def infer(shapes: Mapping[str, Shape]) -> UNetConfig:
         upcast_attention=linear and not label,              # SD 2.1 needs it in float16; it does not harm 2.0
         transformer_layers=() if set(layers) == {1} else layers,
         pooled_dim=label[1] - SIZES * SIZE_CHANNELS if label else None,
+        told=("guidance",) * ("time_embed.cond_proj.weight" in shapes),
     )
 
 
@@ -170,7 +172,6 @@ FIXED = {
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
-    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
@@ -178,7 +179,6 @@ FIXED = {
 }
 # What a U-Net is that has another value in one of these fields.
 REASONS = {
-    "time_cond_proj_dim": f"the U-Net is {LCM}",
     "class_embed_type": f"the U-Net is {UNCLIP}",
     "num_class_embeds": f"the U-Net is {OTHERS['label_emb.weight']}",
     "encoder_hid_dim_type": "it projects its text features, as Kolors does, or also takes pictures",
@@ -189,7 +189,7 @@ REASONS = {
 # Published fields that from_config reads, or that have no effect while the fields in FIXED keep their values.
 KNOWN = {"addition_embed_type", "addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim", "block_out_channels",
          "class_embeddings_concat", "cross_attention_dim", "down_block_types", "in_channels", "layers_per_block",
-         "norm_num_groups", "out_channels", "projection_class_embeddings_input_dim",
+         "norm_num_groups", "out_channels", "projection_class_embeddings_input_dim", "time_cond_proj_dim", "told",
          "reverse_transformer_layers_per_block", "sample_size", "transformer_layers_per_block", "up_block_types",
          "upcast_attention", "use_linear_projection"}
 
@@ -200,7 +200,9 @@ def to_config(config: UNetConfig) -> dict:
     added = {} if config.pooled_dim is None else {
         "addition_embed_type": "text_time", "addition_time_embed_dim": SIZE_CHANNELS,
         "projection_class_embeddings_input_dim": config.pooled_dim + SIZES * SIZE_CHANNELS}
-    return FIXED | added | {
+    own = {"told": others} if (others := [name for name in config.told if name != "guidance"]) else {}      # only tinyldm knows these
+    return FIXED | added | own | {
+        "time_cond_proj_dim": TOLD_CHANNELS if "guidance" in config.told else None,
         "_class_name": CLASS,
         "sample_size": config.sample_size,
         "in_channels": config.in_channels,
@@ -253,6 +255,7 @@ def from_config(config: dict) -> UNetConfig:
         sample_size=size,
         transformer_layers=_layers(config, attention),
         pooled_dim=pooled_dim,
+        told=_told(config),
     )
 
 
@@ -268,6 +271,15 @@ def _layers(config: Mapping, attention: tuple[bool, ...]) -> tuple[int, ...]:
         raise ValueError(f"U-Net config has transformer_layers_per_block={stated}: {PRUNED}")
     layers = tuple(1 if number == 0 and not attended else number for number, attended in zip(down, attention))
     return () if set(layers) == {1} else layers
+
+
+def _told(config: Mapping) -> tuple[str, ...]:
+    """The numbers that the network of a published config is told: a latent consistency model's the guidance scale."""
+    width = config.get("time_cond_proj_dim")
+    if width not in (None, TOLD_CHANNELS):
+        raise ValueError(f"U-Net config has time_cond_proj_dim={width}: only {TOLD_CHANNELS}, as in latent consistency models, can be "
+                         "expressed here")
+    return (*["guidance"] * (width is not None), *config.get("told", ()))
 
 
 def _pooled_dim(config: Mapping) -> int | None:

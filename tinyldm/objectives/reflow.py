@@ -1,0 +1,141 @@
+"""Reflow: a flow is trained again on pairs of noise and the picture that it draws from that noise, and its curves become straighter.
+
+A flow learns the mean of eps - x0 over all pairs that pass through x_t. With x0 and eps drawn apart, many cross at x_t, and the curve bends
+from the mean of them towards one. With eps and the x0^ that the teacher's own curve leads to,
+
+    E | u(x_t, t) - (eps - x0^) |^2,    x_t = (1 - t) x0^ + t eps                                     (arXiv:2209.03003, Alg. 1)
+
+curves do not cross, so the paths between the same ends come closer to lines, each time (Theorem 3.7), and one Euler step comes closer to
+many. The paper calls a flow 1-rectified, and the result of one run 2-rectified: give that run as the --teacher of the next.
+
+    distil=true    t = 1 alone: one step of the student goes where the teacher's `steps` go. Straight curves are its best teachers
+                   (Sec. 2.2; arXiv:2309.06380)
+    scale          the teacher's guidance in the pairs, 0: its own. The student draws guided pictures without guidance
+    steps          the teacher's, 0: its own
+
+The pairs are drawn before the training, by all processes together, and stored in the run's folder, in half precision as latents are:
+
+    RUN/pairs-SIZE/000000.safetensors ...    one file per batch of the data, whose captions they have. Pair i's noise follows from
+                                             seed i, so it is not stored. Files that are there are not drawn again
+
+Times are drawn in the form of a U by default, exp(4 t) + exp(4 (1 - t)): between the ends x_t shows both, and at one end the other has to
+be told from it alone (arXiv:2405.20320, Sec. 4.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from tinyldm.config import Config
+from tinyldm.diffusion.grids import grid
+from tinyldm.diffusion.noise import initial_noise, make_generators
+from tinyldm.diffusion.process import Flow, Level, at_size
+from tinyldm.diffusion.samplers import final, find_sampler
+from tinyldm.files import write_file
+from tinyldm.model import Model
+from tinyldm.objectives.denoising import DenoisingBatch, extra_conditions, process_of
+from tinyldm.objectives.teacher import Distillation, own_options
+from tinyldm.vendor_loaders.scheduler import sampling
+
+
+class Reflow(Distillation):
+    options = dict(pairs=10_000, steps=0, scale=0.0, distil=False)
+
+    def __init__(self, config: Config, model: Model, trained: tuple[str, ...], teacher: Model):
+        super().__init__(config, model, trained, teacher)
+        usual = teacher.defaults
+        self.sampling = sampling(teacher.scheduler, usual.get("sampler"), usual.get("schedule"))
+        self.steps = self.option["steps"] or usual.get("steps", 50)
+
+    @classmethod
+    def usual(cls, config: Config) -> dict[str, Any]:
+        return dict(times="u_shaped", sampler="euler", steps=1 if own_options(cls, config)["distil"] else 4, cfg=1.0)
+
+    @classmethod
+    def taught(cls, config: Config) -> bool:
+        return True
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        super().check(config)
+        if config.objective.prediction != "flow" or not isinstance(at_size(process_of(config.objective)), Flow):
+            raise ValueError("reflow straightens a flow, and this model has another process: make it one with --objective diff2flow")
+        if config.data.buckets:
+            raise ValueError("--objective reflow draws pictures of one size: leave out --buckets")
+        if (option := own_options(cls, config))["pairs"] < 1 or option["steps"] < 0:
+            raise ValueError(f"reflow options pairs={option['pairs']} steps={option['steps']}: use at least one pair, and steps of at "
+                             "least 0 (0: the teacher's)")
+
+    def begin_phase(self, config: Config, model: Model) -> None:
+        super().begin_phase(config, model)
+        self.folder, self.batch_size, self.side = None, config.optimisation.batch_size, config.data.resolution
+
+    def prepare(self, context: Any, batches: Callable[[], Callable[[int], Any]]) -> None:
+        """Draw the pairs that are missing."""
+        folder, world = context.folder / f"pairs-{self.side}", context.world
+        missing = [i for i in range(-(-self.option["pairs"] // self.batch_size)) if not file_of(folder, i).exists()]
+        world.barrier()                                             # all have looked before one draws
+        if own := missing[world.rank::world.size]:
+            folder.mkdir(exist_ok=True)
+            print(f"the teacher draws {len(missing) * self.batch_size:,} pairs in {self.steps} steps each")
+            batch = batches()
+            for i in tqdm(own, unit=" batches", dynamic_ncols=True, disable=None):
+                context.check()                                     # raises Interrupted after a signal
+                samples = batch(i)
+                told = {} if samples.sizes is None else {"sizes": samples.sizes}
+                x0 = self.pictures(samples, range(i * self.batch_size, (i + 1) * self.batch_size), context.device)
+                write_file(file_of(folder, i), save({"x0": x0.half().cpu(), "tokens": samples.tokens, **told}))
+        world.barrier()
+        self.folder = folder
+
+    @torch.no_grad()
+    def pictures(self, samples: Any, seeds: range, device: torch.device) -> Tensor:
+        """What the teacher draws with the captions of some samples from these seeds: latents [b, c, h, w]."""
+        noise, chosen, scale = initial_noise(samples.latents.shape[1:], make_generators(seeds)), self.sampling, self.option["scale"]
+        told = extra_conditions(self.model.net, samples)
+        batch = self.to_device(DenoisingBatch(samples.latents, noise, torch.zeros(len(noise)), None, samples.tokens, told), device)
+        levels = grid(self.process(batch.x0), self.steps, chosen.schedule, **chosen.grid)
+        denoise = lambda x, at: self.teach(x, everywhere(at, x), batch, float(scale or self.usual_scale))
+        x = batch.eps * (levels[0].sigma if chosen.start_at_sigma else 1.0)
+        return final(find_sampler(chosen.sampler)(denoise, x, levels, generators=make_generators(seeds), **chosen.options))
+
+    def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> DenoisingBatch:
+        """Pairs and their captions, in place of the samples'. (While a run tries its memory, there are none yet.)"""
+        batch = super().draw(samples, generator, batch_size, part)
+        if self.option["distil"]:
+            batch = batch._replace(t=torch.ones_like(batch.t))
+        numbers = torch.randint(self.option["pairs"], (batch_size,), generator=generator)[part].tolist()
+        if self.folder is None:
+            return batch
+        found = [self.read(i) for i in numbers]
+        x0, tokens, sizes = (torch.cat([pair[name] for pair in found]) if name in found[0] else None for name in ("x0", "tokens", "sizes"))
+        told = extra_conditions(self.model.net, SimpleNamespace(latents=x0, sizes=sizes))
+        eps = initial_noise(x0.shape[1:], make_generators(numbers))
+        return batch._replace(x0=x0.float(), eps=eps, mixed=None, tokens=tokens, extra=told, weights=None)
+
+    def read(self, i: int) -> dict[str, Tensor]:
+        """What is stored of pair i, each [1, ...]."""
+        number, row = divmod(i, self.batch_size)
+        with safe_open(file_of(self.folder, number), "pt") as file:
+            return {name: file.get_slice(name)[row:row + 1] for name in file.keys()}
+
+    def validation_batch(self, samples: Any, seed: int) -> None:
+        """None: held-out pictures have no noise of their own."""
+
+
+def file_of(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"
+
+
+def everywhere(at: Level, x: Tensor) -> Level:
+    """A level of Python floats as one of tensors, for each sample of x."""
+    return Level(x.new_full((len(x),), at.t), *(x.new_full((len(x), 1, 1, 1), value) for value in at[1:]))
