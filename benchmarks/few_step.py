@@ -16,8 +16,9 @@ import argparse
 import copy
 import json
 import math
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,10 +34,12 @@ from tinyldm.diffusion.samplers import final, find_sampler
 from tinyldm.model import Model, told_too
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
-from tinyldm.objectives import OBJECTIVES
+from tinyldm.objectives import OBJECTIVES, Objective, turns_at
 from tinyldm.objectives.teacher import move_average
 from tinyldm.pipeline import tell_elapsed
 from tinyldm.random_streams import Stream, generator
+from tinyldm.training.distributed import World
+from tinyldm.vendor_loaders.scheduler import to_config
 
 ROOT = Path(__file__).parent.parent
 MODES, STD = 8, 0.12
@@ -51,6 +54,11 @@ ROWS: dict[str, tuple[str, dict]] = {       # objective, its options; guidance i
     "mean_flow": ("mean_flow", dict(scale=1.0)),
     "mean_flow without teacher": ("mean_flow", dict(scale=1.0, distil=False)),
     "progressive": ("progressive", dict(scale=1.0, rounds=(16, 8, 4, 2, 1))),
+    "reflow": ("reflow", dict(scale=1.0, steps=64, pairs=20_000)),
+    "reflow, distilled": ("reflow", dict(scale=1.0, steps=64, pairs=20_000, distil=True)),
+    "self_corrected": ("self_corrected", dict(scale=1.0)),
+    "dmd": ("dmd", dict(scale=1.0, steps=2, every=2)),
+    "dmd, SenseFlow": ("dmd", dict(scale=1.0, steps=2, every=2, align=0.98, segment=0.5)),
 }
 
 
@@ -82,24 +90,38 @@ def train(name: str, options: dict, steps: int, teacher: Model | None, seed: int
     flat |= dict(finetune="whole", model="-") if teacher else {}
     usual = kind.usual(make_config(**flat))
     config = make_config(**flat, times=usual.get("times", "logit_normal"), times_mean=usual.get("mean"), times_scale=usual.get("scale"),
-                         caption_dropout=0.0)
+                         caption_dropout=0.0, batch_size=BATCH)
     kind.check(config)
     net = told_too(copy.deepcopy(teacher.net) if teacher else DiT(DiTConfig(**NET)), kind.tells(config)).requires_grad_(True).train()
-    model = Model(net, None, NoText(), make_process("flow"), "flow", {}, usual)
+    model = Model(net, None, NoText(), make_process("flow"), "flow", to_config("flow", {}, "flow", "euler"), usual)
     objective = kind(config, model, ("net",), *([copy.copy(teacher)] if kind.taught(config) else []))
-    average, rate = copy.deepcopy(net), 1e-3 if teacher else 2e-3
-    optimizer, began = torch.optim.Adam(net.parameters(), rate, (0.9, 0.99)), time.perf_counter()
-    for step in range(steps):
-        samples = SimpleNamespace(latents=data(BATCH, 7919 * seed + step), tokens=model.text.tokenize([""] * BATCH), weights=None)
-        batch = objective.draw(samples, generator(Stream.NOISE, seed, step), BATCH, slice(None))
-        batch = objective.to_device(batch, torch.device("cpu"))
-        objective.losses(objective.turns[0], {"net": net, **objective.networks}, batch, step / steps).mean().backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
-        optimizer.step(), optimizer.zero_grad(), objective.after_step(step + 1)
-        move_average(average, net, min(0.99, (step + 1) / (step + 10)))
+    average, rate, began = copy.deepcopy(net), 1e-3 if teacher else 2e-3, time.perf_counter()
+    networks = {"net": net, **objective.networks}
+    trained = {turn.name: [p for part in turn.trains for p in networks[part].parameters()] for turn in objective.turns}
+    optimizers = {turn: torch.optim.Adam(weights, rate, (0.9, 0.99)) for turn, weights in trained.items()}
+    samples = lambda position: SimpleNamespace(latents=data(BATCH, 7919 * seed + position), tokens=model.text.tokenize([""] * BATCH),
+                                               weights=None, sizes=None)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(objective, Path(folder), samples)
+        for step in range(steps):
+            batch = objective.draw(samples(step), generator(Stream.NOISE, seed, step), BATCH, slice(None))
+            batch = objective.to_device(batch, torch.device("cpu"))
+            for turn in turns_at(objective, step, step / steps):
+                objective.losses(turn, networks, batch, step / steps).mean().backward()
+                nn.utils.clip_grad_norm_(trained[turn.name], 1.0)
+                optimizers[turn.name].param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
+                optimizers[turn.name].step()
+                for network in networks.values():
+                    network.zero_grad()
+            objective.after_step(step + 1)
+            move_average(average, net, min(0.99, (step + 1) / (step + 10)))
     model.net = average.eval().requires_grad_(False)
     return model, time.perf_counter() - began
+
+
+def prepare(objective: Objective, folder: Path, samples: Callable[[int], SimpleNamespace]) -> None:
+    """What is drawn before the training, as the trainer has it done."""
+    objective.prepare(SimpleNamespace(folder=folder, world=World(), device=torch.device("cpu"), check=lambda: None), lambda: samples)
 
 
 @torch.no_grad()

@@ -188,13 +188,13 @@ def test_pairs_are_the_exact_coupling_and_a_batch_is_made_of_them(parts, tmp_pat
     prepare(objective, tmp_path)
     eps = initial_noise((1, 1, 2), make_generators(range(8)))
     wanted = MODES.carry(eps.double(), on_line(1.0), Level(0.0, 1.0, 0.0))
-    found = torch.cat([objective.read(i)["x0"] for i in range(8)]).double()
+    stored = objective.pairs.read(range(8))
+    found = stored["x0"].double()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.03)                   # 100 Euler steps; the error halves with twice as many
     samples = Batch(np.arange(4), torch.zeros(4, 1, 1, 2), objective.model.text.tokenize(["blue"] * 4))
     batch = objective.draw(samples, torch.Generator().manual_seed(0), 4, slice(None))
     numbers = [next(i for i in range(8) if torch.equal(eps[i], one)) for one in batch.eps]
-    assert torch.equal(batch.x0, torch.cat([objective.read(i)["x0"] for i in numbers]).float())
-    assert torch.equal(batch.tokens, torch.cat([objective.read(i)["tokens"] for i in numbers]))
+    assert torch.equal(batch.x0, stored["x0"][numbers]) and torch.equal(batch.tokens, stored["tokens"][numbers])
     some = samples._replace(latents=samples.latents[1:3], tokens=samples.tokens[1:3])
     part = objective.draw(some, torch.Generator().manual_seed(0), 4, slice(1, 3))
     assert torch.equal(part.x0, batch.x0[1:3]) and torch.equal(part.eps, batch.eps[1:3]) and torch.equal(part.t, batch.t[1:3])

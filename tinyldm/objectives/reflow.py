@@ -13,10 +13,8 @@ many. The paper calls a flow 1-rectified, and the result of one run 2-rectified:
     scale          the teacher's guidance in the pairs, 0: its own. The student draws guided pictures without guidance
     steps          the teacher's, 0: its own
 
-The pairs are drawn before the training, by all processes together, and stored in the run's folder, in half precision as latents are:
-
-    RUN/pairs-SIZE/000000.safetensors ...    one file per batch of the data, whose captions they have. Pair i's noise follows from
-                                             seed i, so it is not stored. Files that are there are not drawn again
+The pairs have the captions of the data. They are drawn before the training, by all processes together, and stored in RUN/pairs-SIZE
+(pairs.py); those that are there are not drawn again.
 
 Times are drawn in the form of a U by default, exp(4 t) + exp(4 (1 - t)): between the ends x_t shows both, and at one end the other has to
 be told from it alone (arXiv:2405.20320, Sec. 4.1).
@@ -25,13 +23,10 @@ be told from it alone (arXiv:2405.20320, Sec. 4.1).
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,9 +35,9 @@ from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.noise import initial_noise, make_generators
 from tinyldm.diffusion.process import Flow, Level, at_size
 from tinyldm.diffusion.samplers import final, find_sampler
-from tinyldm.files import write_file
 from tinyldm.model import Model
 from tinyldm.objectives.denoising import DenoisingBatch, extra_conditions, process_of
+from tinyldm.objectives.pairs import Pairs
 from tinyldm.objectives.teacher import Distillation, own_options
 from tinyldm.vendor_loaders.scheduler import sampling
 
@@ -77,25 +72,23 @@ class Reflow(Distillation):
 
     def begin_phase(self, config: Config, model: Model) -> None:
         super().begin_phase(config, model)
-        self.folder, self.batch_size, self.side = None, config.optimisation.batch_size, config.data.resolution
+        self.pairs, self.batch_size, self.side = None, config.optimisation.batch_size, config.data.resolution
 
     def prepare(self, context: Any, batches: Callable[[], Callable[[int], Any]]) -> None:
         """Draw the pairs that are missing."""
-        folder, world = context.folder / f"pairs-{self.side}", context.world
-        missing = [i for i in range(-(-self.option["pairs"] // self.batch_size)) if not file_of(folder, i).exists()]
+        pairs, world = Pairs(context.folder / f"pairs-{self.side}", self.option["pairs"], self.batch_size), context.world
+        missing = pairs.missing()
         world.barrier()                                             # all have looked before one draws
         if own := missing[world.rank::world.size]:
-            folder.mkdir(exist_ok=True)
             print(f"the teacher draws {len(missing) * self.batch_size:,} pairs in {self.steps} steps each")
             batch = batches()
-            for i in tqdm(own, unit=" batches", dynamic_ncols=True, disable=None):
+            for number in tqdm(own, unit=" batches", dynamic_ncols=True, disable=None):
                 context.check()                                     # raises Interrupted after a signal
-                samples = batch(i)
+                samples = batch(number)
                 told = {} if samples.sizes is None else {"sizes": samples.sizes}
-                x0 = self.pictures(samples, range(i * self.batch_size, (i + 1) * self.batch_size), context.device)
-                write_file(file_of(folder, i), save({"x0": x0.half().cpu(), "tokens": samples.tokens, **told}))
+                pairs.write(number, self.pictures(samples, pairs.seeds(number), context.device), tokens=samples.tokens, **told)
         world.barrier()
-        self.folder = folder
+        self.pairs = pairs
 
     @torch.no_grad()
     def pictures(self, samples: Any, seeds: range, device: torch.device) -> Tensor:
@@ -114,26 +107,14 @@ class Reflow(Distillation):
         if self.option["distil"]:
             batch = batch._replace(t=torch.ones_like(batch.t))
         numbers = torch.randint(self.option["pairs"], (batch_size,), generator=generator)[part].tolist()
-        if self.folder is None:
+        if self.pairs is None:
             return batch
-        found = [self.read(i) for i in numbers]
-        x0, tokens, sizes = (torch.cat([pair[name] for pair in found]) if name in found[0] else None for name in ("x0", "tokens", "sizes"))
-        told = extra_conditions(self.model.net, SimpleNamespace(latents=x0, sizes=sizes))
-        eps = initial_noise(x0.shape[1:], make_generators(numbers))
-        return batch._replace(x0=x0.float(), eps=eps, mixed=None, tokens=tokens, extra=told, weights=None)
-
-    def read(self, i: int) -> dict[str, Tensor]:
-        """What is stored of pair i, each [1, ...]."""
-        number, row = divmod(i, self.batch_size)
-        with safe_open(file_of(self.folder, number), "pt") as file:
-            return {name: file.get_slice(name)[row:row + 1] for name in file.keys()}
+        found = self.pairs.read(numbers)
+        told = extra_conditions(self.model.net, SimpleNamespace(latents=found["x0"], sizes=found.get("sizes")))
+        return batch._replace(x0=found["x0"], eps=found["eps"], mixed=None, tokens=found["tokens"], extra=told, weights=None)
 
     def validation_batch(self, samples: Any, seed: int) -> None:
         """None: held-out pictures have no noise of their own."""
-
-
-def file_of(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.safetensors"
 
 
 def everywhere(at: Level, x: Tensor) -> Level:
