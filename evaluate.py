@@ -18,7 +18,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, add_drawing_flags, add_offload_flag, check_offload, check_scale, check_seed, fail, guard, outlive_terminal
+from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, begin, check_offload, check_scale, check_seed, fail, guard,
+                         outlive_terminal)
 from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_names
 from tinyldm.lookup import device_name, dtype_name
@@ -101,9 +102,11 @@ def refuse_drawing_flags(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin()
     ARGS = parse()
 
 import json
+import signal
 import traceback
 
 from tinyldm.adapters.embedding_files import split_token
@@ -166,6 +169,8 @@ def measure(name: str, evaluation: Evaluation) -> int:
     try:
         guard(lambda: report(name, METRICS[name].measure(evaluation), evaluation.out))
     except SystemExit as end:                               # guard has printed the reason
+        if end.code == 128 + signal.SIGINT:                 # Ctrl-C ends all
+            raise
         return end.code
     except NotFirst:                                        # torchrun's other processes only draw
         return 0

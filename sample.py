@@ -20,7 +20,7 @@ import random
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, add_drawing_flags, add_offload_flag, caption, fail, guard, outlive_terminal
+from tinyldm.cli import Parser, add_drawing_flags, add_offload_flag, begin, caption, fail, guard, outlive_terminal
 from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.config.sample_arguments import add_guidance_flags, add_model_flags, check, is_file_name
 from tinyldm.unicode import read_lines
@@ -79,6 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin()
     ARGS = parse()
 
 import inspect

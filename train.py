@@ -24,13 +24,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyldm.cli import allow_expandable_segments, best_effort, guard, outlive_terminal
+from tinyldm.cli import allow_expandable_segments, begin, best_effort, guard, outlive_terminal
 from tinyldm.config import Config, flatten, parse
 
 FLAGS = {"--dry-run": dict(action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")}
 STARTED = time.monotonic()                                   # running time counts from here and includes loading torch
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin()
     CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS)
     allow_expandable_segments()
 
@@ -376,7 +377,7 @@ def main() -> None:
         fast_convolutions()
     run = Path(config.run.out)
     if started_again(run):                                      # by torchrun, after one of the processes has died
-        config = parse([*sys.argv[1:], "--resume", "auto"], __doc__, FLAGS)[0]
+        config = parse([*sys.argv[1:], "--resume", "auto", "--out", str(run)], __doc__, FLAGS)[0]
     config = check_run(find_paths(config))
     if rank == 0:
         prepare_run(config)

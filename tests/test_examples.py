@@ -92,7 +92,7 @@ NO_LAYOUTS = ("families", "latent_rgb", "layout", "lpips", "pipelines", "schedul
 
 
 SMALL_TABLES = {"ACTIVATIONS", "ACTIVATION_NAMES", "DTYPES", "DTYPE_NAMES", "DEVICES", "HOW", "EXTRA_SHAPES", "TIME_SHIFT_TYPES",
-                "TRAINED"}                                                     # nobody adds a row to these
+                "TRAINED", "SETTINGS", "RESUME"}                                                     # nobody adds a row to these
 
 
 def test_the_tables_of_the_architecture_are_where_it_says():

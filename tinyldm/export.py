@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinyldm.cli import Parser, fail, guard
+from tinyldm.cli import Parser, begin, fail, guard
 from tinyldm.config.adapter_arguments import add_adapter_flags
 
 
@@ -51,6 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin()
     ARGS = parse()
 
 import torch

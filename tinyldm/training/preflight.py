@@ -83,6 +83,7 @@ def check_settings(config: Config) -> Config:
         autoencoder_config(config.autoencoder.name, config.autoencoder.fields)
     if not config.text.weights:
         build_dataclass(text.config, config.text.fields | {"vocab_size": config.text.vocab_size}, "--text")
+        text.tokenizer.check_size(config.text.vocab_size)
     find_sampler(config.drawing.sampler)
     check_process(config)
     if config.objective.mask_padding and "mask" not in row.conditions:

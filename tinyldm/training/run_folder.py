@@ -35,8 +35,7 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
     if hub.is_hub_id(path):
         return path
     if not folder.exists():
-        raise ValueError(f"{folder} does not exist: name a run, a model folder, a checkpoint file or a hub id such as "
-                         "stable-diffusion-v1-5/stable-diffusion-v1-5")
+        raise hub.missing(path)
     if (folder / "model_index.json").exists() or folder.is_file() and folder.suffix.lower() in FILES:
         return folder
     if (folder / "model" / "model_index.json").exists():
