@@ -18,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, begin, check_offload, check_scale, check_seed, fail, guard,
+from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, begin, check_offload, check_scale, check_seed, check_steps, fail, guard,
                          outlive_terminal)
 from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_names
@@ -57,14 +57,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         fail("no RUN: name a run or model folder, as in 'python evaluate.py runs/tiny'; or an autoencoder with --vae")
     if args.run and args.vae:
         fail(f"both RUN ({args.run}) and --vae {args.vae}: name one of them")
-    for name, least in (("count", 2), ("batch_size", 1), ("seed", 0), ("steps", 1)):
+    for name, least in (("count", 2), ("batch_size", 1), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
     try:
         subject = "vae" if args.vae else "model"
         args.metric = metric_names(args.metric or [SUBJECTS[subject].metric], subject)
         check_used(args, own, parser)
-        check_seed(args.seed)
+        check_seed(args.seed), check_steps(args.steps)
         for scale in args.cfg or ():
             check_scale(scale, "--cfg")
         check_scale(args.true_cfg, "--true-cfg")

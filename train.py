@@ -31,9 +31,8 @@ FLAGS = {"--dry-run": dict(action="store_true", help="print the plan (sizes, FLO
 STARTED = time.monotonic()                                   # running time counts from here and includes loading torch
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
-    begin()
+    begin(), allow_expandable_segments()
     CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS)
-    allow_expandable_segments()
 
 import torch
 

@@ -13,6 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tinyldm.cli import need
+
+need("matplotlib")
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -21,7 +26,6 @@ import matplotlib.ticker
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinyldm.diffusion.grids import Levels, curve, grid
 from tinyldm.diffusion.noise import make_generators
 from tinyldm.diffusion.process import Level, Process, make_process

@@ -166,7 +166,7 @@ SAMPLE = {
     "dtype": Row(["--dtype", "bf16"], {"loaded", *WHOLE}, which_way=lambda a, b: b.loaded[0][1] == torch.bfloat16),
     "compile": Row(["--compile"], {"compiled"}),
 }
-NOT_SAMPLE = {"device": "there may be one alone", "offload": "the same picture: tests/test_sample_memory.py, tests/test_offload.py",
+NOT_SAMPLE = {"more_prompts": "the same as captions without a flag: tests/test_other_names.py", "device": "there may be one alone", "offload": "the same picture: tests/test_sample_memory.py, tests/test_offload.py",
               "dry_run": "no picture: tests/test_sample_memory.py"}
 
 

@@ -1,6 +1,7 @@
 """The house's rules: what may import what, and that an import runs nothing."""
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -178,3 +179,13 @@ def test_help_answers_without_torch(script):
     done = subprocess.run([sys.executable, "-c", code, str(ROOT / script)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("examples/*.py")]),
+                         ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_benchmarks_docs_and_examples_take_from_the_library_is_there(path):
+    """Nobody runs them for weeks, in which names move."""
+    names = {(node.module, alias.name) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
+             for alias in node.names if (node.module or "").split(".")[0] == "tinyldm"}
+    for module, name in names:
+        assert f"{module}.{name}" in MODULES or hasattr(importlib.import_module(module), name), (module, name)

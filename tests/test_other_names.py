@@ -83,6 +83,21 @@ def test_only_a_near_name_is_suggested(flag, hint, capsys):
     assert refused([flag, "1"], train_flags, capsys) == f"error: unknown argument '{flag}': {hint}--help lists all\n"
 
 
+def test_captions_may_follow_prompt(capsys):
+    parsed = load_script("sample").parse
+    for words in (["--prompt", "a", "b", "--steps", "3"], ["--steps", "3", "--prompt", "a", "--prompt", "b"][:4] + ["b"], ["a", "--prompt", "b"]):
+        assert parsed(words).prompt == ["a", "b"]
+
+
+@pytest.mark.parametrize("name, words", [("sample", ["fox"]), ("evaluate", ["runs/x"])])
+def test_steps_that_no_picture_needs_are_refused_at_once(name, words, capsys):
+    for steps in (0, 100_000_000):
+        said = refused([*words, "--steps", str(steps)], load_script(name).parse, capsys)
+        assert f"--steps {steps} must lie between 1 and 10,000: 20 to 50 are usual" in said
+    assert "--sample-steps 100000000 must lie" in refused(["--sample-steps", "100000000"], train_flags, capsys)
+    assert "pictures of 100000 pixels on a side are too large: 16384 at most" in refused(["--resolution", "100000"], train_flags, capsys)
+
+
 def test_every_row_leads_to_a_flag_and_no_row_hides_one(capsys):
     """Our flags are found by what a script says of one that it does not know."""
     help_of = lambda name: subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
@@ -210,7 +225,7 @@ def test_ctrl_c_while_torch_is_loaded_is_no_traceback():
 @pytest.mark.parametrize("script", ["train", "sample", "evaluate", "prepare", "tinyldm/export", "tinyldm/reconstruct", "tinyldm/adapters/__main__"])
 def test_every_script_lets_ctrl_c_end_it_before_it_loads_torch(script):
     content = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-    assert content.index("    begin()\n") < content.index("\nif __name__ == \"__main__\":\n    outlive_terminal()" if "    outlive_terminal()\n    guard" in content else "guard(main)")
+    assert content.index("    begin()") < content.index("\nif __name__ == \"__main__\":\n    outlive_terminal()" if "    outlive_terminal()\n    guard" in content else "guard(main)")
 
 
 def test_of_several_processes_one_prints_a_mistake_and_tells_torchrun(tmp_path, monkeypatch, capsys):

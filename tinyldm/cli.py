@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import io
 import json
 import os
@@ -25,6 +26,8 @@ from tinyldm.version import version
 # What torch, CUDA, cuBLAS and cuDNN (since version 9 in names that end in ALLOCATION_FAILED) say when memory has run out.
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED",
              "unable to find an engine")                       # cuDNN, where none of its algorithms had room to work
+MOST_STEPS = 10_000                     # of a sampler
+LARGEST = 16_384                        # pixels on a side of a picture
 PATIENCE = 10.0                         # seconds in which torchrun has ended all processes of a host when one has failed
 NEAR = 0.75                             # how similar a flag must be to be suggested: with less, --epochs is near to --process
 SIGPIPE = 13                            # Windows' signal module does not know it
@@ -136,6 +139,12 @@ def check_scale(scale: float | None, flag: str, usual: str = "1 or less is none,
         raise ValueError(f"{flag} {scale} is not a guidance scale: {usual}")
 
 
+def check_steps(steps: int | None, flag: str = "--steps") -> None:
+    """ValueError for a number of sampling steps that makes no sense: a level is a row of a table, and each costs calls of the network."""
+    if steps is not None and not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"{flag} {steps} must lie between 1 and {MOST_STEPS:,}: 20 to 50 are usual")
+
+
 def add_offload_flag(parser: argparse.ArgumentParser) -> None:
     """Add --offload, for check_offload and offload.place_for_weights."""
     parser.add_argument("--offload", nargs="?", const="auto", metavar="HOW", help="for models larger than the GPU's memory: weights are "
@@ -168,6 +177,12 @@ def write_report(file: str, message: str) -> None:
     content = {"message": f"error: {message}", "timestamp": int(time.time())}
     with open(file, "w", encoding="utf-8") as handle:
         json.dump(content, handle)
+
+
+def need(*packages: str) -> None:
+    """End a script of benchmarks/ or docs/ in one line where a package is missing that the library itself does not need."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        fail(f"this script needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def begin() -> None:

@@ -39,7 +39,7 @@ class RunConfig:
                                      "two is rounded to 8 bits (an error of up to 1/256)")
     deterministic: bool = free(False, "use only algorithms that give the same bits every time: on CUDA slower, on CPUs always on")
     log_every: int = free(20, "steps per line of log.jsonl")
-    track: str = free("", "repeat the log in tensorboard or wandb (pip install 'tinyldm[tensorboard]' or 'tinyldm[wandb]')")
+    track: str = free("", "repeat the log in tensorboard or wandb (pip install tensorboard, or wandb)")
     save_every: int = free(500, "steps per checkpoint")
     keep_last: int = free(2, "number of newest checkpoints to keep")
     keep_every: int = free(0, "keep every checkpoint whose step is a multiple of this too (0: none)")
