@@ -108,6 +108,7 @@ if __name__ == "__main__":                                   # before torch is l
 import json
 import signal
 import traceback
+from itertools import count as numbers
 
 from tinyldm.adapters.embedding_files import split_token
 from tinyldm.device import pick_device
@@ -159,9 +160,12 @@ def usual_output(run: str) -> Path:
 
 
 def report(name: str, result: Measurement, out: Path) -> None:
-    """Write the record, and print what people read and the files."""
-    write_file(out / f"{name}.json", json.dumps(result.record, indent=1) + "\n")
-    print(*result.lines, "", *result.files, out / f"{name}.json", sep="\n", flush=True)
+    """Write the record, and print what people read and the files. An earlier record of this name is kept under the next free number."""
+    content = json.dumps(result.record, indent=1) + "\n"
+    if (file := out / f"{name}.json").exists() and file.read_text(encoding="utf-8") != content:
+        file.rename(next(path for i in numbers(1) if not (path := out / f"{name}-{i}.json").exists()))
+    write_file(file, content)
+    print(*result.lines, "", *result.files, file, sep="\n", flush=True)
 
 
 def measure(name: str, evaluation: Evaluation) -> int:

@@ -79,13 +79,15 @@ from tinyldm.pictures.output import Output
 from tinyldm.pictures.pixels import to_bytes, to_pixels, write_picture
 from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import (Canvas, DrawSettings, Morph, PromptFeatures, all_captions, check_size, decode, draw, draw_settings,
-                              picture_size)
+                              picture_size, steps_needed)
 from tinyldm.planning.drawing import Order, bytes_on_disk, check_memory, offload_to_fit, plan_drawing, render
 from tinyldm.text.prompt_weights import plain
+from tinyldm.text.words import unknown
 from tinyldm.training.learned import apply_learned, learned_facts
 from tinyldm.training.portable import model_name, portable
 from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders import latent_rgb
+from tinyldm.version import version
 
 
 def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
@@ -107,6 +109,9 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
         for part, length, cut in model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
             who = "the model" if len(model.text.modules) == 1 else f"its encoder {part}"
             print(f'warning: {who} reads {length} tokens; left out: "{cut}"', file=sys.stderr)
+    words = model.defaults.get("words", [])
+    if odd := unknown(map(plain, [*args.prompt, args.negative_prompt or ""]), words):
+        print(f"warning: no caption of the training held {', '.join(odd)}; it held {', '.join(words[:150])}", file=sys.stderr)
     return model, source
 
 
@@ -123,6 +128,9 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg)
     if args.eta is not None and found.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
+    if found.steps < (least := steps_needed(found.sampler, model.process)):
+        print(f"warning: {found.sampler} needs about {least} steps on this model's process, and draws noise or worse with {found.steps}: "
+              f"--steps {least}, or --sampler dpmpp_2m", file=sys.stderr)
     flag = "--true-cfg" if "guidance" in extras else "--cfg"
     if not found.guided and args.negative_prompt:
         raise ValueError(f"--negative-prompt has no effect at {flag} {found.cfg:g}: use {flag} above 1, or leave it out")
@@ -218,8 +226,8 @@ def facts_about(args: argparse.Namespace, model: Model, name: str) -> dict[str, 
     """All about the model that another picture could come of: which one it is, and how it was loaded."""
     facts = {"Model": name, "Variant": args.variant, "Weights": "raw" if args.no_ema else "", "Prediction": args.prediction,
              "Tokenizer": " ".join(map(portable, args.tokenizer or ())), "Parts": " ".join(map(portable, args.parts or ())),
-             "Left out": "T5" if args.without_t5 else "", **learned_facts(args),
-             "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]]}
+             "Left out": "T5" if args.without_t5 else "", **learned_facts(args), "Trained with": model.defaults.get("version"),
+             "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]], "Version": f"tinyldm {version()}"}
     return {key: value for key, value in facts.items() if value}
 
 

@@ -57,7 +57,7 @@ from tinyldm.training.micro_batches import MicroBatches
 from tinyldm.training.preflight import check_plan, check_run
 from tinyldm.training.progress import ProgressBar
 from tinyldm.training.rehearsal import rehearse
-from tinyldm.training.report import refresh_report
+from tinyldm.training.report import Refresher, refresh_report
 from tinyldm.training.rollback import Diverged, skipped_before
 from tinyldm.training.run_folder import find_paths, next_command, prepare_run
 from tinyldm.training.schedule import Revision
@@ -95,6 +95,7 @@ class Trainer:
         self.tracker = Tracker(config.run.track if main and stage.reported else "", context.folder, flatten(config), self.step)
         self.log = Log(context.folder / "log.jsonl" if main else None, stage.name, self.step, self.tracker.row)
         self.writer = checkpoint.Writer(context.folder, config.run.keep_last, config.run.keep_every)
+        self.page = Refresher(context.folder, main, stage.draw_progress)
         self.note_plan(self.timing.resume(self.step) if last else None)
         if skipped_batches > max(state.get("window", 0), skipped_before(context.folder, last)):     # a rollback led here just now
             text = f"back to step {self.step}: {skipped_batches:,} batches skipped so far"
@@ -227,6 +228,7 @@ class Trainer:
             self.log.write(stage=self.stage.name, step=self.step, lr_factor=factor, **row, **ratio, running=self.timing.running, **shown)
             for text in self.stage.objective.notes():           # a discriminator that has collapsed, for example
                 self.note("collapse", self.step, text)
+            self.page(self.timing.timer)
         if self.stage.reported and self.step - self.first_step == COMPARE_AFTER:
             self.compare_with_plan()
 
@@ -294,12 +296,12 @@ class Trainer:
         if not self.timing.schedule.total:
             self.note_plan(self.revise_plan())
         seconds, stage, config = self.timing.timer.seconds, self.stage, self.stage.phases[self.phase_index]
-        speed = stage.settings.batch_size / seconds
+        speed, planned = stage.settings.batch_size / seconds, self.context.device.type == "cuda"    # a plan is made for a GPU
         mfu = speed * self.bar.flops / self.bar.peak if self.bar.peak else None
         measured = Measured(seconds, speed, mfu, memory_gb(self.context.device) or None, self.timing.schedule.total,
                             self.timing.finish(self.step, self.phase_index))
         best_effort("the comparison with the plan",
-                    lambda: print("\n" + compare(config, measured, stage.config, COMPARE_AFTER), flush=True))
+                    lambda: print("\n" + compare(config, measured, stage.config, COMPARE_AFTER, planned), flush=True))
 
 
 # ---------------------------------------------------------------- the run
@@ -360,10 +362,9 @@ def first_stage(config: Config, context: RunContext, last: Path | None) -> None:
 
 
 def main() -> None:
-    config = CONFIG
+    config, (rank, processes) = CONFIG, launched()
     if ARGS.dry_run:
         return print_plan(check_plan(config))
-    rank, processes = launched()
     outlive_terminal()
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")     # the main process prints for all
@@ -385,8 +386,7 @@ def main() -> None:
     try:
         train_all(config, RunContext(run, device, world, signals, clock))
     except Interrupted:
-        start = "python" if processes == 1 else "torchrun (as before)"
-        print(f"saved; continue with: {start} train.py --out {run} --resume yes")
+        print(f"saved; continue with: {'python' if processes == 1 else 'torchrun (as before)'} train.py --out {run} --resume yes")
         world.close()
         sys.exit(128 + signals.received)
     finally:

@@ -34,6 +34,7 @@ from tinyldm.random_streams import Stream
 from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.text.base_tokenizer import BaseTokenizer
 from tinyldm.text.tokenizer import open_tokenizer
+from tinyldm.text.words import words_of
 from tinyldm.training.class_pictures import loss_weights
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, shard
@@ -74,6 +75,8 @@ class LatentStage(Stage):
         self.fractions = [size / sum(sizes) for size in sizes]
         tuned = tune(config, open_base(config, context, vae, last)) if config.finetune.kind else new_model(
             config, context, vae, captions, last)
+        if not config.text.weights and not config.finetune.kind:        # a text encoder that knows the words of these captions alone
+            tuned.model.defaults["words"] = words_of(captions)
         self.model, parts = at_phase(tuned.model, self.phases[0]), tuple(tuned.modules)
         if config.finetune.kind:
             self.base = "" if config.finetune.whole else fingerprint(self.model)
@@ -232,6 +235,8 @@ def at_phase(model: Model, config: Config) -> Model:
         return replace(model, defaults=model.defaults | changed | dict(resolution=config.data.resolution))
     defaults = dict(preset=config.run.preset, resolution=config.data.resolution, sampler=drawing.sampler, steps=drawing.steps,
                     cfg=drawing.cfg, data=[*map(portable_data, config.data.sources)], mask_padding=objective.mask_padding)
+    if words := model.defaults.get("words"):
+        defaults["words"] = words
     if model.text.join != "single":
         defaults["text_join"] = model.text.join
     return replace(model, process=process_of(objective), scheduler=scheduler_config(config, model.text.join), defaults=defaults)
