@@ -7,12 +7,13 @@ import ast
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from tinyldm.cli import Parser
 from tinyldm.config.check import check, flag
 from tinyldm.config.fields import SETTINGS, Config, current, flatten, make_config
 from tinyldm.config.finetune import FINETUNES, finetune_row
+from tinyldm.config.help import epilog, with_default
 from tinyldm.config.levels import with_levels
 from tinyldm.config.presets import VAE_PRESETS, preset_row
 from tinyldm.lookup import lookup
@@ -31,9 +32,11 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
 
     own: those flags, as argparse takes them. names: the settings that the script knows; none: all of them.
     """
-    parser = Parser(description=description)
+    parser, plain = Parser(description=description, usage="%(prog)s [--FLAG VALUE ...]", epilog=epilog(not names)), flatten(Config())
+    groups = {group: parser.add_argument_group(kind.__doc__.split(". ")[0].rstrip(".")) for group, kind in get_type_hints(Config).items()
+              if any(SETTINGS[name].group == group for name in names or SETTINGS)}
     for name in (name for name in SETTINGS if not names or name in names):
-        add_flag(parser, name)
+        add_flag(groups[SETTINGS[name].group], name, plain[name])
     parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="take settings from a run's config.json, or from a JSON "
                         "object with some of its names; what is typed wins")
     for word, options in (own or {}).items():
@@ -57,11 +60,11 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
     return config, rest
 
 
-def add_flag(parser: argparse.ArgumentParser, name: str) -> None:
-    """One setting as a flag: its name, its type, its line of help. Settings that are not typed leave no trace."""
+def add_flag(parser: argparse._ActionsContainer, name: str, default: Any = None) -> None:
+    """One setting as a flag: its name, its type, its line of help with the default. Settings that are not typed leave no trace."""
     setting = SETTINGS[name]
     words = list(dict.fromkeys([flag(name), *map(flag, setting.also)]))
-    common = dict(dest=name, default=argparse.SUPPRESS, help=setting.help)
+    common = dict(dest=name, default=argparse.SUPPRESS, help=with_default(setting.help, default))
     if setting.type in (bool, bool | None):
         parser.add_argument(*words, action=argparse.BooleanOptionalAction, **common)
     elif metavar := {dict: "KEY=VALUE", list: "WORD"}.get(setting.type):

@@ -51,7 +51,7 @@ from tinyldm.data.encoding import (
 from tinyldm.data.moved import by_content, content_of, reuse
 from tinyldm.data.readers import Damaged, Sample, Skip
 from tinyldm.data.remote import SourceLost
-from tinyldm.data.report import Report, add_up, judge, nothing_usable
+from tinyldm.data.report import Report, add_up, judge, nothing_usable, print_sizes
 from tinyldm.data.shard import read_facts
 from tinyldm.data.sources import Shard, Source, list_shards, parse_sources
 from tinyldm.device import native_bf16
@@ -154,9 +154,7 @@ def check_folder(folder: Path) -> None:
 
 
 def open_folder(folder: Path, settings: dict[str, Any], made_by: str, rebuild: bool) -> None:
-    """Make the cache's folder, or check that an existing one was made with the same settings.
-
-    ValueError that lists the differences; with `rebuild`, a cache with other settings is deleted instead, and so is one without a single
+    """Make the cache's folder, or check that an existing one was made with the same settings. ValueError that lists the differences; with `rebuild`, a cache with other settings is deleted instead, and so is one without a single
     picture: what a command leaves that failed.
     """
     file = folder / "settings.json"
@@ -247,6 +245,7 @@ def prepare(config: Config, folder: Path, vae: AutoencoderKL, device: torch.devi
     shards, mark = [shard for _, found in sources for shard in found], digest(settings)
     is_done = lambda shard: bool(read_shard(folder, shard, mark))
     if missing := [shard for shard in shards if not is_done(shard)]:
+        print_sizes(missing, config.data)
         with claims.held("index"):
             (folder / "index.json").unlink(missing_ok=True)
         size = BatchSize(folder, config.data.encode_batch_size, claims)

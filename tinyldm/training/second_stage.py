@@ -55,6 +55,7 @@ class LatentStage(Stage):
     """Trains a network, and the text encoders unless they are frozen, on cached latents."""
 
     name, stream, reported = "step", Stream.NOISE, True
+    words: Sequence[str] = ()   # those of the captions, where a text encoder is trained that knows no others
     base = ""                   # a fingerprint of the model that stays as it is while something is trained beside it; "": there is none
 
     def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None,
@@ -62,6 +63,8 @@ class LatentStage(Stage):
         """last: the checkpoint to continue from. micro_batches: per phase, at least this number of them (see rehearsal.py)."""
         self.caches, self.micro_batches = caches, micro_batches
         self.cache_digests = [cache.digest for cache in caches]
+        new_words = not config.text.weights and not config.finetune.kind    # a text encoder that knows the words of these captions alone
+        self.words = words_of(caches[0].all_captions()) if new_words else []
         self.build(config, context, vae, caches[0].all_captions(), last)
         if config.finetune.kind and config.run.sample_every and context.world.main:
             best_effort("the sample grid of the model as it was", self.draw_before)
@@ -75,8 +78,8 @@ class LatentStage(Stage):
         self.fractions = [size / sum(sizes) for size in sizes]
         tuned = tune(config, open_base(config, context, vae, last)) if config.finetune.kind else new_model(
             config, context, vae, captions, last)
-        if not config.text.weights and not config.finetune.kind:        # a text encoder that knows the words of these captions alone
-            tuned.model.defaults["words"] = words_of(captions)
+        if self.words:
+            tuned.model.defaults["words"] = self.words
         self.model, parts = at_phase(tuned.model, self.phases[0]), tuple(tuned.modules)
         if config.finetune.kind:
             self.base = "" if config.finetune.whole else fingerprint(self.model)
