@@ -47,7 +47,7 @@ def flags_of(module, patch) -> set[str]:
     Parser = sys.modules["tinyldm.cli"].Parser
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         module.parse(["--nothing-of-this-name"])
-    return {action.dest for action in seen[0]._actions} - {"help", "version"}
+    return {action.dest for action in seen[0]._actions} - {"help", "version", "quiet"}
 
 
 @pytest.fixture(scope="module")

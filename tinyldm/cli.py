@@ -44,13 +44,24 @@ class Version(argparse.Action):
         parser.exit()
 
 
+class Quiet(argparse.Action):
+    """--quiet"""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print errors and warnings alone")
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace, values, option_string=None) -> None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
+        sys.stderr = WithoutBars(sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that treats `-` and `_` alike, understands what other programs call a flag, allows no abbreviations, and suggests the
     nearest flag for a misspelt one."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.add_argument("--version", action=Version)
+        self.add_argument("--version", action=Version), self.add_argument("--quiet", action=Quiet)
         self.translated: dict[str, str] = {}            # our flag -> another program's name of it, where that was typed
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
@@ -238,6 +249,16 @@ class BestEffortStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+class WithoutBars(BestEffortStream):
+    """A stream that drops the bars of tqdm, which begin by going back to the beginning of the line, and the ends of their lines."""
+
+    bar = False             # whether a bar was the last that came
+
+    def write(self, text: str) -> int:
+        self.bar = text.startswith("\r") or self.bar and not text.strip()
+        return len(text) if self.bar else super().write(text)
 
 
 def outlive_terminal() -> None:
