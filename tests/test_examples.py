@@ -173,7 +173,8 @@ SCRIPTS = {"train.py": ("train.py",), "sample.py": ("sample.py",), "prepare.py":
 
 def commands(content: str) -> list[tuple[str, list[str]]]:
     """(script, its flags) of every command in a document's code."""
-    spans = [part.replace("\\\n", " ") for part in re.findall(r"```(?:sh)?\n(.*?)```", content, re.DOTALL)] + re.findall(r"`([^`\n]+)`", content)
+    spans = [part.replace("\\\n", " ") for kind, part in re.findall(r"```(\w*)\n(.*?)```", content, re.DOTALL)
+             if kind in ("", "sh")] + re.findall(r"`([^`\n]+)`", content)
     found = []
     for line in (line.partition(" # ")[0] for span in spans for line in span.splitlines()):
         for name in SCRIPTS:
