@@ -18,8 +18,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, begin, check_offload, check_scale, check_seed, check_steps, fail, guard,
-                         outlive_terminal)
+from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, begin, check_offload, check_scale, check_seed, check_steps, fail,
+                         guard, outlive_terminal)
 from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_names
 from tinyldm.lookup import device_name, dtype_name

@@ -70,6 +70,7 @@ from torch import nn
 from tinyldm.device import pick_dtype
 from tinyldm.files import replace_folder
 from tinyldm.folders.load import load_model
+from tinyldm.folders.publish import push
 from tinyldm.folders.save import save_loaded
 from tinyldm.folders.single_file import save_checkpoint, why_not_one_file
 from tinyldm.model import Model, architecture
@@ -265,20 +266,6 @@ def guidance_words(model: Model, settings: DrawSettings) -> str:
         return f"guidance_scale={settings.cfg:g}"
     true = f', negative_prompt="", true_cfg_scale={settings.cfg:g}' if settings.guided else ""
     return f"guidance_scale={settings.told:g}{true}"
-
-
-def push(folder: Path, repository: str) -> str:
-    """Upload an exported folder to the hub -> its address. ValueError, with advice, where that fails: the folder stays."""
-    from huggingface_hub import HfApi  # imported here because it takes a third of a second
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, private=True, exist_ok=True)
-        return str(api.upload_folder(folder_path=str(folder), repo_id=repository, commit_message="Exported with tinyldm"))
-    except Exception as error:      # no network, no token, no right, a server error
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{folder} is written, and uploading it to {repository} failed ({reason}): set HF_TOKEN to a token that may write, then "
-                         f"hf upload {repository} {folder}") from error
 
 
 def card(model: Model, source: Path | str, folder: Path, licence: str | None = None) -> str:

@@ -69,7 +69,8 @@ def save_embedding(path: str | Path, token: str, vectors: Mapping[str, Tensor], 
     tensors = {names[part]: rows.detach().cpu().contiguous() for part, rows in vectors.items()}
     partial = path.with_name(f".writing-{path.name}")
     try:
-        write_weights(partial, tensors, modelspec("tinyldm/textual-inversion", token, trigger_phrase=token) | {**(metadata or {}), "token": token})
+        about = modelspec("tinyldm/textual-inversion", token, trigger_phrase=token)
+        write_weights(partial, tensors, about | {**(metadata or {}), "token": token})
         flush(partial)
         partial.replace(path)
     finally:
