@@ -18,7 +18,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, add_drawing_flags, add_offload_flag, check_offload, check_scale, check_seed, fail, guard, outlive_terminal
+from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, begin, check_offload, check_scale, check_seed, check_steps, fail,
+                         guard, outlive_terminal)
 from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_names
 from tinyldm.lookup import device_name, dtype_name
@@ -56,14 +57,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         fail("no RUN: name a run or model folder, as in 'python evaluate.py runs/tiny'; or an autoencoder with --vae")
     if args.run and args.vae:
         fail(f"both RUN ({args.run}) and --vae {args.vae}: name one of them")
-    for name, least in (("count", 2), ("batch_size", 1), ("seed", 0), ("steps", 1)):
+    for name, least in (("count", 2), ("batch_size", 1), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
     try:
         subject = "vae" if args.vae else "model"
         args.metric = metric_names(args.metric or [SUBJECTS[subject].metric], subject)
         check_used(args, own, parser)
-        check_seed(args.seed)
+        check_seed(args.seed), check_steps(args.steps)
         for scale in args.cfg or ():
             check_scale(scale, "--cfg")
         check_scale(args.true_cfg, "--true-cfg")
@@ -101,10 +102,13 @@ def refuse_drawing_flags(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin()
     ARGS = parse()
 
 import json
+import signal
 import traceback
+from itertools import count as numbers
 
 from tinyldm.adapters.embedding_files import split_token
 from tinyldm.device import pick_device
@@ -156,9 +160,12 @@ def usual_output(run: str) -> Path:
 
 
 def report(name: str, result: Measurement, out: Path) -> None:
-    """Write the record, and print what people read and the files."""
-    write_file(out / f"{name}.json", json.dumps(result.record, indent=1) + "\n")
-    print(*result.lines, "", *result.files, out / f"{name}.json", sep="\n", flush=True)
+    """Write the record, and print what people read and the files. An earlier record of this name is kept under the next free number."""
+    content = json.dumps(result.record, indent=1) + "\n"
+    if (file := out / f"{name}.json").exists() and file.read_text(encoding="utf-8") != content:
+        file.rename(next(path for i in numbers(1) if not (path := out / f"{name}-{i}.json").exists()))
+    write_file(file, content)
+    print(*result.lines, "", *result.files, file, sep="\n", flush=True)
 
 
 def measure(name: str, evaluation: Evaluation) -> int:
@@ -166,6 +173,8 @@ def measure(name: str, evaluation: Evaluation) -> int:
     try:
         guard(lambda: report(name, METRICS[name].measure(evaluation), evaluation.out))
     except SystemExit as end:                               # guard has printed the reason
+        if end.code == 128 + signal.SIGINT:                 # Ctrl-C ends all
+            raise
         return end.code
     except NotFirst:                                        # torchrun's other processes only draw
         return 0

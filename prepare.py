@@ -18,7 +18,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tinyldm.cli import guard, outlive_terminal
+from tinyldm.cli import begin, guard, outlive_terminal
 from tinyldm.config import Config, parse
 
 NAMES = ("preset", "seed", "device", "dtype", "compile", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments",
@@ -42,6 +42,7 @@ FLAGS = {
 }
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin()
     CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS, NAMES)
 
 import numpy as np

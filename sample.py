@@ -20,52 +20,24 @@ import random
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, add_drawing_flags, add_offload_flag, caption, fail, guard, outlive_terminal
+from tinyldm.cli import Parser, add_drawing_flags, begin, fail, guard, outlive_terminal
 from tinyldm.config.adapter_arguments import add_adapter_flags
-from tinyldm.config.sample_arguments import add_guidance_flags, add_model_flags, check, is_file_name
+from tinyldm.config.sample_arguments import (add_caption_flags, add_guidance_flags, add_model_flags, add_output_flags, add_picture_flags,
+                                             check, is_file_name)
 from tinyldm.unicode import read_lines
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("prompt", nargs="*", type=caption, help="one or several captions")
-    add("--from-file", metavar="FILE", help="captions from a text file in UTF-8, one per line")
-    add("--negative-prompt", type=caption, metavar="TEXT", help="what to steer away from (default: the empty caption; of Stable "
-        "Diffusion XL zeros, which are something else)")
+    add_caption_flags(parser)
     add_model_flags(parser)
     add_adapter_flags(parser)
     add_drawing_flags(parser)
     add_guidance_flags(parser)
-    add("--prompt-weights", action="store_true", help="(x) [x] (x:1.3) change the weight of x, also in --negative-prompt")
-    add("--original-size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="Stable Diffusion XL: size of the picture as it was "
-        "found, which the network is told (default: that of the picture to draw)")
-    add("--crop", type=int, nargs=2, metavar=("LEFT", "TOP"), help="Stable Diffusion XL: what was cut off of it (default: 0 0, nothing)")
-    add("--eta", type=float, metavar="E", help="ddim: fraction of fresh noise, 0 to 1")
-    add("--seed", type=int, default=0, metavar="S", help="first seed; -1 picks one (printed and stored)")
-    add("-n", "--num-images", type=int, default=1, metavar="N", help="pictures per caption")
-    add("--batch-size", type=int, default=16, metavar="B", help="pictures drawn at once")
-    add("--width", type=int, default=0, metavar="PX", help="(default: the model's)")
-    add("--height", type=int, default=0, metavar="PX", help="(default: the model's)")
-    add("--init-image", metavar="FILE", help="a picture to start from instead of noise")
-    add("--strength", type=float, metavar="S", help="how much of it may change, 0 to 1 (default: 0.75; with a mask 1)")
-    add("--mask", metavar="FILE", help="with --init-image: draw where this picture is white, keep the rest; of one that is transparent "
-        "somewhere, draw where it is opaque, whatever its colours")
-    add("--invert", nargs="?", const="", type=caption, metavar="CAPTION", help="with --init-image: start from its own noise, found by "
-        "inversion; CAPTION describes the picture (default: the prompt, which at --cfg 1 draws it again)")
-    add("--interpolate", nargs="?", const="", metavar="SEED2", help="an animation from --seed to SEED2 (default: the same seed) "
-        "and, of two captions, from the first to the second")
-    add("--frames", type=int, metavar="N", help="with --interpolate (default: 16)")
-    add("--preview", nargs="?", const="", metavar="TAESD", help="write preview.png while drawing: coarse colours, or with this tiny "
-        "autoencoder (folder or hub id; taesd: the published one for the model's latents)")
-    add("--out", "--outdir", default="samples", metavar="PATH", help="a folder, or a .png file (default: samples/); an animation "
-        "may be .webp or .gif")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (or cuda:1, ...), mps")
-    add_offload_flag(parser)
-    add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16 (bfloat16), fp16 "
-        "(float16), fp32 (float32)")
-    add("--dry-run", action="store_true", help="say what drawing will take, and stop: memory, FLOPs, bytes to read; reads no weights")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
+    add_picture_flags(parser)
+    add_output_flags(parser)
     args = parser.parse_args(argv)
+    args.prompt += args.more_prompts or []
     if args.from_file:
         try:
             args.prompt += [line.strip() for line in read_lines(args.from_file) if line.strip()]
@@ -79,6 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin()
     ARGS = parse()
 
 import inspect
@@ -106,13 +79,15 @@ from tinyldm.pictures.output import Output
 from tinyldm.pictures.pixels import to_bytes, to_pixels, write_picture
 from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import (Canvas, DrawSettings, Morph, PromptFeatures, all_captions, check_size, decode, draw, draw_settings,
-                              picture_size)
-from tinyldm.planning.drawing import Order, bytes_on_disk, offload_to_fit, plan_drawing, render
+                              picture_size, steps_needed)
+from tinyldm.planning.drawing import Order, bytes_on_disk, check_memory, offload_to_fit, plan_drawing, render
 from tinyldm.text.prompt_weights import plain
+from tinyldm.text.words import unknown
 from tinyldm.training.learned import apply_learned, learned_facts
 from tinyldm.training.portable import model_name, portable
 from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders import latent_rgb
+from tinyldm.version import version
 
 
 def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
@@ -134,6 +109,9 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
         for part, length, cut in model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
             who = "the model" if len(model.text.modules) == 1 else f"its encoder {part}"
             print(f'warning: {who} reads {length} tokens; left out: "{cut}"', file=sys.stderr)
+    words = model.defaults.get("words", [])
+    if odd := unknown(map(plain, [*args.prompt, args.negative_prompt or ""]), words):
+        print(f"warning: no caption of the training held {', '.join(odd)}; it held {', '.join(words[:150])}", file=sys.stderr)
     return model, source
 
 
@@ -150,6 +128,9 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg)
     if args.eta is not None and found.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
+    if found.steps < (least := steps_needed(found.sampler, model.process)):
+        print(f"warning: {found.sampler} needs about {least} steps on this model's process, and draws noise or worse with {found.steps}: "
+              f"--steps {least}, or --sampler dpmpp_2m", file=sys.stderr)
     flag = "--true-cfg" if "guidance" in extras else "--cfg"
     if not found.guided and args.negative_prompt:
         raise ValueError(f"--negative-prompt has no effect at {flag} {found.cfg:g}: use {flag} above 1, or leave it out")
@@ -245,8 +226,8 @@ def facts_about(args: argparse.Namespace, model: Model, name: str) -> dict[str, 
     """All about the model that another picture could come of: which one it is, and how it was loaded."""
     facts = {"Model": name, "Variant": args.variant, "Weights": "raw" if args.no_ema else "", "Prediction": args.prediction,
              "Tokenizer": " ".join(map(portable, args.tokenizer or ())), "Parts": " ".join(map(portable, args.parts or ())),
-             "Left out": "T5" if args.without_t5 else "", **learned_facts(args),
-             "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]]}
+             "Left out": "T5" if args.without_t5 else "", **learned_facts(args), "Trained with": model.defaults.get("version"),
+             "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]], "Version": f"tinyldm {version()}"}
     return {key: value for key, value in facts.items() if value}
 
 
@@ -337,6 +318,8 @@ def main() -> None:
     file = (out if still else out.with_suffix(".png")) if is_file_name(args.out) else None
     output = Output(out.parent if file else out, file, [])
     inputs = open_inputs(args, model, settings, output.folder / "preview.png")
+    if not args.init_image:
+        check_memory(model, order(args, settings), pick_device(args.device))
     make_output_folder(output.folder)
     try:
         (draw_pictures if still else draw_animation)(args, inputs, facts_about(args, model, name), output)

@@ -25,15 +25,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyldm.cli import allow_expandable_segments, best_effort, guard, outlive_terminal
+from tinyldm.cli import allow_expandable_segments, begin, best_effort, guard, outlive_terminal
 from tinyldm.config import Config, flatten, parse
 
 FLAGS = {"--dry-run": dict(action="store_true", help="print the plan (sizes, FLOPs, memory, hours) and stop")}
 STARTED = time.monotonic()                                   # running time counts from here and includes loading torch
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin(), allow_expandable_segments()
     CONFIG, ARGS = parse(sys.argv[1:], __doc__, FLAGS)
-    allow_expandable_segments()
 
 import torch
 
@@ -60,7 +60,7 @@ from tinyldm.training.micro_batches import MicroBatches
 from tinyldm.training.preflight import check_plan, check_run
 from tinyldm.training.progress import ProgressBar
 from tinyldm.training.rehearsal import rehearse
-from tinyldm.training.report import refresh_report
+from tinyldm.training.report import Refresher, refresh_report
 from tinyldm.training.rollback import Diverged, skipped_before
 from tinyldm.training.run_folder import find_paths, next_command, prepare_run
 from tinyldm.training.schedule import Revision
@@ -98,6 +98,7 @@ class Trainer:
         self.log = Log(context.folder / "log.jsonl" if main else None, stage.name, self.step, self.tracker.row)
         self.evaluation = WhileTraining(config, context)
         self.writer = checkpoint.Writer(context.folder, config.run.keep_last, config.run.keep_every)
+        self.page = Refresher(context.folder, main, stage.draw_progress)
         self.note_plan(self.timing.resume(self.step) if last else None)
         if skipped_batches > max(state.get("window", 0), skipped_before(context.folder, last)):     # a rollback led here just now
             text = f"back to step {self.step}: {skipped_batches:,} batches skipped so far"
@@ -233,6 +234,7 @@ class Trainer:
             self.log.write(stage=self.stage.name, step=self.step, lr_factor=factor, **row, **ratio, running=self.timing.running, **shown)
             for text in self.stage.objective.notes():           # a discriminator that has collapsed, for example
                 self.note("collapse", self.step, text)
+            self.page(self.timing.timer)
         if self.stage.planned and self.step - self.first_step == COMPARE_AFTER:
             self.compare_with_plan()
 
@@ -302,12 +304,12 @@ class Trainer:
         if not self.timing.schedule.total:
             self.note_plan(self.revise_plan())
         seconds, stage, config = self.timing.timer.seconds, self.stage, self.stage.phases[self.phase_index]
-        speed = stage.settings.batch_size / seconds
+        speed, planned = stage.settings.batch_size / seconds, self.context.device.type == "cuda"    # a plan is made for a GPU
         mfu = speed * self.bar.flops / self.bar.peak if self.bar.peak else None
         measured = Measured(seconds, speed, mfu, memory_gb(self.context.device) or None, self.timing.schedule.total,
                             self.timing.finish(self.step, self.phase_index))
         best_effort("the comparison with the plan",
-                    lambda: print("\n" + compare(config, measured, stage.config, COMPARE_AFTER), flush=True))
+                    lambda: print("\n" + compare(config, measured, stage.config, COMPARE_AFTER, planned), flush=True))
 
 
 # ---------------------------------------------------------------- the run
@@ -359,10 +361,9 @@ def train_stage(stage: Stage, context: RunContext, last: Path | None) -> Learner
 
 
 def main() -> None:
-    config = CONFIG
+    config, (rank, processes) = CONFIG, launched()
     if ARGS.dry_run:
         return print_plan(check_plan(config))
-    rank, processes = launched()
     outlive_terminal()
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")     # the main process prints for all
@@ -375,7 +376,7 @@ def main() -> None:
         fast_convolutions()
     run = Path(config.run.out)
     if started_again(run):                                      # by torchrun, after one of the processes has died
-        config = parse([*sys.argv[1:], "--resume", "auto"], __doc__, FLAGS)[0]
+        config = parse([*sys.argv[1:], "--resume", "auto", "--out", str(run)], __doc__, FLAGS)[0]
     config = check_evaluation(check_run(find_paths(config)))
     if rank == 0:
         prepare_run(config)
@@ -384,8 +385,7 @@ def main() -> None:
     try:
         train_all(config, RunContext(run, device, world, signals, clock))
     except Interrupted:
-        start = "python" if processes == 1 else "torchrun (as before)"
-        print(f"saved; continue with: {start} train.py --out {run} --resume yes")
+        print(f"saved; continue with: {'python' if processes == 1 else 'torchrun (as before)'} train.py --out {run} --resume yes")
         world.close()
         sys.exit(128 + signals.received)
     finally:

@@ -17,7 +17,7 @@ import torch
 
 from tinyldm.config import parse
 from tinyldm.device import autocast, pick_device
-from tinyldm.folders.save import save_vae
+from tinyldm.folders.save import save_texts, save_vae
 from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
@@ -30,7 +30,7 @@ from tinyldm.training import checkpoint
 from tinyldm.training.distributed import World, clip
 from tinyldm.training.frozen import Frozen
 from tinyldm.training.learner import Learner
-from tinyldm.training.second_stage import at_phase, trained_parts
+from tinyldm.training.second_stage import at_phase
 from tinyldm.training.trained import TrainedModel
 
 
@@ -62,8 +62,8 @@ def main() -> None:
     alone, beside, copies, writes = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         run, n = Path(folder), 0
-        save_vae(run / "vae", vae)
-        parts = trained_parts(config, model)
+        save_vae(run / "vae", vae), save_texts(run / "text", model.text)
+        parts = ("net",) if config.text.weights else ("net", *model.text.modules)
         trained, objective = TrainedModel(lambda: model, parts, Frozen(run)), Denoising(config, model, parts)
         learner = Learner(trained, objective, config.optimisation, World(), device)
         writer = checkpoint.Writer(run, keep=2)

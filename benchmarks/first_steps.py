@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from tinyldm.cli import need
+
 REDUCED = ("--batch-size 4 --grad-accum 2 --max-steps 6 --warmup-steps 2 --val-samples 2 --val-every 3 --log-every 1 --save-every 5 "
            "--sample-every 0 --sample-steps 2 --encode-batch-size 4 --max-skip 1").split()
 
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--preset", default="5090_week")
     parser.add_argument("--out", type=Path, default=Path("runs/first_steps"))
     args, rest = parser.parse_known_args()
+    need("diffusers", "transformers")
     shutil.rmtree(args.out, ignore_errors=True)
     models = args.out.with_name(args.out.name + "-models")
     if not models.exists():

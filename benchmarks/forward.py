@@ -24,6 +24,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from tinyldm.cli import need
 from tinyldm.device import pick_device
 from tinyldm.folders.rename import export_renamed
 from tinyldm.folders.save import written_rules
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=("full", "small"), default="full")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
+    need("diffusers", "transformers")
     device = pick_device()
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {args.scale} size, ms\n")
     print("| forward | default attention: tinyldm | peer | ratio | no flash attention: tinyldm | peer | ratio |")

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from tinyldm.cli import need
 from tinyldm.files import read_json
 from tinyldm.folders.build import load_network
 from tinyldm.folders.save import write_part
@@ -131,6 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(*args.child)
+    need("diffusers", "transformers")
     if not Path("/proc/self/clear_refs").exists():
         sys.exit("memory is read from /proc: run this on Linux")
     configs = FULL if args.scale == "full" else SMALL

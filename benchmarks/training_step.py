@@ -11,6 +11,10 @@ import argparse
 import statistics
 import time
 
+from tinyldm.cli import need
+
+need("diffusers", "transformers")
+
 import diffusers
 import torch
 

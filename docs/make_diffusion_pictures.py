@@ -10,6 +10,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tinyldm.cli import need
+
+need("matplotlib")
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch

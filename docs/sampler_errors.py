@@ -13,6 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tinyldm.cli import need
+
+need("matplotlib")
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -21,7 +26,6 @@ import matplotlib.ticker
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinyldm.diffusion.grids import Levels, curve, grid
 from tinyldm.diffusion.noise import make_generators
 from tinyldm.diffusion.process import Level, Process, make_process
@@ -150,6 +154,7 @@ def write(odes: dict, sdes: dict, floors: dict) -> None:
                   f"{floors[label]:.2g} apart: differences below about that are noise. `dpmpp_2m`, which is deterministic, is "
                   "there for comparison.", "",
                   *table(sdes[label], (*STOCHASTIC, "dpmpp_2m")), ""]
+    lines += ["Of these figures `lms` and `pndm` profit from a start at a finite level. On a flow, and with zero terminal SNR, where the first level is pure noise, they need about 50 steps, and draw garbage with 20: sample.py warns then.", ""]
     lines += ["A figure in brackets is the number of calls where it is not the column's. `pndm` takes its first step twice; "
               "`heun`, `edm` and `dpmpp_sde` call the denoiser twice a step.", ""]
     (HERE / "samplers.md").write_text("\n".join(lines), "utf-8")

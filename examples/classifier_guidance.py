@@ -42,7 +42,7 @@ from tinyldm.model import Model
 from tinyldm.models.layers import Downsample, ResBlock, TimeEmbedding
 from tinyldm.pictures.pixels import to_bytes, to_pixels
 from tinyldm.pictures.sheet import tile
-from tinyldm.pipeline import DrawSettings, decode, draw_settings, encode_prompts
+from tinyldm.pipeline import DrawSettings, PromptFeatures, decode, draw_settings
 from tinyldm.training.run_folder import find_model
 
 NAMES = tuple(SUBJECTS)
@@ -147,7 +147,7 @@ def main() -> None:
     classifier = train(Cache(folder), model.process, args.steps)
 
     wanted = torch.arange(len(NAMES)).repeat(args.count)                     # all subjects in order, `count` times
-    plain = denoiser(model.net, encode_prompts(model, [""] * len(wanted)), model.prediction)
+    plain = denoiser(model.net, PromptFeatures(model)([""] * len(wanted)), model.prediction)
     log_p = lambda x, level: classifier(x, level).gather(1, wanted[:, None]).squeeze(1)
     recogniser, rows = get_recogniser(), []
     for name, denoise in (("without", plain), ("with", classifier_guidance(plain, log_p, args.scale))):

@@ -331,7 +331,7 @@ def test_older_names_of_flags_are_understood():
 
 def test_fields_of_any_network_are_given_by_one_flag():
     config = parsed("--network", "dit", "--dit", "width=32", "layers=2", "--net", "layers=3")
-    assert config.network.settings == {"width": 32, "layers": 3}
+    assert config.network.settings == PRESETS["tiny_dit"]["dit"] | {"width": 32, "layers": 3}
     assert parsed("--net", "depth=5").network.settings == PRESETS["tiny"]["unet"] | {"depth": 5}
 
 

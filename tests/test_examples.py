@@ -92,7 +92,7 @@ NO_LAYOUTS = ("families", "latent_rgb", "layout", "lpips", "pipelines", "schedul
 
 
 SMALL_TABLES = {"ACTIVATIONS", "ACTIVATION_NAMES", "DTYPES", "DTYPE_NAMES", "DEVICES", "HOW", "EXTRA_SHAPES", "TIME_SHIFT_TYPES",
-                "TRAINED"}                                                     # nobody adds a row to these
+                "TRAINED", "SETTINGS", "RESUME"}                                                     # nobody adds a row to these
 
 
 def test_the_tables_of_the_architecture_are_where_it_says():
@@ -132,7 +132,7 @@ def test_each_line_of_the_architecture_imports_only_from_lines_above_it():
             found |= {other for file in files for other in imported(file)} - {name}
         assert found <= above and set(matter) <= found, names
         above |= set(names)
-    packages = {path.stem for path in (ROOT / "tinyldm").iterdir() if path.stem not in ("__init__", "__pycache__")}
+    packages = {path.stem for path in (ROOT / "tinyldm").iterdir() if path.stem not in ("__init__", "__main__", "__pycache__")}
     assert above == packages
 
 
@@ -173,7 +173,8 @@ SCRIPTS = {"train.py": ("train.py",), "sample.py": ("sample.py",), "prepare.py":
 
 def commands(content: str) -> list[tuple[str, list[str]]]:
     """(script, its flags) of every command in a document's code."""
-    spans = [part.replace("\\\n", " ") for part in re.findall(r"```(?:sh)?\n(.*?)```", content, re.DOTALL)] + re.findall(r"`([^`\n]+)`", content)
+    spans = [part.replace("\\\n", " ") for kind, part in re.findall(r"```(\w*)\n(.*?)```", content, re.DOTALL)
+             if kind in ("", "sh")] + re.findall(r"`([^`\n]+)`", content)
     found = []
     for line in (line.partition(" # ")[0] for span in spans for line in span.splitlines()):
         for name in SCRIPTS:

@@ -47,7 +47,7 @@ def flags_of(module, patch) -> set[str]:
     Parser = sys.modules["tinyldm.cli"].Parser
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         module.parse(["--nothing-of-this-name"])
-    return {action.dest for action in seen[0]._actions} - {"help"}
+    return {action.dest for action in seen[0]._actions} - {"help", "version", "quiet"}
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ SAMPLE = {
     "dtype": Row(["--dtype", "bf16"], {"loaded", *WHOLE}, which_way=lambda a, b: b.loaded[0][1] == torch.bfloat16),
     "compile": Row(["--compile"], {"compiled"}),
 }
-NOT_SAMPLE = {"device": "there may be one alone", "offload": "the same picture: tests/test_sample_memory.py, tests/test_offload.py",
+NOT_SAMPLE = {"more_prompts": "the same as captions without a flag: tests/test_other_names.py", "device": "there may be one alone", "offload": "the same picture: tests/test_sample_memory.py, tests/test_offload.py",
               "dry_run": "no picture: tests/test_sample_memory.py"}
 
 

@@ -10,6 +10,7 @@ from test_sample import make
 
 from tinyldm.folders.save import save_model
 from tinyldm.pipeline import draw
+from tinyldm.version import version
 
 
 @pytest.fixture(scope="module")
@@ -84,4 +85,4 @@ def test_a_picture_says_which_model_drew_it_and_not_where_that_lies(folder, tmp_
     for model, name in ((run, '"foxes, v2 step-000006"'), (folder, folder.name)):
         in_this_process(monkeypatch, ["a", "--model", model, "--steps", 1, "--out", tmp_path / "x.png"])
         text = Image.open(tmp_path / "x.png").text["parameters"]
-        assert f"Size: 32x32, Model: {name}, Precision: fp32, RNG: CPU" in text and "alice" not in text
+        assert f"Size: 32x32, Model: {name}, Precision: fp32, Version: tinyldm {version()}, RNG: CPU" in text and "alice" not in text

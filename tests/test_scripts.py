@@ -23,6 +23,7 @@ from tinyldm.training import checkpoint
 from tinyldm.training.log import read
 from tinyldm.training.preflight import check_run
 from tinyldm.training.run_folder import find_model
+from tinyldm.version import version
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +418,7 @@ def test_pictures_carry_their_settings(run, tmp_path):
     assert done.returncode == 0, done.stderr
     text = Image.open(tmp_path / "fox.png").text["parameters"]
     assert text == ("a red fox\nNegative prompt: blue\nSteps: 2, Sampler: dpmpp_2m, Schedule type: flow_sigmas, CFG scale: 7.5, Seed: 0, "
-                    "Size: 16x16, Model: small step-000006, Precision: fp32, RNG: CPU")
+                    f"Size: 16x16, Model: small step-000006, Trained with: {version()}, Precision: fp32, Version: tinyldm {version()}, RNG: CPU")
 
 
 @pytest.mark.parametrize("words, expected", [

@@ -121,7 +121,7 @@ ROWS = {
     "text_join": Row("single", {"captions", "tokens"} | NETWORK, dict(text_weights="TWO"),
                      lambda a, b: a.tokens[0].shape[1] == 2 * b.tokens[0].shape[1]),
     "vocab_size": Row(520, {"captions", "tokens", "vocabulary"} | NETWORK),
-    "network": Row("unet", NETWORK),
+    "network": Row("unet", NETWORK | {"rates"}),
     "unet": Row(dict(depth=2), NETWORK, dict(network="unet")),
     "dit": Row(dict(layers=2), NETWORK),
     "net": Row(dict(layers=2), NETWORK),

@@ -7,39 +7,95 @@ the traceback.
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib.util
 import io
+import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-from tinyldm.lookup import nearest
+from tinyldm.other_names import Differs, ours
 from tinyldm.unicode import check_unicode
+from tinyldm.version import version
 
 # What torch, CUDA, cuBLAS and cuDNN (since version 9 in names that end in ALLOCATION_FAILED) say when memory has run out.
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED",
              "unable to find an engine")                       # cuDNN, where none of its algorithms had room to work
+MOST_STEPS = 10_000                     # of a sampler
+LARGEST = 16_384                        # pixels on a side of a picture
+PATIENCE = 10.0                         # seconds in which torchrun has ended all processes of a host when one has failed
+NEAR = 0.75                             # how similar a flag must be to be suggested: with less, --epochs is near to --process
 SIGPIPE = 13                            # Windows' signal module does not know it
 
 
+class Version(argparse.Action):
+    """--version"""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version and the commit, and stop")
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace, values, option_string=None) -> None:
+        print(f"tinyldm {version()}")
+        parser.exit()
+
+
+class Quiet(argparse.Action):
+    """--quiet"""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print errors and warnings alone")
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace, values, option_string=None) -> None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
+        sys.stderr = WithoutBars(sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that treats `-` and `_` alike, allows no abbreviations, and suggests the nearest flag for a misspelt one."""
+    """argparse that treats `-` and `_` alike, understands what other programs call a flag, allows no abbreviations, and suggests the
+    nearest flag for a misspelt one."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.add_argument("--version", action=Version), self.add_argument("--quiet", action=Quiet)
+        self.translated: dict[str, str] = {}            # our flag -> another program's name of it, where that was typed
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         print_anything()
-        words = sys.argv[1:] if args is None else list(args)
-        words = [flag.replace("_", "-") + equals + value if flag.startswith("--") else word
-                 for word in words for flag, equals, value in [word.partition("=")]]
-        known, unknown = self.parse_known_args(words, namespace)
+        known, unknown = self.parse_known_args(sys.argv[1:] if args is None else list(args), namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            hint = nearest(flag, self._option_string_actions)
+            flags = {other.lstrip("-"): other for other in self._option_string_actions}
+            near = difflib.get_close_matches(flag.lstrip("-"), list(flags), n=1, cutoff=NEAR)
+            hint = f"did you mean '{flags[near[0]]}'? " if near else ""
             self.error(f"unknown argument '{flag}': {hint}--help lists all")
         return known
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        return super().parse_known_args(self.translate(list(args or [])), namespace)
+
+    def translate(self, words: list[str]) -> list[str]:
+        """The words with our names for other programs' flags. One that means another thing is an error."""
+        result, values = [], {}
+        for word in words:
+            flag, equals, value = word.partition("=")
+            flag = flag.replace("_", "-") if flag.startswith("--") else flag
+            other = ours(flag, self._option_string_actions) if flag.startswith("-") else None
+            if isinstance(other, Differs):
+                self.error(f"{flag} {other.advice}")
+            if not flag.startswith("-"):
+                result.append(values.get(word, word))
+            elif other is None:
+                result.append(flag + equals + value if flag.startswith("--") else word)
+            else:
+                self.translated[other.ours] = flag
+                result.append(other.ours + equals + other.values.get(value, value))
+            values = other.values if other and not equals else {}
+        return result
 
     def error(self, message: str) -> None:
         fail(message)
@@ -94,6 +150,12 @@ def check_scale(scale: float | None, flag: str, usual: str = "1 or less is none,
         raise ValueError(f"{flag} {scale} is not a guidance scale: {usual}")
 
 
+def check_steps(steps: int | None, flag: str = "--steps") -> None:
+    """ValueError for a number of sampling steps that makes no sense: a level is a row of a table, and each costs calls of the network."""
+    if steps is not None and not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"{flag} {steps} must lie between 1 and {MOST_STEPS:,}: 20 to 50 are usual")
+
+
 def add_offload_flag(parser: argparse.ArgumentParser) -> None:
     """Add --offload, for check_offload and offload.place_for_weights."""
     parser.add_argument("--offload", nargs="?", const="auto", metavar="HOW", help="for models larger than the GPU's memory: weights are "
@@ -108,20 +170,57 @@ def check_offload(how: str | None, before: str) -> None:
 
 
 def fail(message: str) -> None:
-    """Print one line and exit with code 2, also where nobody can read the line."""
+    """Print one line and exit with code 2, also where nobody can read the line. Of several processes that torchrun started the first
+    prints at once, and torchrun then ends the others, which make the same mistake, before they print theirs. It also gets the line for
+    its own report, which is long."""
     with suppress(OSError, ValueError):
-        print(f"error: {message}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(PATIENCE)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            write_report(file, message)
     sys.exit(2)
+
+
+def write_report(file: str, message: str) -> None:
+    """Write a message as torchrun expects it of its processes."""
+    content = {"message": f"error: {message}", "timestamp": int(time.time())}
+    with open(file, "w", encoding="utf-8") as handle:
+        json.dump(content, handle)
+
+
+def need(*packages: str) -> None:
+    """End a script of benchmarks/ or docs/ in one line where a package is missing that the library itself does not need."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        fail(f"this script needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def begin() -> None:
+    """What a script does first of all: from here on Ctrl-C ends it at once, without a traceback, while it loads torch, for example."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:           # not where it is ignored, as under nohup
+        signal.signal(signal.SIGINT, quit_at_once)
+
+
+def quit_at_once(number: int, frame) -> None:
+    """A handler of SIGINT for work that leaves nothing behind."""
+    os._exit(128 + number)
 
 
 def guard(main: Callable[[], None]) -> None:
     """Run a script. Errors that its user can fix are printed as one line. A closed output pipe ends it silently with 141, as a shell
-    reports SIGPIPE: what comes after `&&` must not take cut work for finished."""
+    reports SIGPIPE: what comes after `&&` must not take cut work for finished. Ctrl-C ends it with 130, after every `finally`."""
+    if signal.getsignal(signal.SIGINT) is quit_at_once:         # from here on there may be something to finish or to clear away
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
         os._exit(128 + SIGPIPE)
+    except KeyboardInterrupt:
+        with suppress(OSError, ValueError):
+            print("\nstopped", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
         if os.environ.get("TINYLDM_TRACEBACK"):
             raise
@@ -150,6 +249,16 @@ class BestEffortStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+class WithoutBars(BestEffortStream):
+    """A stream that drops the bars of tqdm, which begin by going back to the beginning of the line, and the ends of their lines."""
+
+    bar = False             # whether a bar was the last that came
+
+    def write(self, text: str) -> int:
+        self.bar = text.startswith("\r") or self.bar and not text.strip()
+        return len(text) if self.bar else super().write(text)
 
 
 def outlive_terminal() -> None:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinyldm.cli import Parser, fail, guard
+from tinyldm.cli import Parser, begin, fail, guard
 from tinyldm.config.adapter_arguments import add_adapter_flags
 
 
@@ -37,8 +38,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prediction", metavar="NAME", help="of a single file that does not say it: eps or v (default: v for "
         "Stable Diffusion 2, eps for 1)")
     add("--single-file", metavar="FILE", help="also write one .safetensors in CompVis' layout, for models of Stable Diffusion 1's shape")
+    add("--license", metavar="NAME", help="written into the model card, as the hub names licences: mit, apache-2.0, openrail, ...")
+    add("--push-to-hub", metavar="OWNER/NAME", help="then upload the folder into this repository of the hub, which is made, private, where there "
+        "is none (HF_TOKEN is the key); needs --license")
     add_adapter_flags(parser)
     args = parser.parse_args(argv)
+    if args.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
+        fail(f"--push-to-hub {args.push_to_hub}: name a repository of the hub, OWNER/NAME")
+    if args.push_to_hub and not args.license:
+        fail("--push-to-hub publishes a model: say under which licence, with --license mit, for example")
+    if args.license and not re.fullmatch(r"[a-z0-9.+-]+", args.license):
+        fail(f"--license {args.license}: name it as the hub does, as in mit, apache-2.0 or other")
     if args.single_file and Path(args.single_file).suffix != ".safetensors":
         fail(f"--single-file {args.single_file}: the file is written as .safetensors; name it so")
     if args.single_file and not Path(args.single_file).parent.is_dir():
@@ -51,6 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin()
     ARGS = parse()
 
 import torch
@@ -59,6 +70,7 @@ from torch import nn
 from tinyldm.device import pick_dtype
 from tinyldm.files import replace_folder
 from tinyldm.folders.load import load_model
+from tinyldm.folders.publish import push
 from tinyldm.folders.save import save_loaded
 from tinyldm.folders.single_file import save_checkpoint, why_not_one_file
 from tinyldm.model import Model, architecture
@@ -237,6 +249,7 @@ def facts(model: Model, source: Path | str) -> dict[str, str]:
         "process": f"{process} ({numbers})" if numbers else process,
         "prediction": prediction,
         "steps": model.defaults.get("step"),
+        "trained with": f"tinyldm {version}" if (version := model.defaults.get("version")) else None,
         "pictures per step": config.get("batch_size"),
         "optimizer": config.get("optimizer"),
         "learning rate": config.get("lr"),
@@ -255,7 +268,7 @@ def guidance_words(model: Model, settings: DrawSettings) -> str:
     return f"guidance_scale={settings.told:g}{true}"
 
 
-def card(model: Model, source: Path | str, folder: Path) -> str:
+def card(model: Model, source: Path | str, folder: Path, licence: str | None = None) -> str:
     """The text of README.md in the exported folder, its model card."""
     settings = draw_settings(model)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts(model, source).items())
@@ -267,6 +280,7 @@ pipeline = {opening(model, pipeline, folder.name)}
 pipeline("a red fox", num_inference_steps={settings.steps}, {guidance_words(model, settings)}).images[0]
 ```"""
     return f"""---
+{f'license: {licence}' if licence else '# license: none was named'}
 library_name: {'diffusers' if pipeline else 'tinyldm'}
 pipeline_tag: text-to-image
 tags: [text-to-image, latent-diffusion, tinyldm]
@@ -309,12 +323,14 @@ def main() -> None:
 
     def fill(partial: Path) -> None:
         save_loaded(partial, model)
-        (partial / "README.md").write_text(shown(card(model, source, folder)), encoding="utf-8")
+        (partial / "README.md").write_text(shown(card(model, source, folder, args.license)), encoding="utf-8")
 
     replace_folder(folder, fill)
     if args.single_file:
         save_checkpoint(args.single_file, model)
         print(f"{args.single_file}: loads as a Stable Diffusion 1 wherever those load")
+    if args.push_to_hub:
+        print(push(folder, args.push_to_hub))
     pipeline = opens_in(model)
     print(f"{folder}: python sample.py \"a red fox\" --model {folder}\n" + (
         f"  or in Python: {opening(model, pipeline, folder)}" if pipeline else not_stock(model)))

@@ -18,7 +18,7 @@ from tinyldm.diffusion.guidance import Denoiser, SkipLayers, denoiser, denoiser_
 from tinyldm.diffusion.guidance import cfg as guided
 from tinyldm.diffusion.noise import initial_noise, make_generators, slerp
 from tinyldm.diffusion.ode import invert
-from tinyldm.diffusion.process import Level, at_size
+from tinyldm.diffusion.process import Level, Process, at_size
 from tinyldm.diffusion.samplers import find_sampler, sampler_name
 from tinyldm.lookup import lookup
 from tinyldm.model import Model, architecture
@@ -62,6 +62,12 @@ EXTRAS: dict[str, Callable[[DrawSettings, int, int], Any]] = {
     "guidance": lambda settings, width, height: settings.told,
     "elapsed": lambda settings, width, height: 0.0,             # in each step another: see tell_elapsed
 }
+
+
+def steps_needed(name: str, process: Process) -> int:
+    """The steps below which a sampler draws no picture on a process: those that extrapolate from several earlier steps begin badly where the
+    first level is pure noise (a flow, zero terminal SNR). 1 for all others."""
+    return 50 if sampler_name(name) in ("lms", "pndm") and grid(at_size(process), 2)[0].alpha < 1e-3 else 1
 
 
 def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | None = None, steps: int | None = None,

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tinyldm.cli import Parser, fail, guard
+from tinyldm.cli import Parser, begin, fail, guard
 
 LARGE_MISFIT = 0.1                                             # a misfit above this is mentioned, with advice
 MAX_WIDTH = 12 ** -0.5                                         # the width of the plain mean of all steps, 0.289
@@ -49,6 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin()
     ARGS = parse()
 
 import numpy as np

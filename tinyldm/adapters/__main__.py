@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinyldm.cli import Parser, fail, guard
+from tinyldm.cli import Parser, begin, fail, guard
 from tinyldm.config.adapter_arguments import add_lora_flag
 from tinyldm.lookup import dtype_name
 
@@ -80,6 +80,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":                                   # before torch is loaded: --help and mistakes answer at once
+    begin()
     ARGS = parse()
 
 from tinyldm.adapters.commands import COMMANDS

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tinyldm.adapters.embedding_pictures import PICTURES, read_picture
 from tinyldm.files import flush
+from tinyldm.folders.modelspec import modelspec
 from tinyldm.folders.weights import PICKLES, errors_about, open_weights, unpickle, write_weights
 from tinyldm.lookup import lookup
 from tinyldm.model import Model
@@ -68,7 +69,8 @@ def save_embedding(path: str | Path, token: str, vectors: Mapping[str, Tensor], 
     tensors = {names[part]: rows.detach().cpu().contiguous() for part, rows in vectors.items()}
     partial = path.with_name(f".writing-{path.name}")
     try:
-        write_weights(partial, tensors, {**(metadata or {}), "token": token})
+        about = modelspec("tinyldm/textual-inversion", token, trigger_phrase=token)
+        write_weights(partial, tensors, about | {**(metadata or {}), "token": token})
         flush(partial)
         partial.replace(path)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from tinyldm.cli import check_seed
+from tinyldm.cli import LARGEST, check_seed, check_steps
 from tinyldm.config.fields import Config, flatten
 from tinyldm.config.finetune import check_finetune
 from tinyldm.durations import parse_date, parse_duration
@@ -40,6 +40,11 @@ def check(config: Config) -> None:
         if not smallest <= values[name] < math.inf:
             raise ValueError(f"{flag(name)} {values[name]} must be at least {smallest}")
     check_seed(values["seed"])
+    if values["sample_steps"]:                              # 0: as the model of --finetune says
+        check_steps(values["sample_steps"], "--sample-steps")
+    for side in (values["resolution"], values["vae_crop"], *(int(side) for side in values["stages"] if side.isdecimal())):
+        if side > LARGEST:
+            raise ValueError(f"pictures of {side} pixels on a side are too large: {LARGEST} at most")
     for name in POSITIVE:
         if not 0 < values[name] < math.inf:
             raise ValueError(f"{flag(name)} {values[name]} must be a positive number")

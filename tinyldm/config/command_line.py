@@ -7,17 +7,21 @@ import ast
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from tinyldm.cli import Parser
 from tinyldm.config.check import check, flag
 from tinyldm.config.fields import SETTINGS, Config, current, flatten, make_config
 from tinyldm.config.finetune import FINETUNES, finetune_kind, finetune_row
-from tinyldm.config.presets import PRESETS, VAE_PRESETS
+from tinyldm.config.help import epilog, with_default
+from tinyldm.config.levels import with_levels
+from tinyldm.config.presets import VAE_PRESETS, preset_row
 from tinyldm.lookup import lookup
 
 # Settings that may hold paths; a resumed run keeps them all.
 PATHS = ("data", "cache", "vae_weights", "vae_init", "vae_lpips", "text_weights", "model", "parts", "tokenizer")
+RESUME = {word: word for word in ("no", "auto", "yes")}
+ABOUT_RUN = ("directory", "version", "resume", "out")       # in config.json, and not settings of another run
 # What can be changed instead of a setting that a run keeps.
 INSTEAD = {"batch_size": " (--grad-accum makes micro-batches, and so the memory, smaller)"}
 
@@ -28,14 +32,19 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
 
     own: those flags, as argparse takes them. names: the settings that the script knows; none: all of them.
     """
-    parser = Parser(description=description)
+    parser, plain = Parser(description=description, usage="%(prog)s [--FLAG VALUE ...]", epilog=epilog(not names)), flatten(Config())
+    groups = {group: parser.add_argument_group(kind.__doc__.split(". ")[0].rstrip(".")) for group, kind in get_type_hints(Config).items()
+              if any(SETTINGS[name].group == group for name in names or SETTINGS)}
     for name in (name for name in SETTINGS if not names or name in names):
-        add_flag(parser, name)
+        add_flag(groups[SETTINGS[name].group], name, plain[name])
+    parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="take settings from a run's config.json, or from a JSON "
+                        "object with some of its names; what is typed wins")
     for word, options in (own or {}).items():
         parser.add_argument(word, **options)
     typed = vars(parser.parse_args(argv))
     rest = argparse.Namespace(**{name: typed.pop(name) for word in own or {} if (name := word[2:].replace("-", "_")) in typed})
     try:
+        name_run(typed)
         row = starting_point(typed)
         if row["resume"] != "no":                               # what a resumed run keeps has been compared
             typed = {name: value for name, value in typed.items() if not SETTINGS[name].kept}
@@ -45,16 +54,17 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
         typed = {name: merged(row, name, value) if SETTINGS[name].type is dict else value for name, value in typed.items()}
         config = make_config(**(row | typed))
         check(config)
+        check_meaning(config, parser.translated)
     except ValueError as error:
         parser.error(str(error))
     return config, rest
 
 
-def add_flag(parser: argparse.ArgumentParser, name: str) -> None:
-    """One setting as a flag: its name, its type, its line of help. Settings that are not typed leave no trace."""
+def add_flag(parser: argparse._ActionsContainer, name: str, default: Any = None) -> None:
+    """One setting as a flag: its name, its type, its line of help with the default. Settings that are not typed leave no trace."""
     setting = SETTINGS[name]
     words = list(dict.fromkeys([flag(name), *map(flag, setting.also)]))
-    common = dict(dest=name, default=argparse.SUPPRESS, help=setting.help)
+    common = dict(dest=name, default=argparse.SUPPRESS, help=with_default(setting.help, default))
     if setting.type in (bool, bool | None):
         parser.add_argument(*words, action=argparse.BooleanOptionalAction, **common)
     elif metavar := {dict: "KEY=VALUE", list: "WORD"}.get(setting.type):
@@ -64,16 +74,42 @@ def add_flag(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument(*words, type=kind, metavar=kind.__name__.upper(), **common)
 
 
+def name_run(typed: dict[str, Any]) -> None:
+    """--resume RUN, the folder of a run, becomes --out RUN --resume yes. ValueError where that contradicts what else is typed."""
+    word = typed.get("resume", "no")
+    if word in RESUME or not (os.path.isdir(word) or os.sep in word or "/" in word):
+        return
+    run = Path(word)
+    if run.parent.name == "checkpoints":
+        raise ValueError(f"--resume {word}: a run continues from its newest checkpoint: name the run, --resume {run.parent.parent}")
+    if "out" in typed and os.path.abspath(typed["out"]) != os.path.abspath(word):
+        raise ValueError(f"--resume {word} and --out {typed['out']} are two runs: leave one out")
+    typed |= {"out": str(run), "resume": "yes"}
+
+
+def check_meaning(config: Config, translated: dict[str, str]) -> None:
+    """ValueError where another program's name of a setting would mean something else than ours."""
+    word, processes = translated.get("--batch-size"), int(os.environ.get("WORLD_SIZE", 1))
+    if word and (config.optimisation.grad_accum > 1 or processes > 1):
+        raise ValueError(f"{word} counts the pictures of one micro-batch of one process: --batch-size are those of a whole step, over "
+                         f"{config.optimisation.grad_accum} micro-batches and {processes} processes; type --batch-size")
+
+
 def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     """The values under what was typed: a preset's row, or those of the run to resume. "resume" among them says which: no or auto."""
-    if kind := finetune_kind(typed):
+    values = read_config(typed.pop("config", ""))
+    if kind := finetune_kind(values | typed):
         lookup(FINETUNES, kind, "--finetune")
         if "preset" in typed:
             raise ValueError(f"--preset {typed['preset']} describes a new network, and --finetune trains one that exists: leave one out")
-    preset = kind or typed.get("preset", "tiny")
-    row = (finetune_row(typed) if kind else lookup(PRESETS, preset, "preset") | {"preset": preset}) | {"resume": "no"}
+    preset = kind or typed.get("preset", values.get("preset", "tiny"))
+    row = finetune_row(values | typed) if kind else preset_row(preset, typed.get("network", values.get("network")))
+    for name in values:
+        row = row | SETTINGS[name].clears
+    row = row | {"resume": "no"} | {name: merged(row, name, value) if isinstance(value, dict) else value
+                                    for name, value in values.items()}
     run = Path(typed.get("out") or f"runs/{preset}")
-    wanted, saved = lookup({word: word for word in ("no", "auto", "yes")}, typed.get("resume", "no"), "--resume"), run / "config.json"
+    wanted, saved = lookup(RESUME, typed.get("resume", "no"), "--resume"), run / "config.json"
     if wanted != "no" and not saved.exists() and ((run / "checkpoints").exists() or (run / "vae").exists()):
         raise ValueError(f"{saved} is missing: write the run's settings into it again, or start another run with --out")
     if wanted == "yes" and not saved.exists():
@@ -92,6 +128,25 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"a run keeps its {flag(name)} ({known[name]}): leave it out to resume{INSTEAD.get(name, '')}, "
                              "or start another run with --out")
     return row
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """The settings in the file of --config: a run's config.json, or a JSON object with some of its names; {} without a file. What belongs to
+    the run itself (its folder, whether it is resumed) is left out. ValueError, with advice, for a file that is none."""
+    if not file:
+        return {}
+    path = Path(file) / "config.json" if Path(file).is_dir() else Path(file)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no {...}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {file}: {getattr(error, 'strerror', None) or error}: name a run's config.json, or a file such as "
+                         '{"max_steps": 500, "lr": 0.001}') from None
+    values = current({name.replace("-", "_"): value for name, value in content.items() if name not in ABOUT_RUN})
+    for name in values:
+        lookup(SETTINGS, name, f"setting in {file}")
+    return values
 
 
 def laid_over(row: dict[str, Any], vae_preset: str | None) -> dict[str, Any]:
@@ -123,9 +178,12 @@ def same_path(asked: str, known: str, directory: str) -> bool:
     return asked == known or one == two
 
 
-def merged(row: dict[str, Any], name: str, words: list[str]) -> dict[str, Any]:
-    """A preset's key=value pairs with those typed in their place; picture sizes are replaced as a whole."""
-    return pairs(name, words) if name == "stages" else {**row.get(name, {}), **pairs(name, words)}
+def merged(row: dict[str, Any], name: str, words: list[str] | dict[str, Any]) -> dict[str, Any]:
+    """A preset's key=value pairs with those typed (or read from a file) in their place; picture sizes are replaced as a whole."""
+    typed, before = words if isinstance(words, dict) else pairs(name, words), row.get(name, {})
+    if name == "unet" or name == "net" and row.get("network", "unet") == "unet":
+        typed = with_levels(typed, before if name == "unet" else row.get("unet", {}) | before)
+    return typed if name == "stages" else {**before, **typed}
 
 
 def pairs(name: str, words: list[str]) -> dict[str, Any]:

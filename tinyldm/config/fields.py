@@ -28,7 +28,7 @@ class RunConfig:
     out: str = free("", "run folder (default: runs/PRESET)")
     only: str = fixed("", "train this part alone: vae. The result is RUN/vae; --vae-steps, or --budget and --deadline, say for how long")
     resume: str = free("no", "auto: continue from the newest checkpoint in the run folder, or start where there is no run yet; yes: only "
-                             "continue; no: only start")
+                             "continue; no: only start; or RUN, the folder of a run to continue")
     seed: int = fixed(0, "every random choice is a function of (seed, step, position in the batch)")
     device: str = free("auto", "auto, cpu, cuda (or cuda:1, ...), mps")
     dtype: str = free("auto", "autocast: auto (bf16 where the device computes it natively), bf16 (bfloat16), fp32 (float32)")
@@ -39,7 +39,7 @@ class RunConfig:
                                      "two is rounded to 8 bits (an error of up to 1/256)")
     deterministic: bool = free(False, "use only algorithms that give the same bits every time: on CUDA slower, on CPUs always on")
     log_every: int = free(20, "steps per line of log.jsonl")
-    track: str = free("", "repeat the log in tensorboard or wandb (pip install 'tinyldm[tensorboard]' or 'tinyldm[wandb]')")
+    track: str = free("", "repeat the log in tensorboard or wandb (pip install tensorboard, or wandb)")
     save_every: int = free(500, "steps per checkpoint")
     keep_last: int = free(2, "number of newest checkpoints to keep")
     keep_every: int = free(0, "keep every checkpoint whose step is a multiple of this too (0: none)")

@@ -30,7 +30,7 @@ WITH: dict[str, dict[str, dict[str, Any]]] = {
 
 def finetune_kind(typed: Mapping[str, Any]) -> str:
     """How a model that exists is trained, "" where none is: --objective with a --teacher trains all of its network."""
-    return typed.get("finetune") or ("whole" if "objective" in typed and "model" in typed else "")
+    return typed.get("finetune") or ("whole" if typed.get("objective") and typed.get("model") else "")
 
 
 def finetune_row(typed: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,11 @@ import os
 import re
 from pathlib import Path
 
-from tinyldm.cli import check_offload, check_scale, check_seed, fail
+from tinyldm.cli import LARGEST, add_offload_flag, caption, check_offload, check_scale, check_seed, check_steps, fail
 
 PICTURES = (".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
 
 GREEDY = ("parts", "preview", "offload", "invert", "interpolate")      # flags that take a caption behind them for their value
-LARGEST = 16_384                        # pixels on a side of a picture
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +42,55 @@ def add_guidance_flags(parser: argparse.ArgumentParser) -> None:
     add("--skip-scale", type=float, metavar="W", help="with --skip-layers (default: 2.8)")
     add("--skip-interval", type=float, nargs=2, metavar=("START", "STOP"), help="with --skip-layers: fractions of the steps "
         "(default: 0.01 0.2)")
+
+
+def add_caption_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what says which pictures are drawn."""
+    add = parser.add_argument
+    add("prompt", nargs="*", type=caption, help="one or several captions")
+    add("--prompt", dest="more_prompts", nargs="+", type=caption, metavar="TEXT", help="captions too, for who is used to name them so")
+    add("--from-file", metavar="FILE", help="captions from a text file in UTF-8, one per line")
+    add("--negative-prompt", type=caption, metavar="TEXT", help="what to steer away from (default: the empty caption; of Stable "
+        "Diffusion XL zeros, which are something else)")
+
+
+def add_picture_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of one picture: seed, size, and the picture that it begins from."""
+    add = parser.add_argument
+    add("--prompt-weights", action="store_true", help="(x) [x] (x:1.3) change the weight of x, also in --negative-prompt")
+    add("--original-size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="Stable Diffusion XL: size of the picture as it was "
+        "found, which the network is told (default: that of the picture to draw)")
+    add("--crop", type=int, nargs=2, metavar=("LEFT", "TOP"), help="Stable Diffusion XL: what was cut off of it (default: 0 0, nothing)")
+    add("--eta", type=float, metavar="E", help="ddim: fraction of fresh noise, 0 to 1")
+    add("--seed", type=int, default=0, metavar="S", help="first seed; -1 picks one (printed and stored)")
+    add("-n", "--num-images", type=int, default=1, metavar="N", help="pictures per caption")
+    add("--batch-size", type=int, default=16, metavar="B", help="pictures drawn at once")
+    add("--width", type=int, default=0, metavar="PX", help="(default: the model's)")
+    add("--height", type=int, default=0, metavar="PX", help="(default: the model's)")
+    add("--init-image", metavar="FILE", help="a picture to start from instead of noise")
+    add("--strength", type=float, metavar="S", help="how much of it may change, 0 to 1 (default: 0.75; with a mask 1)")
+    add("--mask", metavar="FILE", help="with --init-image: draw where this picture is white, keep the rest; of one that is transparent "
+        "somewhere, draw where it is opaque, whatever its colours")
+    add("--invert", nargs="?", const="", type=caption, metavar="CAPTION", help="with --init-image: start from its own noise, found by "
+        "inversion; CAPTION describes the picture (default: the prompt, which at --cfg 1 draws it again)")
+    add("--interpolate", nargs="?", const="", metavar="SEED2", help="an animation from --seed to SEED2 (default: the same seed) "
+        "and, of two captions, from the first to the second")
+    add("--frames", type=int, metavar="N", help="with --interpolate (default: 16)")
+    add("--preview", nargs="?", const="", metavar="TAESD", help="write preview.png while drawing: coarse colours, or with this tiny "
+        "autoencoder (folder or hub id; taesd: the published one for the model's latents)")
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where pictures go, and what they are computed with."""
+    add = parser.add_argument
+    add("--out", "--outdir", default="samples", metavar="PATH", help="a folder, or a .png file (default: samples/); an animation "
+        "may be .webp or .gif")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (or cuda:1, ...), mps")
+    add_offload_flag(parser)
+    add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16 (bfloat16), fp16 "
+        "(float16), fp32 (float32)")
+    add("--dry-run", action="store_true", help="say what drawing will take, and stop: memory, FLOPs, bytes to read; reads no weights")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -83,7 +131,7 @@ def check(args: argparse.Namespace) -> None:
     try:
         check_scale(args.cfg, "--cfg"), check_scale(args.true_cfg, "--true-cfg")
         check_scale(args.skip_scale, "--skip-scale", "2.8 is usual")
-        check_offload(args.offload, "the caption")
+        check_offload(args.offload, "the caption"), check_steps(args.steps)
         check_seed(args.seed)
         check_seed(int(args.interpolate or 0), "--interpolate")
     except ValueError as error:

@@ -51,7 +51,8 @@ from tinyldm.data.encoding import (
 from tinyldm.data.moved import by_content, content_of, reuse
 from tinyldm.data.readers import Damaged, Sample, Skip
 from tinyldm.data.remote import SourceLost
-from tinyldm.data.report import Report, add_up, judge, nothing_usable
+from tinyldm.data.report import Report, add_up, judge, nothing_usable, print_sizes
+from tinyldm.data.shard import read_facts
 from tinyldm.data.sources import Shard, Source, list_shards, parse_sources
 from tinyldm.device import native_bf16
 from tinyldm.files import Claims, replace_folder, write_file
@@ -153,12 +154,11 @@ def check_folder(folder: Path) -> None:
 
 
 def open_folder(folder: Path, settings: dict[str, Any], made_by: str, rebuild: bool) -> None:
-    """Make the cache's folder, or check that an existing one was made with the same settings.
-
-    ValueError that lists the differences; with `rebuild`, a cache with other settings is deleted instead.
+    """Make the cache's folder, or check that an existing one was made with the same settings. ValueError that lists the differences; with `rebuild`, a cache with other settings is deleted instead, and so is one without a single
+    picture: what a command leaves that failed.
     """
     file = folder / "settings.json"
-    found = read_settings(folder) if file.exists() else {}
+    found = read_settings(folder) if file.exists() and holds_work(folder) else {}
     if found and (not rebuild or {name: found.get(name) for name in settings} == settings):
         check_settings(folder, found, settings)                # with `rebuild`: another process may have rebuilt it already
     else:
@@ -168,6 +168,12 @@ def open_folder(folder: Path, settings: dict[str, Any], made_by: str, rebuild: b
         (folder / "encode_batch_size").unlink(missing_ok=True)
         write_file(file, json.dumps(settings | {"vae_weights": made_by}, sort_keys=True, indent=1))
     (folder / "shards").mkdir(exist_ok=True)
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a cache is finished, holds a picture, or is being written."""
+    shards = [*(folder / "shards").glob("*")]
+    return (folder / "index.json").exists() or any(shard.name.startswith(".") or read_facts(shard).get("kept") for shard in shards)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -239,6 +245,7 @@ def prepare(config: Config, folder: Path, vae: AutoencoderKL, device: torch.devi
     shards, mark = [shard for _, found in sources for shard in found], digest(settings)
     is_done = lambda shard: bool(read_shard(folder, shard, mark))
     if missing := [shard for shard in shards if not is_done(shard)]:
+        print_sizes(missing, config.data)
         with claims.held("index"):
             (folder / "index.json").unlink(missing_ok=True)
         size = BatchSize(folder, config.data.encode_batch_size, claims)

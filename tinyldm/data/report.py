@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
 from typing import Any, NamedTuple
 
 from tinyldm.config import DataConfig
-from tinyldm.data.readers import CUT, DAMAGED
+from tinyldm.data.decoding import Unusable, upright_size
+from tinyldm.data.readers import CUT, DAMAGED, Sample
+from tinyldm.data.source_kind import Shard
 
 NARROW = 0.1        # standard deviation of the posterior, relative to the latents', below which the mean is enough
 
@@ -71,3 +76,27 @@ def nothing_usable(data: DataConfig, faults: Counter) -> str:
 
 def listed(reasons: Counter) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+
+
+def print_sizes(shards: Iterable[Shard], data: DataConfig) -> None:
+    """Print describe_sizes, in the first of several processes."""
+    if not int(os.environ.get("RANK", 0)) and (line := describe_sizes(shards, data)):
+        print(line, flush=True)
+
+
+def describe_sizes(shards: Iterable[Shard], data: DataConfig, count: int = 16) -> str:
+    """One line on the sizes of the first pictures of the first shard on this machine, and what becomes of them; "" where there is none:
+    toyworld draws at any size."""
+    shard, found = next((shard for shard in shards if not shard.remote), None), []
+    with suppress(OSError, ValueError):                         # what is wrong with them is said when they are encoded
+        for sample in islice(shard.read(), count) if shard else ():
+            if isinstance(sample, Sample) and isinstance(sample.picture, bytes):
+                with suppress(Unusable):
+                    found.append(upright_size(sample.picture))
+    if not found:
+        return ""
+    smallest, largest = ("x".join(map(str, choose(found, key=min))) for choose in (min, max))
+    side, usual = data.resolution, sorted(map(min, found))[len(found) // 2]
+    hint = "; they are enlarged" if usual < side else f"; --resolution {usual // 64 * 64} would keep more of them" if usual >= max(64, 2 * side) else ""
+    return (f"pictures of {smallest if smallest == largest else f'{smallest} to {largest}'} (the first {len(found)}) are encoded "
+            f"{'with the number of tokens of' if data.buckets else 'at'} {side}x{side}, --resolution {side}{hint}")

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from tinyldm.device import autocast
+from tinyldm.evaluation.progress import progress
 from tinyldm.model import Model
 from tinyldm.pipeline import DrawSettings, draw
 
@@ -72,7 +72,7 @@ class Evaluation:
 
     def _draw_batches(self, prompts: Sequence[str]) -> np.ndarray:
         images = []
-        with tqdm(total=len(prompts), unit="picture", disable=None) as bar, autocast(self.device, self.dtype):
+        with progress(len(prompts)) as bar, autocast(self.device, self.dtype):
             for start in range(0, len(prompts), self.batch_size):
                 batch = prompts[start : start + self.batch_size]
                 images.append(draw(self.model, batch, range(self.seed + start, self.seed + start + len(batch)), self.settings))

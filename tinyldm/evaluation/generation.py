@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from tinyldm.device import autocast
 from tinyldm.evaluation.base import Evaluation, NotFirst
 from tinyldm.evaluation.captions import Captions
+from tinyldm.evaluation.progress import progress
 from tinyldm.files import make_output_folder, write_file
 from tinyldm.model import Model
 from tinyldm.pictures.pixels import write_picture
@@ -89,7 +89,7 @@ def draw_missing(evaluation: Evaluation, settings: DrawSettings, jobs: Sequence[
     """Draw this process's share of the pictures that have no file yet; in the first process, wait for the others."""
     rank, processes = launched()
     mine = [job for job in jobs[rank::processes] if not job.file.exists()]
-    with tqdm(total=len(mine), unit="picture", desc=label, disable=True if rank or not mine else None) as bar:
+    with progress(len(mine), label, shown=not rank and bool(mine)) as bar:
         with autocast(evaluation.device, evaluation.dtype):
             for start in range(0, len(mine), evaluation.batch_size):
                 batch = mine[start:start + evaluation.batch_size]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyldm.config import DataConfig, make_config
 from tinyldm.data.decoding import ENDINGS, Framing
@@ -25,6 +24,7 @@ from tinyldm.data.sources import find_kind
 from tinyldm.evaluation import generation, statistics
 from tinyldm.evaluation.base import Evaluation
 from tinyldm.evaluation.captions import Captions, read_captions
+from tinyldm.evaluation.progress import progress
 from tinyldm.evaluation.statistics import FeatureSet, Gatherer
 from tinyldm.evaluation.towers import OpenTower, open_tower, outputs
 from tinyldm.models.inception import InceptionFeatures
@@ -183,7 +183,7 @@ def features_of(evaluation: Evaluation, tower: OpenTower, pictures: PictureSet, 
 
 def gather(tower: OpenTower, pictures: PictureSet, kept: int = statistics.KEPT) -> FeatureSet:
     gatherer = Gatherer(tower.name, tower.row.resize, kept)
-    with tqdm(unit="picture", desc=f"{tower.name} of {pictures.label}", disable=None) as bar:
+    with progress(None, f"{tower.name} of {pictures.label}") as bar:
         for images, _ in pictures.batches():
             found = outputs(tower, images)
             rows, logits = (found.pool, found.logits) if isinstance(found, InceptionFeatures) else (found, None)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.special import stdtrit
-from tqdm import tqdm
 
 from tinyldm.config import make_config
 from tinyldm.data.encoding import Item, make_recipe
@@ -25,6 +24,7 @@ from tinyldm.data.sources import list_shards, parse_sources
 from tinyldm.data.report import listed
 from tinyldm.device import in_parts
 from tinyldm.evaluation.base import Evaluation, Measurement
+from tinyldm.evaluation.progress import progress
 from tinyldm.folders.lpips import load_lpips, open_lpips
 from tinyldm.models.lpips import LPIPS
 from tinyldm.models.tiling import PIXELS_AT_ONCE
@@ -110,7 +110,7 @@ def batches(evaluation: Evaluation, size: int, count: int, faults: Counter) -> I
     `faults`, by reason."""
     config = make_config(data=evaluation.options["data"], resolution=size, seed=evaluation.seed)
     pictures = usable_pictures(make_recipe(config.data, captioned=False), config, count, faults)
-    with tqdm(total=count, unit="picture", disable=None) as bar:
+    with progress(count) as bar:
         while items := [*islice(pictures, evaluation.batch_size)]:
             yield items
             bar.update(len(items))

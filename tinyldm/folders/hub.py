@@ -11,14 +11,34 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from tinyldm.lookup import nearest
+
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
+RUNS = "runs"                                   # where train.py writes by default
 Choose = Callable[[set[str]], list[str]]        # all file names of a repository -> names of the files that are needed
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether a source is a hub id: it has the form of one, and no such path exists."""
-    return isinstance(source, str) and bool(HUB_ID.fullmatch(source)) and not Path(source).exists()
+    """Whether a source is a hub id: it has the form of one, and no such path exists. runs/NAME, and FOLDER/NAME where that folder is
+    here, are paths, also where they are missing: only a revision (FOLDER/NAME@main) says that the hub is meant."""
+    found = isinstance(source, str) and HUB_ID.fullmatch(source)
+    if not found or Path(source).exists():
+        return False
+    owner, _, _ = source.partition("/")
+    return bool(found["revision"]) or not (owner == RUNS or Path(owner).is_dir())
+
+
+def missing(source: str | Path) -> ValueError:
+    """The error, with advice, for a source that is neither a path here nor a hub id."""
+    folder, name = Path(source).parent, Path(source).name
+    near = nearest(name, sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
+    if near and folder != Path("."):
+        near = near.replace("'", f"'{folder}/", 1)
+    where = "" if folder.is_dir() else f"there is no folder {folder} here; "
+    hub = f", or {source}@main if the hub's is meant" if isinstance(source, str) and HUB_ID.fullmatch(source) else ""
+    return ValueError(f"{source} does not exist: {near or where}name a run, a model folder, a .safetensors or .ckpt file, or a hub id "
+                      f"such as stable-diffusion-v1-5/stable-diffusion-v1-5{hub}")
 
 
 def hub_id(source: str | Path) -> str | None:
@@ -33,8 +53,7 @@ def locate(source: str | Path, needed: Choose) -> Path:
     """
     if not is_hub_id(source):
         if not Path(source).exists():
-            raise ValueError(f"{source} does not exist: name a folder, a .safetensors or .ckpt file, or a hub id such as "
-                             "stable-diffusion-v1-5/stable-diffusion-v1-5")
+            raise missing(source)
         return Path(source)
     found = HUB_ID.fullmatch(str(source))
     return fetch(found["id"], found["revision"], needed)

@@ -25,6 +25,7 @@ from typing import Any
 from torch import nn
 
 from tinyldm.files import INCOMPLETE, flush_folder, link, read_json
+from tinyldm.folders.modelspec import IMPLEMENTATION, modelspec
 from tinyldm.folders.rename import export_renamed
 from tinyldm.folders.weights import write_weights
 from tinyldm.model import NON_EMA, Architecture, Model, StateDict, architecture
@@ -55,7 +56,9 @@ def save_model(path: str | Path, *, net: nn.Module | tuple[nn.Module, StateDict]
     path, raw = Path(path), dict(non_ema or {})
     path.mkdir(parents=True)
     row = architecture(net[0] if isinstance(net, tuple) else net)
-    _save_part(path / row.folder, net, raw.pop("net", None))
+    title = " ".join(str(defaults[name]) for name in ("preset", "step") if defaults.get(name) is not None) or path.name
+    about = modelspec(f"{IMPLEMENTATION}/{row.classes[0]}", title, defaults.get("resolution"))
+    _save_part(path / row.folder, net, raw.pop("net", None), about)
     _save_texts(path, texts, tokenizers, raw)
     _save_part(path / "vae", vae, None)
     if raw:
@@ -100,16 +103,16 @@ def save_part(path: str | Path, module: nn.Module, state_dict: StateDict | None 
 save_vae = save_part            # of an autoencoder
 
 
-def write_part(path: str | Path, module: nn.Module, state_dict: StateDict | None = None) -> None:
+def write_part(path: str | Path, module: nn.Module, state_dict: StateDict | None = None, about: Mapping[str, str] | None = None) -> None:
     """Write config.json and weights of any network in the tables of model.py, under published names. state_dict: weights to write
-    instead of the module's own, with the same keys."""
+    instead of the module's own, with the same keys. about: what the header says (modelspec.py); by default the class alone."""
     path, row = Path(path), architecture(module)
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", row.to_config(module.config))
-    save_weights(path / weights_name(row, None), module, state_dict)
+    save_weights(path / weights_name(row, None), module, state_dict, about)
 
 
-def save_weights(file: str | Path, module: nn.Module, state_dict: StateDict | None = None) -> None:
+def save_weights(file: str | Path, module: nn.Module, state_dict: StateDict | None = None, about: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file of module's weights, or of state_dict instead. OSError where it cannot be written."""
     own = module.state_dict()
     tensors = own if state_dict is None else state_dict
@@ -119,7 +122,8 @@ def save_weights(file: str | Path, module: nn.Module, state_dict: StateDict | No
                          f"for example). Pass the raw module's, not a compiled or wrapped one's")
     file = Path(file)
     file.unlink(missing_ok=True)        # do not overwrite it in place: other folders may hold hard links to it
-    write_weights(file, export_renamed(tensors, written_rules(module)))
+    name = architecture(module).classes[0]
+    write_weights(file, export_renamed(tensors, written_rules(module)), about or modelspec(f"{IMPLEMENTATION}/{name}", name))
 
 
 def written_rules(module: nn.Module) -> Rules:
@@ -142,16 +146,16 @@ def _save_texts(path: Path, texts: Sequence[Part], tokenizers: Sequence[BaseToke
             tokenizer.save(path / words)
 
 
-def _save_part(path: Path, part: Part, raw: StateDict | None) -> None:
+def _save_part(path: Path, part: Part, raw: StateDict | None, about: Mapping[str, str] | None = None) -> None:
     if isinstance(part, (str, Path)):
         if raw is not None:
             raise ValueError(f"non_ema weights for {part}, which is only linked: pass the module instead")
         _link(Path(part), path)
         return
     module, weights = part if isinstance(part, tuple) else (part, None)
-    write_part(path, module, weights)
+    write_part(path, module, weights, about)
     if raw is not None:
-        save_weights(path / weights_name(architecture(module), NON_EMA), module, raw)
+        save_weights(path / weights_name(architecture(module), NON_EMA), module, raw, about)
 
 
 def _model_index(path: Path, row: Architecture, scheduler: dict, defaults: Mapping[str, Any]) -> dict:

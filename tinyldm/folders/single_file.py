@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.folders import hub, needed, parts
+from tinyldm.folders.modelspec import modelspec
 from tinyldm.folders.build import load_network
 from tinyldm.folders.parts import Found, inside, row_of, told
 from tinyldm.folders.rename import export_renamed, recognise
@@ -272,4 +273,5 @@ def save_checkpoint(file: str | Path, model: Model) -> None:
     """Write the model as one file. ValueError where it is not a Stable Diffusion 1; OSError where it cannot be written."""
     if reason := why_not_one_file(model):
         raise ValueError(reason)
-    write_weights(Path(file), checkpoint_tensors(model))
+    about = modelspec("stable-diffusion-v1", Path(file).stem, model.defaults.get("resolution"), model.prediction)
+    write_weights(Path(file), checkpoint_tensors(model), about)

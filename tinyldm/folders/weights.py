@@ -103,12 +103,27 @@ def errors_about(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path}: its config holds a value that makes no network ({_first_line(error)}): {INCOMPLETE}") from error
 
 
+def sort_metadata(file: Path) -> None:
+    """Sort the entries of a header's metadata, which safetensors writes in another order every time: the same weights are the same bytes."""
+    with open(file, "r+b") as handle:
+        header = handle.read(int.from_bytes(handle.read(8), "little"))
+        begin, found = header.find(b"{", 1), json.loads(header).get("__metadata__", {})
+        text = lambda entries: json.dumps(dict(entries), ensure_ascii=False, separators=(",", ":")).encode()
+        if header[:begin] == b'{"__metadata__":' and len(found) > 1:
+            _, end = json.JSONDecoder().raw_decode(header[begin:].decode())
+            old = header[begin:].decode()[:end].encode()
+            if len(new := text(sorted(found.items()))) == len(old):
+                handle.seek(8 + begin)
+                handle.write(new)
+
+
 def write_weights(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file with the umask's permissions; `metadata` goes into its header. OSError where that fails."""
     try:    # published files have {"format": "pt"}, and transformers 4 refuses files without it
         save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"cannot write {file}: {error} (is the disk full?)") from error
+    sort_metadata(file)
     mask = os.umask(0)
     os.umask(mask)
     with suppress(OSError):                     # CIFS and object stores have no permissions to change

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyldm.device import free_memory
+from tinyldm.device import free_memory, main_memory
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.guidance import denoiser
 from tinyldm.diffusion.noise import make_generators
@@ -42,6 +42,8 @@ from tinyldm.text.encoders import TextEncoder, TextEncoders, part_name
 from tinyldm.vendor_loaders.pipelines import TEXT_FOLDERS
 
 META = torch.device("meta")
+LARGE = 2**22                       # pixels at once: fewer fit everywhere
+SIDE = 512                          # of the picture that the memory of larger ones is told from
 
 
 class Order(NamedTuple):
@@ -101,6 +103,20 @@ def weights_that_fit(model: Model, order: Order, device: torch.device) -> int | 
     activations = Meter(live_peak)
     run(replace(on_meta(model), placement=activations), sized(model, order))
     return free * 9 // 10 - max(activations.found.values())
+
+
+def check_memory(model: Model, order: Order, device: torch.device) -> None:
+    """ValueError where the activations of large pictures cannot fit into the memory of the device: before the work, not after minutes, when
+    the system has no memory left for anything. They are measured on a smaller picture, and grow at least with the pixels."""
+    order = sized(model, order)
+    pixels = order.width * order.height * order.at_once
+    if pixels < LARGE or (have := free_memory(device) or main_memory()) is None:
+        return
+    side, activations = 8 * max(model.divisor, SIDE // 8 // model.divisor * model.divisor), Meter(live_peak)
+    run(replace(on_meta(model), placement=activations), order._replace(width=side, height=side, at_once=1))
+    if (need := activations.found["net"] * pixels / side**2) > have:
+        raise ValueError(f"{order.at_once} x {order.width}x{order.height} pixels need {need / 1e9:,.0f} GB or more beside the weights, and "
+                         f"{have / 1e9:,.0f} GB are there: use a smaller --batch-size, --width and --height")
 
 
 def offload_to_fit(model: Model, device: torch.device, how: str, order: Order) -> Model:

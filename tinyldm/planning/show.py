@@ -103,13 +103,14 @@ class Measured(NamedTuple):
     finish: str
 
 
-def compare(config: Config, measured: Measured, whole: Config | None = None, after: int = 200) -> str:
+def compare(config: Config, measured: Measured, whole: Config | None = None, after: int = 200, planned: bool = True) -> str:
     """A table that compares measurements with the plan, whose times are projections for this machine's GPU at --utilisation, or for
     --gpu-tflops where it has none or an unknown one.
 
     config   settings of the phase that was measured
     whole    settings of the run, where it has several phases: `steps in all` and `finish` are the whole run's
     after    number of steps that were measured
+    planned  whether the plan is shown: on a CPU, for which it is not made, train.py shows the measurements alone
 
     A number that is not known is shown as "-"; this never raises an error."""
     plan, phase, device = None, None, pick_device(config.run.device)
@@ -129,8 +130,11 @@ def compare(config: Config, measured: Measured, whole: Config | None = None, aft
             ("memory, GB", ".3g", phase and phase.memory_gb(), measured.memory_gb),
             ("steps in all", ",", plan and sum(s.steps for s in main), measured.steps),
             ("finish", "", plan and planned_finish(plan), measured.finish)]
+    if not planned:
+        return "\n".join([f"{f'after {after} steps':20}{'measured':>20}", *(f"  {label:18}{show(found, form):>20}" for label, form, _, found in rows
+                                                                            if found is not None)])
     lines = [f"{f'after {after} steps':20}{'plan':>20}{'measured':>20}"]
-    lines += [f"  {label:18}{show(planned, form):>20}{show(found, form):>20}" for label, form, planned, found in rows]
+    lines += [f"  {label:18}{show(expected, form):>20}{show(found, form):>20}" for label, form, expected, found in rows]
     if device.type != "cuda":
         this = "a CPU" if device.type == "cpu" else device.type
         lines.append(f"  (the plan is for a GPU of {config.plan.gpu_tflops:g} TFLOP/s, this is {this})")

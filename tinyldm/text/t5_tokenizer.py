@@ -56,12 +56,16 @@ class T5Tokenizer(BaseTokenizer):
         return {"extra_ids": sum(token.content.startswith("<extra_id_") for token in self.added.values())}
 
     @classmethod
+    def check_size(cls, vocab_size: int) -> None:
+        """ValueError for a vocabulary that is too small to be trained."""
+        if vocab_size < (least := len(ASCII) + 4):
+            raise ValueError(f"vocab_size {vocab_size} is below the {least} that every English text needs")
+
+    @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, context_length: int = 512) -> T5Tokenizer:
         """A vocabulary of at most `vocab_size` ids from captions, without <extra_id_i>; the same captions always give the same one.
         All of ASCII is in it, and of other characters those that occur."""
-        least = len(ASCII) + 4
-        if vocab_size < least:
-            raise ValueError(f"vocab_size {vocab_size} is below the {least} that every English text needs")
+        cls.check_size(vocab_size)
         trainer = tk.trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=[PAD, EOS, UNKNOWN], unk_token=UNKNOWN,
                                              initial_alphabet=ASCII, show_progress=False)
         unigram = _pipeline([], b"")

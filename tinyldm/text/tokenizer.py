@@ -54,6 +54,12 @@ class Tokenizer(BaseTokenizer):
         return [sorted(self.vocab.items()), self.merges]
 
     @classmethod
+    def check_size(cls, vocab_size: int) -> None:
+        """ValueError for a vocabulary that is too small to be trained."""
+        if vocab_size < (least := len(_symbols()) + 2):
+            raise ValueError(f"vocab_size {vocab_size} is below the {least} that every text needs")
+
+    @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, context_length: int = 77, pad_token: str = EOS) -> Tokenizer:
         """A vocabulary of at most `vocab_size` ids from captions; the same captions always give the same one.
 
@@ -61,8 +67,7 @@ class Tokenizer(BaseTokenizer):
         fewer than vocab_size where no pair of symbols is left that occurs twice: give networks len(tokenizer) embeddings.
         """
         symbols = _symbols()
-        if vocab_size < len(symbols) + 2:
-            raise ValueError(f"vocab_size {vocab_size} is below the {len(symbols) + 2} that every text needs")
+        cls.check_size(vocab_size)
         # Passing all 512 symbols as special tokens fixes their ids. An initial alphabet could not contain the half
         # with </w>, whose ids would then follow the order of a hash table, and ties between merges would be broken at random.
         trainer = tk.trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=symbols, min_frequency=2,

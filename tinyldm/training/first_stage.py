@@ -103,6 +103,16 @@ class AutoencoderStage(Stage):
                              f"{now[1]:,}: some would be both trained on and validated on; keep --vae-pictures and the data, and "
                              "--vae-val-every 0 where it was 0")
 
+    def draw_progress(self) -> None:
+        self.draw_reconstructions()
+
+    def draw_reconstructions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Write samples/vae.png with the weights as they are -> its pictures and their reconstructions."""
+        shown = np.array(self.images[self.held_out[:SHOWN]] if len(self.held_out) else self.images[:SHOWN])
+        decoded, _ = reconstruct(self.vae, shown, self.context.device, "fp32")
+        write_grid(self.grid_file, shown, decoded)
+        return shown, decoded
+
     def finish(self, learner: Learner) -> None:
         """Measure the latents' mean and scale, make them part of the VAE, write RUN/vae and a picture that shows reconstructions. All
         processes call this; the main one does it.
@@ -117,9 +127,7 @@ class AutoencoderStage(Stage):
             if config.autoencoder.freeze != "encoder":
                 some = np.array(self.images[:MEASURED])
                 vae.standardise(torch.cat([*in_parts(lambda part: posterior(vae, part, device, config.run.dtype).mean, some, 64)]))
-            shown = np.array(self.images[self.held_out[:SHOWN]] if len(self.held_out) else self.images[:SHOWN])
-            decoded, _ = reconstruct(vae, shown, device, "fp32")
-            write_grid(self.grid_file, shown, decoded)
+            shown, decoded = self.draw_reconstructions()
             print(f"VAE: {psnr(decoded, shown).mean():.1f} dB on {len(shown)} pictures, scaling factor {vae.config.scaling_factor:.4f}")
             replace_folder(self.context.folder / "vae", lambda folder: save_vae(folder, vae))
             if config.run.only:

@@ -93,6 +93,9 @@ def check_settings(config: Config) -> Config:
         autoencoder_config(config.autoencoder.name, config.autoencoder.fields)
     if not config.text.weights:
         build_dataclass(text.config, config.text.fields | {"vocab_size": config.text.vocab_size}, "--text")
+        text.tokenizer.check_size(config.text.vocab_size)
+    if config.run.fsdp and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+        raise ValueError(f"--fsdp needs torch 2.8 or newer, this is {torch.__version__}: leave it out")
     find_sampler(config.drawing.sampler)
     check_process(config)
     if config.objective.mask_padding and "mask" not in row.conditions:

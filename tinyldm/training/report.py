@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import itemgetter
@@ -32,6 +33,7 @@ from tinyldm.durations import parse_date, parse_duration
 from tinyldm.files import read_json, write_file
 from tinyldm.training import log
 from tinyldm.training.portable import portable_settings
+from tinyldm.version import version
 
 POINTS = 2000          # points of a curve, at most
 BINS = 16              # curves by noise level t, at most
@@ -65,7 +67,7 @@ def write_report(run: Path, environment: dict | None = None) -> Path:
         "stages": stages, "hours": running_hours(rows), "time": time_to_go(config), "checkpoints": saved, "samples": samples(run),
         "events": [shown(event) for event in kept], "events_left_out": len(events) - len(kept),
         "prompts": prompts(config), "config": compare(config),
-        "environment": {str(key): text(value) for key, value in {**versions(), **(environment or {})}.items()},
+        "environment": {str(key): text(value) for key, value in {**versions(), **trained_by(config), **(environment or {})}.items()},
     }
     parts = {"TITLE": html.escape(name), "DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
              "REFRESH": "" if finished else '<meta http-equiv="refresh" content="60">'}
@@ -288,10 +290,31 @@ def compare(config: dict) -> list[dict]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("torch", "numpy", "tinyldm"):
+    for name in ("torch", "numpy"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return found
+    return found | {"tinyldm": version()}
+
+
+def trained_by(config: dict) -> dict[str, str]:
+    """The version that trained the run last, where its config.json says it."""
+    return {"tinyldm": str(config["version"])} if "version" in config else {}
+
+
+class Refresher:
+    """Keeps report.html up to date while a stage trains: called in every step that is logged, it acts once a minute, and the first time.
+
+    draw: first writes a picture that shows how far the stage is."""
+
+    def __init__(self, run: Path, shown: bool, draw: Callable[[], None], seconds: float = 60.0):
+        self.run, self.shown, self.draw, self.seconds, self.due = run, shown, draw, seconds, 0.0
+
+    def __call__(self, timer: Any) -> None:
+        if self.shown and time.monotonic() >= self.due:
+            with timer.outside_steps("report.html"):
+                best_effort("the picture of the stage", self.draw)
+                refresh_report(self.run)
+            self.due = time.monotonic() + self.seconds
 
 
 def refresh_report(run: Path) -> None:

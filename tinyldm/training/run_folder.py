@@ -17,7 +17,9 @@ from tinyldm.folders import hub
 from tinyldm.folders.load import FILES
 from tinyldm.training import checkpoint
 from tinyldm.training.distributed import launch
+from tinyldm.training.report import refresh_report
 from tinyldm.training.vae_pictures import forget_pictures
+from tinyldm.version import version
 
 
 def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
@@ -35,8 +37,7 @@ def find_model(path: str | None, runs: Path = Path("runs")) -> Path | str:
     if hub.is_hub_id(path):
         return path
     if not folder.exists():
-        raise ValueError(f"{folder} does not exist: name a run, a model folder, a checkpoint file or a hub id such as "
-                         "stable-diffusion-v1-5/stable-diffusion-v1-5")
+        raise hub.missing(path)
     if (folder / "model_index.json").exists() or folder.is_file() and folder.suffix.lower() in FILES:
         return folder
     if (folder / "model" / "model_index.json").exists():
@@ -106,17 +107,18 @@ def prepare_run(config: Config) -> None:
         forget_pictures(run)
     file = write_settings(config)
     write_file(run / "launch", launch())
+    refresh_report(run)
     print(f"{'new run' if new else 'continuing the run'} in {run}, configuration in {file}")
     if config.run.only and (run / "vae").is_dir():
         print(f"its VAE is finished: to train it further, begin another run with --vae-init {run / 'vae'}")
 
 
 def write_settings(config: Config) -> Path:
-    """Write the run's settings, and the folder in which the run was begun, to its config.json -> that file. A resumed run keeps its
+    """Write the run's settings, the folder in which the run was begun, and the version that trains it, to its config.json -> that file. A resumed run keeps its
     paths, as they were typed there."""
     file = Path(config.run.out) / "config.json"
     before = read_json(file, None) if config.run.resume != "no" else {}
-    begun = {"directory": os.getcwd()} | {name: before[name] for name in (*PATHS, "directory") if name in before}
+    begun = {"directory": os.getcwd(), "version": version()} | {name: before[name] for name in (*PATHS, "directory") if name in before}
     write_file(file, json.dumps(flatten(config) | {"resume": "no"} | begun, indent=1))
     return file
 

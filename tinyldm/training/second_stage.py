@@ -34,6 +34,7 @@ from tinyldm.random_streams import Stream
 from tinyldm.text.encoders import TextEncoder, TextEncoders
 from tinyldm.text.base_tokenizer import BaseTokenizer
 from tinyldm.text.tokenizer import open_tokenizer
+from tinyldm.text.words import words_of
 from tinyldm.training.class_pictures import loss_weights
 from tinyldm.training.context import RunContext
 from tinyldm.training.distributed import World, shard
@@ -56,6 +57,7 @@ class LatentStage(Stage):
     name, stream = "step", Stream.NOISE
     reported = planned = draws = True
     loader: Loader              # of the current phase
+    words: Sequence[str] = ()   # those of the captions, where a text encoder is trained that knows no others
     base = ""                   # a fingerprint of the model that stays as it is while something is trained beside it; "": there is none
 
     def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None,
@@ -63,6 +65,8 @@ class LatentStage(Stage):
         """last: the checkpoint to continue from. micro_batches: per phase, at least this number of them (see rehearsal.py)."""
         self.caches, self.micro_batches = caches, micro_batches
         self.cache_digests = [cache.digest for cache in caches]
+        new_words = not config.text.weights and not config.finetune.kind    # a text encoder that knows the words of these captions alone
+        self.words = words_of(caches[0].all_captions()) if new_words else []
         self.build(config, context, vae, caches[0].all_captions(), last)
         if config.finetune.kind and config.run.sample_every and context.world.main:
             best_effort("the sample grid of the model as it was", self.draw_before)
@@ -77,6 +81,8 @@ class LatentStage(Stage):
         teacher = open_teacher(config, context) if config.finetune.kind else []
         tuned = tune(config, open_base(config, context, vae, last)) if config.finetune.kind else new_model(
             config, context, vae, captions, last)
+        if self.words:
+            tuned.model.defaults["words"] = self.words
         self.model, parts = at_phase(tuned.model, self.phases[0]), tuple(tuned.modules)
         if config.finetune.kind:
             read = teacher if config.finetune.whole else [self.model]           # from its source, also when the run is resumed
@@ -239,6 +245,8 @@ def at_phase(model: Model, config: Config) -> Model:
         return replace(model, defaults=model.defaults | changed | dict(resolution=config.data.resolution))
     defaults = dict(preset=config.run.preset, resolution=config.data.resolution, sampler=drawing.sampler, steps=drawing.steps,
                     cfg=drawing.cfg, data=[*map(portable_data, config.data.sources)], mask_padding=objective.mask_padding)
+    if words := model.defaults.get("words"):
+        defaults["words"] = words
     if model.text.join != "single":
         defaults["text_join"] = model.text.join
     return replace(model, process=process_of(objective), scheduler=scheduler_config(config, model.text.join), defaults=defaults)

@@ -66,6 +66,9 @@ class Stage:
         """The entries that this stage adds to a checkpoint's state.json."""
         return {}
 
+    def draw_progress(self) -> None:
+        """Write a picture that shows how far the stage is, for the report, once a minute. Most draw none."""
+
     def draw_samples(self, ema: EMA | PowerEMA | None, step: int) -> Path | None:
         """Draw the sample grid after `step` steps -> its file, None in processes that do not write. A stage without one draws nothing."""
 

@@ -32,7 +32,7 @@ def find_backend(kind: str) -> type[TensorBoard] | type[WandB]:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f'--track {kind} needs a package that is missing ({error}): pip install "tinyldm[{kind}]"') from None
+        raise ValueError(f'--track {kind} needs a package that is missing ({error}): pip install {kind}') from None
     return backend
 
 

@@ -34,6 +34,7 @@ from tinyldm.text.base_tokenizer import BaseTokenizer
 from tinyldm.training.checkpoint import save_tensors
 from tinyldm.training.frozen import Frozen
 from tinyldm.vendor_loaders.clip_model import preprocessor_config
+from tinyldm.version import version
 
 StateDict = Mapping[str, Tensor]
 STATE = "trained.safetensors"           # raw and averaged numbers of an adapter or embedding, to continue from
@@ -79,7 +80,7 @@ class TrainedModel:
                  for i, (part, tokenizer) in enumerate(zip(model.text.modules, model.text.tokenizers, strict=True))]
         encoders, tokenizers = zip(*texts)
         save_model(folder / "model", net=(shapes["net"], stored.with_averages("net")), vae=self.frozen.vae, texts=encoders,
-                   tokenizers=tokenizers, non_ema=stored.raw, scheduler=model.scheduler, defaults=model.defaults | {"step": step})
+                   tokenizers=tokenizers, non_ema=stored.raw, scheduler=model.scheduler, defaults=model.defaults | {"step": step, "version": version()})
 
     def read(self, folder: Path) -> Stored:
         raw, averaged = (load_model(folder / "model", ema=wanted).modules for wanted in (False, True))
