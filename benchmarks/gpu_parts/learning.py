@@ -16,8 +16,8 @@ from tinyldm.training.log import read
 FALL = Limit(0, 1, "that the loss falls at all: its last quarter is below its first")
 # In the tiny setting the networks are those that a CPU trains in seconds.
 TINY = ("--scenes 200 --resolution 32 --vae-steps 20 --vae-pictures 100 --vae-batch-size 4 --batch-size 8 --warmup-steps 2 --log-every 2 "
-        "--val-samples 8 --sample-steps 4 --vae widths=8,16,16,16 groups=4 latent_channels=8 --unet widths=16,32 heads=1,2 groups=4 "
-        "--text width=16 layers=1 heads=2 mlp_width=32").split()
+        "--val-samples 8 --sample-steps 4 --autoencoder kl --vae widths=8,16,16,16 groups=4 latent_channels=8 "
+        "--unet widths=16,32 heads=1,2 groups=4 --text width=16 layers=1 heads=2 mlp_width=32").split()
 
 
 def learning(job: Job, report: Report) -> None:

@@ -91,7 +91,7 @@ class LatentStage(Stage):
             self.model = put_on(context.device, config, self.model, few)
         for part in (*tuned.modules.values(), *(self.model.modules.values() if self.model.placement is None else ())):
             part.to(context.device)
-        if context.device.type == "cpu":
+        if context.device.type == "cpu" and not config.run.fsdp:            # FSDP takes no other memory format
             self.model.net.to(memory_format=architecture(self.model.net).memory_format)
         peak = peak_flops(config.plan, context.device)
         self.peak = peak and peak * self.world.size
