@@ -22,7 +22,7 @@ from tinyldm.cli import guard, outlive_terminal
 from tinyldm.config import Config, parse
 
 NAMES = ("preset", "seed", "device", "dtype", "compile", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments",
-         "stages", "min_side", "max_aspect", "min_caption", "max_caption", "max_skip", "encode_batch_size", "vae_weights",
+         "keep_pictures", "stages", "min_side", "max_aspect", "min_caption", "max_caption", "max_skip", "encode_batch_size", "vae_weights",
          "text_weights", "network", "unet", "dit", "net")
 
 

@@ -37,6 +37,7 @@ from tinyldm.device import autocast, first_line, in_parts, out_of_memory, upload
 from tinyldm.files import Claims, write_file
 from tinyldm.models.vae import AutoencoderKL, Posterior
 from tinyldm.pictures.pixels import to_pixels
+from tinyldm.pictures.resizing import resized
 
 CHUNK = 16                      # pictures that a decoding thread takes at a time
 
@@ -293,8 +294,10 @@ class Encoder:
                             ("variance", (std * std).sum(dtype=float))):
             self.sums[name] += float(value)
         self.kept += len(batch)
+        size = [self.settings.keep_pictures * side for side in z.shape[4:]]
+        pictures = np.stack([resized(item.image, *size) for item in batch]) if all(size) else None
         self.writer.add(z if self.settings.moments else z[:, :, :1], [item.captions for item in batch],
-                        [item.sizes[:z.shape[1]] for item in batch])
+                        [item.sizes[:z.shape[1]] for item in batch], pictures)
 
     def close(self) -> dict[str, Any]:
         """Encode the incomplete batches and finish the files. Returns the counts and sizes for shard.json."""

@@ -60,6 +60,7 @@ from tinyldm.models.vae import AutoencoderKL, check_size
 
 FORMAT = 1                      # version of the cache's files and of decoding and cropping: a cache of another version is refused
 SHAPING = ("resolution", "buckets", "flip", "moments", "min_side", "max_aspect", "min_caption", "max_caption")
+NEWER = ("keep_pictures",)      # as SHAPING, but older caches do not name them, which means 0; and a cache with them serves runs without
 FEW = 1000                      # samples after which a job that skips too many of them is stopped early
 POLL = 2.0                      # seconds between looks at what other processes have finished
 
@@ -142,7 +143,8 @@ def settings_of(config: Config, vae: AutoencoderKL, device: torch.device = torch
     bf16 = config.run.dtype == "bf16" or config.run.dtype == "auto" and native_bf16(device)
     unit = picture_divisor(config, vae) if config.data.buckets else 0
     return {"format": FORMAT, "vae": fingerprint(vae), "dtype": "bf16" if bf16 else "fp32", "unit": unit,
-            "caption_key": list(split_weights(config.data.caption_key))} | {name: getattr(config.data, name) for name in SHAPING}
+            "caption_key": list(split_weights(config.data.caption_key))} | {name: getattr(config.data, name) for name in SHAPING} | {
+                name: value for name in NEWER if (value := getattr(config.data, name))}
 
 
 def check_folder(folder: Path) -> None:
@@ -208,7 +210,8 @@ def adopt(config: Config, cache: Cache, vae: AutoencoderKL) -> Config:
             raise ValueError(f"--data {' '.join(config.data.sources)}: {cache.folder} was made from {' '.join(data)}; leave it out, or "
                              "name the same with other weights")
         data = [typed[spec] for spec in cache.sources]
-    return change(config, data=data, caption_key=keys, **{name: settings[name] for name in SHAPING})
+    return change(config, data=data, caption_key=keys, **{name: settings[name] for name in SHAPING},
+                  **{name: settings.get(name, 0) for name in NEWER})
 
 
 # ---------------------------------------------------------------- the job

@@ -65,9 +65,30 @@ def runner(net: nn.Module) -> Callable[..., Tensor]:
     autograd keeps a block's inputs only, and the backward pass runs the block again to recompute the rest
     (arXiv:1604.06174, Sec. 4.1). Blocks draw no random numbers, so the state of the generators need not be kept, unless something beside
     their layers does (dropout of an adapter), which then says so on the network."""
+    run = lambda block, *inputs: block(*inputs)
     if net.grad_checkpointing and net.training and torch.is_grad_enabled():
-        return partial(checkpoint, use_reentrant=False, preserve_rng_state=getattr(net, "draws_random_numbers", False))
-    return lambda block, *inputs: block(*inputs)
+        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=getattr(net, "draws_random_numbers", False))
+    tap = getattr(net, "tap", None)
+    return run if tap is None else partial(tap, run)
+
+
+class Tap:
+    """Keeps what one block of a network answers, wherever `net.tap` is set to it. (Forward hooks would run again in the recomputation
+    of gradient checkpointing, and torch.compile treats them as part of what it compiles once.)"""
+
+    def __init__(self, block: nn.Module):
+        self.block, self.output = block, None
+
+    def __call__(self, run: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
+        out = run(block, *inputs)
+        if block is self.block:
+            self.output = out
+        return out
+
+    def take(self) -> Any:
+        """The output, which is forgotten here: it would keep the graph of the whole network alive."""
+        out, self.output = self.output, None
+        return out
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
