@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyldm.folders.rename import recognise
-from tinyldm.folders.vit import filled, load_vit, weights_of
+from tinyldm.folders.towers import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, filled, load_vit, weights_of
 from tinyldm.folders.weights import errors_about
 from tinyldm.lookup import lookup
 from tinyldm.models.inception import FIDInception, InceptionFeatures
@@ -27,8 +27,6 @@ from tinyldm.vendor_loaders import inception
 Colours = tuple[float, float, float]
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 GET_INCEPTION = f"download {INCEPTION} (91 MB) and name the file"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Tower(NamedTuple):
@@ -84,7 +82,7 @@ TOWERS: dict[str, Tower] = {
     "clip": _vit("bicubic_crop", None, CLIP_MEAN, CLIP_STD, "openai/clip-vit-base-patch32"),
     "cmmd": _vit("crop_bicubic", None, CLIP_MEAN, CLIP_STD, "openai/clip-vit-large-patch14-336"),
     "dinov2": _vit("bicubic", 224, IMAGENET_MEAN, IMAGENET_STD, "facebook/dinov2-large"),
-    "siglip": _vit("bicubic", None, (0.5,) * 3, (0.5,) * 3, "google/siglip-base-patch16-224"),
+    "siglip": _vit("bicubic", None, HALF, HALF, "google/siglip-base-patch16-224"),
 }
 
 

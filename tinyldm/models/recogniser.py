@@ -6,8 +6,6 @@
 import torch
 from torch import Tensor, nn
 
-PATCH = 8               # pixels per position of `patch_features`, along each side
-
 
 class ConvBlock(nn.Module):
     """A convolution that halves the resolution, then a residual one: [b, channels_in, h, w] -> [b, channels, h/2, w/2]."""
@@ -24,6 +22,8 @@ class ConvBlock(nn.Module):
 
 class RecogniserNet(nn.Module):
     """Pixels [b, 3, 64, 64] in [-1, 1] -> logits [b, outputs]. width: channels at half resolution."""
+
+    patch = 8           # pixels per position of `patch_features`, along each side
 
     def __init__(self, width: int, outputs: int):
         super().__init__()

@@ -110,6 +110,11 @@ class ViT(nn.Module):
             x = layer(x)
         return self.final_norm(x)
 
+    @property
+    def patch(self) -> int:
+        """Pixels per position of `patch_features`, along each side."""
+        return self.config.patch
+
     def patch_features(self, pixels: Tensor) -> Tensor:
         """Features of the patches alone, behind the final norm [b, width, h / patch, w / patch]."""
         size = [side // self.config.patch for side in pixels.shape[2:]]

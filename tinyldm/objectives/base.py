@@ -56,7 +56,7 @@ class Objective:
     @classmethod
     def check_sources(cls, config: Config, downscale: int) -> None:
         """ValueError, before the run begins, where files that it needs are missing, damaged or do not fit, or where pictures are too
-        small. Of objectives of the first stage. downscale: pixels per latent on each side."""
+        small. downscale: pixels per latent on each side; 0, of objectives of the network, where the autoencoder is not there yet."""
 
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> NamedTuple:
         """A batch, as a NamedTuple of tensors [b, ...] on the CPU. A field may be None.

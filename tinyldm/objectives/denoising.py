@@ -43,6 +43,7 @@ class DenoisingBatch(NamedTuple):
     extra: Mapping[str, Tensor] | None = None       # of Cond, [b, ...]; None: the network is told nothing but the caption
     cond: Cond | None = None    # the encoded captions, on the device; None where text encoders are trained: see to_device
     weights: Tensor | None = None       # [b], factors of the losses; None: all are 1
+    pictures: Tensor | None = None      # uint8 [b, 3, H, W], behind x0; None: the objective does not look at them
     dropout: Tensor | None = None       # [b], seeds of an adapter's dropout, on the CPU; None: there is none
 
     @property

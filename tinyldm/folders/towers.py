@@ -13,9 +13,15 @@ from tinyldm.folders import hub, needed
 from tinyldm.folders.build import WithoutInitialWeights
 from tinyldm.folders.rename import apply, load_renamed, recognise
 from tinyldm.folders.weights import Weights, errors_about, find_weights, open_weights
+from tinyldm.models.recogniser import RecogniserNet
 from tinyldm.models.vit import ViT
 from tinyldm.vendor_loaders import clip, vit
 from tinyldm.vendor_loaders.layout import Layout
+
+# What is subtracted from colours in 0..1, and what they are then divided by.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)                  # SigLIP's, and [-1, 1] for others
 
 
 def load_vit(source: str | Path, device: str | torch.device = "cpu") -> ViT:
@@ -31,6 +37,20 @@ def load_vit(source: str | Path, device: str | torch.device = "cpu") -> ViT:
             config = vit.complete(config, published)
             clip.check_activation(config.activation, hub.hub_id(source), published.get("_name_or_path"))
         return filled(ViT, config, layout, weights, device)
+
+
+def load_recogniser(source: str | Path, device: str | torch.device = "cpu") -> RecogniserNet:
+    """The network of toyworld's recogniser, from the file in which `evaluate.py --metric prompts` keeps it."""
+    file, weights = weights_of(source)
+    shapes = weights.shapes
+    if not {"stem.0.weight", "head.weight"} <= shapes.keys():
+        raise ValueError(f"{file} does not hold toyworld's recogniser: name the file that evaluate.py --metric prompts has made, "
+                         "~/.cache/tinyldm/recogniser.safetensors")
+    with torch.device("meta"):
+        net = RecogniserNet(shapes["stem.0.weight"][0], shapes["head.weight"][0])
+    with errors_about(file):
+        load_renamed(net, weights, [], device, torch.float32)
+    return net.eval().requires_grad_(False)
 
 
 def weights_of(source: str | Path) -> tuple[Path, Weights]:
