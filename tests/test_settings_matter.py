@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, randomise
 from outcomes import Row, flags, outcome, several_shapes
 from published import write_sdxl
+from safetensors.torch import save_file
 from small_models import write_lpips
 
 from tinyldm.config.fields import SETTINGS, make_config
+from tinyldm.evaluation.recogniser import Recogniser
 from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
 from tinyldm.planning.plan import make_plan
 from tinyldm.planning.show import render
@@ -31,6 +33,7 @@ TINY = dict(resolution=8, autoencoder="kl", vae=dict(latent_channels=8, widths=(
 TABLE = dict(process="scaled_linear", prediction="v")
 FIRST = dict(vae_weights="")                        # trains the autoencoder too, which the other runs are given
 WITH_LPIPS = dict(vae_loss=dict(lpips=1.0), vae_lpips=["LPIPS"], resolution=16, vae_crop=16)
+REPA = dict(objective="repa", keep_pictures=2, objective_options=dict(teacher="recogniser", weights="TEACHER", hidden=4))
 WITH_GAN = dict(vae_loss=dict(gan=1.0), vae_gan=dict(width=4, layers=1, norm="none", start=0.0, adaptive=False), vae_crop=8)
 
 # Groups of aspects. AFTER is what follows once anything in the training is different.
@@ -86,6 +89,7 @@ ROWS = {
     "buckets": Row(3.0, {"eps", "perturbation", "precision"} | ENCODED),
     "flip": Row(True, {"encoded", "precision", "x0"} | AFTER, which_way=lambda a, b: b.encoded == 2 * a.encoded),
     "moments": Row(True, LATENTS, which_way=lambda a, b: b.latents[0].shape[1] == 2 == 2 * a.latents[0].shape[1]),
+    "keep_pictures": Row(2, {"stored pictures"}, which_way=lambda a, b: (a.stored_pictures, b.stored_pictures) == ([0], [2])),
     "min_side": Row(10, {"vocabulary"} | ENCODED, which_way=lambda a, b: len(b.latents) == len(a.latents) - 2),
     "max_aspect": Row(1.5, {"initial", "vocabulary", "defaults"} | ENCODED, which_way=lambda a, b: len(b.latents) == len(a.latents) - 6),
     "min_caption": Row(2, ENCODED, which_way=lambda a, b: len(b.latents) == len(a.latents) - 1),
@@ -127,6 +131,7 @@ ROWS = {
     "net": Row(dict(layers=2), NETWORK),
     "grad_checkpointing": Row(True, {"recomputed"}),
     # the objective
+    "objective_options": Row(dict(weight=9.0), AFTER - {"loss"}, REPA, rounding={"loss"}),
     "process": Row("cosine", PROCESS, TABLE),
     "process_options": Row(dict(beta_end=0.02), PROCESS, TABLE),
     "shift": Row(3.0, PROCESS),
@@ -212,9 +217,10 @@ ELSEWHERE = {           # settings that no row can have: the reason, and the tes
         "test_an_adapter_is_made_as_the_settings_say": "rank alpha rank_stabilised targets conv_rank ranks lora_dropout train_text",
         "test_half_of_the_samples_are_of_the_class_and_count_as_prior_weight_says": "class class_pictures prior_weight",
         "test_a_new_word_begins_and_is_described_as_the_settings_say": "token initial vectors style"}.items() for name in names.split()},
-    "objective_options": ("the objective has none", "test_a_run_of_additions_learns_and_a_stopped_one_ends_the_same"),
+    "objective": ("repa needs options that denoising refuses",
+                  "test_the_loss_is_the_diffusion_loss_plus_the_weighted_mean_distance_over_positions"),
 }
-ONE_ROW = {"objective": OBJECTIVES, "vae_objective": FIRST_STAGE_OBJECTIVES}
+ONE_ROW = {"vae_objective": FIRST_STAGE_OBJECTIVES}
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +230,14 @@ def run(tmp_path_factory):
     names = {"MINE": several_shapes(base / "mine", 0), "OTHER": several_shapes(base / "other", 90), "VAE": str(base / "0" / "vae"),
              "MINE_VAE": str(base / "1" / "vae"), "MODEL": str(base / "0" / "checkpoints" / "step-000001" / "model"),
              "LATENTS": str(base / "2" / "latents"), "TWO": str(base / "two"), "LPIPS": write_lpips(base / "one.safetensors", 1),
-             "OTHER_LPIPS": write_lpips(base / "other.safetensors", 2)}
+             "OTHER_LPIPS": write_lpips(base / "other.safetensors", 2), "TEACHER": str(base / "teacher.safetensors")}
+    save_file(randomise(Recogniser(4)).state_dict(), names["TEACHER"])
     write_sdxl(base / "two")                                    # with two text encoders
-    real = lambda value: [*map(real, value)] if isinstance(value, list) else names.get(value, value) if isinstance(value, str) else value
+
+    def real(value):
+        if isinstance(value, dict):
+            return {key: real(each) for key, each in value.items()}
+        return [*map(real, value)] if isinstance(value, list) else names.get(value, value) if isinstance(value, str) else value
 
     def run(**settings):
         settings = {name: real(value) for name, value in (TINY | dict(data=["MINE"], vae_weights="MINE_VAE") | settings).items()}
@@ -270,4 +281,4 @@ def test_every_setting_has_a_row_or_a_reason_and_a_test_elsewhere():
     assert sorted(name for group in groups for name in group) == sorted(SETTINGS)
     for name, table in ONE_ROW.items():
         assert len(table) == 1, f"--{name} has a choice now: give it a row above"
-    assert not OBJECTIVES["denoising"].options, "--objective-options has some now: give it a row above"
+    assert [name for name, objective in OBJECTIVES.items() if objective.options] == ["repa"], "give the options of others a row above"
