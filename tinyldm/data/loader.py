@@ -111,7 +111,9 @@ class Loader:
         latents = torch.from_numpy(cache.latents(chosen)[:, 0]).float()
         weights = [1.0] * cache.kinds
         tokens = [cache.tokens(chosen, fingerprint, np.zeros(len(chosen)), weights) for fingerprint in self.fingerprints]
-        return Batch(chosen, latents, torch.from_numpy(np.concatenate(tokens, axis=1)), self._sizes(chosen, None), self._weights(chosen))
+        pictures = lambda: torch.from_numpy(cache.read_pictures(chosen)).movedim(3, 1)
+        return Batch(chosen, latents, torch.from_numpy(np.concatenate(tokens, axis=1)), self._sizes(chosen, None), self._weights(chosen),
+                     pictures)
 
     def _sizes(self, samples: np.ndarray, views: np.ndarray | None) -> Tensor | None:
         return torch.from_numpy(self.cache.picture_sizes(samples, views)).float() if self.sizes else None

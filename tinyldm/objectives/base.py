@@ -41,12 +41,15 @@ class Objective:
     networks    part name -> further network, which is not part of the model. The trainer moves them to the device; whether they are
                 in training mode and require gradients is the objective's to decide
     saved       the names of those networks that a checkpoint holds; a frozen teacher is loaded from its source instead
+    further     the names of parts of the model that it trains besides the network and text encoders
     """
 
     turns: Sequence[Turn] = ()
     options: Mapping[str, Any] = {}             # the names that --objective-options takes, and their defaults
     networks: Mapping[str, nn.Module] = {}
     saved: Sequence[str] = ()
+    further: Sequence[str] = ()
+    mean: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)      # over processes; the stage sets it
     settled: float = 0.0                        # the fraction of the training after which it minimises the same to the end
 
     @classmethod

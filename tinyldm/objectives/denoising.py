@@ -44,6 +44,7 @@ class DenoisingBatch(NamedTuple):
     cond: Cond | None = None    # the encoded captions, on the device; None where text encoders are trained: see to_device
     weights: Tensor | None = None       # [b], factors of the losses; None: all are 1
     pictures: Tensor | None = None      # uint8 [b, 3, H, W], behind x0; None: the objective does not look at them
+    autoencoder: Mapping[str, Tensor] | None = None     # of an AutoencoderBatch, where the autoencoder is trained along
     dropout: Tensor | None = None       # [b], seeds of an adapter's dropout, on the CPU; None: there is none
 
     @property

@@ -96,21 +96,30 @@ class REPA(Denoising):
 
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> DenoisingBatch:
         batch = super().draw(samples, generator, batch_size, part)
-        return batch if self.over else batch._replace(pictures=samples.pictures())     # not read any more once they are not needed
+        return batch._replace(pictures=samples.pictures()) if self.wants_pictures() else batch
+
+    def wants_pictures(self) -> bool:
+        """Whether pictures are to be read."""
+        return not self.over
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
         self.over = progress >= self.own["stop"]
         if self.over or batch.pictures is None:             # validation measures the diffusion loss alone
             self.alignment = None if self.over else self.alignment
-            return super().losses(turn, networks, batch, progress)
+            return Denoising.losses(self, turn, networks, batch, progress)
+        losses, apart = self.both(turn, networks, batch, progress)
+        return losses + self.own["weight"] * apart
+
+    def both(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> tuple[Tensor, Tensor]:
+        """The diffusion loss and the distance of every sample, each [b]."""
         self.model.net.tap = self.tap
         try:
-            losses = super().losses(turn, networks, batch, progress)
+            losses = Denoising.losses(self, turn, networks, batch, progress)
         finally:
             self.model.net.tap = None
         apart = self.distances(networks, as_map(self.tap.take(), self.model.net, batch.x0), batch.pictures)
         self.alignment = apart.detach().mean()
-        return losses + self.own["weight"] * (apart if batch.weights is None else batch.weights * apart)
+        return losses, apart if batch.weights is None else batch.weights * apart
 
     def distances(self, networks: Networks, hidden: Tensor, pictures: Tensor) -> Tensor:
         """hidden: features of a block [b, c, rows, columns] -> mean distance of each sample [b], float32."""
