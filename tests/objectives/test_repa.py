@@ -261,8 +261,10 @@ def test_the_projectors_are_the_papers_three_layers_and_one_convolution():
 
 @pytest.mark.parametrize("words, expected", [
     ("teacher=dinov3", "did you mean 'dinov2'"), ("stop=1.5", "stop=1.5 must lie between 0 and 1"), ("weight=0", "must be positive"),
-    ("block=99", "block=99: the network has blocks 1 to"), ("distance=cos", "did you mean 'cosine'"), ("projector=mpl", "did you mean 'mlp'"),
-    ("weights=nowhere/at/all.safetensors", "nowhere/at/all.safetensors does not exist"), ("teacher=recogniser", "the teacher recogniser needs")])
+    ("block=99", "block=99: the network has blocks 1 to"), ("distance=cos", "did you mean 'cosine'"),
+    ("projector=mpl", "did you mean 'mlp'"),
+    ("weights=nowhere/at/all.safetensors", "nowhere/at/all.safetensors does not exist"),
+    ("teacher=recogniser", "the teacher recogniser needs")])
 def test_mistakes_are_refused_before_anything_is_trained(words, expected, tmp_path, capsys):
     words = ["--out", tmp_path / "run", *SMALL, "--objective", "repa", "--keep-pictures", 2, "--objective-options", words]
     assert expected in mistake("train", words, capsys) and not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPT, SMALL, load_script, log_without_timing, randomise, script, small_text, train_here, weights
+from helpers import PROMPT, SMALL, load_script, log_without_timing, mistake, randomise, script, small_text, train_here, weights
 from photos import photos
 from safetensors.torch import save_file
 
@@ -48,16 +48,20 @@ def make(teacher, vae_loss=None, **options):
     return REPAE(config, model, ("net", "vae")), model
 
 
+def samples_of(model):
+    return SimpleNamespace(latents=torch.zeros(4, 4, 8, 8), tokens=model.text.tokenize(CAPTIONS), weights=None, pictures=lambda: PICTURES)
+
+
 def batch_of(objective, model):
-    samples = SimpleNamespace(latents=torch.zeros(4, 4, 8, 8), tokens=model.text.tokenize(CAPTIONS), weights=None, pictures=lambda: PICTURES)
-    return objective.to_device(objective.draw(samples, generator(Stream.NOISE, 0, 3), 4, slice(0, 4)), torch.device("cpu"))
+    return objective.to_device(objective.draw(samples_of(model), generator(Stream.NOISE, 0, 3), 4, slice(0, 4)), torch.device("cpu"))
 
 
 def gradients(objective, model, turn, progress=0.0, batch=None):
     modules = {"net": model.net, "vae": model.vae, "text": model.text.modules["text"]} | dict(objective.networks)
     for module in modules.values():
         module.zero_grad()
-    objective.losses(objective.turns[turn], model.modules | dict(objective.networks), batch or batch_of(objective, model), progress).sum().backward()
+    losses = objective.losses(objective.turns[turn], model.modules | dict(objective.networks), batch or batch_of(objective, model), progress)
+    losses.sum().backward()
     return {f"{part}.{name}": p.grad for part, module in modules.items() for name, p in module.named_parameters()}
 
 
@@ -128,8 +132,7 @@ def test_folding_statistics_leaves_reconstructions_as_they_are():
 
 def test_validation_encodes_the_pictures_and_measures_the_diffusion_loss(teacher):
     objective, model = make(teacher)
-    samples = SimpleNamespace(latents=torch.zeros(4, 4, 8, 8), tokens=model.text.tokenize(CAPTIONS), weights=None, pictures=lambda: PICTURES)
-    batch = objective.to_device(objective.validation_batch(samples, 0), torch.device("cpu"))
+    batch = objective.to_device(objective.validation_batch(samples_of(model), 0), torch.device("cpu"))
     networks = model.modules | dict(objective.networks)
     with torch.no_grad():
         found = objective.losses(objective.turns[0], networks, batch, 0.0)
@@ -149,8 +152,17 @@ def test_other_autoencoders_and_pictures_of_other_sizes_are_refused(teacher):
         batch_of(objective, model)
 
 
-WORDS = [*SMALL, "--objective", "repa_e", "--keep-pictures", "2", "--dtype", "fp32", "--log-every", "2", "--val-every", "2", "--val-samples",
-         "2", "--vae-loss", "kl=0.01", "gan=0.1", "--vae-gan", "width=4", "layers=1", "norm=none", "start=0"]
+@pytest.mark.parametrize("words, expected", [
+    ("--keep-pictures 4", "use --keep-pictures 2"), ("--autoencoder taesd --vae latent_channels=8 width=8 blocks=0,1", "use --autoencoder kl")])
+def test_mistakes_are_refused_before_anything_is_trained(words, expected, teacher, tmp_path, capsys):
+    small = [*SMALL[:SMALL.index("--autoencoder")], *SMALL[SMALL.index("--unet"):]] if "taesd" in words else SMALL
+    words = ["--out", tmp_path / "run", *small, "--objective", "repa_e", "--objective-options", "teacher=recogniser", f"weights={teacher}",
+             "--keep-pictures", 2, *words.split()]
+    assert expected in mistake("train", words, capsys) and not (tmp_path / "run").exists()
+
+
+WORDS = [*SMALL, "--objective", "repa_e", "--keep-pictures", "2", "--dtype", "fp32", "--log-every", "2", "--val-every", "2",
+         "--val-samples", "2", "--vae-loss", "kl=0.01", "gan=0.1", "--vae-gan", "width=4", "layers=1", "norm=none", "start=0"]
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ class NetworkConfig:
 class ObjectiveConfig:
     """What a training step minimises, and on which noise process."""
 
-    name: str = fixed("denoising", "what a training step minimises: denoising, or repa (alignment beside it)", flag="objective")
+    name: str = fixed("denoising", "what a training step minimises: denoising, repa (alignment beside it) or repa_e (and the autoencoder)", flag="objective")
     options: dict = fixed({}, "its own options, as key=value", flag="objective_options")
     process: str = fixed("flow", "scaled_linear, linear, cosine, betas, vp, ve, edm, flow or dynamic_flow")
     process_options: dict = fixed({}, "its options, as key=value (beta_start, betas, sigma_max, ...)")

@@ -59,7 +59,11 @@ class Objective:
     @classmethod
     def check_sources(cls, config: Config, downscale: int) -> None:
         """ValueError, before the run begins, where files that it needs are missing, damaged or do not fit, or where pictures are too
-        small. downscale: pixels per latent on each side; 0, of objectives of the network, where the autoencoder is not there yet."""
+        small. Of objectives of the first stage. downscale: pixels per latent on each side."""
+
+    @classmethod
+    def check_parts(cls, config: Config, vae: nn.Module | None) -> None:
+        """The same for objectives of the network. vae: the run's autoencoder; None: it is trained first."""
 
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> NamedTuple:
         """A batch, as a NamedTuple of tensors [b, ...] on the CPU. A field may be None.

@@ -91,7 +91,7 @@ class REPA(Denoising):
                              "or fewer pixels per latent (docs/training.md)")
 
     @classmethod
-    def check_sources(cls, config: Config, downscale: int) -> None:
+    def check_parts(cls, config: Config, vae: nn.Module | None) -> None:
         Teacher(*(cls.settings_of(config)[name] for name in ("teacher", "weights")))
 
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> DenoisingBatch:

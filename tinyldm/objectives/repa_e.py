@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyldm.config import Config, OptimisationConfig
-from tinyldm.model import Model
+from tinyldm.model import Model, autoencoder_config
 from tinyldm.objectives.autoencoder import AutoencoderBatch, AutoencoderObjective
 from tinyldm.objectives.base import Networks, Turn
 from tinyldm.objectives.denoising import Denoising, DenoisingBatch
@@ -53,15 +53,16 @@ class REPAE(REPA):
         super().check(config)
         AutoencoderObjective.check(config)
         if config.finetune.kind or config.run.fsdp:
-            raise ValueError("--objective repa_e trains an autoencoder along with a new network: it goes neither with --finetune nor with "
-                             "--fsdp")
+            raise ValueError("--objective repa_e trains an autoencoder beside a new network: leave out --finetune and --fsdp")
 
     @classmethod
-    def check_sources(cls, config: Config, downscale: int) -> None:
-        super().check_sources(config, downscale)
-        if downscale and not config.data.cache and config.data.keep_pictures != downscale:
-            raise ValueError(f"--objective repa_e encodes the pictures as they are: use --keep-pictures {downscale}, the pixels per latent "
-                             "of this autoencoder")
+    def check_parts(cls, config: Config, vae: nn.Module | None) -> None:
+        super().check_parts(config, vae)
+        own = vae.config if vae else autoencoder_config(config.autoencoder.name, config.autoencoder.fields)
+        check_foldable(own)
+        if not config.data.cache and config.data.keep_pictures != own.downscale:
+            raise ValueError(f"--objective repa_e encodes the pictures as they are: use --keep-pictures {own.downscale}, this autoencoder's "
+                             "pixels per latent")
 
     def wants_pictures(self) -> bool:
         return True

@@ -121,7 +121,7 @@ def check_parts(config: Config) -> Config:
         FIRST_STAGE_OBJECTIVES[config.autoencoder.objective].check_sources(config, downscale)
     if config.run.only:
         return config
-    OBJECTIVES[config.objective.name].check_sources(config, vae.config.downscale if vae else 0)
+    OBJECTIVES[config.objective.name].check_parts(config, vae)
     if vae:
         for phase in phases(config):
             if phase.data.resolution % (divisor := picture_divisor(phase, vae)) and not phase.data.buckets:
