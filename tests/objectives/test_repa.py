@@ -13,7 +13,7 @@ from photos import photos
 from safetensors.torch import save_file
 from torch import nn
 
-from tinyldm.config import make_config, parse
+from tinyldm.config import change, make_config
 from tinyldm.data.cache import Cache
 from tinyldm.evaluation.recogniser import Recogniser
 from tinyldm.model import Model, architecture, repeated_blocks
@@ -30,7 +30,6 @@ from tinyldm.objectives.repa import DISTANCES, PROJECTORS, REPA, as_map, chosen_
 from tinyldm.objectives.teachers import Teacher
 from tinyldm.random_streams import Stream, generator
 from tinyldm.text.encoders import TextEncoder, TextEncoders
-from tinyldm.training.preflight import check_settings
 
 CAPTIONS = [PROMPT, "a small green triangle", "a red square", ""]
 PICTURES = torch.from_numpy(photos(4, 64, 64)).movedim(3, 1)            # uint8 [4, 3, 64, 64]
@@ -270,9 +269,12 @@ def test_mistakes_are_refused_before_anything_is_trained(words, expected, tmp_pa
     assert expected in mistake("train", words, capsys) and not (tmp_path / "run").exists()
 
 
-def test_without_pictures_one_line_says_how_to_keep_them():
+def test_without_pictures_one_line_says_how_to_keep_them(tmp_path):
+    config = make_config(objective="repa")
     with pytest.raises(ValueError, match="add --keep-pictures 8"):
-        check_settings(parse([*SMALL, "--objective", "repa"], "")[0])
+        REPA.check_parts(config, None)
+    with pytest.raises(ValueError, match="latents has no pictures: make it again with --keep-pictures 8"):
+        REPA.check_parts(change(config, cache=["latents"]), None)
 
 
 WORDS = [*SMALL, "--objective", "repa", "--keep-pictures", "2", "--flip", "--dtype", "fp32", "--log-every", "2", "--sample-every", "0"]

@@ -60,7 +60,7 @@ from tinyldm.models.vae import AutoencoderKL, check_size
 
 FORMAT = 1                      # version of the cache's files and of decoding and cropping: a cache of another version is refused
 SHAPING = ("resolution", "buckets", "flip", "moments", "min_side", "max_aspect", "min_caption", "max_caption")
-NEWER = ("keep_pictures",)      # as SHAPING, but older caches do not name them, which means 0; and a cache with them serves runs without
+NEWER = ("keep_pictures",)      # as SHAPING, but caches name them only where they are not 0, as older ones cannot
 FEW = 1000                      # samples after which a job that skips too many of them is stopped early
 POLL = 2.0                      # seconds between looks at what other processes have finished
 
@@ -160,9 +160,9 @@ def open_folder(folder: Path, settings: dict[str, Any], made_by: str, rebuild: b
     ValueError that lists the differences; with `rebuild`, a cache with other settings is deleted instead.
     """
     file = folder / "settings.json"
-    found = read_settings(folder) if file.exists() else {}
-    if found and (not rebuild or {name: found.get(name) for name in settings} == settings):
-        check_settings(folder, found, settings)                # with `rebuild`: another process may have rebuilt it already
+    found, wanted = read_settings(folder) if file.exists() else {}, dict.fromkeys(NEWER) | settings
+    if found and (not rebuild or {name: found.get(name) for name in wanted} == wanted):
+        check_settings(folder, found, wanted)                # with `rebuild`: another process may have rebuilt it already
     else:
         (folder / "index.json").unlink(missing_ok=True)        # first of all, so that a half-deleted cache does not look finished
         if (folder / "shards").exists():

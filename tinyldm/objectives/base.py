@@ -63,7 +63,8 @@ class Objective:
 
     @classmethod
     def check_parts(cls, config: Config, vae: nn.Module | None) -> None:
-        """The same for objectives of the network. vae: the run's autoencoder; None: it is trained first."""
+        """The same for objectives of the network. config: completed by what --cache decides. vae: the run's
+        autoencoder; None: it is trained first."""
 
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> NamedTuple:
         """A batch, as a NamedTuple of tensors [b, ...] on the CPU. A field may be None.

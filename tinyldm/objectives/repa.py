@@ -86,12 +86,13 @@ class REPA(Denoising):
             raise ValueError(f"weight={own['weight']} and hidden={own['hidden']} must be positive")
         with torch.device("meta"):
             chosen_block(row.module(network_config(config.network.name, config.network.settings)), own["block"])
-        if not (config.data.keep_pictures or config.data.cache):
-            raise ValueError("--objective repa compares pictures with what the network makes of their latents: add --keep-pictures 8, "
-                             "or fewer pixels per latent (docs/training.md)")
 
     @classmethod
     def check_parts(cls, config: Config, vae: nn.Module | None) -> None:
+        if not config.data.keep_pictures:
+            where = f"{config.data.cache[0]} has no pictures: make it again with" if config.data.cache else "add"
+            raise ValueError(f"--objective {config.objective.name} compares pictures with what the network makes of their latents; {where} "
+                             "--keep-pictures 8, or fewer pixels per latent (docs/training.md)")
         Teacher(*(cls.settings_of(config)[name] for name in ("teacher", "weights")))
 
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> DenoisingBatch:

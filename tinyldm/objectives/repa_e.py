@@ -60,7 +60,7 @@ class REPAE(REPA):
         super().check_parts(config, vae)
         own = vae.config if vae else autoencoder_config(config.autoencoder.name, config.autoencoder.fields)
         check_foldable(own)
-        if not config.data.cache and config.data.keep_pictures != own.downscale:
+        if config.data.keep_pictures != own.downscale:
             raise ValueError(f"--objective repa_e encodes the pictures as they are: use --keep-pictures {own.downscale}, this autoencoder's "
                              "pixels per latent")
 

@@ -121,7 +121,6 @@ def check_parts(config: Config) -> Config:
         FIRST_STAGE_OBJECTIVES[config.autoencoder.objective].check_sources(config, downscale)
     if config.run.only:
         return config
-    OBJECTIVES[config.objective.name].check_parts(config, vae)
     if vae:
         for phase in phases(config):
             if phase.data.resolution % (divisor := picture_divisor(phase, vae)) and not phase.data.buckets:
@@ -130,6 +129,7 @@ def check_parts(config: Config) -> Config:
             adopted = flatten(adopt(phase, Cache(Path(phase.data.cache[0])), vae))
             kept = ("resolution", "stages", "cache", "grad_accum", "shift")     # settings of the run that a phase has changed
             config = change(config, **{name: value for name, value in adopted.items() if name not in kept})
+    OBJECTIVES[config.objective.name].check_parts(config, vae)
     texts = None
     if config.text.weights and not own_text:
         texts = read_texts(config, config.text.weights)
