@@ -33,7 +33,7 @@ from tinyldm.data.decoding import Framing, Unusable, decode_with_sizes, make_buc
 from tinyldm.data.readers import Damaged, Sample, Skip, caption_keys, captions
 from tinyldm.data.shard import read_facts
 from tinyldm.data.source_kind import Shard
-from tinyldm.device import autocast, first_line, in_parts, out_of_memory, upload
+from tinyldm.device import autocast, begin_copy_to_host, first_line, in_parts, out_of_memory, upload
 from tinyldm.files import Claims, write_file
 from tinyldm.models.vae import AutoencoderKL, Posterior
 from tinyldm.pictures.pixels import to_pixels
@@ -129,20 +129,6 @@ def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtype: 
         std = (0.5 * logvar).exp() * vae.config.scaling_factor
         encoded.append(torch.stack([vae.to_latents(mean), std], dim=1))                 # [b, 2, c, h, w]
     return torch.stack(encoded, dim=1).half()
-
-
-def begin_copy_to_host(z: Tensor) -> Callable[[], np.ndarray]:
-    """Begin to copy a tensor to the host -> a function that waits for the copy and returns it. It does not wait for work that is
-    queued on the GPU in between."""
-    if not z.is_cuda:
-        return z.cpu().numpy
-    copy, done = z.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)        # torch makes the copy in pinned memory
-    done.record(torch.cuda.current_stream(z.device))                                    # z may be on another GPU than the current one
-
-    def fetch() -> np.ndarray:
-        done.synchronize()
-        return copy.numpy()
-    return fetch
 
 
 class BatchSize:
