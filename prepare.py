@@ -22,7 +22,7 @@ from tinyldm.cli import begin, guard, outlive_terminal
 from tinyldm.config import Config, parse
 
 NAMES = ("preset", "seed", "device", "dtype", "compile", "data", "scenes", "caption_key", "resolution", "buckets", "flip", "moments",
-         "stages", "min_side", "max_aspect", "min_caption", "max_caption", "max_skip", "encode_batch_size", "vae_weights",
+         "keep_pictures", "stages", "min_side", "max_aspect", "min_caption", "max_caption", "max_skip", "encode_batch_size", "vae_weights",
          "text_weights", "network", "unet", "dit", "net")
 
 
@@ -50,7 +50,8 @@ import torch
 
 from tinyldm.data.cache import write_tokens
 from tinyldm.data.encoding import posterior
-from tinyldm.data.prepare import check_folder, phase_folders, prepare, some_pictures
+from tinyldm.data.cache_folder import check_folder
+from tinyldm.data.prepare import phase_folders, prepare, some_pictures
 from tinyldm.device import fast_convolutions, in_parts, pick_device
 from tinyldm.folders.load import load_vae
 from tinyldm.folders.texts import load_texts, tokenizer_only

@@ -39,7 +39,8 @@ from tinyldm.diffusion.samplers import final, find_sampler
 from tinyldm.evaluation.recogniser import Recogniser, get_recogniser, split, wilson
 from tinyldm.folders.load import load_model
 from tinyldm.model import Model
-from tinyldm.models.layers import Downsample, ResBlock, TimeEmbedding
+from tinyldm.models.convolutions import Downsample, ResBlock
+from tinyldm.models.layers import TimeEmbedding
 from tinyldm.pictures.pixels import to_bytes, to_pixels
 from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import DrawSettings, PromptFeatures, decode, draw_settings

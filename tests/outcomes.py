@@ -141,6 +141,7 @@ def written(folder: Path) -> dict:
     if (folder / "latents").exists():
         caches = [Cache(file.parent) for file in sorted(folder.rglob("latents/**/index.json"))]
         found["latents"] = [cache.latents([i]) for cache in caches for i in range(len(cache))]
+        found["stored pictures"] = [cache.pictures for cache in caches]
         found["stored captions"] = [cache.captions(i) for cache in caches for i in range(len(cache))]
     return found
 

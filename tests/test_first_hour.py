@@ -19,7 +19,7 @@ from safetensors import safe_open
 from tinyldm.__main__ import COMMANDS, find_script
 from tinyldm.cli import WithoutBars
 from tinyldm.config import PRESETS, DataConfig, help, parse
-from tinyldm.data.prepare import holds_work
+from tinyldm.data.cache_folder import holds_work
 from tinyldm.data.report import describe_sizes
 from tinyldm.data.source_kind import Shard
 from tinyldm.data.readers import Sample

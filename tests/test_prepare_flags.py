@@ -34,6 +34,7 @@ ROWS = {
     "buckets": Row(["--buckets", "3"], {"latents", "captions", "unit", "batches"}),
     "flip": Row(["--flip"], {"shape", "batches"}, which_way=lambda a, b: b.shape[0] == 2 and b.batches == 2 * a.batches),
     "moments": Row(["--moments"], {"latents", "shape"}, which_way=lambda a, b: b.shape[1] == 2 == 2 * a.shape[1]),
+    "keep_pictures": Row(["--keep-pictures", "2"], {"kept"}, which_way=lambda a, b: (a.kept, b.kept) == (0, 2)),
     "stages": Row(["--stages", "8=0.5", "16=0.5"], {"folders", *CACHED}, which_way=lambda a, b: len(b.folders) == 2),
     "min_side": Row(["--min-side", "12"], CACHED),
     "max_aspect": Row(["--max-aspect", "1.5"], CACHED),
@@ -77,7 +78,7 @@ def prepared(place: Path) -> dict[str, Any]:
     return dict(folders=[str(folder.relative_to(place)) for folder in folders], pictures=[Image.open(file).size for file in drawn],
                 latents=[cache.latents([i]) for cache in caches for i in range(len(cache))],
                 captions=[cache.captions(i) for cache in caches for i in range(len(cache))],
-                tokens=len([*folders[0].rglob("tokens-*")]), shape=caches[0].shape,
+                tokens=len([*folders[0].rglob("tokens-*")]), shape=caches[0].shape, kept=caches[0].pictures,
                 **{name: settings[name] for name in ("unit", "dtype", "vae")})
 
 

@@ -86,6 +86,7 @@ ROWS = {
     "buckets": Row(3.0, {"eps", "perturbation", "precision"} | ENCODED),
     "flip": Row(True, {"encoded", "precision", "x0"} | AFTER, which_way=lambda a, b: b.encoded == 2 * a.encoded),
     "moments": Row(True, LATENTS, which_way=lambda a, b: b.latents[0].shape[1] == 2 == 2 * a.latents[0].shape[1]),
+    "keep_pictures": Row(2, {"stored pictures"}, which_way=lambda a, b: (a.stored_pictures, b.stored_pictures) == ([0], [2])),
     "min_side": Row(10, {"vocabulary"} | ENCODED, which_way=lambda a, b: len(b.latents) == len(a.latents) - 2),
     "max_aspect": Row(1.5, {"initial", "vocabulary", "defaults"} | ENCODED, which_way=lambda a, b: len(b.latents) == len(a.latents) - 6),
     "min_caption": Row(2, ENCODED, which_way=lambda a, b: len(b.latents) == len(a.latents) - 1),
@@ -229,7 +230,11 @@ def run(tmp_path_factory):
              "LATENTS": str(base / "2" / "latents"), "TWO": str(base / "two"), "LPIPS": write_lpips(base / "one.safetensors", 1),
              "OTHER_LPIPS": write_lpips(base / "other.safetensors", 2)}
     write_sdxl(base / "two")                                    # with two text encoders
-    real = lambda value: [*map(real, value)] if isinstance(value, list) else names.get(value, value) if isinstance(value, str) else value
+
+    def real(value):
+        if isinstance(value, dict):
+            return {key: real(each) for key, each in value.items()}
+        return [*map(real, value)] if isinstance(value, list) else names.get(value, value) if isinstance(value, str) else value
 
     def run(**settings):
         settings = {name: real(value) for name, value in (TINY | dict(data=["MINE"], vae_weights="MINE_VAE") | settings).items()}

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,6 +169,20 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     # A copy from ordinary memory must be waited for, because the caller may free or overwrite that memory before it is read (CUDA
     # Runtime API, "API synchronization behavior"; for MPS, PyTorch #189690).
     return tensor.to(device, non_blocking=tensor.is_pinned())
+
+
+def begin_copy_to_host(z: Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy a tensor to the host -> a function that waits for the copy and returns it. It does not wait for work that is
+    queued on the GPU in between."""
+    if not z.is_cuda:
+        return z.cpu().numpy
+    copy, done = z.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)        # torch makes the copy in pinned memory
+    done.record(torch.cuda.current_stream(z.device))                                    # z may be on another GPU than the current one
+
+    def fetch() -> np.ndarray:
+        done.synchronize()
+        return copy.numpy()
+    return fetch
 
 
 def free_memory(device: torch.device) -> int | None:

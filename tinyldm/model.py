@@ -23,7 +23,7 @@ from tinyldm.models.clip import CLIP, CLIPConfig
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTBlock, DiTConfig
 from tinyldm.models.flux import PATCH, DoubleBlock, Flux, FluxConfig, SingleBlock
-from tinyldm.models.layers import ResBlock
+from tinyldm.models.convolutions import ResBlock
 from tinyldm.models.mmdit import JointBlock, MMDiT, MMDiTConfig
 from tinyldm.models.t5 import T5, T5Config
 from tinyldm.models.t5 import Layer as T5Layer

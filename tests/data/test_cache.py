@@ -69,6 +69,28 @@ def test_the_bytes_do_not_depend_on_batches_or_which_size_came_first(tmp_path):
     assert (tmp_path / "1/index.json").read_bytes() == (tmp_path / "2/index.json").read_bytes()
 
 
+def test_pictures_come_back_beside_their_latents_mirrored_where_the_view_is(tmp_path):
+    random = np.random.default_rng(0)
+    square, wide = (random.integers(0, 256, (count, 3 * h, 3 * w, 3), np.uint8) for count, (h, w) in ((3, SQUARE), (2, WIDE)))
+    folder = tmp_path / "shards" / "x"
+    folder.mkdir(parents=True)
+    writer = ShardWriter(folder)
+    for size, first, pictures in ((SQUARE, 0, square[:2]), (WIDE, 2, wide), (SQUARE, 4, square[2:])):
+        writer.add(latents(first, len(pictures), size, 2), [caption(0)] * len(pictures), None, pictures)
+    facts = writer.close() | {"name": "x", "url": "x", "stamp": "s", "read": 5, "kept": 5, "skipped": {}, "filtered": {}, "stats": {}}
+    (folder / "shard.json").write_text(json.dumps(facts))
+    write_index(tmp_path, {}, [{"spec": "s", "shards": ["x"]}])
+    cache = Cache(tmp_path)
+    assert cache.pictures == 3 and np.array_equal(cache.read_pictures(np.arange(2)), wide)
+    found = cache.read_pictures(np.array([4, 2, 3]), np.array([0, 1, 1]))
+    assert np.array_equal(found, np.stack([square[2], square[0, :, ::-1], square[1, :, ::-1]]))
+    (folder / "pictures-4x4.npy").write_bytes(b"short")
+    with pytest.raises(ValueError, match="pictures-4x4.npy has 5 bytes"):
+        Cache(tmp_path)
+    with pytest.raises(ValueError, match="make it again with --keep-pictures"):
+        mixed(tmp_path / "without").read_pictures(np.arange(1))
+
+
 def test_captions_of_any_kind_survive(tmp_path):
     texts = ["", "zwei\nZeilen", "画", "\ud800 half", "😀"]
     shard(tmp_path, "x", [(SQUARE, 0, [[(0, text)] for text in texts]), (SQUARE, 5, [[(3, ""), (200, "é" * 5000)]])])

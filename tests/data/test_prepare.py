@@ -11,6 +11,7 @@ from preparing import CPU, VAE, contents, latent, make_vae, numbered, picture, r
 
 from tinyldm.config import make_config
 from tinyldm.data import encoding, prepare
+from tinyldm.data.cache import Cache
 from tinyldm.data.encoding import fingerprint
 from tinyldm.pictures.pixels import to_pixels
 
@@ -38,6 +39,27 @@ def test_mirrored_views_and_the_posteriors_std_are_kept_where_asked_for(tmp_path
         mean, std = torch.from_numpy(cache.latents(np.array([0]), np.array([view])))[0].float()
         assert torch.allclose(mean, VAE.to_latents(posterior.mean)[0], atol=2e-3)
         assert torch.allclose(std, (0.5 * posterior.logvar[0]).exp() * VAE.config.scaling_factor, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("pixels", [1, 2])
+def test_pictures_lie_beside_their_latents_where_asked_for_as_they_are_or_smaller(tmp_path, pixels):
+    """A run on the cache takes them over, and the job refuses a folder in which pictures are kept otherwise."""
+    (tmp_path / "d").mkdir()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
+    image.save(tmp_path / "d" / "a.png")
+    (tmp_path / "d" / "a.txt").write_text("noise")
+    cache = run(settings(tmp_path, "d", flip=True, keep_pictures=pixels), tmp_path / "cache")
+    side = 8 * pixels // VAE.config.downscale
+    wanted = np.asarray(image if side == 8 else image.resize((side, side), Image.Resampling.BICUBIC))
+    found = cache.read_pictures(np.array([0, 0]), np.array([0, 1]))
+    assert np.array_equal(found, np.stack([wanted, wanted[:, ::-1]]))
+    assert prepare.adopt(make_config(resolution=8, vae_weights="the VAE"), cache, VAE).data.keep_pictures == pixels
+    run(settings(tmp_path, "d", flip=True), tmp_path / "other")
+    assert prepare.adopt(make_config(resolution=8, vae_weights="the VAE"), Cache(tmp_path / "other"), VAE).data.keep_pictures == 0
+    with pytest.raises(ValueError, match=f"keep_pictures null in the cache, {pixels} in this run"):
+        run(settings(tmp_path, "d", flip=True, keep_pictures=pixels), tmp_path / "other")
+    with pytest.raises(ValueError, match=f"keep_pictures {pixels} in the cache, null in this run"):
+        run(settings(tmp_path, "d", flip=True), tmp_path / "cache")
 
 
 def test_aspect_buckets_keep_what_a_square_would_cut_off(tmp_path):

@@ -7,8 +7,8 @@ from helpers import randomise
 from photos import photos
 from torch import nn
 
-from tinyldm.evaluation import towers
 from tinyldm.evaluation.towers import TOWERS, OpenTower, features, full_float32, open_tower, outputs
+from tinyldm.folders import hub
 from tinyldm.models.inception import InceptionFeatures
 from tinyldm.models.vit import ViT, ViTConfig
 from tinyldm.pictures.resizing import RESIZES
@@ -99,7 +99,7 @@ def test_without_weights_one_line_says_how_to_get_them(tmp_path, monkeypatch):
     def offline(source, needed):
         raise ValueError(f"{source} is not a path here, is not in the cache")
 
-    monkeypatch.setattr(towers.hub, "locate", offline)
+    monkeypatch.setattr(hub, "locate", offline)
     with pytest.raises(ValueError, match="facebook/dinov2-large is not a path here.*To get them: name facebook/dinov2-large"):
         open_tower("dinov2")
 

@@ -13,7 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from tinyldm.models import layers
 from tinyldm.models.dit import DiT, DiTBlock, DiTConfig
 from tinyldm.models.flux import DoubleBlock, Flux, FluxConfig, SingleBlock
-from tinyldm.models.layers import Cond, ResBlock
+from tinyldm.models.convolutions import ResBlock
+from tinyldm.models.layers import Cond
 from tinyldm.models.mmdit import JointBlock, MMDiT, MMDiTConfig
 from tinyldm.models.unet import SpatialTransformer, UNet, UNetConfig
 

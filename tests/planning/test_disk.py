@@ -15,7 +15,8 @@ from tinyldm.planning.texts import caption_tokens
 COUNT = 5
 
 
-@pytest.mark.parametrize("changes", [{}, {"flip": True}, {"moments": True}, {"flip": True, "moments": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"flip": True}, {"moments": True}, {"flip": True, "moments": True},
+                                     {"keep_pictures": 1, "flip": True}], ids=str)
 def test_a_plan_counts_the_latents_sizes_and_tokens_that_are_written(changes, tmp_path):
     (tmp_path / "d").mkdir()
     for i in range(COUNT):
@@ -24,9 +25,9 @@ def test_a_plan_counts_the_latents_sizes_and_tokens_that_are_written(changes, tm
     config = settings(tmp_path, "d", resolution=16, **changes)
     cache = run(config, tmp_path / "cache")
     write_tokens(cache.folder, TOKENIZER)
-    files = [file for kind in ("latents-*", "sizes", "tokens-*") for file in (tmp_path / "cache" / "shards").rglob(f"{kind}.npy")]
-    assert len(files) == 3 and np.load(next(file for file in files if file.name.startswith("tokens"))).itemsize == 2
-    planned = bytes_in_cache(config, latent_numbers(VAE, 16), TOKENIZER.context_length)
+    files = [file for kind in ("latents-*", "sizes", "pictures-*", "tokens-*") for file in (tmp_path / "cache" / "shards").rglob(f"{kind}.npy")]
+    assert len(files) == 3 + ("keep_pictures" in changes) and np.load(next(file for file in files if file.name.startswith("tokens"))).itemsize == 2
+    planned = bytes_in_cache(config, VAE, 16, TOKENIZER.context_length)
     assert COUNT * planned == sum(file.stat().st_size - HEADER for file in files)
 
 

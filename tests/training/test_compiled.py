@@ -10,7 +10,8 @@ from torch._dynamo.utils import counters
 from tinyldm.config import parse
 from tinyldm.model import architecture
 from tinyldm.models.dit import DiT, DiTConfig
-from tinyldm.models.layers import Cond, Upsample
+from tinyldm.models.convolutions import Upsample
+from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.training import second_stage
 

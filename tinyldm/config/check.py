@@ -17,7 +17,7 @@ AT_LEAST = {name: 1 for name in (
     "vae_pictures", "encode_batch_size")} | {name: 0 for name in (
     "seed", "vae_crop", "warmup_steps", "sample_every", "weight_decay", "min_snr_gamma", "noise_offset",
     "input_perturbation", "min_side", "max_aspect", "min_caption", "max_caption", "buckets", "val_every", "val_samples", "eval_every",
-    "keep_every", "max_steps", "vae_val_every", "early_stop")} | {"eval_num": 2}
+    "keep_every", "max_steps", "vae_val_every", "early_stop", "keep_pictures")} | {"eval_num": 2}
 POSITIVE = ("lr", "muon_lr", "vae_lr", "vae_muon_lr", "grad_clip", "shift", "huber_c", "p2_gamma")
 FRACTIONS = ("caption_dropout", "decay", "vae_decay", "vae_ema", "ema_decay", "max_skip")
 

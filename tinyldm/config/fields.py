@@ -73,6 +73,8 @@ class DataConfig:
     buckets: float = fixed(0.0, "aspect buckets, of sides up to this ratio, with the square's number of tokens (0: all cropped square)")
     flip: bool = fixed(False, "encode every picture mirrored too (captions that say left and right become wrong)")
     moments: bool = fixed(False, "keep the posterior's std beside its mean; training then resamples the latents")
+    keep_pictures: int = fixed(0, "keep the pictures too, for --objective repa: this many pixels per latent along each side (0: none; "
+                                  "8, with a VAE that divides by 8: as they are)")
     min_side: int = fixed(0, "leave out pictures with a smaller side, in pixels")
     max_aspect: float = fixed(0.0, "leave out pictures with a larger ratio of sides (0: none)")
     min_caption: int = fixed(1, "leave out captions with fewer characters")
@@ -153,8 +155,9 @@ class NetworkConfig:
 class ObjectiveConfig:
     """What a training step minimises, and on which noise process."""
 
-    name: str = fixed("denoising", "what a training step minimises: denoising; in few steps, with a --teacher: consistency, lcm, "
-                       "scm, mean_flow, progressive, guided, reflow, self_corrected, dmd; diff2flow; contrastive (a CLIP)", flag="objective")
+    name: str = fixed("denoising", "what a training step minimises: denoising, repa (alignment beside it), repa_e (and the autoencoder); in "
+                      "few steps, with a --teacher: consistency, lcm, scm, mean_flow, progressive, guided, reflow, self_corrected, dmd; "
+                      "diff2flow; contrastive (a CLIP)", flag="objective")
     options: dict = fixed({}, "its own options, as key=value: its class in tinyldm/objectives/ has them", flag="objective_options")
     process: str = fixed("flow", "scaled_linear, linear, cosine, betas, vp, ve, edm, flow or dynamic_flow")
     process_options: dict = fixed({}, "its options, as key=value (beta_start, betas, sigma_max, ...)")

@@ -34,6 +34,7 @@ from tinyldm.data.shard import (
     file_sizes,
     header,
     latents_name,
+    pictures_name,
     read_captions,
     read_header,
     tokens_name,
@@ -101,7 +102,8 @@ class Cache:
     Samples have flat numbers 0 .. len - 1: source by source, size by size, shard by shard, row by row.
     settings: what the cache was made with. sources: the specs of its sources. shape: (views, parts, channels). sizes: the
     (rows, columns) of the latents in it. ranges: for each source {size: range of flat numbers}. kinds: one more than the
-    highest caption kind. has_sizes: whether the pictures' sizes are known. token_folder: where the token ids are, if not in the
+    highest caption kind. has_sizes: whether the pictures' sizes are known. pictures: pixels per latent of the pictures, along each
+    side, 0: there are none. token_folder: where the token ids are, if not in the
     cache itself.
 
     ValueError, with the fix: the cache is not finished, a file is missing or has the wrong size, or there are no samples.
@@ -124,6 +126,7 @@ class Cache:
         self.shape: tuple[int, int, int] = tuple(next(shard["shape"] for shard in self._shards if shard["shape"]))
         self.kinds = max(shard["kinds"] for shard in self._shards)
         self.has_sizes = all(shard.get("sizes") for shard in self._shards if shard["captions"])
+        self.pictures = min((shard.get("pictures", 0) for shard in self._shards if shard["captions"]), default=0)
         self._has_choice = np.array([shard["captions"] != count_samples(shard) for shard in self._shards])     # several captions
         self._layouts: dict[str, tuple[int, str]] = {}
         self._files = Files()
@@ -166,15 +169,36 @@ class Cache:
 
     def latents(self, samples: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
         """float16 [b, parts, c, h, w] of samples that share one size. views: int [b], the view of each (default: the first)."""
+        pieces, rows, size = self._find_one_size(samples)
+        rows = rows * self.shape[0] + (0 if views is None else np.asarray(views))
+        return self._read_rows(latents_name(size), pieces, rows, (*self.shape[1:], *size), "<f2")
+
+    def read_pictures(self, samples: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        """uint8 [b, k h, k w, 3], the pictures behind the latents of the same samples and views, k = `pictures`. ValueError, with the fix,
+        where the cache has none."""
+        if not self.pictures:
+            raise ValueError(f"{self.folder} holds latents alone, and this objective compares them with the pictures: make it again with "
+                             "--keep-pictures")
+        pieces, rows, size = self._find_one_size(samples)
+        found = self._read_rows(pictures_name(size), pieces, rows, (*(self.pictures * side for side in size), 3), "|u1")
+        if views is not None:
+            mirrored = np.asarray(views) == 1
+            found[mirrored] = found[mirrored, :, ::-1]
+        return found
+
+    def _find_one_size(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, Size]:
+        """As `_find`, and the size that all of them have."""
         pieces, rows = self._find(samples)
         if len(sizes := {self._piece_sizes[piece] for piece in np.unique(pieces)}) != 1:
             raise ValueError(f"{len(rows)} samples of {len(sizes)} sizes: ask for one or more of one size")
-        shape = (*self.shape[1:], *sizes.pop())
-        size = 2 * int(np.prod(shape))
-        rows = rows * self.shape[0] + (0 if views is None else np.asarray(views))
-        data = self._files.read(lambda piece: os.path.join(self._folders[self._piece_shards[piece]], latents_name(shape[2:])),
-                                pieces, HEADER + rows * size, np.full(len(rows), size))
-        return data.view("<f2").reshape(len(rows), *shape)
+        return pieces, rows, sizes.pop()
+
+    def _read_rows(self, name: str, pieces: np.ndarray, rows: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Row rows[i] of the array `name` in the shard of pieces[i], each of this shape."""
+        size = np.dtype(dtype).itemsize * int(np.prod(shape))
+        data = self._files.read(lambda piece: os.path.join(self._folders[self._piece_shards[piece]], name), pieces, HEADER + rows * size,
+                                np.full(len(rows), size))
+        return data.view(dtype).reshape(len(rows), *shape)
 
     def check_has_sizes(self) -> None:
         """ValueError, with the fix, where the pictures' sizes are not known."""

@@ -33,10 +33,11 @@ from tinyldm.data.decoding import Framing, Unusable, decode_with_sizes, make_buc
 from tinyldm.data.readers import Damaged, Sample, Skip, caption_keys, captions
 from tinyldm.data.shard import read_facts
 from tinyldm.data.source_kind import Shard
-from tinyldm.device import autocast, first_line, in_parts, out_of_memory, upload
+from tinyldm.device import autocast, begin_copy_to_host, first_line, in_parts, out_of_memory, upload
 from tinyldm.files import Claims, write_file
 from tinyldm.models.vae import AutoencoderKL, Posterior
 from tinyldm.pictures.pixels import to_pixels
+from tinyldm.pictures.resizing import resized
 
 CHUNK = 16                      # pictures that a decoding thread takes at a time
 
@@ -128,20 +129,6 @@ def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, dtype: 
         std = (0.5 * logvar).exp() * vae.config.scaling_factor
         encoded.append(torch.stack([vae.to_latents(mean), std], dim=1))                 # [b, 2, c, h, w]
     return torch.stack(encoded, dim=1).half()
-
-
-def begin_copy_to_host(z: Tensor) -> Callable[[], np.ndarray]:
-    """Begin to copy a tensor to the host -> a function that waits for the copy and returns it. It does not wait for work that is
-    queued on the GPU in between."""
-    if not z.is_cuda:
-        return z.cpu().numpy
-    copy, done = z.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)        # torch makes the copy in pinned memory
-    done.record(torch.cuda.current_stream(z.device))                                    # z may be on another GPU than the current one
-
-    def fetch() -> np.ndarray:
-        done.synchronize()
-        return copy.numpy()
-    return fetch
 
 
 class BatchSize:
@@ -293,8 +280,10 @@ class Encoder:
                             ("variance", (std * std).sum(dtype=float))):
             self.sums[name] += float(value)
         self.kept += len(batch)
+        size = [self.settings.keep_pictures * side for side in z.shape[4:]]
+        pictures = np.stack([resized(item.image, *size) for item in batch]) if all(size) else None
         self.writer.add(z if self.settings.moments else z[:, :, :1], [item.captions for item in batch],
-                        [item.sizes[:z.shape[1]] for item in batch])
+                        [item.sizes[:z.shape[1]] for item in batch], pictures)
 
     def close(self) -> dict[str, Any]:
         """Encode the incomplete batches and finish the files. Returns the counts and sizes for shard.json."""

@@ -31,6 +31,8 @@ class Batch(NamedTuple):
     tokens: Tensor          # int64 [b, L1 + L2 + ...]: token ids of one caption from each tokenizer, side by side
     sizes: Tensor | None = None     # float32 [b, 6], see Cache.picture_sizes; None: the loader was not asked for them
     weights: Tensor | None = None   # float32 [b], factors of the samples' losses; None: all are 1
+    # -> uint8 [b, 3, k h, k w], the pictures behind the latents, see Cache.read_pictures. They are only read for objectives that ask.
+    pictures: Callable[[], Tensor] | None = None
 
 
 def keep_back(ranges: Sequence[dict[Size, range]], count: int) -> tuple[list[dict[Size, range]], np.ndarray]:
@@ -97,7 +99,8 @@ class Loader:
             latents = torch.addcmul(latents[:, 0], latents[:, 1], torch.from_numpy(noise))
         else:
             latents = latents[:, 0]
-        return Batch(own, latents, tokens, self._sizes(own, views[self.part]), self._weights(own))
+        pictures = lambda: torch.from_numpy(self.cache.read_pictures(own, views[self.part])).movedim(3, 1)
+        return Batch(own, latents, tokens, self._sizes(own, views[self.part]), self._weights(own), pictures)
 
     def held_out_batch(self) -> Batch | None:
         """All held-out samples: means of the latents, first views, and of the captions one that is always the same. None: there are
@@ -108,7 +111,9 @@ class Loader:
         latents = torch.from_numpy(cache.latents(chosen)[:, 0]).float()
         weights = [1.0] * cache.kinds
         tokens = [cache.tokens(chosen, fingerprint, np.zeros(len(chosen)), weights) for fingerprint in self.fingerprints]
-        return Batch(chosen, latents, torch.from_numpy(np.concatenate(tokens, axis=1)), self._sizes(chosen, None), self._weights(chosen))
+        pictures = lambda: torch.from_numpy(cache.read_pictures(chosen)).movedim(3, 1)
+        return Batch(chosen, latents, torch.from_numpy(np.concatenate(tokens, axis=1)), self._sizes(chosen, None), self._weights(chosen),
+                     pictures)
 
     def _sizes(self, samples: np.ndarray, views: np.ndarray | None) -> Tensor | None:
         return torch.from_numpy(self.cache.picture_sizes(samples, views)).float() if self.sizes else None

@@ -18,7 +18,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 from tinyldm.config import PRESETS, Config, DataConfig, change, phases, split_weights
 from tinyldm.data.cache import Cache, read_index, write_index
+from tinyldm.data.cache_folder import NEWER, check_folder, check_settings, open_folder, read_settings
 from tinyldm.data.encoding import (
     CHUNK,
     BatchSize,
@@ -52,7 +52,6 @@ from tinyldm.data.moved import by_content, content_of, reuse
 from tinyldm.data.readers import Damaged, Sample, Skip
 from tinyldm.data.remote import SourceLost
 from tinyldm.data.report import Report, add_up, judge, nothing_usable, print_sizes
-from tinyldm.data.shard import read_facts
 from tinyldm.data.sources import Shard, Source, list_shards, parse_sources
 from tinyldm.device import native_bf16
 from tinyldm.files import Claims, replace_folder, write_file
@@ -143,55 +142,8 @@ def settings_of(config: Config, vae: AutoencoderKL, device: torch.device = torch
     bf16 = config.run.dtype == "bf16" or config.run.dtype == "auto" and native_bf16(device)
     unit = picture_divisor(config, vae) if config.data.buckets else 0
     return {"format": FORMAT, "vae": fingerprint(vae), "dtype": "bf16" if bf16 else "fp32", "unit": unit,
-            "caption_key": list(split_weights(config.data.caption_key))} | {name: getattr(config.data, name) for name in SHAPING}
-
-
-def check_folder(folder: Path) -> None:
-    """ValueError for a folder that holds other files and no cache."""
-    if folder.exists() and not (folder / "settings.json").exists():
-        if others := {path.name.removeprefix(".writing-") for path in folder.iterdir()} - {"settings.json", "claims", "decoded.png"}:
-            raise ValueError(f"{folder} holds other files ({', '.join(sorted(others)[:3])}) and no cache: name another folder")
-
-
-def open_folder(folder: Path, settings: dict[str, Any], made_by: str, rebuild: bool) -> None:
-    """Make the cache's folder, or check that an existing one was made with the same settings. ValueError that lists the differences; with `rebuild`, a cache with other settings is deleted instead, and so is one without a single
-    picture: what a command leaves that failed.
-    """
-    file = folder / "settings.json"
-    found = read_settings(folder) if file.exists() and holds_work(folder) else {}
-    if found and (not rebuild or {name: found.get(name) for name in settings} == settings):
-        check_settings(folder, found, settings)                # with `rebuild`: another process may have rebuilt it already
-    else:
-        (folder / "index.json").unlink(missing_ok=True)        # first of all, so that a half-deleted cache does not look finished
-        if (folder / "shards").exists():
-            shutil.rmtree(folder / "shards")
-        (folder / "encode_batch_size").unlink(missing_ok=True)
-        write_file(file, json.dumps(settings | {"vae_weights": made_by}, sort_keys=True, indent=1))
-    (folder / "shards").mkdir(exist_ok=True)
-
-
-def holds_work(folder: Path) -> bool:
-    """Whether a cache is finished, holds a picture, or is being written."""
-    shards = [*(folder / "shards").glob("*")]
-    return (folder / "index.json").exists() or any(shard.name.startswith(".") or read_facts(shard).get("kept") for shard in shards)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'settings.json'} is damaged ({error}): delete {folder} and prepare it again") from error
-
-
-def check_settings(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """ValueError, which lists the differences, unless all settings in `wanted` have the same values in `found`."""
-    def short(value: Any) -> str:
-        return value[:8] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
-
-    if differences := [f"{name} {short(found.get(name))} in the cache, {short(value)} in this run" for name, value in wanted.items()
-                       if found.get(name) != value]:
-        raise ValueError(f"the latents in {folder} were made with other settings ({'; '.join(differences)}): "
-                         "use the same, name another folder, or make them anew with prepare.py --rebuild")
+            "caption_key": list(split_weights(config.data.caption_key))} | {name: getattr(config.data, name) for name in SHAPING} | {
+                name: value for name in NEWER if (value := getattr(config.data, name))}
 
 
 def adopt(config: Config, cache: Cache, vae: AutoencoderKL) -> Config:
@@ -214,7 +166,8 @@ def adopt(config: Config, cache: Cache, vae: AutoencoderKL) -> Config:
             raise ValueError(f"--data {' '.join(config.data.sources)}: {cache.folder} was made from {' '.join(data)}; leave it out, or "
                              "name the same with other weights")
         data = [typed[spec] for spec in cache.sources]
-    return change(config, data=data, caption_key=keys, **{name: settings[name] for name in SHAPING})
+    return change(config, data=data, caption_key=keys, **{name: settings[name] for name in SHAPING},
+                  **{name: settings.get(name, 0) for name in NEWER})
 
 
 # ---------------------------------------------------------------- the job

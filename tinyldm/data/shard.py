@@ -5,6 +5,7 @@
     captions.npy           uint8: all captions in UTF-8, concatenated
     ends.npy               int64 [m]: the byte after the last of each caption
     first.npy              int64 [n + 1]: the number of each sample's first caption; samples count size by size, row by row
+    pictures-32x32.npy     uint8 [n, 32 k, 32 k, 3], with --keep-pictures k: the pictures, without their mirror images
     kinds.npy              uint8 [m]: the index of the caption key that each caption comes from
     sizes.npy              int32 [n, views, 6]: height and width of the picture as it was found, top and left of the crop in the
                            scaled picture, height and width of the crop, in pixels (`Decoded.sizes`); older caches have none
@@ -44,10 +45,13 @@ class ShardWriter:
         self._files: dict = {}
         self._captions: dict[Size, list[list[tuple[int, bytes]]]] = {}
         self._sizes: dict[Size, list[np.ndarray]] = {}
+        self.pictures = 0                                       # pixels per latent of the pictures, along each side; 0: none
 
-    def add(self, latents: np.ndarray, captions: list[list[tuple[int, str]]], sizes: Sequence | None = None) -> None:
+    def add(self, latents: np.ndarray, captions: list[list[tuple[int, str]]], sizes: Sequence | None = None,
+            pictures: np.ndarray | None = None) -> None:
         """latents: float16 [b, views, parts, c, h, w], of any size; captions: for each sample one or more (kind, text);
-        sizes: [b, views, 6], see above; None: not known, which must hold for all samples of the shard."""
+        sizes: [b, views, 6], see above; None: not known, which must hold for all samples of the shard; pictures: uint8 [b, k h, k w, 3],
+        the same."""
         if latents.dtype != np.float16 or latents.ndim != 6 or len(captions) != len(latents):
             raise ValueError(f"latents {latents.dtype} {list(latents.shape)} for {len(captions)} samples: "
                              "pass float16 [b, views, parts, c, h, w], and the captions of each of the b samples")
@@ -59,23 +63,31 @@ class ShardWriter:
         if not len(latents):
             return
         self.shape, size = shape, (latents.shape[4], latents.shape[5])
-        if size not in self._files:
-            self._files[size] = open(self.folder / latents_name(size), "wb")
-            self._files[size].write(bytes(HEADER))              # a placeholder: the number of rows is known only in close()
+        if size not in self._captions:
             self._captions[size], self._sizes[size] = [], []
-        self._files[size].write(np.ascontiguousarray(latents, "<f2").data)
+        self._append(latents_name(size), np.ascontiguousarray(latents, "<f2"))
+        if pictures is not None:
+            self.pictures = pictures.shape[1] // size[0]
+            self._append(pictures_name(size), np.ascontiguousarray(pictures))
         self._captions[size] += [[(kind, text.encode("utf-8", "replace")) for kind, text in sample] for sample in captions]
         if sizes is not None:
             self._sizes[size].append(np.asarray(sizes, "<i4").reshape(len(latents), shape[0], SIZES))
 
+    def _append(self, name: str, rows: np.ndarray) -> None:
+        """Write rows [b, ...] to the end of a file."""
+        if name not in self._files:
+            self._files[name] = open(self.folder / name, "wb")
+            self._files[name].write(bytes(HEADER))              # a placeholder: the number of rows is known only in close()
+        self._files[name].write(rows.data)
+
     def close(self) -> dict:
         """Finish the files. Returns {"groups", "captions", "shape", "sizes"} for shard.json (shape: [] without samples; sizes:
-        whether they are known)."""
+        whether they are known), and where there are pictures, {"pictures": pixels per latent of these}."""
         groups = [{"size": list(size), "count": len(self._captions[size])} for size in sorted(self._captions)]
-        for size, file in self._files.items():
-            file.seek(0)
-            file.write(header("<f2", (len(self._captions[size]), *self.shape, *size)))
-            file.close()
+        for size, captions in self._captions.items():
+            self._finish(latents_name(size), header("<f2", (len(captions), *self.shape, *size)))
+            if self.pictures:
+                self._finish(pictures_name(size), header("|u1", (len(captions), *(self.pictures * side for side in size), 3)))
         samples = [sample for size in sorted(self._captions) for sample in self._captions[size]]
         captions = [caption for sample in samples for caption in sample]
         if samples:
@@ -87,7 +99,13 @@ class ShardWriter:
                 arrays["sizes"] = np.concatenate(known)
             for name, array in arrays.items():
                 (self.folder / f"{name}.npy").write_bytes(header(array.dtype.str, array.shape) + array.tobytes())
-        return {"groups": groups, "captions": len(captions), "shape": self.shape, "sizes": any(self._sizes.values())}
+        facts = {"groups": groups, "captions": len(captions), "shape": self.shape, "sizes": any(self._sizes.values())}
+        return facts | ({"pictures": self.pictures} if self.pictures else {})
+
+    def _finish(self, name: str, head: bytes) -> None:
+        self._files[name].seek(0)
+        self._files[name].write(head)
+        self._files[name].close()
 
 
 def read_facts(folder: Path) -> dict:
@@ -104,7 +122,8 @@ def check_shard(folder: Path) -> dict:
     try:
         facts = json.loads((folder / "shard.json").read_text("utf-8"))
         shard = {key: facts.get(key) for key in FACTS} | {"name": folder.name, "text_bytes": 0, "kinds": 0}
-        shard |= {"sizes": True} if facts.get("sizes") else {}          # or an older cache's index would not stay as it was
+        # Only what there is, or an older cache's index would not stay as it was.
+        shard |= {name: facts[name] for name in ("sizes", "pictures") if facts.get(name)}
         if shard["captions"]:
             shard["text_bytes"] = int(np.load(folder / "ends.npy", mmap_mode="r")[-1])
             shard["kinds"] = int(np.load(folder / "kinds.npy", mmap_mode="r").max()) + 1
@@ -121,6 +140,8 @@ def file_sizes(shard: dict) -> dict[str, int]:
     views, parts, channels = shard["shape"]
     sizes = {latents_name(group["size"]): 2 * group["count"] * views * parts * channels * group["size"][0] * group["size"][1]
              for group in shard["groups"]}
+    if k := shard.get("pictures"):
+        sizes |= {pictures_name((h, w)): 3 * group["count"] * k * h * k * w for group in shard["groups"] for h, w in [group["size"]]}
     n, m = count_samples(shard), shard["captions"]
     sizes |= {"captions.npy": shard["text_bytes"], "ends.npy": 8 * m, "first.npy": 8 * (n + 1), "kinds.npy": m}
     sizes |= {"sizes.npy": 4 * n * views * SIZES} if shard.get("sizes") else {}
@@ -152,6 +173,10 @@ def read_captions(folder: Path) -> list[str]:
 
 def latents_name(size: Sequence[int]) -> str:
     return f"latents-{size[0]}x{size[1]}.npy"
+
+
+def pictures_name(size: Sequence[int]) -> str:
+    return f"pictures-{size[0]}x{size[1]}.npy"
 
 
 def tokens_name(fingerprint: str) -> str:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
@@ -33,6 +33,8 @@ from tinyldm.data.toyworld import BACKGROUNDS, COLOURS, SUBJECTS, sample
 from tinyldm.device import autocast
 from tinyldm.files import flush
 from tinyldm.folders.weights import write_weights
+from tinyldm.models import recogniser
+from tinyldm.models.recogniser import RecogniserNet
 from tinyldm.pictures.pixels import to_pixels
 
 SIZE = 64
@@ -63,31 +65,11 @@ class RecogniserConfig:
     shift: int = 3              # largest movement in px, to any side
 
 
-class ConvBlock(nn.Module):
-    """A convolution that halves the resolution, then a residual one: [b, channels_in, h, w] -> [b, channels, h/2, w/2]."""
-
-    def __init__(self, channels_in: int, channels: int):
-        super().__init__()
-        self.down = nn.Sequential(nn.Conv2d(channels_in, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
-        self.inner = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.down(x)
-        return x + self.inner(x)
-
-
-class Recogniser(nn.Module):
+class Recogniser(RecogniserNet):
     """Pixels [b, 3, 64, 64] in [-1, 1] -> logits [b, 12 + 8 + 5], in the order of WORDS."""
 
     def __init__(self, width: int = RecogniserConfig.width):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 5, 2, 2, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.blocks = nn.Sequential(ConvBlock(width, 2 * width), ConvBlock(2 * width, 4 * width), ConvBlock(4 * width, 6 * width))
-        self.head = nn.Linear(12 * width, sum(map(len, WORDS.values())))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        x = self.blocks(self.stem(pixels))                                  # [b, 6 * width, 4, 4]
-        return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1).float())
+        super().__init__(width, sum(map(len, WORDS.values())))
 
     @torch.no_grad()
     def read(self, images: np.ndarray, batch_size: int = 250) -> list[Reading]:
@@ -185,9 +167,9 @@ def toyworld_digest() -> str:
 
 
 def fingerprint(config: RecogniserConfig) -> str:
-    """Hash of everything that decides a recogniser's weights: toyworld, the config, and this file."""
+    """Hash of everything that decides a recogniser's weights: toyworld, the config, this file, and that of the network."""
     facts = json.dumps([toyworld_digest(), asdict(config)]).encode()
-    return hashlib.sha256(facts + Path(__file__).read_bytes()).hexdigest()
+    return hashlib.sha256(b"".join([facts, *(Path(file).read_bytes() for file in (__file__, recogniser.__file__))])).hexdigest()
 
 
 def save(file: Path, net: Recogniser, config: RecogniserConfig) -> None:

@@ -16,22 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinyldm.files import INCOMPLETE, read_json
-from tinyldm.folders import hub, needed
-from tinyldm.folders.build import WithoutInitialWeights
-from tinyldm.folders.rename import apply, load_renamed, recognise
-from tinyldm.folders.weights import Weights, errors_about, find_weights, open_weights
+from tinyldm.folders.rename import recognise
+from tinyldm.folders.towers import HALF, IMAGENET_MEAN, IMAGENET_STD, filled, load_vit, weights_of
+from tinyldm.folders.weights import errors_about
 from tinyldm.lookup import lookup
 from tinyldm.models.inception import FIDInception, InceptionFeatures
-from tinyldm.models.vit import ViT
 from tinyldm.pictures.resizing import RESIZES
-from tinyldm.vendor_loaders import clip, clip_model, inception, vit
-from tinyldm.vendor_loaders.layout import Layout
+from tinyldm.vendor_loaders import clip_model, inception
 
 Colours = tuple[float, float, float]
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 GET_INCEPTION = f"download {INCEPTION} (91 MB) and name the file"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Tower(NamedTuple):
@@ -63,41 +58,10 @@ class OpenTower:
 
 
 def load_inception(source: str | Path, device: str | torch.device = "cpu") -> FIDInception:
-    file, weights = _weights_of(source)
+    file, weights = weights_of(source)
     with errors_about(file):
         layout, weights = recognise(weights, inception.LAYOUTS)
-        return _filled(FIDInception, None, layout, weights, device)
-
-
-def load_vit(source: str | Path, device: str | torch.device = "cpu") -> ViT:
-    """The picture tower of a CLIP, DINOv2 or SigLIP, in any layout of vendor_loaders/vit.py. A config.json beside the weights is only
-    asked for what tensors do not tell."""
-    file, weights = _weights_of(source)
-    with errors_about(file):
-        layout, weights = recognise(weights, vit.LAYOUTS)
-        config = layout.config_of(weights.shapes)
-        beside = next((file.parent / name for name in needed.CONFIGS if (file.parent / name).exists()), None)
-        if beside:
-            published = read_json(beside, INCOMPLETE)
-            config = vit.complete(config, published)
-            clip.check_activation(config.activation, hub.hub_id(source), published.get("_name_or_path"))
-        return _filled(ViT, config, layout, weights, device)
-
-
-def _weights_of(source: str | Path) -> tuple[Path, Weights]:
-    path = hub.locate(source, lambda names: needed.of_weights(names, "", "model"))
-    file = path if path.is_file() else find_weights(path, "model")
-    if file is None:
-        raise ValueError(f"{source} holds no weights (model.safetensors or the like): name the folder or the file that does")
-    return file, open_weights(file)
-
-
-def _filled(kind: type[nn.Module], config: Any, layout: Layout, weights: Weights, device: str | torch.device) -> Any:
-    with torch.device("meta"), WithoutInitialWeights():
-        module = kind(config) if config else kind()
-    tidy = layout.tidy(config)
-    load_renamed(module, weights.renamed(lambda name: apply(tidy, name)), layout.rules(config), device, torch.float32)
-    return module.eval().requires_grad_(False)
+        return filled(FIDInception, None, layout, weights, device)
 
 
 def _inception(resize: str, std: float) -> Tower:
@@ -118,7 +82,7 @@ TOWERS: dict[str, Tower] = {
     "clip": _vit("bicubic_crop", None, clip_model.MEAN, clip_model.STD, "openai/clip-vit-base-patch32"),
     "cmmd": _vit("crop_bicubic", None, clip_model.MEAN, clip_model.STD, "openai/clip-vit-large-patch14-336"),
     "dinov2": _vit("bicubic", 224, IMAGENET_MEAN, IMAGENET_STD, "facebook/dinov2-large"),
-    "siglip": _vit("bicubic", None, (0.5,) * 3, (0.5,) * 3, "google/siglip-base-patch16-224"),
+    "siglip": _vit("bicubic", None, HALF, HALF, "google/siglip-base-patch16-224"),
 }
 
 

@@ -83,7 +83,7 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     wanted = variant if ema else NON_EMA
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
     net = load_part(path / rows[0].folder, rows, device, dtype, wanted, must=not ema)
-    vae = load_part(path / "vae", AUTOENCODERS.values(), device, vae_dtype, variant)
+    vae = load_part(path / "vae", AUTOENCODERS.values(), device, vae_dtype, wanted)
     if not pipeline.shifts:
         vae.config = replace(vae.config, shift_factor=0.0)
     network = architecture(net).to_config(net.config)

@@ -60,9 +60,9 @@ def save_model(path: str | Path, *, net: nn.Module | tuple[nn.Module, StateDict]
     about = modelspec(f"{IMPLEMENTATION}/{row.classes[0]}", title, defaults.get("resolution"))
     _save_part(path / row.folder, net, raw.pop("net", None), about)
     _save_texts(path, texts, tokenizers, raw)
-    _save_part(path / "vae", vae, None)
+    _save_part(path / "vae", vae, raw.pop("vae", None))
     if raw:
-        raise ValueError(f"non_ema takes the network and the text encoders, not {', '.join(raw)}")
+        raise ValueError(f"non_ema takes the network, the text encoders and the autoencoder, not {', '.join(raw)}")
     _write_json(path / "scheduler" / "scheduler_config.json", scheduler)
     _write_json(path / "tinyldm.json", defaults)
     _write_json(path / "model_index.json", _model_index(path, row, scheduler, defaults))

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
-from tinyldm.models.layers import Attention, Cond, Downsample, ResBlock, TimeEmbedding, Upsample, runner, timestep_embedding
+from tinyldm.models.convolutions import Downsample, ResBlock, Upsample
+from tinyldm.models.layers import Attention, Cond, TimeEmbedding, runner, timestep_embedding
 
 SIZES = 6                   # the numbers of Cond.extra["sizes"]: see AddedEmbedding
 SIZE_CHANNELS = 256         # sinusoids of each of them

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
-from tinyldm.models.layers import Attention, Downsample, ResBlock, Upsample
+from tinyldm.models.convolutions import Downsample, ResBlock, Upsample
+from tinyldm.models.layers import Attention
 
 EPS = 1e-6                                                  # every GroupNorm of the published VAEs
 
@@ -204,6 +205,17 @@ class AutoencoderKL(nn.Module):
         c = self.config.latent_channels
         self.quant_conv.bias[:c] -= mean
         self.post_quant_conv.bias += self.post_quant_conv.weight.view(c, c) @ mean
+
+    @torch.no_grad()
+    def fold(self, mean: Tensor, std: Tensor) -> None:
+        """Fold the latents' mean and standard deviation per channel [c] into the two 1x1 quant convolutions: encode() then returns
+        (z - mean) / std, and decode() undoes that first."""
+        self.centre(mean)
+        c = self.config.latent_channels
+        self.quant_conv.weight[:c] /= std.view(-1, 1, 1, 1)
+        self.quant_conv.bias[:c] /= std
+        self.quant_conv.bias[c:] -= 2 * std.log()
+        self.post_quant_conv.weight *= std.view(-1, 1, 1)
 
     def standardise(self, z: Tensor) -> None:
         """Make to_latents give zero mean and unit variance. z: what encode() gives for many pictures, [n, c, h, w]."""

@@ -110,6 +110,16 @@ class ViT(nn.Module):
             x = layer(x)
         return self.final_norm(x)
 
+    @property
+    def patch(self) -> int:
+        """Pixels per position of `patch_features`, along each side."""
+        return self.config.patch
+
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        """Features of the patches alone, behind the final norm [b, width, h / patch, w / patch]."""
+        size = [side // self.config.patch for side in pixels.shape[2:]]
+        return self.tokens(pixels)[:, -size[0] * size[1]:].mT.unflatten(2, size)
+
     def position(self, h: int, w: int) -> Tensor:
         """The positions for h x w patches [n, width], resampled unless these are those of training.
 

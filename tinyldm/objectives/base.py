@@ -43,6 +43,7 @@ class Objective:
     saved       the names of those networks that a checkpoint holds; a frozen teacher is loaded from its source instead
     on_pictures whether it trains networks of its own on pictures and captions: then there is neither autoencoder nor diffusion network
     compares    whether `losses` and `collect` wait for the other processes, so that none can take a step again by itself
+    trains_too  the names of parts of the model that it trains besides the network and text encoders
     """
 
     turns: Sequence[Turn] = ()
@@ -51,6 +52,8 @@ class Objective:
     saved: Sequence[str] = ()
     on_pictures: bool = False
     compares: bool = False
+    trains_too: Sequence[str] = ()
+    mean: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)      # over processes; the stage sets it
     settled: float = 0.0                        # the fraction of the training after which it minimises the same to the end
 
     @classmethod
@@ -83,6 +86,11 @@ class Objective:
     def check_sources(cls, config: Config, downscale: int) -> None:
         """ValueError, before the run begins, where files that it needs are missing, damaged or do not fit, or where pictures are too
         small. Of objectives of the first stage. downscale: pixels per latent on each side."""
+
+    @classmethod
+    def check_parts(cls, config: Config, vae: nn.Module | None) -> None:
+        """The same for objectives of the network. config: completed by what --cache decides. vae: the run's
+        autoencoder; None: it is trained first."""
 
     def draw(self, samples: Any, generator: torch.Generator, batch_size: int, part: slice) -> NamedTuple:
         """A batch, as a NamedTuple of tensors [b, ...] on the CPU. A field may be None.

@@ -44,6 +44,8 @@ class DenoisingBatch(NamedTuple):
     extra: Mapping[str, Tensor] | None = None       # of Cond, [b, ...]; None: the network is told nothing but the caption
     cond: Cond | None = None    # the encoded captions, on the device; None where text encoders are trained: see to_device
     weights: Tensor | None = None       # [b], factors of the losses; None: all are 1
+    pictures: Tensor | None = None      # uint8 [b, 3, H, W], behind x0; None: the objective does not look at them
+    autoencoder: Mapping[str, Tensor] | None = None     # of an AutoencoderBatch, where the autoencoder is trained along
     dropout: Tensor | None = None       # [b], seeds of an adapter's dropout, on the CPU; None: there is none
     own: Mapping[str, Tensor] | None = None         # what a subclass of Denoising draws in addition, by name, each [b, ...]
     empty: Cond | None = None   # the empty caption's condition for each sample, on the device; None: nobody needs it

@@ -61,6 +61,11 @@ def crop_bicubic(images: np.ndarray, size: int) -> Tensor:
     return _by_pillow(images, fit)
 
 
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h, w, 3] -> [height, width, 3], by Pillow's bicubic; one that has this size stays as it is."""
+    return image if image.shape[:2] == (height, width) else np.asarray(Image.fromarray(image).resize((width, height), BICUBIC))
+
+
 def _by_pillow(images: np.ndarray, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
     return unchanged(np.stack([np.asarray(fit(Image.fromarray(image))) for image in images]), 0)
 

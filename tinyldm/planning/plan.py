@@ -149,14 +149,15 @@ def plan_network_phase(config: Config, networks: MetaNetworks) -> PlannedPhase:
     return PlannedPhase(f"{side} px", config, batch, -(-batch // config.optimisation.grad_accum), trained,
                    4 * (size(*networks) - size(*trained.values())), flops, dict(zip(trained, saved)), casts,
                    {part: peak_bytes(call, dtype) for part, call in calls.items()}, 4 * (2 * latent + features),
-                   cache_bytes=bytes_in_cache(config, latent, caption_tokens(text)))
+                   cache_bytes=bytes_in_cache(config, vae, side, caption_tokens(text)))
 
 
-def bytes_in_cache(config: Config, latent: int, tokens: int) -> int:
-    """Bytes on disk of a picture's arrays in a cache (data/shard.py): latents in fp16, sizes, and the token ids of one caption, in 16
-    bits. The caption itself is not counted."""
-    views, parts = 1 + config.data.flip, 1 + config.data.moments
-    return views * (2 * parts * latent + 4 * SIZES) + 2 * tokens
+def bytes_in_cache(config: Config, vae: nn.Module, side: int, tokens: int) -> int:
+    """Bytes on disk of a square picture's arrays in a cache (data/shard.py): latents in fp16, sizes, the picture with --keep-pictures, and
+    the token ids of one caption, in 16 bits. The caption itself is not counted."""
+    views, parts, latent = 1 + config.data.flip, 1 + config.data.moments, latent_numbers(vae, side)
+    picture = 3 * (config.data.keep_pictures * (side // vae.config.downscale)) ** 2
+    return views * (2 * parts * latent + 4 * SIZES) + picture + 2 * tokens
 
 
 def latent_numbers(vae: nn.Module, side: int) -> int:

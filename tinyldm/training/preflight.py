@@ -158,6 +158,7 @@ def check_parts(config: Config) -> Config:
             adopted = flatten(adopt(phase, Cache(Path(phase.data.cache[0])), vae))
             kept = ("resolution", "stages", "cache", "grad_accum", "shift")     # settings of the run that a phase has changed
             config = change(config, **{name: value for name, value in adopted.items() if name not in kept})
+    OBJECTIVES[config.objective.name].check_parts(config, vae)
     texts = None
     if config.text.weights and not own_text:
         texts = read_texts(config, config.text.weights)

@@ -140,7 +140,8 @@ class RehearsalStage(LatentStage):
     def try_update(self, turn: Turn, networks: dict, config: Config, size: int, count: int, learner: Learner) -> None:
         """Forward and backward passes of `count` equal micro-batches of random latents, then an update."""
         tokens = self.model.text.tokenize([f"picture {i}" for i in range(size)])
-        samples = Batch(np.arange(size), self.latents(size, config), tokens, torch.rand(size, SIZES) * config.data.resolution)
+        samples = Batch(np.arange(size), self.latents(size, config), tokens, torch.rand(size, SIZES) * config.data.resolution,
+                        pictures=lambda: torch.zeros(size, 3, config.data.resolution, config.data.resolution, dtype=torch.uint8))
         batch = self.objective.draw(samples, torch.Generator().manual_seed(0), size, slice(0, size))
         batch = self.objective.to_device(batch, self.context.device)
         for _ in range(count):

@@ -105,6 +105,7 @@ class LatentStage(Stage):
         self.trained = (what_is_trained(config, tuned, lambda: self.model, context.folder) if config.finetune.kind else
                         TrainedModel(lambda: self.model, parts, Frozen(context.folder), plain))
         self.objective = lookup(OBJECTIVES, config.objective.name, "objective")(config, self.model, parts, *teacher)
+        self.objective.mean = self.world.mean
         for network in self.objective.networks.values():
             network.to(context.device)
         if self.model.placement is not None:
@@ -222,7 +223,7 @@ def build_text_encoders(config: Config, run: Path, captions: Iterable[str], last
 def new_model(config: Config, context: RunContext, vae: nn.Module, captions: Iterable[str], last: Path | None) -> Tuned:
     """A model with a new network and, unless they are pretrained, new text encoders, which are trained. Arguments as in build()."""
     model = build_model(config, vae, build_text_encoders(config, context.folder, captions, last))
-    parts = ("net",) if config.text.weights else ("net", *model.text.modules)
+    parts = ("net", *(() if config.text.weights else model.text.modules), *lookup(OBJECTIVES, config.objective.name, "objective").trains_too)
     return Tuned(model, {part: model.modules[part] for part in parts})
 
 

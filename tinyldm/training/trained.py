@@ -63,7 +63,7 @@ class Trained(Protocol):
 
 
 class TrainedModel:
-    """Trains the network of a model, and its text encoders unless they are frozen. FOLDER/model/ is a complete model folder with
+    """Trains the network of a model, its text encoders unless they are frozen, and its autoencoder if the objective does. FOLDER/model/ is a complete model folder with
     averaged weights, and the raw ones beside them as its non_ema variant."""
 
     def __init__(self, model: Callable[[], Model], parts: tuple[str, ...], frozen: Frozen, plain: nn.Module | None = None):
@@ -79,8 +79,10 @@ class TrainedModel:
         texts = [((shapes[part], stored.with_averages(part)), tokenizer) if part in self.modules else self.frozen.text(i)
                  for i, (part, tokenizer) in enumerate(zip(model.text.modules, model.text.tokenizers, strict=True))]
         encoders, tokenizers = zip(*texts)
-        save_model(folder / "model", net=(shapes["net"], stored.with_averages("net")), vae=self.frozen.vae, texts=encoders,
-                   tokenizers=tokenizers, non_ema=stored.raw, scheduler=model.scheduler, defaults=model.defaults | {"step": step, "version": version()})
+        vae = (shapes["vae"], stored.with_averages("vae")) if "vae" in self.modules else self.frozen.vae
+        save_model(folder / "model", net=(shapes["net"], stored.with_averages("net")), vae=vae, texts=encoders,
+                   tokenizers=tokenizers, non_ema=stored.raw, scheduler=model.scheduler,
+                   defaults=model.defaults | {"step": step, "version": version()})
 
     def read(self, folder: Path) -> Stored:
         raw, averaged = (load_model(folder / "model", ema=wanted).modules for wanted in (False, True))
