@@ -47,7 +47,7 @@ from tinyldm.pipeline import DrawSettings, PromptFeatures, decode, draw_settings
 from tinyldm.training.run_folder import find_model
 
 NAMES = tuple(SUBJECTS)
-HELD_OUT = 1000                         # number of latents that the classifier is tested on
+HELD_OUT = 1000                         # number of latents that the classifier is tested on (of few, a fifth)
 
 
 class Classifier(nn.Module):
@@ -90,7 +90,7 @@ def train(cache: Cache, process: Process, steps: int) -> Classifier:
     """Train a classifier on the run's latents and captions, and print its accuracy on held-out ones, by noise level.
     Label smoothing and weight decay serve to make its gradient smooth."""
     labels = torch.tensor([subject(caption) for caption in cache.all_captions()])
-    count, generator = len(cache) - HELD_OUT, torch.Generator().manual_seed(0)
+    count, generator = len(cache) - min(HELD_OUT, len(cache) // 5), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     net = Classifier(cache.shape[2])
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.3)
@@ -107,7 +107,7 @@ def train(cache: Cache, process: Process, steps: int) -> Classifier:
     net.eval().requires_grad_(False)
     held = torch.arange(count, len(cache))
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
-        right = net(*noised(read_latents(cache, held), torch.full((HELD_OUT,), t), process, generator)).argmax(1) == labels[held]
+        right = net(*noised(read_latents(cache, held), torch.full((len(held),), t), process, generator)).argmax(1) == labels[held]
         print(f"classifier at t = {t}: {100 * right.float().mean():.1f} % right")
     return net
 
