@@ -216,7 +216,8 @@ def test_ctrl_c_ends_a_script_with_130_and_after_its_clearing_up(capsys):
 
 def test_ctrl_c_while_torch_is_loaded_is_no_traceback():
     code = "import os, signal\nfrom tinyldm.cli import begin\nbegin()\nos.kill(os.getpid(), signal.SIGINT)\nprint('not reached')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    usual = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)                    # the tests themselves may be running under nohup
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=usual)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
     ignored = code.replace("begin()", "signal.signal(signal.SIGINT, signal.SIG_IGN)\nbegin()", 1)
     assert subprocess.run([sys.executable, "-c", ignored], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True).stdout == "not reached\n"

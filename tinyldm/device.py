@@ -196,7 +196,7 @@ def free_memory(device: torch.device) -> int | None:
 def main_memory() -> int | None:
     """The bytes of main memory that are available. None: this system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").split("\n")
         return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
     except (OSError, StopIteration, ValueError):
         return None

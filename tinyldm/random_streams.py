@@ -23,6 +23,8 @@ class Stream(IntEnum):
     LOADER = 5              # data/loader.py: the view and the caption of a sample, and the noise of its sampled latents
     CROPS = 6               # the pictures that the autoencoder is trained on in a step, and the position of their crops
     VALIDATION_TIMES = 7
+    PAIRS = 8               # the pictures and captions that a CLIP is trained on in a step
+    VALIDATION_FURTHER = 9  # objectives/teacher.py: what else an objective draws for held-out samples
 
 
 def seed_sequence(stream: Stream, seed: int, *position: int) -> np.random.SeedSequence:

@@ -129,7 +129,8 @@ def test_what_is_written_is_read_again_bit_for_bit_and_has_the_names_that_other_
     tensors = load_file(file)
     assert [*tensors] == [name] and torch.equal(tensors[name], VECTORS) and [path.name for path in tmp_path.iterdir()] == [file.name]
     with safe_open(file, "pt") as opened:
-        assert opened.metadata() == {"format": "pt", "token": DOG, "step": "7"}
+        about = opened.metadata()
+    assert about.items() >= {"format": "pt", "token": DOG, "step": "7", "modelspec.trigger_phrase": DOG}.items()
     found = read_embedding(file, model)
     assert found.token == DOG and torch.equal(found.vectors["text"], VECTORS)
 

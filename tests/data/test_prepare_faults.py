@@ -299,7 +299,7 @@ def test_a_job_killed_at_any_file_operation_ends_with_the_same_bytes(tmp_path, k
         words = [sys.executable, "-c", DRIVER, str(tmp_path), str(tmp_path / name), str(times)]
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
-        assert int(done.stdout) >= min(times, 5)
+        assert int(done.stdout.split()[-1]) >= min(times, 5)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 

@@ -454,7 +454,7 @@ def test_samplers_without_a_class_run_on_published_configs_and_export_another(na
         assert bool(ours(config, toy_network, 5, name, schedule).isfinite().all())
         process = "flow" if prediction == "flow" else "scaled_linear"
         written = to_config(process, {}, prediction, name)
-        assert sampling(written).sampler == name or name in ("dpmpp_sde", "edm", "adaptive", "annealed_langevin", "predictor_corrector")
+        assert sampling(written).sampler == name or name in ("dpmpp_sde", "edm", "adaptive", "annealed_langevin", "predictor_corrector", "lcm")
 
 
 @pytest.mark.parametrize("eta", [0.4, 1.0])

@@ -128,7 +128,7 @@ def test_a_trajectory_is_that_of_diffusers(pipeline):
     torch.testing.assert_close(final(SAMPLERS[found.sampler](denoise, start, levels)), x, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "lcm"])           # which is for consistency functions
 @pytest.mark.parametrize("schedule", [None, "trailing"], ids=["SD3's grid", "FLUX's grid"])
 def test_every_sampler_draws_on_both_grids(sampler, schedule):
     """Data of N(0.5, 0.2^2), whose denoiser is exact: 200 steps of any sampler end at it, but for the bias of first order."""

@@ -108,13 +108,15 @@ def test_the_first_stage_waits_as_little(unet):
 
 
 def test_a_discriminator_costs_the_waits_of_another_update_and_with_a_row_of_the_log_those_of_what_it_tells(folder):
+    """And the report's picture of reconstructions, which is drawn with the first row, and later once a minute."""
     gan = "--vae-loss gan=0.5 --vae-gan width=4 layers=1 start=0 r1=1 lecam=1 --vae-latents eq=1 noise=0.1 --dtype fp32".split()
     run = watch(["--out", str(folder / "gan"), *COMMON, *gan, "--vae-steps", "4", "--max-steps", "1"])
     assert not run.gpu.mixed
     assert run.steps["vae", 2].waits == {what: 2 * count for what, count in STEP.items()}
     assert run.steps["vae", 4].waits == run.steps["vae", 2].waits | {       # after the third step, which is logged
         "tinyldm/training/meter.py row: tolist": 2, "tinyldm/objectives/adversarial.py log_row: tolist": 1,
-        "tinyldm/objectives/adversarial.py notes: tolist": 1}
+        "tinyldm/objectives/adversarial.py notes: tolist": 1,
+        "tinyldm/pictures/pixels.py to_bytes: to": 1, "tinyldm/training/vae_validation.py work: to": 1}
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 5])

@@ -89,7 +89,7 @@ class Distillation(Denoising):
 
     def validation_batch(self, samples: Any, seed: int) -> DenoisingBatch:
         batch = super().validation_batch(samples, seed)
-        return batch._replace(own=self.further(generator(Stream.VALIDATION_NOISE, seed, 1), batch.x0.shape) or None)
+        return batch._replace(own=self.further(generator(Stream.VALIDATION_FURTHER, seed), batch.x0.shape) or None)
 
     def to_device(self, batch: DenoisingBatch, device: torch.device) -> DenoisingBatch:
         if not self.guides or self.text_trained:

@@ -30,7 +30,7 @@ from tinyldm.training.vae_pictures import forget_pictures, hold_out
 
 
 class ContrastiveStage(Stage):
-    name, title, stream = "step", "CLIP", Stream.NOISE
+    name, title, stream = "step", "CLIP", Stream.PAIRS
     reported = True
 
     def __init__(self, config: Config, context: RunContext, data: CaptionedPictures, last: Path | None = None):
@@ -66,7 +66,7 @@ class ContrastiveStage(Stage):
 
     def samples(self, seed: int, step: int, part: slice) -> Samples:
         """The pictures of a batch are all different, and each has one of its captions."""
-        rng = np.random.default_rng(seed_sequence(Stream.CROPS, seed, step))
+        rng = np.random.default_rng(seed_sequence(self.stream, seed, step))
         chosen = self.kept[rng.choice(len(self.kept), self.settings.batch_size, replace=False)][part]
         drawn = rng.random(self.settings.batch_size)[part]
         return Samples(np.stack([self.images[i] for i in chosen]), self.captions.tokens_of(chosen, drawn))
