@@ -114,8 +114,8 @@ def prepare_run(config: Config) -> None:
 
 
 def write_settings(config: Config) -> Path:
-    """Write the run's settings, the folder in which the run was begun, and the version that trains it, to its config.json -> that file. A resumed run keeps its
-    paths, as they were typed there."""
+    """Write the run's settings, the folder in which the run was begun, and the version that trains it, to its config.json -> that file.
+    A resumed run keeps its paths, as they were typed there."""
     file = Path(config.run.out) / "config.json"
     before = read_json(file, None) if config.run.resume != "no" else {}
     begun = {"directory": os.getcwd(), "version": version()} | {name: before[name] for name in (*PATHS, "directory") if name in before}
