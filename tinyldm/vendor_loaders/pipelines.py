@@ -81,13 +81,15 @@ PIPELINES: dict[str, Pipeline] = {
         "UNet2DConditionModel", "single",
         lambda parts: (parts.stock and not parts.vae.get("shift_factor") and parts.text_classes == [CLIP]
                        and not parts.network.get("addition_embed_type") and not parts.network.get("told")),
-        "needs one text encoder, CLIP's without projection, a U-Net that is told neither sizes nor the length of a step, and a scheduler of diffusers",
+        "needs one text encoder, CLIP's without projection, a U-Net that is told neither sizes nor the length of a step, "
+        "and a scheduler of diffusers",
         NO_SAFETY_CHECKER, shifts=False),
     SDXL: Pipeline(
         "UNet2DConditionModel", "sdxl",
         lambda parts: (parts.stock and not parts.vae.get("shift_factor") and parts.text_classes == [CLIP, PROJECTED]
                        and parts.network.get("addition_embed_type") == "text_time" and not parts.network.get("told")),
-        "needs CLIP's text encoder and a second one with projection, a U-Net that is told sizes but no length of a step, and a scheduler of diffusers",
+        "needs CLIP's text encoder and a second one with projection, a U-Net that is told sizes but no length of "
+        "a step, and a scheduler of diffusers",
         {"feature_extractor": [None, None], "image_encoder": [None, None], "add_watermarker": None}, shifts=False,
         defaults=lambda network: {"cfg": 5.0}),
     SD3: Pipeline(
