@@ -82,7 +82,7 @@ from tinyldm.pipeline import (Canvas, DrawSettings, Morph, PromptFeatures, all_c
                               picture_size, steps_needed)
 from tinyldm.planning.drawing import Order, bytes_on_disk, check_memory, offload_to_fit, plan_drawing, render
 from tinyldm.text.prompt_weights import plain
-from tinyldm.text.words import unknown
+from tinyldm.text.words import unknown, words_of
 from tinyldm.training.learned import apply_learned, learned_facts
 from tinyldm.training.portable import model_name, portable
 from tinyldm.training.run_folder import find_model
@@ -104,13 +104,13 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
         model = load_model(source, "meta" if args.dry_run else place, pick_dtype(args.dtype, device), not args.no_ema, args.variant,
                            args.tokenizer, args.prediction, args.parts or (), {"text_encoder_3"} if args.without_t5 else ())
     captions = [*args.prompt, args.negative_prompt or "", args.invert or ""]
-    apply_learned(model, args, captions)
+    learned = apply_learned(model, args, captions)
     for prompt in captions:
         for part, length, cut in model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
             who = "the model" if len(model.text.modules) == 1 else f"its encoder {part}"
             print(f'warning: {who} reads {length} tokens; left out: "{cut}"', file=sys.stderr)
     words = model.defaults.get("words", [])
-    if odd := unknown(map(plain, [*args.prompt, args.negative_prompt or ""]), words):
+    if odd := unknown(map(plain, [*args.prompt, args.negative_prompt or ""]), words and [*words, *words_of(learned)]):
         print(f"warning: no caption of the training held {', '.join(odd)}; it held {', '.join(words[:150])}", file=sys.stderr)
     return model, source
 

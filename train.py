@@ -239,8 +239,8 @@ class Trainer:
             self.compare_with_plan()
 
     def do_what_is_due(self, phase: Phase) -> None:
-        """Validation, evaluation and sample grid, and after them the checkpoint, so that a resumed run does not repeat them. Raises Interrupted
-        after a signal."""
+        """Validation, evaluation and sample grid, and after them the checkpoint, so that a resumed run does not repeat them. Raises
+        Interrupted after a signal."""
         step, run, stage, ema, signal = self.step, phase.config.run, self.stage, self.learner.ema, self.timing.signal
         if phase.validation and (self.timing.done(step) or (stage.val_every and step % stage.val_every == 0)):
             self.validate(phase.validation)                     # which may end the training

@@ -154,7 +154,8 @@ def write(odes: dict, sdes: dict, floors: dict) -> None:
                   f"{floors[label]:.2g} apart: differences below about that are noise. `dpmpp_2m`, which is deterministic, is "
                   "there for comparison.", "",
                   *table(sdes[label], (*STOCHASTIC, "dpmpp_2m")), ""]
-    lines += ["Of these figures `lms` and `pndm` profit from a start at a finite level. On a flow, and with zero terminal SNR, where the first level is pure noise, they need about 50 steps, and draw garbage with 20: sample.py warns then.", ""]
+    lines += ["Of these figures `lms` and `pndm` profit from a start at a finite level. On a flow, and with zero terminal SNR, where the "
+              "first level is pure noise, they need about 50 steps, and draw garbage with 20: sample.py warns then.", ""]
     lines += ["A figure in brackets is the number of calls where it is not the column's. `pndm` takes its first step twice; "
               "`heun`, `edm` and `dpmpp_sde` call the denoiser twice a step.", ""]
     (HERE / "samplers.md").write_text("\n".join(lines), "utf-8")

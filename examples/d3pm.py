@@ -195,7 +195,8 @@ def main() -> None:
             print(f"step {step + 1:4}: loss {loss.item():.4f}", flush=True)
 
     bits = chain.bits_per_dim(lambda x, t: net(x, t, captions[held_out]), symbols[held_out], random)
-    print(f"at most {bits:.3f} bits per dimension, of {math.log2(args.symbols):.3f}, on {len(captions[held_out])} scenes that it has not seen")
+    print(f"at most {bits:.3f} bits per dimension, of {math.log2(args.symbols):.3f}, on {len(captions[held_out])} scenes that it has not "
+          "seen")
     wanted = torch.tensor([[vocabulary.index(word) for word in (colour, subject, background)] for subject, background in
                            zip(subjects, ("grass", "sand", "sea", "snow")) for colour in toyworld.COLOURS])
     drawn = chain.sample(lambda x, t: net(x, t, wanted), (len(wanted), symbols.shape[1]), random)

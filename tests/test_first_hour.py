@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, load_script
+from helpers import ROOT, SMALL, load_script, pictures, train_here
 from lowest import requirements
 from PIL import Image
 from safetensors import safe_open
@@ -43,6 +43,22 @@ def test_the_words_of_captions_are_kept_and_others_are_found():
     assert unknown(["a Red dragon", "a blue fox"], known) == ["dragon", "blue"]
     assert unknown(["anything"], []) == []
     assert words_of(f"word{chr(97 + i // 676)}{chr(97 + i // 26 % 26)}{chr(97 + i % 26)}" for i in range(MOST + 1)) == []
+
+
+def test_words_that_were_learned_later_are_known_too(tmp_path, monkeypatch, capsys):
+    """By a text encoder that --finetune trains along; and the token of an --embedding."""
+    train, sample, run, tuned = load_script("train"), load_script("sample"), tmp_path / "run", tmp_path / "tuned"
+    data = [*SMALL, "--max-steps", "2", "--sample-every", "0"]
+    train_here(train, [*data, "--out", str(run)], monkeypatch)
+    short = ["--model", str(run), "--data", str(pictures(tmp_path / "mine", 3)), "--max-steps", "2", "--sample-every", "0", "--out"]
+    train_here(train, ["--finetune", "dreambooth", "--instance", "a sks square", "--train-text", *short, str(tuned)], monkeypatch)
+    inversion = ["--finetune", "textual_inversion", "--token", "<my-dog>", "--initial", "a", "--batch-size", "2", "--grad-accum", "1"]
+    train_here(train, [*inversion, *short, str(tmp_path / "token")], monkeypatch)
+    capsys.readouterr()
+    for model, more, prompt, odd in ((run, [], "a sks dragon", "sks, dragon;"), (tuned, [], "a sks red dragon", "dragon;"),
+                                     (run, ["--embedding", str(tmp_path / "token")], "a <my-dog> dragon", "dragon;")):
+        sample.open_model(sample.parse([prompt, "--model", str(model), "--device", "cpu", *more]))
+        assert f"no caption of the training held {odd}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("process, options, least", [("flow", {}, 50), ("scaled_linear", {"zero_snr": True}, 50), ("scaled_linear", {}, 1)])

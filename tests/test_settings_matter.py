@@ -81,7 +81,8 @@ ROWS = {
                     which_way=lambda a, b: b.stored_captions[0] == [(0, "a square"), (0, "my square")]),
     "resolution": Row(16, {"eps", "perturbation", "t", "defaults"} | LATENTS,
                       which_way=lambda a, b: b.latents[0].shape[-2:] == (8, 8)),
-    "stages": Row({"8": 0.5, "16": 0.5}, {"stored pictures", "eps", "perturbation", "t", "events", "micro_batches", "precision", "defaults"} | ENCODED,
+    "stages": Row({"8": 0.5, "16": 0.5}, {"eps", "perturbation", "t", "events", "micro_batches", "precision", "defaults",
+                                               "stored pictures"} | ENCODED,
                   which_way=lambda a, b: b.events == [("stage", 3)]),
     "buckets": Row(3.0, {"eps", "perturbation", "precision"} | ENCODED),
     "flip": Row(True, {"encoded", "precision", "x0"} | AFTER, which_way=lambda a, b: b.encoded == 2 * a.encoded),
@@ -92,7 +93,7 @@ ROWS = {
     "min_caption": Row(2, {"defaults"} | ENCODED, which_way=lambda a, b: len(b.latents) == len(a.latents) - 1),
     "max_caption": Row(99, {"initial", "vocabulary", "defaults"} | ENCODED, which_way=lambda a, b: len(b.latents) == len(a.latents) - 1),
     "max_skip": Row(0.01, {"error"}, which_way=lambda a, b: "1 of 23 samples" in b.error),
-    "cache": Row(["LATENTS"], {"latents", "stored captions", "stored pictures", "encoded", "precision"}),
+    "cache": Row(["LATENTS"], {"latents", "stored pictures", "stored captions", "encoded", "precision"}),
     "encode_batch_size": Row(20, {"encoded", "precision"}, which_way=lambda a, b: b.encoded == [20, 2], rounding=LATENTS),
     # the autoencoder
     "vae": Row(dict(latent_channels=6), {"vae_initial", "posterior", "vae_loss", "initial", "defaults", "eps", "perturbation", "t"} |

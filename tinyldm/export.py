@@ -39,8 +39,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "Stable Diffusion 2, eps for 1)")
     add("--single-file", metavar="FILE", help="also write one .safetensors in CompVis' layout, for models of Stable Diffusion 1's shape")
     add("--license", metavar="NAME", help="written into the model card, as the hub names licences: mit, apache-2.0, openrail, ...")
-    add("--push-to-hub", metavar="OWNER/NAME", help="then upload the folder into this repository of the hub, which is made, private, where there "
-        "is none (HF_TOKEN is the key); needs --license")
+    add("--push-to-hub", metavar="OWNER/NAME", help="then upload the folder into this repository of the hub, which is made, private, where "
+        "there is none (HF_TOKEN is the key); needs --license")
     add_adapter_flags(parser)
     args = parser.parse_args(argv)
     if args.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
@@ -165,7 +165,8 @@ def pipeline_of(model: Model) -> str:
     """The pipeline that the model is written for: a key of PIPELINES."""
     name = pipelines.written_as(architecture(model.net).classes[0], model.text.join)
     if name == pipelines.STABLE_DIFFUSION:              # a model with these parts is refused where it cannot be exported, others are OWN
-        own = [type(module) for module in model.text.modules.values()] != [CLIPText] or "sizes" in architecture(model.net).extras(model.net.config)
+        told = {*architecture(model.net).extras(model.net.config)} - {"guidance"}         # which the pipeline tells, too
+        own = [type(module) for module in model.text.modules.values()] != [CLIPText] or told
         return pipelines.OWN if own else name
     return name
 

@@ -65,8 +65,8 @@ EXTRAS: dict[str, Callable[[DrawSettings, int, int], Any]] = {
 
 
 def steps_needed(name: str, process: Process) -> int:
-    """The steps below which a sampler draws no picture on a process: those that extrapolate from several earlier steps begin badly where the
-    first level is pure noise (a flow, zero terminal SNR). 1 for all others."""
+    """The steps below which a sampler draws no picture on a process: those that extrapolate from several earlier steps begin badly where
+    the first level is pure noise (a flow, zero terminal SNR). 1 for all others."""
     return 50 if sampler_name(name) in ("lms", "pndm") and grid(at_size(process), 2)[0].alpha < 1e-3 else 1
 
 

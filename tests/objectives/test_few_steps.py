@@ -416,4 +416,4 @@ def test_what_cannot_work_is_refused_with_the_fix(words, said):
     config = make_config(**dict(finetune="whole", model="m") | words)
     with pytest.raises(ValueError, match=said):
         OBJECTIVES[config.objective.name].check(config)
-    assert math.isfinite(config.optimisation.lr) and LCM.taught(config)
+    assert math.isfinite(config.optimisation.lr) and LCM.taught(make_config(objective="lcm"))

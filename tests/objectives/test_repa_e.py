@@ -152,6 +152,25 @@ def test_other_autoencoders_and_pictures_of_other_sizes_are_refused(teacher):
         batch_of(objective, model)
 
 
+def test_an_attempt_that_ran_out_of_memory_does_not_count_in_the_statistics(teacher):
+    """Where half a turn was done, and all of it is done again in smaller micro-batches."""
+    found = []
+    for half_done in (False, True):
+        objective, model = make(teacher)
+        batch, networks, turn = batch_of(objective, model), model.modules | dict(objective.networks), objective.turns[0]
+        if half_done:
+            objective.collect(turn, networks, split(batch, 2))
+            objective.losses(turn, networks, split(batch, 2)[0], 0.0)
+            objective.start_over()
+        for each in objective.turns:
+            objective.collect(each, networks, split(batch, 4))
+            for micro in split(batch, 4):
+                objective.losses(each, networks, micro, 0.0)
+        objective.after_step(1)
+        found.append(model.vae.quant_conv.weight.detach().clone())
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("words, expected", [
     ("--keep-pictures 4", "use --keep-pictures 2"), ("--autoencoder taesd --vae latent_channels=8 width=8 blocks=0,1", "use --autoencoder kl")])
 def test_mistakes_are_refused_before_anything_is_trained(words, expected, teacher, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """train.py --eval-every: what is measured while a model is trained."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tinyldm.evaluation import while_training
+from tinyldm.evaluation.progress import progress
 from tinyldm.evaluation.recogniser import Reading
 from tinyldm.evaluation.towers import TOWERS, Tower
 from tinyldm.models.inception import InceptionFeatures
@@ -83,6 +85,22 @@ def test_fid_compares_with_the_run_s_own_held_out_pictures(tmp_path, monkeypatch
     assert [(label, images.shape) for label, images in seen] == [("drawn", (4, 16, 16, 3)), ("held out", (2, 16, 16, 3)),
                                                                  ("drawn", (4, 16, 16, 3))]         # the reference is read once
     assert seen[1][1].std() > 1
+
+
+def test_the_real_pictures_are_those_of_the_cache_where_the_autoencoder_is_trained_along():
+    """Latents in the cache are those of the autoencoder with which the run began: another one would decode them to something else."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    samples = SimpleNamespace(latents=None, pictures=lambda: torch.from_numpy(images).movedim(3, 1))
+    stage = SimpleNamespace(loader=SimpleNamespace(held_out_batch=lambda: samples), trained=SimpleNamespace(modules={"net": None, "vae": None}))
+    assert np.array_equal(while_training.held_out(None, stage), images)
+
+
+@pytest.mark.parametrize("rank, shown", [("0", True), ("1", False)])
+def test_of_several_processes_the_first_shows_its_progress(rank, shown, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    with progress(4, "pictures drawn") as bar:
+        bar.update(4)
+    assert ("pictures drawn" in capsys.readouterr().err) == shown
 
 
 def test_an_evaluation_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):

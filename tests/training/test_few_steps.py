@@ -15,6 +15,7 @@ from tinyldm.config import flatten, make_config, parse
 from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model
 from tinyldm.training.finetune import complete
+from tinyldm.training.run_folder import next_command
 from tinyldm.vendor_loaders.scheduler import to_config
 
 SHORT = ("--batch-size 4 --max-steps 4 --save-every 2 --sample-every 2 --log-every 1 --keep-last 9 --dtype fp32 --lr 0.01 "
@@ -72,6 +73,13 @@ def test_n_steps_and_n_more_are_two_n_steps_to_the_last_bit_with_all_further_net
     assert any("objective.safetensors" in name for name in found) == (kind in ("consistency", "progressive", "lcm"))
     for name in ("before.png", "step-000004.png"):
         assert (whole / "samples" / name).read_bytes() == (run / "samples" / name).read_bytes()
+
+
+def test_the_command_after_an_adapter_of_few_steps_says_how_it_is_drawn_with():
+    """Its model's sampler and guidance would draw something else."""
+    settings = dict(finetune="lora", rank=4, model="m", out="r", sampler="lcm", sample_steps=4, cfg=1.0)
+    assert next_command(make_config(objective="lcm", **settings)).endswith("--model m --lora r --sampler lcm --steps 4 --cfg 1")
+    assert next_command(make_config(**settings)).endswith("--model m --lora r")
 
 
 def test_the_model_says_how_it_is_drawn_with_and_is_another_than_its_teacher(train, teacher):

@@ -82,6 +82,14 @@ def differing(one: dict, two: dict) -> set[str]:
     return {name for name in one if not torch.equal(torch.as_tensor(one[name]), torch.as_tensor(two[name]))}
 
 
+def test_the_pictures_of_a_cache_are_enough(base, data):
+    """And in a model that says on which data it was trained, they come before those."""
+    config, _ = parse([*LORA, "--model", str(base), "--cache", "somewhere"], "")
+    done = complete(config)
+    assert (done.data.sources, done.data.cache) == ([], ["somewhere"])
+    assert complete(parse([*LORA, "--model", str(base), "--data", str(data)], "")[0]).data.sources == [str(data)]
+
+
 # ---------------------------------------------------------------- what is trained
 
 

@@ -38,9 +38,10 @@ HEADER = "tinyldm"                                      # the text of the header
 STATED = "lora_adapter_metadata"                        # diffusers' text of the header with peft's settings
 
 
+# Family -> ModelSpec's id of its architecture.
+MODELSPEC = {"Stable Diffusion 1": "stable-diffusion-v1", "Stable Diffusion 2": "stable-diffusion-v2",
+             "Stable Diffusion 3": "stable-diffusion-3", "Stable Diffusion XL": "stable-diffusion-xl-v1-base", "FLUX.1": "flux-1-dev"}
 # Family -> kohya's name of it in a header, by which other programs tell what an adapter is for (sd-scripts, networks/lora*.py).
-MODELSPEC = {"Stable Diffusion 1": "stable-diffusion-v1", "Stable Diffusion 2": "stable-diffusion-v2", "Stable Diffusion 3": "stable-diffusion-3",
-             "Stable Diffusion XL": "stable-diffusion-xl-v1-base", "FLUX.1": "flux-1-dev"}         # the ids of architectures
 KOHYA_VERSIONS = {"Stable Diffusion 1": "sd_v1", "Stable Diffusion 2": "sd_v2", "Stable Diffusion XL": "sdxl_base_v1-0",
                   "Stable Diffusion 3": "sd3", "FLUX.1": "flux1"}
 
@@ -279,6 +280,7 @@ def header(changes: Mapping[str, Mapping[str, LowRank]], model: Model, metadata:
     shown = {"ss_sd_model_name": metadata.get("base_model"), "ss_base_model_version": KOHYA_VERSIONS.get(known["family"]),
              "ss_v2": "True" if known["family"] == "Stable Diffusion 2" else None}
     title = str(metadata.get("base_model") or "adapter")
-    shown |= modelspec(f"{MODELSPEC.get(known['family'], 'tinyldm')}/lora", f"LoRA for {title}", model.defaults.get("resolution"), model.prediction)
+    shown |= modelspec(f"{MODELSPEC.get(known['family'], 'tinyldm')}/lora", f"LoRA for {title}", model.defaults.get("resolution"),
+                       model.prediction)
     return {"format": "pt", HEADER: json.dumps(known), "ss_network_module": "networks.lora", "ss_network_dim": rank,
             "ss_network_alpha": alpha, **{name: str(value) for name, value in shown.items() if value}}

@@ -37,8 +37,8 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
               if any(SETTINGS[name].group == group for name in names or SETTINGS)}
     for name in (name for name in SETTINGS if not names or name in names):
         add_flag(groups[SETTINGS[name].group], name, plain[name])
-    parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="take settings from a run's config.json, or from a JSON "
-                        "object with some of its names; what is typed wins")
+    parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="take settings from a run's config.json, or from a "
+                        "JSON object with some of its names; what is typed wins")
     for word, options in (own or {}).items():
         parser.add_argument(word, **options)
     typed = vars(parser.parse_args(argv))
@@ -131,8 +131,8 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(file: str) -> dict[str, Any]:
-    """The settings in the file of --config: a run's config.json, or a JSON object with some of its names; {} without a file. What belongs to
-    the run itself (its folder, whether it is resumed) is left out. ValueError, with advice, for a file that is none."""
+    """The settings in the file of --config: a run's config.json, or a JSON object with some of its names; {} without a file. What belongs
+    to the run itself (its folder, whether it is resumed) is left out. ValueError, with advice, for a file that is none."""
     if not file:
         return {}
     path = Path(file) / "config.json" if Path(file).is_dir() else Path(file)

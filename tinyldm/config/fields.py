@@ -155,9 +155,9 @@ class NetworkConfig:
 class ObjectiveConfig:
     """What a training step minimises, and on which noise process."""
 
-    name: str = fixed("denoising", "what a training step minimises: denoising, repa (alignment beside it), repa_e (and the autoencoder); in "
-                      "few steps, with a --teacher: consistency, lcm, scm, mean_flow, progressive, guided, reflow, self_corrected, dmd; "
-                      "diff2flow; contrastive (a CLIP)", flag="objective")
+    name: str = fixed("denoising", "what a training step minimises: denoising, repa (alignment beside it), repa_e (and the autoencoder); "
+                      "for few steps, with a --teacher: consistency, lcm, scm, mean_flow, progressive, guided, reflow, self_corrected, "
+                      "dmd; diff2flow; contrastive (a CLIP)", flag="objective")
     options: dict = fixed({}, "its own options, as key=value: its class in tinyldm/objectives/ has them", flag="objective_options")
     process: str = fixed("flow", "scaled_linear, linear, cosine, betas, vp, ve, edm, flow or dynamic_flow")
     process_options: dict = fixed({}, "its options, as key=value (beta_start, betas, sigma_max, ...)")

@@ -38,7 +38,8 @@ def epilog(whole: bool) -> str:
     """What follows the flags: presets and, for a script that knows all settings, the fields of the networks."""
     lines = ["presets:", *(f"  {name:15} {text}" for name, text in SHOWN.items())]
     if whole:
-        lines += ["", f"presets of an autoencoder (--vae-preset): {', '.join(VAE_PRESETS)}", "", "KEY=VALUE, with the defaults outside presets:"]
+        lines += ["", f"presets of an autoencoder (--vae-preset): {', '.join(VAE_PRESETS)}", "",
+                  "KEY=VALUE, with the defaults outside presets:"]
         for flag, place in FIELDS.items():
             lines.append(f"  {flag:15}")
             for word in fields(*place):

@@ -55,10 +55,12 @@ PRESETS: dict[str, dict] = {
         network="unet", unet=dict(widths=(192, 384, 768, 768), heads=(3, 6, 12, 12)), utilisation=0.4),
 }
 
-# With --network another than the preset's: the preset whose network, of a size that fits, takes its place, with its learning rates and steps.
-OTHER_NETWORK = {("tiny", "dit"): "tiny_dit", ("tiny", "mmdit"): "tiny_mmdit", ("tiny_dit", "unet"): "tiny", ("tiny_dit", "mmdit"): "tiny_mmdit",
-                 ("tiny_mmdit", "unet"): "tiny", ("tiny_mmdit", "dit"): "tiny_dit", ("5090_week", "unet"): "5090_week_unet",
-                 ("5090_week_unet", "dit"): "5090_week"}
+# Where --network names another than the preset's: the preset whose network, of a size that fits, takes its place, with its learning rates
+# and steps.
+OTHER_NETWORK = {("tiny", "dit"): "tiny_dit", ("tiny", "mmdit"): "tiny_mmdit",
+                 ("tiny_dit", "unet"): "tiny", ("tiny_dit", "mmdit"): "tiny_mmdit",
+                 ("tiny_mmdit", "unet"): "tiny", ("tiny_mmdit", "dit"): "tiny_dit",
+                 ("5090_week", "unet"): "5090_week_unet", ("5090_week_unet", "dit"): "5090_week"}
 TINY_FLUX = dict(net=dict(width=128, heads=4, double_layers=3, single_layers=6, rope_axes=(8, 12, 12)), lr=2e-3, muon_lr=2e-3)
 
 
@@ -66,7 +68,8 @@ def preset_row(preset: str, network: str | None = None) -> dict[str, Any]:
     """A preset's settings, with a network of another kind where one is asked for. ValueError for a preset that is not there."""
     row = lookup(PRESETS, preset, "preset")
     if network not in (None, row.get("network", "unet")):
-        fitting = TINY_FLUX if network == "flux" and preset.startswith("tiny") else PRESETS.get(OTHER_NETWORK.get((preset, network), ""), {})
+        fitting = PRESETS.get(OTHER_NETWORK.get((preset, network), ""), {})
+        fitting = TINY_FLUX if network == "flux" and preset.startswith("tiny") else fitting
         row = {name: value for name, value in row.items() if name != "net"} | fitting | {"network": network}
     return row | {"preset": preset}
 

@@ -97,6 +97,7 @@ def describe_sizes(shards: Iterable[Shard], data: DataConfig, count: int = 16) -
         return ""
     smallest, largest = ("x".join(map(str, choose(found, key=min))) for choose in (min, max))
     side, usual = data.resolution, sorted(map(min, found))[len(found) // 2]
-    hint = "; they are enlarged" if usual < side else f"; --resolution {usual // 64 * 64} would keep more of them" if usual >= max(64, 2 * side) else ""
+    larger = f"; --resolution {usual // 64 * 64} would keep more of them" if usual >= max(64, 2 * side) else ""
+    hint = "; they are enlarged" if usual < side else larger
     return (f"pictures of {smallest if smallest == largest else f'{smallest} to {largest}'} (the first {len(found)}) are encoded "
             f"{'with the number of tokens of' if data.buckets else 'at'} {side}x{side}, --resolution {side}{hint}")

@@ -89,7 +89,7 @@ def draw_missing(evaluation: Evaluation, settings: DrawSettings, jobs: Sequence[
     """Draw this process's share of the pictures that have no file yet; in the first process, wait for the others."""
     rank, processes = launched()
     mine = [job for job in jobs[rank::processes] if not job.file.exists()]
-    with progress(len(mine), label, shown=not rank and bool(mine)) as bar:
+    with progress(len(mine), label, shown=bool(mine)) as bar:
         with autocast(evaluation.device, evaluation.dtype):
             for start in range(0, len(mine), evaluation.batch_size):
                 batch = mine[start:start + evaluation.batch_size]

@@ -2,7 +2,7 @@
 
 Metrics in the table below say what is drawn and what is read from it. Those with a reference are given the run's own held-out samples:
 their captions are drawn from, and their latents, decoded, are the real pictures. So an FID here leaves out what the autoencoder loses, and
-it is of too few pictures to be compared with any other.
+it is of too few pictures to be compared with any other. (Where the autoencoder is trained along, the real pictures are those in the cache.)
 """
 
 from __future__ import annotations
@@ -129,8 +129,11 @@ def clip(run: WhileTraining, stage: LatentStage, images: np.ndarray) -> dict[str
 
 @torch.no_grad()
 def held_out(run: WhileTraining, stage: LatentStage) -> np.ndarray:
-    """The held-out pictures as their latents are decoded, uint8 [n, h, w, 3]."""
-    latents = stage.loader.held_out_batch().latents.to(run.context.device)
+    """The held-out pictures, uint8 [n, h, w, 3]: as their latents are decoded, or themselves where the autoencoder is trained along."""
+    samples = stage.loader.held_out_batch()
+    if "vae" in stage.trained.modules:                          # the latents are those of the autoencoder with which the run began
+        return samples.pictures().movedim(1, 3).numpy()
+    latents = samples.latents.to(run.context.device)
     with stage.model.at_work("vae"), autocast(run.context.device, run.dtype):
         return np.concatenate([to_bytes(decode(stage.model.vae, part)) for part in latents.split(AT_ONCE)])
 

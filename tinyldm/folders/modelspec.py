@@ -1,4 +1,4 @@
-"""What the header of a safetensors file says about the model, by the names of ModelSpec 1.0.1 (Stability AI's ModelSpec), which programs show."""
+"""What the header of a safetensors file says about the model, by the names of Stability AI's ModelSpec 1.0.1, which programs show."""
 
 from __future__ import annotations
 

@@ -15,5 +15,5 @@ def push(folder: Path, repository: str) -> str:
         return str(api.upload_folder(folder_path=str(folder), repo_id=repository, commit_message="Exported with tinyldm"))
     except Exception as error:      # no network, no token, no right, a server error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{folder} is written, and uploading it to {repository} failed ({reason}): set HF_TOKEN to a token that may write, "
-                         f"then hf upload {repository} {folder}") from error
+        raise ValueError(f"{folder} is written, and uploading it to {repository} failed ({reason}): set HF_TOKEN to a token that may "
+                         f"write, then hf upload {repository} {folder}") from error

@@ -104,7 +104,8 @@ def errors_about(path: str | Path) -> Iterator[None]:
 
 
 def sort_metadata(file: Path) -> None:
-    """Sort the entries of a header's metadata, which safetensors writes in another order every time: the same weights are the same bytes."""
+    """Sort the entries of a header's metadata, which safetensors writes in another order every time, so that the same weights are the same
+    bytes."""
     with open(file, "r+b") as handle:
         header = handle.read(int.from_bytes(handle.read(8), "little"))
         begin, found = header.find(b"{", 1), json.loads(header).get("__metadata__", {})

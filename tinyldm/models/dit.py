@@ -85,7 +85,7 @@ class DiT(nn.Module):
         rope = axial_rope(rows, cols, self.config.width // self.config.heads, self.config.rope_theta, x.device)
         x = self.patch_in(x.flatten(2).transpose(1, 2))                # [b, n, width], n = rows * cols
         context = self.context_in(cond.context)                        # [b, m, width]
-        time = self.time_in(t, cond.extra)                                         # [b, width]
+        time = self.time_in(t, cond.extra)                             # [b, width]
         if self.pooled_in is not None:
             time = time + self.pooled_in(cond.pooled)
         modulation = self.modulation(F.silu(time)).unflatten(1, (6, 1, -1))    # [b, 6, 1, width]

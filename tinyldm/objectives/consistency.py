@@ -72,10 +72,6 @@ class Consistency(Distillation):
         return dict(times="log_normal", mean=-1.1, scale=2.0, sampler="lcm", steps=2, cfg=1.0)      # P_mean and P_std of both papers
 
     @classmethod
-    def taught(cls, config: Config) -> bool:
-        return bool(own_options(cls, config)["distil"])
-
-    @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
         option = own_options(cls, config)
@@ -99,7 +95,7 @@ class Consistency(Distillation):
             wanted = self.f(networks.get(TARGET, networks["net"]), x_nxt, nxt, cond)
         losses = pseudo_huber(self.f(networks["net"], x, now, cond) - wanted, self.option["c"])
         weight = 1 / (rho_t - rho_s).clamp(min=1e-6)
-        return weight.float() * losses if batch.weights is None else batch.weights * weight.float() * losses
+        return batch.weighted(weight.float() * losses)
 
     def teacher_step(self, x: Tensor, now: Level, nxt: Level, batch: DenoisingBatch) -> Tensor:
         denoise = lambda x, at: self.teach(x, at, batch, float(self.option["scale"]))

@@ -55,6 +55,10 @@ class DenoisingBatch(NamedTuple):
         """[b, c, h, w], the noise in x_t."""
         return self.eps if self.mixed is None else self.mixed
 
+    def weighted(self, losses: Tensor) -> Tensor:
+        """The losses [b] by the samples' factors."""
+        return losses if self.weights is None else self.weights * losses
+
 
 class Denoising(Objective):
     """Eq. 14 of arXiv:2006.11239 and its variants. Text encoders that are not frozen are trained with the network."""
@@ -136,7 +140,7 @@ class Denoising(Objective):
         cond = replace(batch.cond or self.encode(batch.tokens, batch.x0.device), extra=batch.extra or {})
         losses = sample_losses(networks["net"], batch.x0, batch.eps, batch.t, cond, self.process(batch.x0), mixed=batch.mixed,
                                **self.loss_settings)
-        return losses if batch.weights is None else batch.weights * losses
+        return batch.weighted(losses)
 
     def validation_batch(self, samples: Any, seed: int) -> DenoisingBatch:
         """Times are evenly spaced in [0, 1), so that rare noise levels are measured as well; no caption is dropped."""

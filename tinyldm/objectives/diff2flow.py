@@ -7,7 +7,8 @@ model has process and prediction of a flow, is saved and drawn with as such (by 
 
 is the diffusion loss of denoising.py, whose gradients go through the change of variables to the same weights. What it changes: levels
 are drawn, and errors weighed, as flows do; and pure noise, at which a table such as Stable Diffusion's never trained its network, is
-trained. The model is a teacher for reflow and mean flow then. With --max-steps 1 --lr 0 it is written as it is.
+trained. The model is a teacher for reflow and mean flow then. With --max-steps 1 --lr 1e-12 it is written as it
+is, to rounding.
 
 The paper trains adapters too: write the model first, then train them beside it (--finetune lora --model RUN).
 """

@@ -65,10 +65,6 @@ class DMD(Distillation):
         return dict(times="uniform", sampler="lcm", steps=own_options(cls, config)["steps"], cfg=1.0)
 
     @classmethod
-    def taught(cls, config: Config) -> bool:
-        return True
-
-    @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
         option = own_options(cls, config)
@@ -89,7 +85,7 @@ class DMD(Distillation):
             x, start, k = self.generate(networks["net"], batch, cond)
         losses = (self.generator_losses(networks, x, start, k, batch, cond) if turn.name == "generator" else
                   self.fake_losses(networks, x, batch, cond))
-        return losses if batch.weights is None else batch.weights * losses
+        return batch.weighted(losses)
 
     def generate(self, net: Any, batch: DenoisingBatch, cond: Cond) -> tuple[Tensor, Tensor, int]:
         """(what the generator guesses of x0 in step k, what it sees there, k); the steps before it without gradients."""
@@ -121,14 +117,14 @@ class DMD(Distillation):
     @torch.no_grad()
     def direction(self, fake: nn.Module, x: Tensor, noisy: Tensor, now: Level, batch: DenoisingBatch, cond: Cond) -> Tensor:
         """g [b, c, h, w], for x noised to the level `now`."""
-        real = self.teach(noisy, now, batch, float(self.option["scale"] or self.usual_scale))
+        real = self.teach(noisy, now, batch, self.guidance)
         return (self.f(fake, noisy, now, cond) - real) / (x - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
     def segment_losses(self, net: Any, x: Tensor, start: Tensor, k: int, batch: DenoisingBatch, cond: Cond) -> Tensor:
         now, end = self.at(k, batch), self.at(k + 1, batch)
         middle = self.level((1 - (k + batch.own["between"]) / self.option["steps"]).clamp(1e-3, 1 - 2**-20), x)
         with torch.no_grad():
-            halfway = ddim(start, self.teach(start, now, batch, float(self.option["scale"] or self.usual_scale)), now, middle)
+            halfway = ddim(start, self.teach(start, now, batch, self.guidance), now, middle)
             wanted = ddim(halfway, self.f(net, halfway, middle, cond), middle, end)
         return pseudo_huber(ddim(start, x, now, end) - wanted, 0.001)
 

@@ -25,10 +25,6 @@ class Guided(Distillation):
     options = dict(scale=0.0)
 
     @classmethod
-    def taught(cls, config: Config) -> bool:
-        return True
-
-    @classmethod
     def tells(cls, config: Config) -> tuple[str, ...]:
         return ("guidance",)
 
@@ -49,4 +45,4 @@ class Guided(Distillation):
         error = self.f(networks["net"], x, now, self.cond(batch, guidance=scale)) - target
         # Both guesses are of one x_t, so that their errors in x0 and in eps are sigma / alpha apart: the larger counts.
         losses = (truncated_snr(now) * error.square()).flatten(1).mean(1)
-        return losses if batch.weights is None else batch.weights * losses
+        return batch.weighted(losses)

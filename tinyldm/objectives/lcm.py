@@ -9,8 +9,8 @@ between neighbours of 1000 is too small to learn from. f' has averaged weights (
 w is drawn evenly between `scale` and `scale_to`, the scales of guidance.cfg (the paper's w is that minus 1; 0 stands for the model's own).
 A network that is told it (U-Net told=guidance) learns all of them; another learns their mean, so leave scale_to out there.
 
-Choices: the paper's c_skip and c_out, with a timestep_scaling of 10, are 1 and alpha-free almost everywhere beyond t = 1 / 1000: they only
-make f(x, 0) = x, which the prediction does here (teacher.py). Its last target is the table's first entry; here it is clean data. The
+Choices: the paper's c_skip and c_out, with a timestep_scaling of 10, are 0 and 1 at all but the cleanest few of the table's times: they
+only make f(x, 0) = x, which the prediction does here (teacher.py). Its last target is the table's first entry; here it is clean data. The
 distance is pseudo-Huber per number, c = 0.001, as in diffusers' scripts.
 """
 
@@ -37,10 +37,6 @@ class LCM(Distillation):
         return dict(times="uniform", sampler="lcm", steps=4, cfg=1.0)
 
     @classmethod
-    def taught(cls, config: Config) -> bool:
-        return True
-
-    @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
         option = own_options(cls, config)
@@ -57,7 +53,7 @@ class LCM(Distillation):
 
     def scale(self, batch: DenoisingBatch) -> Tensor:
         """The guidance of each sample, [b]."""
-        low = self.option["scale"] or self.usual_scale
+        low = self.guidance
         return low + (max(self.option["scale_to"], low) - low) * batch.own["scale"]
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
@@ -72,4 +68,4 @@ class LCM(Distillation):
             wanted = self.f(networks.get(TARGET, networks["net"]), x_nxt, nxt, cond)
         error = self.f(networks["net"], x, now, cond) - wanted
         losses = LOSSES["huber"](error, self.option["c"]).flatten(1).mean(1) / (2 * self.option["c"])
-        return losses if batch.weights is None else batch.weights * losses
+        return batch.weighted(losses)

@@ -36,17 +36,9 @@ from tinyldm.objectives.teacher import Distillation, derivative, own_options, si
 class MeanFlow(Distillation):
     options = dict(distil=True, scale=0.0, apart=0.75, power=0.75, c=1e-3)      # scale 0: the teacher's; apart: fraction with r < t
 
-    def __init__(self, config: Config, model: Model, trained: tuple[str, ...], teacher: Model | None = None):
-        super().__init__(config, model, trained, teacher)
-        self.omega = float(self.option["scale"] or self.usual_scale)
-
     @classmethod
     def usual(cls, config: Config) -> dict[str, Any]:
         return dict(times="logit_normal", mean=-0.4, scale=1.0, sampler="euler", steps=1, cfg=1.0)
-
-    @classmethod
-    def taught(cls, config: Config) -> bool:
-        return bool(own_options(cls, config)["distil"])
 
     @classmethod
     def tells(cls, config: Config) -> tuple[str, ...]:
@@ -83,18 +75,18 @@ class MeanFlow(Distillation):
         error = ask(networks["net"], cond)(x, t, t - r).to(x.dtype) - (v - (t - r).view(-1, 1, 1, 1) * change)
         square = error.square().flatten(1).mean(1)
         losses = square / (square.detach() + self.option["c"]) ** self.option["power"]          # Eq. 22
-        return losses if batch.weights is None else batch.weights * losses
+        return batch.weighted(losses)
 
     @torch.no_grad()
     def velocity(self, networks: Networks, x: Tensor, at: Level, batch: DenoisingBatch) -> Tensor:
         """dx / dt of the guided curve at x_t, [b, c, h, w]."""
         if self.option["distil"]:
-            return (x - self.teach(x, at, batch, self.omega)) / at.sigma
+            return (x - self.teach(x, at, batch, self.guidance)) / at.sigma
         v = batch.eps - batch.x0
-        if self.omega == 1:
+        if self.guidance == 1:
             return v
         told = {"elapsed": torch.zeros_like(at.t)}
-        return self.omega * v + (1 - self.omega) * networks["net"](x, at.t, told_cond(batch.empty, batch, told)).to(x.dtype)
+        return self.guidance * v + (1 - self.guidance) * networks["net"](x, at.t, told_cond(batch.empty, batch, told)).to(x.dtype)
 
     def begin_phase(self, config: Config, model: Model) -> None:
         super().begin_phase(config, model)

@@ -56,10 +56,6 @@ class Progressive(Distillation):
         return dict(times="uniform", sampler="ddim", steps=rounds(config)[-1], cfg=1.0)
 
     @classmethod
-    def taught(cls, config: Config) -> bool:
-        return True
-
-    @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
         steps = rounds(config)
@@ -81,10 +77,10 @@ class Progressive(Distillation):
         target = two_steps(lambda x, at: self.teach(x, at, batch, self.scale(current)), x, now, middle, end)
         error = self.f(networks["net"], x, now, self.cond(batch)) - target
         losses = (truncated_snr(now) * error.square()).flatten(1).mean(1)
-        return losses if batch.weights is None else batch.weights * losses
+        return batch.weighted(losses)
 
     def scale(self, current: int) -> float:
-        return float(self.option["scale"] or self.usual_scale) if current == 0 else 1.0
+        return self.guidance if current == 0 else 1.0
 
     @torch.no_grad()
     def promote(self, current: int) -> None:

@@ -57,7 +57,7 @@ class Reflow(Distillation):
 
     @classmethod
     def taught(cls, config: Config) -> bool:
-        return True
+        return True                                             # its option distil is another one
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -93,11 +93,11 @@ class Reflow(Distillation):
     @torch.no_grad()
     def pictures(self, samples: Any, seeds: range, device: torch.device) -> Tensor:
         """What the teacher draws with the captions of some samples from these seeds: latents [b, c, h, w]."""
-        noise, chosen, scale = initial_noise(samples.latents.shape[1:], make_generators(seeds)), self.sampling, self.option["scale"]
+        noise, chosen = initial_noise(samples.latents.shape[1:], make_generators(seeds)), self.sampling
         told = extra_conditions(self.model.net, samples)
         batch = self.to_device(DenoisingBatch(samples.latents, noise, torch.zeros(len(noise)), None, samples.tokens, told), device)
         levels = grid(self.process(batch.x0), self.steps, chosen.schedule, **chosen.grid)
-        denoise = lambda x, at: self.teach(x, everywhere(at, x), batch, float(scale or self.usual_scale))
+        denoise = lambda x, at: self.teach(x, everywhere(at, x), batch, self.guidance)
         x = batch.eps * (levels[0].sigma if chosen.start_at_sigma else 1.0)
         return final(find_sampler(chosen.sampler)(denoise, x, levels, generators=make_generators(seeds), **chosen.options))
 

@@ -120,7 +120,7 @@ class REPA(Denoising):
             self.model.net.tap = None
         apart = self.distances(networks, as_map(self.tap.take(), self.model.net, batch.x0), batch.pictures)
         self.alignment = apart.detach().mean()
-        return losses, apart if batch.weights is None else batch.weights * apart
+        return losses, batch.weighted(apart)
 
     def distances(self, networks: Networks, hidden: Tensor, pictures: Tensor) -> Tensor:
         """hidden: features of a block [b, c, rows, columns] -> mean distance of each sample [b], float32."""

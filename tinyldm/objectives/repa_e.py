@@ -61,8 +61,8 @@ class REPAE(REPA):
         own = vae.config if vae else autoencoder_config(config.autoencoder.name, config.autoencoder.fields)
         check_foldable(own)
         if config.data.keep_pictures != own.downscale:
-            raise ValueError(f"--objective repa_e encodes the pictures as they are: use --keep-pictures {own.downscale}, this autoencoder's "
-                             "pixels per latent")
+            raise ValueError(f"--objective repa_e encodes the pictures as they are: use --keep-pictures {own.downscale}, this "
+                             "autoencoder's pixels per latent")
 
     def wants_pictures(self) -> bool:
         return True
@@ -83,6 +83,10 @@ class REPAE(REPA):
         if "view" in (batch.autoencoder or {}):                 # which is asked for on the CPU
             moved = moved._replace(autoencoder={**moved.autoencoder, "view": batch.autoencoder["view"]})
         return moved
+
+    def collect(self, turn: Turn, networks: Networks, micro_batches: Sequence[DenoisingBatch]) -> None:
+        if turn is self.turns[0]:
+            self.sums.clear()                                   # of an attempt that ran out of memory
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
         vae, pixels = networks["vae"], to_pixels(batch.pictures.movedim(1, 3))
@@ -129,5 +133,5 @@ class REPAE(REPA):
 def check_foldable(config: Any) -> None:
     """ValueError for an autoencoder that the statistics of latents cannot be folded into."""
     if not getattr(config, "quant_convs", False) or config.shift_factor:
-        raise ValueError("--objective repa_e folds the statistics of latents into the two 1 x 1 convolutions around them: use --autoencoder "
-                         "kl, or --vae-weights of Stable Diffusion 1, 2 or XL")
+        raise ValueError("--objective repa_e folds the statistics of latents into the two 1 x 1 convolutions around them: use "
+                         "--autoencoder kl, or --vae-weights of Stable Diffusion 1, 2 or XL")

@@ -43,10 +43,6 @@ class SCM(Distillation):
         return dict(times="log_normal", mean=-1.0, scale=1.4, sampler="lcm", steps=2, cfg=1.0)
 
     @classmethod
-    def taught(cls, config: Config) -> bool:
-        return bool(own_options(cls, config)["distil"])
-
-    @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
         if isinstance(at_size(process_of(config.objective)), Discrete):
@@ -60,7 +56,7 @@ class SCM(Distillation):
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
         process, cond, t = self.process(batch.x0), self.cond(batch), batch.t.clamp(1e-4, 1 - 1e-4)
         now = self.level(t, batch.x0)
-        x, scale = now.alpha * batch.x0 + now.sigma * batch.eps, float(self.option["scale"] or self.usual_scale)
+        x, scale = now.alpha * batch.x0 + now.sigma * batch.eps, self.guidance
         if self.option["distil"]:
             x0 = self.teach(x, now, batch, scale)
             ends = x0, (x - now.alpha * x0) / now.sigma
@@ -71,7 +67,7 @@ class SCM(Distillation):
         g = g / (g.square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1) + self.option["c"])
         answer = on_arc(networks["net"], self.kind, x, now, cond)
         losses = (answer - answer.detach() - g).square().flatten(1).mean(1)
-        return losses if batch.weights is None else batch.weights * losses
+        return batch.weighted(losses)
 
 
 def on_arc(net: Network, kind: str, x: Tensor, at: Level, cond: Cond) -> Tensor:

@@ -57,10 +57,6 @@ class SelfCorrected(Distillation):
         return dict(times="uniform", sampler="euler", steps=2, cfg=1.0)
 
     @classmethod
-    def taught(cls, config: Config) -> bool:
-        return True
-
-    @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
         if not isinstance(at_size(process_of(config.objective)), Flow):
@@ -83,7 +79,7 @@ class SelfCorrected(Distillation):
         losses = self.consistency(networks, batch, cond) + self.option["reflow"] * self.rectified(net, one.detach(), batch, cond)
         if self.adversary is not None:
             losses = losses + self.option["gan"] * self.adversary.generator_losses(one)
-        return losses if batch.weights is None else batch.weights * losses
+        return batch.weighted(losses)
 
     def consistency(self, networks: Networks, batch: DenoisingBatch, cond: Any) -> Tensor:
         """Of both directions, [b]."""
@@ -92,7 +88,7 @@ class SelfCorrected(Distillation):
         now, clean, noisy = (self.level(each, batch.x0) for each in (t, s, r))
         x = now.alpha * batch.x0 + now.sigma * batch.eps
         with torch.no_grad():
-            taught = self.teach(x, now, batch, float(self.option["scale"] or self.usual_scale))
+            taught = self.teach(x, now, batch, self.guidance)
             target = networks.get(TARGET, networks["net"])
             below, above = (self.f(target, ddim(x, taught, now, at), at, cond) for at in (clean, noisy))
             below = torch.where((s < self.option["truncate"]).view(-1, 1, 1, 1), batch.x0, below)

@@ -53,10 +53,20 @@ class Distillation(Denoising):
             self.networks, self.saved = self.networks | {TARGET: frozen(copy.deepcopy(model.net))}, (TARGET,)
 
     @property
+    def guidance(self) -> float:
+        """Scale of the teacher's guidance: the option `scale`, 0: as the teacher is drawn with."""
+        return float(self.option["scale"] or self.usual_scale)
+
+    @property
     def decay(self) -> float:
         """Of the averages of the student that are networks["target"], the option `ema`. 0: the student itself is the target, as always
         beside an adapter (LCM-LoRA, arXiv:2311.05556)."""
         return 0.0 if self.adapted else self.option.get("ema", 0.0)
+
+    @classmethod
+    def taught(cls, config: Config) -> bool:
+        """Always, but for an objective with an option `distil` where that is false."""
+        return bool(own_options(cls, config).get("distil", True))
 
     @classmethod
     def check(cls, config: Config) -> None:

@@ -40,7 +40,8 @@ PEAKS = {
     r"\bH100 PCIe": 756e12, r"\bH100 NVL": 835e12, r"\bH100\b": 989e12, r"\bG?H200\b": 989e12, r"\bB200\b": 2250e12,
     r"\bGB200\b": 2500e12, r"\bRTX PRO 6000 Blackwell (?!Max-Q)": 503.8e12}
 
-EXTRA_SHAPES: dict[str, tuple[int, ...]] = {"sizes": (6,), "guidance": (), "elapsed": ()}      # of the conditions in Cond.extra, per picture
+# Of the conditions in Cond.extra, per picture.
+EXTRA_SHAPES: dict[str, tuple[int, ...]] = {"sizes": (6,), "guidance": (), "elapsed": ()}
 
 
 class MetaNetworks(NamedTuple):

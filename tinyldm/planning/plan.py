@@ -180,7 +180,7 @@ def check_fit(config: Config, phase: PlannedPhase, index: int) -> None:
     found = next(((flag, micro) for flag, micro in options if phase.memory_gb(micro) <= config.plan.gpu_gb), None)
     or_checkpointing = " or --grad-checkpointing" if index >= 0 and not config.network.grad_checkpointing else ""
     advice = (f"{found[0]} would fit, at {phase.memory_gb(found[1]):.1f} GB" if found else
-              f"single images need {phase.memory_gb(1):.1f} GB, so shrink it (--{'vae' if index < 0 else config.network.name}"
+              f"single images need {phase.memory_gb(1):.1f} GB, so shrink it (--{'vae' if index < 0 else 'net'}"
               f"{or_checkpointing})")
     raise ValueError(f"micro-batch {phase.micro} at {phase.name} needs {phase.memory_gb():.1f} GB "
                      f"(estimate), the GPU has {config.plan.gpu_gb:g} (--gpu-gb): {advice}")

@@ -131,8 +131,8 @@ def compare(config: Config, measured: Measured, whole: Config | None = None, aft
             ("steps in all", ",", plan and sum(s.steps for s in main), measured.steps),
             ("finish", "", plan and planned_finish(plan), measured.finish)]
     if not planned:
-        return "\n".join([f"{f'after {after} steps':20}{'measured':>20}", *(f"  {label:18}{show(found, form):>20}" for label, form, _, found in rows
-                                                                            if found is not None)])
+        measurements = [f"  {label:18}{show(found, form):>20}" for label, form, _, found in rows if found is not None]
+        return "\n".join([f"{f'after {after} steps':20}{'measured':>20}", *measurements])
     lines = [f"{f'after {after} steps':20}{'plan':>20}{'measured':>20}"]
     lines += [f"  {label:18}{show(expected, form):>20}{show(found, form):>20}" for label, form, expected, found in rows]
     if device.type != "cuda":

@@ -153,7 +153,8 @@ def complete(config: Config) -> Config:
     settings, wording = config.objective, lookup(WORDINGS, own.kind, "--finetune")
     objective = lookup(OBJECTIVES, settings.name, "objective")
     model, usual = objective.begins_as(load_base(config)), objective.usual(config)
-    if not (sources := config.data.sources or model.defaults.get("data", [])):
+    sources = config.data.sources or ([] if config.data.cache else model.defaults.get("data", []))
+    if not sources and not config.data.cache:
         raise ValueError(f"--finetune {own.kind} needs pictures: --data FOLDER")
     network = next(name for name, known in NETWORKS.items() if known is architecture(model.net))
     process, options, prediction = read_process(model.scheduler)

@@ -12,11 +12,11 @@ from tinyldm.training.portable import portable
 from tinyldm.training.run_folder import find_learned
 
 
-def apply_learned(model: Model, args: Namespace, captions: Sequence[str] | None = None) -> None:
-    """Add the adapters and words that the flags name to a loaded model, in place. captions: all that will be drawn. ValueError for the
-    first that does not fit, and for a word that no caption has."""
+def apply_learned(model: Model, args: Namespace, captions: Sequence[str] | None = None) -> list[str]:
+    """Add the adapters and words that the flags name to a loaded model, in place -> the words. captions: all that will be drawn.
+    ValueError for the first that does not fit, and for a word that no caption has."""
     apply_adapters(model, [each._replace(path=find_learned(each.path)) for each in args.lora])
-    apply_embeddings(model, [*map(find_learned, args.embedding)], captions)
+    return apply_embeddings(model, [*map(find_learned, args.embedding)], captions)
 
 
 def learned_facts(args: Namespace) -> dict[str, str]:

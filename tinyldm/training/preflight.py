@@ -113,6 +113,7 @@ def check_alone(config: Config) -> None:
              f"{name} a text tower of its own: leave out --text-weights": config.text.weights,
              f"{name} a CLIP's text tower: leave out --text-encoder {config.text.encoder}": config.text.encoder != "clip",
              f"{name} a model that draws nothing: leave out --eval-every {config.run.eval_every}": config.run.eval_every,
+             f"{name} in one go and never returns to an older checkpoint: leave out --rollback": config.optimisation.rollback,
              f"{name} on pictures: name them with --data, and leave out --cache": config.data.cache,
              f"{name} on pictures of one size: leave out --stages and --buckets": config.data.phases or config.data.buckets,
              f"{name} networks that are too small to shard: leave out --fsdp": config.run.fsdp}

@@ -83,7 +83,11 @@ def next_command(config: Config) -> str:
         return f"give this autoencoder to another run: --vae-weights {Path(run) / 'vae'}"
     prompt = own.instance.split("|")[0] or (f"a photo of a {own.token}" if own.token else "a red fox")
     draw = f'draw what you like: python sample.py "{prompt}" --model '
-    return draw + (run if own.whole or not own.kind else f"{own.model} --{'lora' if own.adapts else 'embedding'} {run}")
+    if own.whole or not own.kind:
+        return draw + run
+    drawing = config.drawing            # an adapter has no defaults of its own, and one of few steps needs others than its model's
+    others = f" --sampler {drawing.sampler} --steps {drawing.steps} --cfg {drawing.cfg:g}" if config.objective.name != "denoising" else ""
+    return f"{draw}{own.model} --{'lora' if own.adapts else 'embedding'} {run}{others}"
 
 
 def find_learned(typed: str) -> str:
@@ -114,8 +118,8 @@ def prepare_run(config: Config) -> None:
 
 
 def write_settings(config: Config) -> Path:
-    """Write the run's settings, the folder in which the run was begun, and the version that trains it, to its config.json -> that file. A resumed run keeps its
-    paths, as they were typed there."""
+    """Write the run's settings, the folder in which the run was begun, and the version that trains it, to its config.json -> that file.
+    A resumed run keeps its paths, as they were typed there."""
     file = Path(config.run.out) / "config.json"
     before = read_json(file, None) if config.run.resume != "no" else {}
     begun = {"directory": os.getcwd(), "version": version()} | {name: before[name] for name in (*PATHS, "directory") if name in before}

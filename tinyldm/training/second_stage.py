@@ -57,7 +57,7 @@ class LatentStage(Stage):
     name, stream = "step", Stream.NOISE
     reported = planned = draws = True
     loader: Loader              # of the current phase
-    words: Sequence[str] = ()   # those of the captions, where a text encoder is trained that knows no others
+    words: Sequence[str] = ()   # those of the captions, where text encoders are trained
     base = ""                   # a fingerprint of the model that stays as it is while something is trained beside it; "": there is none
 
     def __init__(self, config: Config, context: RunContext, vae: nn.Module, caches: list[Cache], last: Path | None,
@@ -65,8 +65,8 @@ class LatentStage(Stage):
         """last: the checkpoint to continue from. micro_batches: per phase, at least this number of them (see rehearsal.py)."""
         self.caches, self.micro_batches = caches, micro_batches
         self.cache_digests = [cache.digest for cache in caches]
-        new_words = not config.text.weights and not config.finetune.kind    # a text encoder that knows the words of these captions alone
-        self.words = words_of(caches[0].all_captions()) if new_words else []
+        trains_text = config.finetune.trains_text if config.finetune.kind else not config.text.weights
+        self.words = words_of(caches[0].all_captions()) if trains_text else []
         self.build(config, context, vae, caches[0].all_captions(), last)
         if config.finetune.kind and config.run.sample_every and context.world.main:
             best_effort("the sample grid of the model as it was", self.draw_before)
@@ -81,8 +81,9 @@ class LatentStage(Stage):
         teacher = open_teacher(config, context) if config.finetune.kind else []
         tuned = tune(config, open_base(config, context, vae, last)) if config.finetune.kind else new_model(
             config, context, vae, captions, last)
-        if self.words:
-            tuned.model.defaults["words"] = self.words
+        before = tuned.model.defaults.get("words", [])         # of a model that is trained further; [] where it knows too many to list
+        if self.words and (before or not config.finetune.kind):
+            tuned.model.defaults["words"] = sorted({*before, *self.words})
         self.model, parts = at_phase(tuned.model, self.phases[0]), tuple(tuned.modules)
         if config.finetune.kind:
             read = teacher if config.finetune.whole else [self.model]           # from its source, also when the run is resumed
@@ -223,7 +224,8 @@ def build_text_encoders(config: Config, run: Path, captions: Iterable[str], last
 def new_model(config: Config, context: RunContext, vae: nn.Module, captions: Iterable[str], last: Path | None) -> Tuned:
     """A model with a new network and, unless they are pretrained, new text encoders, which are trained. Arguments as in build()."""
     model = build_model(config, vae, build_text_encoders(config, context.folder, captions, last))
-    parts = ("net", *(() if config.text.weights else model.text.modules), *lookup(OBJECTIVES, config.objective.name, "objective").trains_too)
+    texts = () if config.text.weights else model.text.modules
+    parts = ("net", *texts, *lookup(OBJECTIVES, config.objective.name, "objective").trains_too)
     return Tuned(model, {part: model.modules[part] for part in parts})
 
 

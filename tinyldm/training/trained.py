@@ -63,8 +63,8 @@ class Trained(Protocol):
 
 
 class TrainedModel:
-    """Trains the network of a model, its text encoders unless they are frozen, and its autoencoder if the objective does. FOLDER/model/ is a complete model folder with
-    averaged weights, and the raw ones beside them as its non_ema variant."""
+    """Trains the network of a model, its text encoders unless they are frozen, and its autoencoder if the objective does. FOLDER/model/
+    is a complete model folder with averaged weights, and the raw ones beside them as its non_ema variant."""
 
     def __init__(self, model: Callable[[], Model], parts: tuple[str, ...], frozen: Frozen, plain: nn.Module | None = None):
         """model: returns the model of the current phase. frozen: the written folders of its other parts, which checkpoints link to.

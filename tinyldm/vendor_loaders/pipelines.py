@@ -80,14 +80,16 @@ PIPELINES: dict[str, Pipeline] = {
     STABLE_DIFFUSION: Pipeline(
         "UNet2DConditionModel", "single",
         lambda parts: (parts.stock and not parts.vae.get("shift_factor") and parts.text_classes == [CLIP]
-                       and not parts.network.get("addition_embed_type")),
-        "needs one text encoder, CLIP's without projection, a U-Net without sizes, and a scheduler of diffusers",
+                       and not parts.network.get("addition_embed_type") and not parts.network.get("told")),
+        "needs one text encoder, CLIP's without projection, a U-Net that is told neither sizes nor the length of a step, "
+        "and a scheduler of diffusers",
         NO_SAFETY_CHECKER, shifts=False),
     SDXL: Pipeline(
         "UNet2DConditionModel", "sdxl",
         lambda parts: (parts.stock and not parts.vae.get("shift_factor") and parts.text_classes == [CLIP, PROJECTED]
-                       and parts.network.get("addition_embed_type") == "text_time"),
-        "needs CLIP's text encoder and a second one with projection, a U-Net that is told sizes, and a scheduler of diffusers",
+                       and parts.network.get("addition_embed_type") == "text_time" and not parts.network.get("told")),
+        "needs CLIP's text encoder and a second one with projection, a U-Net that is told sizes but no length of "
+        "a step, and a scheduler of diffusers",
         {"feature_extractor": [None, None], "image_encoder": [None, None], "add_watermarker": None}, shifts=False,
         defaults=lambda network: {"cfg": 5.0}),
     SD3: Pipeline(
@@ -165,7 +167,7 @@ REFUSED = {
     r".*(ControlNet|Adapter).*": "it draws with a further network that looks at a picture: take the folder of the model without it",
     r".*(Upscale|SuperRes|Depth2Img|Pix2Pix|ImageVariation|UnCLIP|GLIGEN|PaintByExample|LDM3D).*":
         "its U-Net takes more than noise and a caption",
-    r"LatentConsistency.*": "its U-Net takes the guidance scale as an input",
+    r"LatentConsistency.*": "its scheduler, LCMScheduler, is not read (its U-Net is)",
     r"(AltDiffusion|LDMTextToImage).*": "its text encoder is not CLIP's",
     r"Flux(Fill|Control)\w*": "its network takes a further picture beside the noise",
     r"Flux2\w*": "FLUX.2 has another network than FLUX.1, and a language model as its text encoder",
