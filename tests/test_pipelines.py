@@ -257,7 +257,7 @@ REASONS = {"FlaxStableDiffusionPipeline": "msgpack", "OnnxStableDiffusionPipelin
            "StableDiffusionOnnxPipeline": "another runtime", "ORTStableDiffusionPipeline": "another runtime",
            "StableDiffusionControlNetPipeline": "further network", "Flux2Pipeline": "language model", "FluxFillPipeline": "further picture",
            "StableDiffusionLatentUpscalePipeline": "more than noise", "StableDiffusionDepth2ImgPipeline": "more than noise",
-           "StableDiffusionInstructPix2PixPipeline": "more than noise", "LatentConsistencyModelPipeline": "LCMScheduler, is not read",
+           "StableDiffusionInstructPix2PixPipeline": "more than noise", "LatentConsistencyModelPipeline": "embeds the guidance scale",
            "AltDiffusionPipeline": "not CLIP's", "PixArtAlphaPipeline": "transformer", "DiTPipeline": "number of a class",
            "StableDiffusionSAGPipeline": "write that _class_name into", "DDPMPipeline": "write that _class_name into", None: "_class_name"}
 

@@ -31,6 +31,7 @@ EXPECTED = {
     "invert": dict(repeats=3),
     "grid": dict(schedule="normal", strength=1.0, drop_last=False, set_alpha_to_one=True, alpha_floor=0.0),
     "schedule leading": dict(offset=0),
+    "schedule skipping": dict(original=50),
     "schedule linspace": dict(rounding=round),
     "schedule linspace_unrounded": dict(rounding=float),
     "schedule karras": dict(rho=7.0, shape=1.0, sigma_min=None, sigma_max=None, ends=None, offset=0, rounded=False),

@@ -249,8 +249,8 @@ def test_every_sampler_by_name_on_the_published_config_of_stable_diffusion(name,
     """As the class made from_config draws: spacing is that class's default, the rest is the config's."""
     scheduler = getattr(diffusers, PUBLISHED[name].name)
     agrees(scheduler.from_config(SD15), toy_network, 17, name, config=SD15)
-    trailing = scheduler.from_config(SD15, timestep_spacing="trailing")
-    agrees(trailing, toy_network, 20, name, "trailing", config=SD15)
+    if not PUBLISHED[name].schedule:                            # LCM's class has one grid, whatever the spacing
+        agrees(scheduler.from_config(SD15, timestep_spacing="trailing"), toy_network, 20, name, "trailing", config=SD15)
     if name in KARRAS:
         agrees(scheduler.from_config(SD15, use_karras_sigmas=True), toy_network, 17, name, "karras", config=SD15)
 

@@ -18,7 +18,7 @@ def times(*args, **options):
 
 
 def fits(name, schedule):
-    on_flows, on_tables = {"flow_match", "flow_sigmas"}, {"leading", "linspace", "linspace_unrounded"}
+    on_flows, on_tables = {"flow_match", "flow_sigmas"}, {"leading", "skipping", "linspace", "linspace_unrounded"}
     return schedule not in (on_flows if not name.endswith("flow") else set()) | (on_tables if name not in DISCRETE else set())
 
 

@@ -10,6 +10,7 @@ noise up to the first level:
 Schedules that reproduce the published schedulers (vendor_loaders/scheduler.py finds them from a scheduler's config):
   DDIM, DDPM, PNDM           leading (offset=1 for Stable Diffusion), trailing, linspace
   Euler, Euler a, Heun, LMS  leading, trailing, linspace_unrounded; karras, exponential, beta with ends= one of these
+  LCM                        skipping
   DPM-Solver++, UniPC        trailing; leading, linspace with drop_last; karras with rounded, exponential, beta; flow_sigmas
   FlowMatchEuler             flow_match
 
@@ -53,7 +54,8 @@ def grid(
     drop_last         make steps + 1 levels and leave out the least noisy one, as DPM-Solver++ does in diffusers
     set_alpha_to_one  False: end at the first entry of a discrete table instead of at clean data
     alpha_floor       replaces an alpha of 0; 2**-12 in those schedulers of diffusers that divide by alpha
-    options           offset (leading); from_noise (flow_sigmas); twice (flow_match); those of _by_noise (karras, exponential, beta)
+    options           offset (leading); original (skipping); from_noise (flow_sigmas); twice (flow_match); those of _by_noise
+                      (karras, exponential, beta)
 
     A table with zero terminal SNR must be sampled from its last entry (arXiv:2305.08891, Section 3.3): at any other the
     network expects a trace of signal, above all the mean brightness, which the initial noise does not contain. "trailing"
@@ -121,6 +123,16 @@ def _leading(process: Process, steps: int, offset: int = 0) -> list[Level]:
     return [_at(process, min(stride * i + offset, top)) for i in range(steps - 1, -1, -1)]
 
 
+def _skipping(process: Process, steps: int, original: int = 50) -> list[Level]:
+    """LCM's: of the `original` evenly spaced times of its training, the noisiest among them, every (original / n)-th
+    (arXiv:2310.04378, Sec. 4.3, and diffusers)."""
+    original = min(original, len(_only(process, Discrete, "skipping")))
+    if not 1 <= steps <= original:
+        raise ValueError(f"{steps} sampling steps with schedule 'skipping' of {original} times: use {original} or fewer")
+    stride = len(process) // original
+    return [_at(process, stride * (original - original * i // steps) - 1) for i in range(steps)]
+
+
 def _linspace(process: Process, steps: int, rounding: Callable[[float], float] = round) -> list[Level]:
     """Evenly spaced times from the last entry to the first, rounded to integers (halves to even). Unrounded, with
     sigma / alpha interpolated between entries, it is k-diffusion's own grid. A single step starts from the noisiest level."""
@@ -179,7 +191,7 @@ def _flow_sigmas(process: Process, steps: int, from_noise: bool = False) -> list
 
 
 SCHEDULES = {
-    "normal": _trailing, "trailing": _trailing, "leading": _leading,
+    "normal": _trailing, "trailing": _trailing, "leading": _leading, "skipping": _skipping,
     "linspace": _linspace, "linspace_unrounded": partial(_linspace, rounding=float),
     "karras": _by_noise, "exponential": partial(_by_noise, rho=math.inf), "beta": partial(_by_noise, rho=1.0, shape=0.6),
     "log_snr": partial(_by_noise, rho=math.inf),  # the same as exponential: log_snr is -2 log(sigma / alpha)

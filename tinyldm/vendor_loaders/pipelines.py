@@ -167,7 +167,7 @@ REFUSED = {
     r".*(ControlNet|Adapter).*": "it draws with a further network that looks at a picture: take the folder of the model without it",
     r".*(Upscale|SuperRes|Depth2Img|Pix2Pix|ImageVariation|UnCLIP|GLIGEN|PaintByExample|LDM3D).*":
         "its U-Net takes more than noise and a caption",
-    r"LatentConsistency.*": "its scheduler, LCMScheduler, is not read (its U-Net is)",
+    r"LatentConsistency.*": "it embeds the guidance scale in a pipeline of its own (its U-Net and scheduler are read)",
     r"(AltDiffusion|LDMTextToImage).*": "its text encoder is not CLIP's",
     r"Flux(Fill|Control)\w*": "its network takes a further picture beside the noise",
     r"Flux2\w*": "FLUX.2 has another network than FLUX.1, and a language model as its text encoder",

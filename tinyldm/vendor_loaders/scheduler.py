@@ -171,7 +171,9 @@ def _table_sampling(config: dict, published: Published, trained: NamedProcess, n
         lu_lambdas = published.lu_lambdas and config.get("use_lu_lambdas", False) and not config.get("use_karras_sigmas")
         schedule = "exponential" if lu_lambdas else next((ours for field, ours in SIGMA_SCHEDULES.items() if config.get(field)), None)
     grid: dict[str, Any] = {}
-    if schedule in SIGMA_SCHEDULES.values():
+    if published.schedule and schedule is None:
+        schedule, grid = published.schedule, {"original": config.get("original_inference_steps", 50)}
+    elif schedule in SIGMA_SCHEDULES.values():
         grid = {field: config[field] for field in published.sigma_ends if config.get(field) is not None}
         if published.linspace == "linspace_unrounded":
             grid |= {"ends": spaced, **offset}

@@ -24,9 +24,10 @@ PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow
 FLOWS = ("flow", "dynamic_flow")
 PUBLISHED_PROCESSES = (*BETA_SCHEDULES, "betas", *FLOWS)  # the processes for which diffusers has schedulers
 
-# The range of beta of a config that states none, and the one that HeunDiscreteScheduler takes then.
-DEFAULT_BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
-HEUN_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+# The betas of a config that states none, by the class that has others than most.
+DEFAULT_BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+OTHER_BETAS = {"HeunDiscreteScheduler": {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012},
+               "LCMScheduler": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}}
 
 
 class Published(NamedTuple):
@@ -52,6 +53,7 @@ class Published(NamedTuple):
     alpha_floor: float = 0.0                     # what the class puts for alpha = 0 at zero terminal SNR
     predictions: tuple = ("eps", "x0", "v")
     options: Callable[[str], dict] = lambda prediction: {}  # keyword arguments of our sampler for this prediction
+    schedule: str = ""                           # the name in grids.SCHEDULES of the class's only grid; "": its spacing decides
     fallback: str = ""                           # the sampler whose class is written where this one lacks the prediction or zero_snr
 
 
@@ -95,6 +97,9 @@ PUBLISHED = {  # by the name of our sampler
                        alpha_floor=2.0**-12),
     "euler_a": Published("EulerAncestralDiscreteScheduler", **_K_DIFFUSION, alpha_floor=2.0**-12, predictions=("eps", "v"),
                          fallback="ddpm"),
+    # Its c_skip and c_out, with a timestep_scaling of 10, differ from 0 and 1 by less than 1e-5 at all times of its grid.
+    "lcm": Published("LCMScheduler", "leading", {**_UNCLIPPED_ONLY, "timestep_scaling": (10.0,)},
+                     schedule="skipping", writes=_WRITE_UNCLIPPED),
     "heun": Published("HeunDiscreteScheduler", **_K_DIFFUSION, picture_fields={"clip_sample": (False,)}, karras="ends",
                       writes={"clip_sample": False}, zero_snr=False, options=lambda prediction: {"scale": signal},
                       fallback="dpmpp_2m"),
@@ -121,7 +126,7 @@ PUBLISHED = {  # by the name of our sampler
 # Samplers without a row in PUBLISHED, and the sampler whose row they use. diffusers has dpmpp_2m_sde as a setting of
 # DPMSolverMultistepScheduler (SDE_FIELDS) and dpmpp_sde as a class that needs torchsde; it has none that is edm, adaptive, or a
 # sampler with Langevin steps for pipelines that draw text-to-image.
-USES_ROW_OF = {"dpmpp_2m_sde": "dpmpp_2m", "dpmpp_sde": "heun", "edm": "heun", "adaptive": "dpmpp_2m", "lcm": "ddim",
+USES_ROW_OF = {"dpmpp_2m_sde": "dpmpp_2m", "dpmpp_sde": "heun", "edm": "heun", "adaptive": "dpmpp_2m",
                "annealed_langevin": "ddpm", "predictor_corrector": "ddpm"}
 SDE_FIELDS = {"algorithm_type": "sde-dpmsolver++"}
 SDE_SAMPLERS = ("dpmpp_2m_sde", "dpmpp_sde")  # both are written as DPMSolverMultistepScheduler with SDE_FIELDS
@@ -143,6 +148,7 @@ _OTHER_SOLVER = "there is no such solver here; name a sampler to draw with anoth
 REFUSAL_REASONS = {
     "thresholding": _CLAMPS,
     "clip_sample": _CLAMPS,
+    "timestep_scaling": "here a consistency model's guess is not mixed with its input",
     "variance_type": "ddpm here adds the variance of the posterior, fixed_small",
     "final_sigmas_type": "here this sampler always ends at clean data",
     "timestep_type": "here the network receives t, not log(sigma)",

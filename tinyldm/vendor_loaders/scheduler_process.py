@@ -12,10 +12,9 @@ from tinyldm.vendor_loaders.scheduler_classes import (
     DEFAULT_BETAS,
     DYNAMIC_FIELDS,
     FLOW_MATCH,
-    HEUN_BETAS,
+    OTHER_BETAS,
     OWN,
     PREDICTION_TYPES,
-    PUBLISHED,
     TIME_SHIFT_TYPES,
 )
 
@@ -55,13 +54,13 @@ def read_process(config: dict) -> NamedProcess:
                              "it needs one for each")
         return NamedProcess("betas", {"betas": list(betas), **zero_snr}, prediction)
     names = {published: ours for ours, published in BETA_SCHEDULES.items()}
-    name = lookup(names, config.get("beta_schedule", "linear"), "beta_schedule")
+    betas = OTHER_BETAS.get(config.get("_class_name"), DEFAULT_BETAS) | config
+    name = lookup(names, betas["beta_schedule"], "beta_schedule")
     if not 1 < steps <= 100_000:
         raise ValueError(f"the scheduler has num_train_timesteps={steps}: use 2 to 100000, 1000 is usual")
     options = {"steps": steps}
     if name != "cosine":
-        defaults = HEUN_BETAS if config.get("_class_name") == PUBLISHED["heun"].name else DEFAULT_BETAS
-        options |= {field: config.get(field, value) for field, value in defaults.items()}
+        options |= {field: betas[field] for field in ("beta_start", "beta_end")}
     return NamedProcess(name, options | zero_snr, prediction)
 
 
