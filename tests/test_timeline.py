@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from helpers import ROOT
-from tinyldm.evaluation.recogniser import get_recogniser
-from tinyldm.files import cache_folder
+from tinyldm.evaluation.recogniser import cache_folder, get_recogniser
 
 PAGE = (ROOT / "docs" / "timeline.md").read_text(encoding="utf-8")
 NAMED = re.findall(r"`([\w/]+\.py):(\w+)`", PAGE)
