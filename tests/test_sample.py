@@ -228,6 +228,7 @@ def test_an_inverted_picture_is_drawn_again_and_closer_with_more_steps():
 
 
 
+@pytest.mark.slow
 def test_all_of_guidance_from_the_keyboard(folder, tmp_path):
     done = script("sample.py", "a (red:1.3) square", "--model", folder, "--guidance-rescale", 0.7, "--guidance-interval", 0.3, 5, "--prompt-weights",
                   "--out", tmp_path / "x.png")
@@ -237,6 +238,7 @@ def test_all_of_guidance_from_the_keyboard(folder, tmp_path):
         "CFG Rescale: 0.7, Guidance interval: 0.3 to 5, Emphasis: No norm")
 
 
+@pytest.mark.slow
 def test_an_animation_from_the_keyboard(folder, tmp_path):
     done = script("sample.py", PROMPT, OTHER, "--model", folder, "--interpolate", 5, "--frames", 5, "--batch-size", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -25,6 +25,7 @@ def test_a_dry_run_says_what_drawing_takes_and_draws_nothing(folder, tmp_path):
     assert "network calls per picture: 6 (3 steps of ddim, cfg 3)" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [pytest.param([], marks=pytest.mark.slow), pytest.param(["parts"], marks=pytest.mark.slow),
                                  ["blocks"]])
 def test_on_a_cpu_offload_draws_the_same(folder, tmp_path, how):

@@ -227,6 +227,7 @@ def test_mistakes_at_train_are_one_line_and_leave_no_run_behind(tmp_path, capsys
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "vae").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoints(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

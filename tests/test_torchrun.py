@@ -73,6 +73,7 @@ ONLY = ("--only vae --scenes 40 --resolution 16 --vae-batch-size 6 --vae-steps 4
         "--vae-gan start=0 warmup=0 width=8 layers=1 norm=none").split()
 
 
+@pytest.mark.slow
 def test_several_processes_train_an_autoencoder_alone_as_one_does(tmp_path):
     """With a discriminator, whose adaptive weight is that of the whole batch."""
     done = script("train.py", *ONLY, "--out", tmp_path / "one")
@@ -96,6 +97,7 @@ def start_by_hand(words: list, processes: int = 2) -> list[subprocess.Popen]:
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(processes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code, said", [(signal.SIGKILL, 2, "another of the 2 processes has ended"),
                                                 pytest.param(signal.SIGTERM, 143, "", marks=pytest.mark.slow)])
 def test_a_dead_process_ends_all_and_a_polite_one_saves_first(alone, tmp_path, number, code, said):

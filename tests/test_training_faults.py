@@ -69,6 +69,7 @@ def test_k_unequal_micro_batches_train_as_one_batch(vae, tmp_path, monkeypatch, 
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_objective_is_told_how_much_of_the_training_is_over(vae, tmp_path, monkeypatch, train):
     passed, real = [], Denoising.losses
 
@@ -193,6 +194,7 @@ def test_before_the_first_checkpoint_there_is_nothing_to_roll_back_to(vae, tmp_p
         train_here(train, words, monkeypatch)
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_and_averages_of_two_widths_go_on_bit_for_bit(vae, tmp_path, monkeypatch, train):
     words = ["--ema-widths", "0.05", "0.1", "--grad-checkpointing", "--stages", "16=0.5", "32=0.5"]
     train_here(train, quick(vae, tmp_path / "whole", *words), monkeypatch)
@@ -206,6 +208,7 @@ def test_checkpointed_blocks_and_averages_of_two_widths_go_on_bit_for_bit(vae, t
     assert sizes == [32]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_moment_costs_neither_the_run_nor_a_row(tmp_path, monkeypatch, train):
     """The first write of a row fails in each stage; in the first stage there is no other and no checkpoint after it."""
     words, real, seen = [*SMALL, "--save-every", "100", "--sample-every", "0"], Log._append, set()

@@ -250,6 +250,7 @@ def test_a_model_with_a_new_token_is_saved_as_a_folder_that_stock_diffusers_open
     assert [words.fingerprint for words in again.text.tokenizers] == [words.fingerprint for words in model.text.tokenizers]
 
 
+@pytest.mark.slow
 def test_export_writes_the_model_with_the_tokens_that_it_is_given(tmp_path):
     write_sd1(tmp_path / "model")
     model = load_model(tmp_path / "model")

@@ -269,6 +269,7 @@ def test_lists_that_do_not_fall_or_lie_outside_are_refused():
         grid(SD, 5, "exponential", sigma_min=0.5, sigma_max=0.1)
 
 
+@pytest.mark.slow
 def test_scipy_is_loaded_for_beta_alone():
     import subprocess
     import sys

@@ -262,8 +262,7 @@ STEPS = {name: 400 for name in ("ddpm", "ddim eta=0.3")} | {
 }
 
 
-@pytest.mark.parametrize("curve", SPANS)
-@pytest.mark.parametrize("name", [*STEPS])
+@pytest.mark.parametrize("name, curve", combinations(4, STEPS, SPANS))
 def test_stochastic_samplers_draw_from_the_distribution_in_1d(name, curve, pixel_mixture, curve_levels):
     """Kolmogorov-Smirnov, 20000 draws: exact ones exceed 0.0138 once in a thousand."""
     levels, n = curve_levels(curve, STEPS[name], *SPANS[curve]), 20_000

@@ -36,6 +36,7 @@ def weights(net) -> torch.Tensor:
 # ---------------------------------------------------------------- the recogniser
 
 
+@pytest.mark.slow
 def test_a_short_training_beats_chance_by_far():
     images, scenes = unseen(200)
     net = train(RecogniserConfig(scenes=1000, steps=50, batch_size=48, width=12, lr=1e-2))

@@ -43,7 +43,7 @@ def test_a_network_that_is_told_sizes_and_pooled_text_is_counted_with_them():
     assert told - plain == 3 * 2 * ((128 + 6 * 256) * 256 + 256 * 256)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "5090_week"])
+@pytest.mark.parametrize("preset", ["tiny", pytest.param("5090_week", marks=pytest.mark.slow)])
 def test_useful_flops_are_those_of_the_plan(preset):
     plan = make_plan(config(preset, stages={}))
     phase = plan.phases[-1]

@@ -91,6 +91,7 @@ def awake(net):
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["unet", pytest.param("dit", marks=pytest.mark.slow)])
 def test_the_backward_pass_of_a_compiled_network_adds_nothing_by_index(network, graphs):
     """index_put and index_add add in any order on CUDA, so gradients would differ from run to run."""

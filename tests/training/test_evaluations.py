@@ -55,6 +55,7 @@ def final(run) -> dict:
     return load_file(run / "checkpoints" / "step-000006" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 def test_prompts_are_measured_and_training_does_not_notice_and_goes_on_the_same_when_resumed(tmp_path, monkeypatch):
     train = load_script("train")
     train_here(train, [*WORDS, "--out", str(tmp_path / "whole")], monkeypatch)

@@ -27,7 +27,7 @@ RUNS = {                # one with a target, one with a teacher that changes, on
     "mean_flow": [], "lcm": [], "scm": [], "guided": [],
     "lcm with an adapter": LORA,
 }
-FAST = ("consistency", "progressive")
+FAST = ("progressive",)
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,8 @@ def test_gradients_reach_what_is_trained_beside_a_model_and_nothing_else(train, 
     assert differing(before, after) == after.keys() and all(tensor.abs().max() > 0 for tensor in after.values())
 
 
-@pytest.mark.parametrize("kind, trained", [("dreambooth", {"net"}), ("dreambooth with text", {"net", "text"})])
+@pytest.mark.parametrize("kind, trained", [
+    pytest.param("dreambooth", {"net"}, marks=pytest.mark.slow), ("dreambooth with text", {"net", "text"})])
 def test_dreambooth_without_a_rank_trains_whole_parts_and_no_others(train, base, kind, trained):
     found = tensors(load_model(last(train(kind)) / "model"))
     changed = differing(found, tensors(load_model(base)))
@@ -115,7 +116,7 @@ def test_dreambooth_without_a_rank_trains_whole_parts_and_no_others(train, base,
     assert len(changed) > 0.9 * sum(name.startswith("net.") for name in found)      # tokens that no caption has do not change
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (" " in kind)) for kind in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("lora", "inversion"))) for kind in KINDS])
 def test_n_steps_and_n_more_are_two_n_steps_to_the_last_bit(train, kind):
     whole = train(kind)
     run = train(kind, "parts", stop_after=2)
@@ -283,8 +284,8 @@ def test_features_that_are_remembered_are_those_of_the_text_encoder(base, data):
     assert torch.allclose(found.context, wanted.context, atol=1e-6) and torch.allclose(found.pooled, wanted.pooled, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["lora", "inversion", "dreambooth with an adapter", *(
-    pytest.param(kind, marks=pytest.mark.slow) for kind in ("lora with text", "dreambooth with text"))])
+@pytest.mark.parametrize("kind", ["lora", "inversion", *(
+    pytest.param(kind, marks=pytest.mark.slow) for kind in ("dreambooth with an adapter", "lora with text", "dreambooth with text"))])
 def test_on_a_gpu_all_parts_are_where_they_compute(train, kind, monkeypatch):
     """A pretended one refuses what a real one would. Without text encoders to train, these and the autoencoder wait in the host's
     memory."""
