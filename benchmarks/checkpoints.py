@@ -17,7 +17,7 @@ import torch
 
 from tinyldm.config import parse
 from tinyldm.device import autocast, pick_device
-from tinyldm.folders.save import save_texts, save_vae
+from tinyldm.folders.save import save_texts, save_part
 from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
 from tinyldm.models.dit import DiT, DiTConfig
@@ -62,7 +62,7 @@ def main() -> None:
     alone, beside, copies, writes = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         run, n = Path(folder), 0
-        save_vae(run / "vae", vae), save_texts(run / "text", model.text)
+        save_part(run / "vae", vae), save_texts(run / "text", model.text)
         parts = ("net",) if config.text.weights else ("net", *model.text.modules)
         trained, objective = TrainedModel(lambda: model, parts, Frozen(run)), Denoising(config, model, parts)
         learner = Learner(trained, objective, config.optimisation, World(), device)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,17 @@ def train_here(train, words: list[str], monkeypatch, stop_after: int | None = No
         with pytest.raises(SystemExit) as end:
             train.main()
     assert end.value.code == 128 + signal.SIGTERM
+
+
+def whole_and_cut(folder: Path, words: list[str], monkeypatch, lost: tuple[int, ...] = (4, 6)) -> tuple[Path, Path]:
+    """Two runs of train.py: one left alone, and a copy of it that has lost the checkpoints of these steps and was resumed."""
+    train, whole, cut = load_script("train"), folder / "whole", folder / "cut"
+    train_here(train, ["--out", str(whole), *words], monkeypatch)
+    shutil.copytree(whole, cut)
+    for step in lost:
+        shutil.rmtree(cut / "checkpoints" / f"step-{step:06d}")
+    train_here(train, ["--out", str(cut), "--resume", "auto"], monkeypatch)
+    return whole, cut
 
 
 TIMING = {"seconds", "images_per_second", "mfu", "memory_gb", "running"}

@@ -85,6 +85,7 @@ def test_every_setting_s_flag_is_understood():
     (["--loss-weight", "p2", "--min-snr-gamma", "5"], "leave one out"),
     (["--times", "mode", "--times-scale", "2"], "between -1 and 1.75"),
     (["--times-scale=-1"], "be a positive number"),
+    (["--times", "ladder", "--times-scale", "1"], "2 or more levels for ladder"),
     (["--noise-offset=-1"], "must be at least 0"),
     (["--seed", str(2**64 - 1)], "--seed 18446744073709551615 must be below 2^62"),
     (["--cfg", "nan"], "--cfg nan must be a finite number"),

@@ -12,7 +12,7 @@ from PIL import Image
 import sample
 from tinyldm import pipeline
 from tinyldm.folders.load import load_model
-from tinyldm.folders.save import save_model, save_vae
+from tinyldm.folders.save import save_model, save_part
 from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.taesd import TAESD, TAESDConfig
@@ -230,7 +230,7 @@ def test_sample_py_draws_into_a_picture_where_the_mask_is_white(folder, model, s
 
 
 def tiny_vae(path, channels):
-    save_vae(path, randomise(TAESD(TAESDConfig(latent_channels=channels, width=8, blocks=(1, 1)))))
+    save_part(path, randomise(TAESD(TAESDConfig(latent_channels=channels, width=8, blocks=(1, 1)))))
     return str(path)
 
 

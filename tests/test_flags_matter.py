@@ -30,7 +30,7 @@ from tinyldm.evaluation import base, reconstruction
 from tinyldm.evaluation.base import Measurement
 from tinyldm.evaluation.metrics import METRICS, Metric
 from tinyldm.folders.load import load_model
-from tinyldm.folders.save import save_model, save_vae
+from tinyldm.folders.save import save_model, save_part
 from tinyldm.models.flux import Flux, FluxConfig
 from tinyldm.models.mmdit import MMDiT, MMDiTConfig
 from tinyldm.models.taesd import TAESD, TAESDConfig
@@ -89,7 +89,7 @@ def places(tmp_path_factory):
         torch.nn.init.ones_(branch.up)
     save_adapter(folder / "style.safetensors", {"net": style}, make(), {})
     save_embedding(folder / "dog.safetensors", "<my-dog>", {"text": torch.ones(2, model.text.modules["text"].config.width)}, model)
-    save_vae(folder / "tiny", randomise(TAESD(TAESDConfig(latent_channels=4, width=8, blocks=(1, 1)))))
+    save_part(folder / "tiny", randomise(TAESD(TAESDConfig(latent_channels=4, width=8, blocks=(1, 1)))))
     ramp = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
     Image.fromarray(np.stack([ramp, ramp.T, 255 - ramp], -1)).save(folder / "init.png")
     Image.fromarray(np.where(ramp > 120, 255, 0).astype(np.uint8)).save(folder / "mask.png")

@@ -17,7 +17,7 @@ from test_sample import make
 from tinyldm.config import parse
 from tinyldm.data import encoding
 from tinyldm.data.cache import Cache
-from tinyldm.folders.save import save_model, save_vae
+from tinyldm.folders.save import save_model, save_part
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 
 CACHED = {"latents", "captions", "batches"}         # other pictures, or other captions of them
@@ -64,7 +64,7 @@ def places(tmp_path_factory):
     several_shapes(folder / "mine", 0), several_shapes(folder / "other", 90)
     for seed in (1, 2):
         vae = AutoencoderKL(VAEConfig(widths=(8, 8), depth=1, groups=4, middle_attention=False))
-        save_vae(folder / f"vae_{seed}", randomise(vae, seed))
+        save_part(folder / f"vae_{seed}", randomise(vae, seed))
     save_model(folder / "model", net=model.net, vae=model.vae, texts=[*model.text.modules.values()], tokenizers=model.text.tokenizers,
                scheduler=model.scheduler, defaults={})
     return folder

@@ -6,7 +6,7 @@ from published import write_flux, write_sd3, write_sdxl
 from safetensors.torch import save_file
 from test_sample import make
 
-from tinyldm.folders.save import save_model, save_vae
+from tinyldm.folders.save import save_model, save_part
 from tinyldm.models.taesd import TAESD, TAESDConfig
 
 
@@ -18,7 +18,7 @@ def places(tmp_path_factory):
                scheduler=model.scheduler, defaults=model.defaults)
     write_sdxl(folder / "sdxl"), write_sd3(folder / "sd3"), write_flux(folder / "dev"), write_flux(folder / "schnell", guidance=False)
     for channels in (4, 16):
-        save_vae(folder / f"tiny{channels}", randomise(TAESD(TAESDConfig(latent_channels=channels, width=8, blocks=(1, 1)))))
+        save_part(folder / f"tiny{channels}", randomise(TAESD(TAESDConfig(latent_channels=channels, width=8, blocks=(1, 1)))))
     net = {f"model.diffusion_model.{name}": tensor for name, tensor in model.net.state_dict().items()}
     save_file(net, folder / "net.safetensors")
     (folder / "empty").mkdir()

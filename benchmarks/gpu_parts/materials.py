@@ -20,7 +20,7 @@ from tinyldm.data.prepare import settings_of
 from tinyldm.data.toyworld import sample
 from tinyldm.files import replace_folder
 from tinyldm.folders.load import load_text, load_tokenizer, load_vae
-from tinyldm.folders.save import save_vae, write_part
+from tinyldm.folders.save import save_part, write_part
 from tinyldm.lookup import build_dataclass
 from tinyldm.model import Model
 from tinyldm.models.clip_text import CLIPText, CLIPTextConfig
@@ -82,7 +82,7 @@ def networks_folder(job: Job, scale: Scale) -> Path:
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
         sized = {"vocab_size": len(tokenizer)} if "width" in scale.text else {}         # at full scale CLIP's own vocabulary
         text = fresh(CLIPText(build_dataclass(CLIPTextConfig, scale.text | ids | sized, "text")), cpu, torch.float32)
-        save_vae(partial / "vae", fresh(AutoencoderKL(build_dataclass(VAEConfig, scale.vae, "vae")), cpu, torch.float32))
+        save_part(partial / "vae", fresh(AutoencoderKL(build_dataclass(VAEConfig, scale.vae, "vae")), cpu, torch.float32))
         write_part(partial / "clip", text)
         tokenizer.save(partial / "clip")
 

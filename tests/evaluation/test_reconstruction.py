@@ -15,7 +15,7 @@ from tinyldm.cli import guard
 from tinyldm.evaluation.reconstruction import SHOWN, resolution, summary
 from tinyldm.folders.load import load_vae
 from tinyldm.folders.lpips import load_lpips
-from tinyldm.folders.save import save_vae
+from tinyldm.folders.save import save_part
 from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
 from tinyldm.pictures.pixels import difference, psnr, ssim, to_bytes, to_pixels
@@ -32,11 +32,11 @@ def make_vae() -> AutoencoderKL:
 def places(tmp_path_factory):
     """An autoencoder in every form in which one can be named; pictures without captions; LPIPS."""
     folder = tmp_path_factory.mktemp("reconstruction")
-    save_vae(folder / "run" / "vae", make_vae())
+    save_part(folder / "run" / "vae", make_vae())
     shutil.copytree(folder / "run" / "vae", folder / "kl")
     shutil.copy(folder / "kl" / "diffusion_pytorch_model.safetensors", folder / "alone.safetensors")
     shutil.copy(folder / "kl" / "config.json", folder / "config.json")
-    save_vae(folder / "taesd", randomise(TAESD(TAESDConfig(latent_channels=4, width=8, blocks=(1, 1), sample_size=SIZE))))
+    save_part(folder / "taesd", randomise(TAESD(TAESDConfig(latent_channels=4, width=8, blocks=(1, 1), sample_size=SIZE))))
     for file in pictures(folder / "photos", COUNT, (SIZE, SIZE)).glob("*.*"):
         if file.suffix != ".png":
             file.unlink()
@@ -186,7 +186,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line_before_anything_is_writt
 def test_weights_that_are_not_numbers_are_an_error_and_not_black_pictures(places, tmp_path, capsys):
     broken = make_vae()
     broken.encoder.conv_in.weight.data[0] = torch.nan
-    save_vae(tmp_path / "broken", broken)
+    save_part(tmp_path / "broken", broken)
     assert run("--vae", tmp_path / "broken", "--data", places / "photos", "--out", tmp_path / "out") == 2
     assert "latents of" in (error := capsys.readouterr().err) and "not finite numbers" in error
     assert not [*(tmp_path / "out").glob("[a-z]*")]

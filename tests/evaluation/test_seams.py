@@ -9,7 +9,7 @@ from helpers import load_script, randomise
 
 from tinyldm.cli import guard
 from tinyldm.evaluation.seams import SIDE, seams
-from tinyldm.folders.save import save_vae
+from tinyldm.folders.save import save_part
 from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.tiling import OVERLAP, TILE
 from tinyldm.models.vae import AutoencoderKL, Posterior, VAEConfig
@@ -50,7 +50,7 @@ def test_convolutions_show_no_seams_and_norms_over_the_picture_do():
 
 
 def test_a_few_pictures_are_enlarged_to_2_x_2_tiles_and_the_figures_written(tmp_path, capsys):
-    save_vae(tmp_path / "vae", randomise(TAESD(TAESDConfig(latent_channels=2, width=4, blocks=(1, 1)))))
+    save_part(tmp_path / "vae", randomise(TAESD(TAESDConfig(latent_channels=2, width=4, blocks=(1, 1)))))
     evaluate.ARGS = evaluate.parse(["--vae", str(tmp_path / "vae"), "--data", "toyworld", "--metric", "seams", "--count", "2", "--seed", "5",
                                     "--out", str(tmp_path / "out"), "--device", "cpu"])
     guard(evaluate.main)

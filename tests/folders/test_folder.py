@@ -19,7 +19,7 @@ from tinyldm.diffusion.process import Level
 from tinyldm.diffusion.samplers import ddim, dpmpp_2m, final
 from tinyldm.folders.build import load_weights
 from tinyldm.folders.load import load_model, load_text, load_vae
-from tinyldm.folders.save import save_model, save_vae, save_weights
+from tinyldm.folders.save import save_model, save_part, save_weights
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
@@ -160,7 +160,7 @@ def test_frozen_parts_are_linked_rather_than_copied_and_a_later_save_leaves_them
     assert os.path.samefile(first / VAE_FILE, second / VAE_FILE)
     assert os.path.samefile(first / "tokenizer/vocab.json", second / "tokenizer/vocab.json")
     other = AutoencoderKL(replace(parts.vae.config, scaling_factor=7.0))
-    save_vae(first / "vae", other)
+    save_part(first / "vae", other)
     assert same(load_vae(first), other.state_dict()) and load_vae(first).config == other.config
     assert same(load_vae(second), parts.vae.state_dict()) and load_vae(second).config == parts.vae.config
     shutil.rmtree(first)
@@ -178,7 +178,7 @@ def test_where_the_file_system_has_no_hard_links_frozen_parts_are_copied(save, p
 
 
 def test_a_vae_is_saved_and_loaded_alone(parts, tmp_path, save):
-    save_vae(tmp_path / "autoencoder", parts.vae)
+    save_part(tmp_path / "autoencoder", parts.vae)
     assert same(load_vae(tmp_path / "autoencoder"), parts.vae.state_dict())
     assert same(load_vae(save()), parts.vae.state_dict())
     assert {p.dtype for p in load_vae(tmp_path / "model" / "vae", dtype=torch.bfloat16).parameters()} == {torch.bfloat16}

@@ -1,6 +1,5 @@
 """REPA: what the alignment is, whom its gradient reaches, and when it stops; and its teachers against transformers."""
 
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import PROMPT, SMALL, load_script, log_without_timing, mistake, randomise, script, small_text, train_here, weights
+from helpers import PROMPT, SMALL, log_without_timing, mistake, randomise, script, small_text, weights, whole_and_cut
 from photos import photos
 from safetensors.torch import save_file
 from torch import nn
@@ -283,17 +282,11 @@ WORDS = [*SMALL, "--objective", "repa", "--keep-pictures", "2", "--flip", "--dty
 @pytest.mark.slow
 def test_a_stopped_run_ends_as_one_left_alone_with_its_projector_and_exports_without_it(tmp_path, teacher, monkeypatch):
     words = [*WORDS, "--objective-options", "teacher=recogniser", f"weights={teacher}", "hidden=8", "stop=0.7"]
-    train = load_script("train")
-    train_here(train, ["--out", str(tmp_path / "whole"), *words], monkeypatch)
-    cut = tmp_path / "cut"
-    shutil.copytree(tmp_path / "whole", cut)
-    for step in (4, 6):
-        shutil.rmtree(cut / "checkpoints" / f"step-{step:06d}")
-    train_here(train, ["--out", str(cut), "--resume", "auto"], monkeypatch)
-    one, two = (weights(folder / "checkpoints" / "step-000006") for folder in (tmp_path / "whole", cut))
+    whole, cut = whole_and_cut(tmp_path, words, monkeypatch)
+    one, two = (weights(run / "checkpoints" / "step-000006") for run in (whole, cut))
     projector = [name for name in one if name.startswith("objective.safetensors:projector.")]
     assert len(projector) == 6 and one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
-    early = weights(tmp_path / "whole" / "checkpoints" / "step-000002")
+    early = weights(whole / "checkpoints" / "step-000002")
     assert all((one[name] != early[name]).any() for name in projector)
     assert log_without_timing(tmp_path / "whole") == log_without_timing(cut)
     rows = [row.get("alignment") for row in log_without_timing(cut) if row["stage"] == "step" and "loss" in row]

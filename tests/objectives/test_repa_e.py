@@ -1,14 +1,13 @@
 """REPA-E: the autoencoder is trained through the alignment and its own losses, and stays an AutoencoderKL of standardised latents."""
 
 import copy
-import shutil
 from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPT, SMALL, load_script, log_without_timing, mistake, randomise, script, small_text, train_here, weights
+from helpers import PROMPT, SMALL, log_without_timing, mistake, randomise, script, small_text, weights, whole_and_cut
 from photos import photos
 from safetensors.torch import save_file
 
@@ -187,16 +186,10 @@ WORDS = [*SMALL, "--objective", "repa_e", "--keep-pictures", "2", "--dtype", "fp
 @pytest.mark.slow
 def test_a_stopped_run_ends_as_one_left_alone_and_its_autoencoder_opens_in_diffusers(tmp_path, teacher, monkeypatch):
     words = [*WORDS, "--objective-options", "teacher=recogniser", f"weights={teacher}", "hidden=8"]
-    train = load_script("train")
-    train_here(train, ["--out", str(tmp_path / "whole"), *words], monkeypatch)
-    cut = tmp_path / "cut"
-    shutil.copytree(tmp_path / "whole", cut)
-    for step in (4, 6):
-        shutil.rmtree(cut / "checkpoints" / f"step-{step:06d}")
-    train_here(train, ["--out", str(cut), "--resume", "auto"], monkeypatch)
-    one, two = (weights(folder / "checkpoints" / "step-000006") for folder in (tmp_path / "whole", cut))
+    whole, cut = whole_and_cut(tmp_path, words, monkeypatch)
+    one, two = (weights(run / "checkpoints" / "step-000006") for run in (whole, cut))
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
-    assert log_without_timing(tmp_path / "whole") == log_without_timing(cut)
+    assert log_without_timing(whole) == log_without_timing(cut)
     early, names = weights(cut / "checkpoints" / "step-000002"), [name for name in one if name.startswith("model/vae/")]
     assert len({name.partition(":")[0] for name in names}) == 2 and all((one[name] != early[name]).any() for name in names)
     done = script("-m", "tinyldm.export", cut, tmp_path / "public")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tinyldm import files
 from tinyldm.config import change, preset_config
 from tinyldm.folders.load import load_model
-from tinyldm.folders.save import save_texts, save_vae
+from tinyldm.folders.save import save_texts, save_part
 from tinyldm.folders.texts import load_texts
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.models.vae import AutoencoderKL, VAEConfig
@@ -41,7 +41,7 @@ def write_text(folder, seed=1):
 def begun(train, tmp_path, monkeypatch):
     """A run of two steps on frozen parts, whose words are `words`."""
     vae = randomise(AutoencoderKL(VAEConfig(widths=(8, 16), depth=1, groups=4)), 3)
-    save_vae(tmp_path / "vae", vae)
+    save_part(tmp_path / "vae", vae)
     write_text(tmp_path / "source")
     words = ["--out", str(tmp_path / "run"), *SETTINGS, "--text-weights", str(tmp_path / "source"), "--vae-weights", str(tmp_path / "vae")]
     train_here(train, [*words, "--max-steps", "4"], monkeypatch, stop_after=2)

@@ -61,9 +61,11 @@ def check(config: Config) -> None:
 def check_objective(config: Config) -> None:
     """Settings of the loss that exclude each other."""
     objective = config.objective
-    low, high = (-1, 1.75) if objective.times == "mode" else (1e-9, 1e9)        # beyond 1.75, mode is no distribution
+    # Beyond 1.75, mode is no distribution. A ladder of one level has no other end.
+    low, high = {"mode": (-1, 1.75), "ladder": (2, 1e6)}.get(objective.times, (1e-9, 1e9))
     if objective.times_scale is not None and not low <= objective.times_scale <= high:
-        raise ValueError(f"--times-scale {objective.times_scale} must lie between -1 and 1.75 for mode, be a positive number else")
+        raise ValueError(f"--times-scale {objective.times_scale} must lie between -1 and 1.75 for mode, be 2 or more "
+                         "levels for ladder, be a positive number else")
     if objective.min_snr_gamma and objective.loss_weight in ("p2", "edm"):
         raise ValueError("--min-snr-gamma is for min_snr and soft_min_snr, not for --loss-weight "
                          f"{objective.loss_weight}: leave one out")

@@ -100,9 +100,6 @@ def save_part(path: str | Path, module: nn.Module, state_dict: StateDict | None 
     flush_folder(Path(path))
 
 
-save_vae = save_part            # of an autoencoder
-
-
 def write_part(path: str | Path, module: nn.Module, state_dict: StateDict | None = None, about: Mapping[str, str] | None = None) -> None:
     """Write config.json and weights of any network in the tables of model.py, under published names. state_dict: weights to write
     instead of the module's own, with the same keys. about: what the header says (modelspec.py); by default the class alone."""

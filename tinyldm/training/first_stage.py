@@ -20,7 +20,7 @@ from tinyldm.data.loader import own_part
 from tinyldm.device import autocast, in_parts
 from tinyldm.files import replace_folder
 from tinyldm.folders.load import load_vae
-from tinyldm.folders.save import save_vae
+from tinyldm.folders.save import save_part
 from tinyldm.model import AUTOENCODERS, architecture, autoencoder_config
 from tinyldm.objectives import FIRST_STAGE_OBJECTIVES
 from tinyldm.pictures.pixels import psnr
@@ -129,7 +129,7 @@ class AutoencoderStage(Stage):
                 vae.standardise(torch.cat([*in_parts(lambda part: posterior(vae, part, device, config.run.dtype).mean, some, 64)]))
             shown, decoded = self.draw_reconstructions()
             print(f"VAE: {psnr(decoded, shown).mean():.1f} dB on {len(shown)} pictures, scaling factor {vae.config.scaling_factor:.4f}")
-            replace_folder(self.context.folder / "vae", lambda folder: save_vae(folder, vae))
+            replace_folder(self.context.folder / "vae", lambda folder: save_part(folder, vae))
             if config.run.only:
                 refresh_report(self.context.folder)
         self.world.barrier()
@@ -176,4 +176,4 @@ def first_stage(config: Config, context: RunContext, last: Path | None, train: T
 
 def copy_pretrained(config: Config, context: RunContext) -> None:
     """Write RUN/vae from the pretrained autoencoder of --vae-weights."""
-    replace_folder(context.folder / "vae", lambda folder: save_vae(folder, load_vae(config.autoencoder.weights)))
+    replace_folder(context.folder / "vae", lambda folder: save_part(folder, load_vae(config.autoencoder.weights)))

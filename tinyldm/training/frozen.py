@@ -21,7 +21,7 @@ from torch import nn
 from tinyldm.config import Config
 from tinyldm.files import can_link, replace_folder
 from tinyldm.folders.load import load_vae
-from tinyldm.folders.save import save_texts, save_vae, text_folders
+from tinyldm.folders.save import save_texts, save_part, text_folders
 from tinyldm.folders.texts import load_texts
 from tinyldm.planning.base import load_base
 from tinyldm.planning.texts import OWN_TEXTS, token_counts
@@ -60,7 +60,7 @@ def keep_model(config: Config, context: RunContext) -> None:
             context.check(), time.sleep(0.5)
             continue
         model = load_base(config, torch.device("cpu"))
-        write = {"vae": lambda folder: save_vae(folder, model.vae), OWN_TEXTS: lambda folder: save_texts(folder, model.text)}
+        write = {"vae": lambda folder: save_part(folder, model.vae), OWN_TEXTS: lambda folder: save_texts(folder, model.text)}
         for folder in folders:
             if not folder.is_dir():
                 replace_folder(folder, write[folder.name])
