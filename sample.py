@@ -63,6 +63,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tinyldm.cpu_layouts import lay_out
 from tinyldm.data import decoding
 from tinyldm.device import pick_device, pick_dtype
 from tinyldm.diffusion.guidance import SkipLayers
@@ -321,6 +322,8 @@ def main() -> None:
     if not args.init_image:
         check_memory(model, order(args, settings), pick_device(args.device))
     make_output_folder(output.folder)
+    if model.device.type == "cpu" and not (args.compile or args.offload):
+        lay_out(model.net, model.vae)
     try:
         (draw_pictures if still else draw_animation)(args, inputs, facts_about(args, model, name), output)
     finally:
