@@ -72,7 +72,7 @@ from tinyldm.files import make_output_folder
 from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model, load_vae
 from tinyldm.lookup import DTYPE_NAMES, lookup
-from tinyldm.model import NON_EMA, Model, architecture
+from tinyldm.model import NON_EMA, Model, architecture, compile_blocks
 from tinyldm.offload import place_for_weights
 from tinyldm.pictures.animation import even_fractions, write_animation
 from tinyldm.pictures.metadata import parameters
@@ -312,7 +312,7 @@ def main() -> None:
         disk = bytes_on_disk(source, model, NON_EMA if args.no_ema else args.variant, args.parts or ())
         return print(render(plan_drawing(model, order(args, settings)), name, disk))
     if args.compile:
-        model.net.compile()                     # before offload(), which refuses to move a compiled network by blocks
+        compile_blocks(model.net)               # before offload(), which refuses to move a compiled network by blocks
     if args.offload:
         model = offload_to_fit(model, pick_device(args.device), args.offload, order(args, settings))
     out, still = Path(args.out), args.interpolate is None

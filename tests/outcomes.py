@@ -75,6 +75,7 @@ class Watched:
         patch.setattr(train, "rehearse", lambda config, context, last: (change(config, compile=wants_compile(config, context.device)), []))
         patch.setattr(second_stage.torch, "compile", lambda net, **_: self.note(
             compiled=getattr(net, "__qualname__", type(net).__name__)) or net)
+        patch.setattr(second_stage, "compile_blocks", lambda net, dynamic: self.note(compiled=f"blocks of {type(net).__name__}") or net)
 
     def note(self, **values) -> None:
         for aspect, value in values.items():

@@ -215,7 +215,7 @@ def test_what_a_resumed_run_keeps_and_what_it_may_change():
         only vae_preset autoencoder vae_init vae_optimizer vae_ema vae vae_weights vae_loss vae_lpips vae_gan vae_latents vae_freeze
         text text_weights vocab_size network unet dit process process_options shift zero_terminal_snr prediction
         learned_variance mask_padding optimizer ema_widths preset batch_size val_samples""".split()
-    may_change = """out resume device dtype compile max_skip encode_batch_size vae_steps vae_pictures vae_batch_size vae_crop vae_lr
+    may_change = """out resume device dtype compile compile_blocks max_skip encode_batch_size vae_steps vae_pictures vae_batch_size vae_crop vae_lr
         vae_muon_lr vae_val_every early_stop
         times times_mean times_scale stratified_times loss huber_c loss_weight min_snr_gamma p2_gamma noise_offset
         input_perturbation caption_dropout max_steps budget deadline grad_accum lr muon_lr text_lr weight_decay warmup_steps decay

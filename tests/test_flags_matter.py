@@ -175,7 +175,7 @@ def sampled(module, asked: list, monkeypatch, tmp_path, *words: str) -> dict[str
     batches, compiled = [], []
     monkeypatch.setattr(module, "draw", lambda model, prompts, *more, **options: batches.append(len(prompts)) or draw(
         model, prompts, *more, **options))
-    monkeypatch.setattr(UNet, "compile", lambda net: compiled.append(True))
+    monkeypatch.setattr(module, "compile_blocks", lambda net: compiled.append(True))
     asked.clear()
     captions = [*takewhile(lambda word: not word.startswith("-"), words)]
     module.ARGS = module.parse([PROMPT, *captions, "--model", "model", "--out", "out", *words[len(captions):]])

@@ -15,7 +15,7 @@ from tinyldm import offload as offloading
 from tinyldm.diffusion.guidance import SkipLayers
 from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model
-from tinyldm.model import Model, repeated_blocks
+from tinyldm.model import Model, compile_blocks, repeated_blocks
 from tinyldm.models.t5 import T5, T5Config
 from tinyldm.offload import BlockByBlock, Loan, offload, pinned_weights, tensors_of, weight_bytes
 
@@ -252,7 +252,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_copy_leaves_everything_at_home(
 
 def test_a_compiled_network_is_not_moved_by_blocks_but_as_a_whole():
     model = unet_model()
-    model.net.compile()
+    compile_blocks(model.net)
     with PretendGpu():
         with pytest.raises(ValueError, match="UNet.*block by block: leave out --compile, or use --offload parts"):
             offload(model, GPU, "blocks")

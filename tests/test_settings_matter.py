@@ -63,6 +63,7 @@ ROWS = {
     "dtype": Row("bf16", {"precision"} | LATENTS, which_way=lambda a, b: {*b.precision} == {"bf16"}),
     "reduce_dtype": Row("bf16", {"sums"}, which_way=lambda a, b: (a.sums, b.sums) == ("fp32", "bf16")),
     "compile": Row(True, {"compiled"}, which_way=lambda a, b: b.compiled == ["AutoencoderKL.encode", "DiT"]),
+    "compile_blocks": Row(True, {"compiled"}, dict(compile=True), lambda a, b: b.compiled == ["AutoencoderKL.encode", "blocks of DiT"]),
     "log_every": Row(2, {"log"}, which_way=lambda a, b: b.log == [("step", 2)]),
     "track": Row("tensorboard", {"tracked"}, which_way=lambda a, b: b.tracked == ["tensorboard"]),
     "save_every": Row(2, {"checkpoints"}, which_way=lambda a, b: b.checkpoints == ["step-000002", "step-000003"]),

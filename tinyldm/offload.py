@@ -221,7 +221,7 @@ class BlockByBlock:
 
 
 def refuse_compiled(module: nn.Module) -> None:
-    """ValueError for a module that torch.compile compiles: its graph takes all weights at once."""
-    if module._compiled_call_impl is not None:
+    """ValueError for a module that torch.compile compiles, or its blocks: a graph takes all of its weights at once."""
+    if any(part._compiled_call_impl is not None for part in module.modules()):
         raise ValueError(f"a compiled network ({type(module).__name__}) cannot be moved block by block: leave out --compile, or use "
                          "--offload parts")

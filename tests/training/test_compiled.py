@@ -8,7 +8,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from tinyldm.config import parse
-from tinyldm.model import architecture
+from tinyldm.model import architecture, compile_blocks, repeated_blocks
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.convolutions import Upsample
 from tinyldm.models.layers import Cond
@@ -49,7 +49,8 @@ def graphs(monkeypatch):
     torch.compiler.reset()
     counters.clear()
     found, real = Graphs(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net, dynamic=None, options=None: real(net, dynamic=dynamic, backend=found.backend()))
+    backend = found.backend()                                   # one for all: another one is another graph
+    monkeypatch.setattr(torch, "compile", lambda net, dynamic=None, options=None: real(net, dynamic=dynamic, backend=backend))
     yield found
     torch.compiler.reset()
 
@@ -80,6 +81,24 @@ def test_a_compiled_network_is_the_network_and_its_options_exist(network, graphs
     compiled = second_stage.compile_network(net, parse([], "", {})[0])
     torch.testing.assert_close(compiled(x, t, cond), net(x, t, cond), rtol=1e-6, atol=1e-6)
     assert len(graphs.called) == 1 and set(architecture(net).compile_options) <= set(torch._inductor.list_options())
+
+
+# In the U-Net: ResBlocks of 16 channels, 16 to 32, and 32 in the middle; on the way up 64 to 32, 48 to 32, 48 to 16, 32 to 16; and
+# transformers of 32 channels.
+@pytest.mark.parametrize("network, kinds", [("dit", 1), pytest.param("unet", 7 + 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_blocks_of_equal_shapes_are_compiled_once_and_the_network_answers_the_same(network, kinds, checkpointed, graphs):
+    net, x, t, cond = awake(NETS[network]()), torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), Cond(torch.randn(2, 5, 8))
+    net.grad_checkpointing = checkpointed
+    expected = net(x, t, cond)
+    gradients = torch.autograd.grad(expected.square().sum(), [*net.parameters()])
+    found = compile_blocks(net)(x, t, cond)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), [*net.parameters()]), gradients, rtol=1e-4, atol=1e-5)
+    made = [kind for kind, _, _ in graphs.made]
+    assert (made.count("forward"), made.count("backward")) == (kinds, kinds)
+    repeats = 2 if checkpointed else 1
+    assert len([index for index in graphs.called if made[index] == "forward"]) == repeats * len(repeated_blocks(net))
 
 
 def awake(net):

@@ -21,7 +21,7 @@ from tinyldm.data.sources import parse_sources
 from tinyldm.data.toyworld_source import all_toyworld
 from tinyldm.device import DTYPES, autocast
 from tinyldm.lookup import build_dataclass, lookup
-from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, network_config, new_network, told_too
+from tinyldm.model import NETWORKS, TEXT_ENCODERS, Model, NetworkShapes, architecture, compile_blocks, network_config, new_network, told_too
 from tinyldm.objectives import OBJECTIVES
 from tinyldm.objectives.denoising import process_of, process_options
 from tinyldm.pictures.pixels import write_picture
@@ -202,6 +202,8 @@ def compile_network(net: nn.Module, config: Config) -> Callable[..., torch.Tenso
     # Micro-batches of two sizes get a static graph each. With --mask-padding (captions are cut to the longest one) and with --buckets
     # there may be more shapes than torch.compile keeps graphs, so it may switch to dynamic ones.
     dynamic = None if config.objective.mask_padding or config.data.buckets else False
+    if config.run.compile_blocks:
+        return compile_blocks(net, dynamic)
     return torch.compile(net, dynamic=dynamic, options=dict(architecture(net).compile_options) or None)
 
 
