@@ -10,6 +10,7 @@ import tarfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ENVIRONMENT, ROOT, SMALL, load_script, log_without_timing, pictures, randomise, script, small_text, train_here, weights
@@ -17,7 +18,7 @@ from helpers import ENVIRONMENT, ROOT, SMALL, load_script, log_without_timing, p
 from tinyldm.folders.save import save_texts
 from tinyldm.models.clip_text import CLIPText
 from tinyldm.text.encoders import TextEncoder, TextEncoders
-from tinyldm.training import checkpoint
+from tinyldm.training import checkpoint, clock
 from tinyldm.training.log import read
 
 STEPS = ["--max-steps", "12", "--save-every", "3", "--sample-every", "4", "--val-every", "4", "--keep-last", "2"]
@@ -182,6 +183,7 @@ def test_a_budget_counts_running_time_over_kills_and_ends_with_a_low_rate(whole,
     words = [*SMALL, "--vae-weights", str(whole / "vae"), "--max-steps", "0", "--budget", "7s", "--save-every", "10", "--log-every", "1",
              "--sample-every", "0", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(train.Clock, "running", running)
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: ticks[0] * 0.1))
     train_here(train, words, monkeypatch, stop_after=25)
     spent, ticks[0] = [row for row in read(tmp_path / "run" / "log.jsonl") if "loss" in row][-1]["running"], 0
     (tmp_path / "run" / "running.json").unlink()               # the checkpoint knows, too
