@@ -131,6 +131,9 @@ ROWS = {
     # the objective
     "objective": Row("consistency", {"micro_batches"} | AFTER),         # neither is watched where it is not the diffusion loss
     "objective_options": Row(dict(stages=1), AFTER - {"loss"}, dict(objective="consistency")),
+    **{f"objective_options {name}, of scm's adversary": Row(
+        {name: value}, AFTER - {"loss", "validation"}, dict(objective="scm", objective_options=dict(gan=0.5, last=0.5), finetune="whole",
+                                                           model="MODEL", vae_weights="")) for name, value in (("gan", 2.0), ("last", 1.0))},
     "process": Row("cosine", PROCESS, TABLE),
     "process_options": Row(dict(beta_end=0.02), PROCESS, TABLE),
     "shift": Row(3.0, PROCESS),
