@@ -377,6 +377,32 @@ def test_show_tells_kinds_ranks_scales_and_what_the_header_says(place, capsys):
     assert "scales (alpha / rank): 0.5\n" in printed and "precision: float32" in printed and "ss_network_dim: 4" in printed
 
 
+def test_every_command_takes_the_folder_of_a_run_for_a_model_and_for_an_adapter(place, tmp_path, capsys):
+    """Of its newest checkpoint: number 10 comes after 9."""
+    def run(name, file, source):
+        for step, what in (("step-000009", place / "b.safetensors"), ("step-000010", source)):
+            (folder := tmp_path / name / "checkpoints" / step).mkdir(parents=True)
+            (folder / file).symlink_to(what)
+        return tmp_path / name
+
+    base, dog = run("base", "model", place / "model"), run("dog", "adapter.safetensors", place / "a.safetensors")
+    by_file, by_run = ([place / "model", place / "a.safetensors"], [base, dog])
+    for model, adapter in (by_file, by_run):
+        at = lambda name: tmp_path / f"{name}-{model.parent == tmp_path}.safetensors"
+        command(capsys, "merge", model, tmp_path / f"merged-{model is base}", "--lora", f"{adapter}:0.5")
+        command(capsys, "convert", adapter, at("converted"), "--model", model, "--layout", "kohya")
+        command(capsys, "resize", adapter, at("resized"), "--rank", 2)
+        command(capsys, "extract", model, tmp_path / f"merged-{model is base}", at("extracted"), "--rank", 2)
+    assert command(capsys, "show", dog).partition(": ")[2] == command(capsys, "show", place / "a.safetensors").partition(": ")[2]
+    for name in ("converted", "resized", "extracted"):
+        one, two = (load_file(tmp_path / f"{name}-{which}.safetensors") for which in (False, True))
+        assert one and one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+    one, two = (weights(load_model(tmp_path / f"merged-{which}")) for which in (False, True))
+    plain = weights(load_model(place / "model"))
+    assert all(torch.equal(one[key], two[key]) for key in one) and any(not torch.equal(one[key], plain[key]) for key in one)
+    assert json.loads((tmp_path / "merged-True" / "tinyldm.json").read_text())["adapters"] == ["dog:0.5"]
+
+
 @pytest.mark.parametrize("words, message", [
     (["resize", "a.safetensors", "out.safetensors"], "resize needs one of --rank N and --keep E"),
     (["resize", "a.safetensors", "out.safetensors", "--rank", "0"], "--rank 0 must be 1 or more"),
