@@ -139,7 +139,7 @@ def held_out(run: WhileTraining, stage: LatentStage) -> np.ndarray:
 
 
 def in_batches(label: str, images: np.ndarray) -> PictureSet:
-    return PictureSet(label, lambda: ((images[i:i + AT_ONCE], []) for i in range(0, len(images), AT_ONCE)), {})
+    return PictureSet(label, lambda world: ((images[i:i + AT_ONCE], []) for i in range(0, len(images), AT_ONCE)), {})
 
 
 def check_fid(config: Config) -> None:
