@@ -239,7 +239,7 @@ def test_the_adversary_of_scm_has_the_hinge_loss_of_what_the_teacher_sees(parts)
 
     objective, batch = make(parts, "scm", options=dict(gan=0.5, last=1.0))
     plain, _ = make(parts, "scm", options={})
-    objective.networks[HEAD], now = Known(), lambda t: on_line(t)
+    objective.networks[HEAD] = Known()
     net, teacher = objective.model.net, objective.networks[TEACHER]
 
     def logits(x0):
