@@ -106,6 +106,7 @@ if __name__ == "__main__":                                   # before torch is l
     ARGS = parse()
 
 import json
+import os
 import signal
 import traceback
 from itertools import count as numbers
@@ -114,12 +115,14 @@ from tinyldm.adapters.embedding_files import split_token
 from tinyldm.device import pick_device
 from tinyldm.evaluation.base import Evaluation, Measurement, NotFirst
 from tinyldm.evaluation.picture_sets import ALL, is_pictures
+from tinyldm.evaluation.processes import finish
 from tinyldm.files import make_output_folder, write_file
 from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model, load_vae
 from tinyldm.offload import place_for_weights
 from tinyldm.pipeline import draw_settings
 from tinyldm.planning.drawing import Order, offload_to_fit
+from tinyldm.training.distributed import connect
 from tinyldm.training.learned import apply_learned
 from tinyldm.training.run_folder import find_model
 
@@ -170,13 +173,23 @@ def report(name: str, result: Measurement, out: Path) -> None:
 
 def measure(name: str, evaluation: Evaluation) -> int:
     """Measure one metric and report it -> an exit code. Errors are printed, not raised: the other metrics are still measured."""
+    if not METRICS[name].divided:
+        return attempt(name, evaluation) if evaluation.world.main else 0
+    code = attempt(name, evaluation)
+    if evaluation.drawing and evaluation.world.size > 1:        # the others wait for files: torchrun ends them when this process ends
+        sys.exit(code)
+    finish(evaluation.world, bool(code))
+    return code
+
+
+def attempt(name: str, evaluation: Evaluation) -> int:
     try:
         guard(lambda: report(name, METRICS[name].measure(evaluation), evaluation.out))
     except SystemExit as end:                               # guard has printed the reason
         if end.code == 128 + signal.SIGINT:                 # Ctrl-C ends all
             raise
         return end.code
-    except NotFirst:                                        # torchrun's other processes only draw
+    except NotFirst:                                        # the share of one of torchrun's other processes is done
         return 0
     except Exception:
         traceback.print_exc()
@@ -187,6 +200,9 @@ def measure(name: str, evaluation: Evaluation) -> int:
 def main() -> None:
     args = ARGS
     evaluation = load(args)
+    evaluation.world = connect(evaluation.device)
+    if not evaluation.world.main:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")      # the first process prints for all
     for name in args.metric:
         METRICS[name].check(evaluation)
     make_output_folder(evaluation.out)
@@ -195,6 +211,7 @@ def main() -> None:
         if len(args.metric) > 1:
             print(f"error: not measured, for the reasons above: {', '.join(failed)}", file=sys.stderr)
         sys.exit(max(failed.values()))
+    evaluation.world.close()
 
 
 if __name__ == "__main__":

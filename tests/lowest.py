@@ -5,6 +5,10 @@
     python3.11 tests/lowest.py ENV --extra test --tests tests/models      tests, with the extra's lowest versions, and of the library's
                                                             requirements the newest that go with them (or what --with says)
     python3.11 tests/lowest.py ENV --keep                   the environment as it is
+    python3.11 tests/lowest.py --constraints > lowest.txt   only what pip reads to do the README's commands with these versions, in an
+                                                            environment of that Python (3.10 or 3.11: later ones have no wheels of some):
+        pip install -c lowest.txt -e . && python train.py --preset tiny
+        pip install -c lowest-test.txt -e ".[test]" && pytest               (lowest-test.txt: the same with --extra test)
 
 It needs the package index, and minutes: nothing of it runs in the tests. Run it after a change of setup.cfg, or of what is imported.
 
@@ -66,17 +70,22 @@ def run(python: Path, words: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("env", type=Path)
+    parser.add_argument("env", type=Path, nargs="?")
+    parser.add_argument("--constraints", action="store_true", help="print the versions as pip's constraints, and stop")
     parser.add_argument("--with", dest="others", nargs="+", default=[], metavar="NAME==VERSION", help="in place of the lowest version")
     parser.add_argument("--extra", default="", help="an extra of setup.cfg, with its lowest versions: test")
     parser.add_argument("--tests", nargs="+", default=[], metavar="FILE", help="tests to run in place of the road")
     parser.add_argument("--keep", action="store_true", help="install nothing")
     args = parser.parse_args()
+    exact = requirements(args.extra) | dict(word.split("==") for word in args.others)
+    if args.constraints:
+        return print(*(f"{name}=={version}" for name, version in exact.items()), sep="\n")
+    if args.env is None:
+        parser.error("name a folder for the environment, or ask for --constraints")
     python = args.env.resolve() / "bin" / "python"
     if not python.exists():
         venv.create(args.env, with_pip=True)
     if not args.keep:
-        exact = requirements(args.extra) | dict(word.split("==") for word in args.others)
         open_ = {name: version for name, version in requirements().items() if args.extra and name not in exact}
         run(python, ["-m", "pip", "install", "--quiet", *(f"{name}=={version}" for name, version in exact.items()),
                      *(f"{name}>={version}" for name, version in open_.items())])

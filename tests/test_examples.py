@@ -1,16 +1,25 @@
 """The examples run, and the documents describe the code as it is: quoted lines, tables, flags, files and links."""
 
 import ast
+import math
 import re
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, script
 from PIL import Image
+from small_models import unet_model
 
 from tinyldm.data import toyworld
+from tinyldm.folders.load import load_model
+from tinyldm.folders.save import save_loaded
+from tinyldm.models.vae import Posterior
+from tinyldm.objectives.reconstruction import TERMS
 from tinyldm.random_streams import Stream
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -63,6 +72,40 @@ def test_two_hundred_steps_are_enough_to_see_what_was_learned(tmp_path):
               for subject, background in SUBJECTS.items() for colour in toyworld.COLOURS]
     nearest = [int(np.argmin([np.square(picture - other).mean() for other in wanted])) for picture in drawn]
     assert sum(i == found for i, found in enumerate(nearest)) >= 29
+
+
+# ---------------------------------------------------------------- examples/vae_prior.py
+
+
+def test_the_prior_of_an_autoencoder_is_standard_noise_in_its_encoder_s_own_latents(tmp_path):
+    """Whatever mean and scale of latents is measured for diffusion."""
+    model = unet_model()
+    model.vae.config = replace(model.vae.config, scaling_factor=0.2)
+    save_loaded(tmp_path / "model", model)
+    done = script("examples/vae_prior.py", "--vae", tmp_path / "model", "--size", 8, "--count", 3, "--out", tmp_path / "prior.png")
+    assert done.returncode == 0, done.stderr
+    z = torch.cat([torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    with torch.no_grad():
+        wanted = load_model(tmp_path / "model").vae.decode(z).clamp(-1, 1).add(1).mul(127.5).round().movedim(1, 3).numpy()
+    sheet = np.asarray(Image.open(tmp_path / "prior.png")).astype(float)
+    assert sheet.shape == (8, 3 * 8 + 2 * 2, 3) and wanted.std() > 10
+    for i in range(3):
+        assert np.abs(sheet[:, 10 * i:10 * i + 8] - wanted[i]).max() <= 1
+
+
+def test_the_loss_of_the_first_row_of_the_timeline_is_the_elbo_of_a_decoder_of_variance_one_half():
+    """-log N(x; decoded, 1/2) + KL, divided by the number of values, up to the logarithm of pi (arXiv:1312.6114, Eq. 7)."""
+    line = re.search(r"--vae-loss (.*?) --out runs/elbo", text(DOCS / "timeline.md"))[1]
+    assert {name: float(value) for name, value in (word.split("=") for word in line.split())} == {"mse": 1, "l1": 0, "kl": 1}
+    posterior = Posterior(torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2))
+    pixels, decoded = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    likelihood = torch.distributions.Normal(decoded, 0.5**0.5).log_prob(pixels).flatten(1).sum(1)
+    q, p = torch.distributions.Normal(posterior.mean, (posterior.logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    elbo = likelihood - torch.distributions.kl_divergence(q, p).flatten(1).sum(1)
+    number = pixels[0].numel()
+    loss = TERMS["mse"].function(decoded, pixels) + TERMS["kl"].function(SimpleNamespace(posterior=posterior)) / number
+    assert TERMS["kl"].summed
+    torch.testing.assert_close(loss, -elbo / number - math.log(math.pi) / 2, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------- what the documents quote

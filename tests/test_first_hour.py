@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import lowest
 import numpy as np
 import pytest
 import torch
@@ -184,6 +185,16 @@ def test_what_is_published_has_a_name_and_a_licence(words, said, tmp_path, capsy
 
 def test_lowest_versions_are_those_of_setup_cfg():
     assert requirements()["tokenizers"] == "0.20" and {"pytest", "pillow"} <= requirements("test").keys()
+
+
+@pytest.mark.parametrize("extra", ["", "test"])
+def test_the_lowest_versions_are_printed_as_pip_reads_constraints(extra, monkeypatch, capsys):
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = config["options.extras_require"][extra] if extra else config["options"]["install_requires"]
+    monkeypatch.setattr(sys, "argv", ["lowest.py", "--constraints", "--extra", extra])
+    lowest.main()
+    assert capsys.readouterr().out.split() == [line.partition(";")[0].replace(">=", "==") for line in lines.strip().splitlines()]
 
 
 def test_memory_that_is_there_is_a_plausible_number():

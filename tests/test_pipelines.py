@@ -22,6 +22,7 @@ from PIL import Image
 
 from tinyldm.diffusion.noise import initial_noise, make_generators
 from tinyldm.folders.load import load_model
+from tinyldm.folders.save import save_loaded
 from tinyldm.pictures.pixels import to_pixels
 from tinyldm.pipeline import Canvas, draw, draw_settings, picture_size
 from tinyldm.text.tokenizer import Tokenizer
@@ -253,11 +254,53 @@ def test_a_folder_of_the_safe_pipeline_is_drawn_with_as_the_plain_one_does_and_s
     assert "without its guidance away from unsafe content" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def consistent(parts, tmp_path_factory):
+    """A latent consistency model as published: (its folder, diffusers' pipeline)."""
+    theirs = parts["sd1"]["unet"]
+    stated = {name: value for name, value in theirs.config.items() if name != "_use_default_values"}
+    net = randomise(type(theirs).from_config(stated | {"time_cond_proj_dim": 256}), 6)
+    folder = tmp_path_factory.mktemp("lcm") / "model"
+    made = diffusers.LatentConsistencyModelPipeline(**parts["sd1"] | {"unet": net}, scheduler=diffusers.LCMScheduler(**SD1))
+    made.set_progress_bar_config(disable=True)
+    made.save_pretrained(folder)
+    return folder, made
+
+
+@pytest.mark.parametrize("steps, cfg", [(1, None), (2, None), (4, None), (4, 1.5)])
+def test_a_latent_consistency_model_draws_the_latents_and_the_picture_of_diffusers(consistent, steps, cfg):
+    (folder, theirs), latents = consistent, []
+    model, given = load_model(folder), {} if cfg is None else {"guidance_scale": cfg}
+    settings = draw_settings(model, steps=steps, cfg=cfg)
+    assert (settings.sampler, settings.told, settings.guided) == ("lcm", cfg or 8.5, False)
+    ours = draw(model, [PROMPT], [SEED], settings, on_step=latents.append)[0].astype(int)
+    found = [theirs(PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(SEED), output_type=kind, **given).images
+             for kind in ("latent", "pil")]
+    assert len(latents) == steps and abs(latents[-1] - found[0]).max() < 2e-5 * found[0].abs().max()
+    assert_same_picture(ours, np.asarray(found[1][0]).astype(int))
+
+
+def test_a_latent_consistency_model_draws_as_its_pipeline_does_unless_told_otherwise_and_so_do_its_copies(consistent, tmp_path):
+    """Four steps at a scale of 8.5. Written again it is a folder of Stable Diffusion's pipeline, which tells such a U-Net the scale too."""
+    folder, theirs = consistent
+    model = load_model(folder)
+    how = draw_settings(model)
+    assert (how.steps, how.told, how.cfg) == (4, 8.5, 1.0)
+    ours = draw(model, [PROMPT], [SEED], how)[0].astype(int)
+    assert_same_picture(ours, np.asarray(theirs(PROMPT, generator=torch.Generator().manual_seed(SEED)).images[0]).astype(int))
+    save_loaded(tmp_path / "copy", model)
+    again = load_model(tmp_path / "copy")
+    assert np.array_equal(draw(again, [PROMPT], [SEED], draw_settings(again))[0], ours)
+    copy = opened("StableDiffusionPipeline", tmp_path / "copy")
+    image = copy(PROMPT, num_inference_steps=4, guidance_scale=8.5, generator=torch.Generator().manual_seed(SEED)).images[0]
+    assert_same_picture(ours, np.asarray(image).astype(int))
+
+
 REASONS = {"FlaxStableDiffusionPipeline": "msgpack", "OnnxStableDiffusionPipeline": "another runtime",
            "StableDiffusionOnnxPipeline": "another runtime", "ORTStableDiffusionPipeline": "another runtime",
            "StableDiffusionControlNetPipeline": "further network", "Flux2Pipeline": "language model", "FluxFillPipeline": "further picture",
            "StableDiffusionLatentUpscalePipeline": "more than noise", "StableDiffusionDepth2ImgPipeline": "more than noise",
-           "StableDiffusionInstructPix2PixPipeline": "more than noise", "LatentConsistencyModelPipeline": "embeds the guidance scale",
+           "StableDiffusionInstructPix2PixPipeline": "more than noise",
            "AltDiffusionPipeline": "not CLIP's", "PixArtAlphaPipeline": "transformer", "DiTPipeline": "number of a class",
            "StableDiffusionSAGPipeline": "write that _class_name into", "DDPMPipeline": "write that _class_name into", None: "_class_name"}
 

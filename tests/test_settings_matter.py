@@ -32,6 +32,7 @@ TABLE = dict(process="scaled_linear", prediction="v")
 FIRST = dict(vae_weights="")                        # trains the autoencoder too, which the other runs are given
 WITH_LPIPS = dict(vae_loss=dict(lpips=1.0), vae_lpips=["LPIPS"], resolution=16, vae_crop=16)
 WITH_GAN = dict(vae_loss=dict(gan=1.0), vae_gan=dict(width=4, layers=1, norm="none", start=0.0, adaptive=False), vae_crop=8)
+WITH_ADVERSARY = dict(objective="scm", objective_options=dict(gan=0.5, last=0.5), finetune="whole", model="MODEL", vae_weights="")
 
 # Groups of aspects. AFTER is what follows once anything in the training is different.
 AFTER = {"loss", "weights", "averages", "moments", "validation", "pictures"}
@@ -132,6 +133,8 @@ ROWS = {
     # the objective
     "objective": Row("consistency", {"micro_batches"} | AFTER),         # neither is watched where it is not the diffusion loss
     "objective_options": Row(dict(stages=1), AFTER - {"loss"}, dict(objective="consistency")),
+    **{f"objective_options {name}, of scm's adversary": Row({name: value}, AFTER - {"loss", "validation"}, WITH_ADVERSARY)
+       for name, value in (("gan", 2.0), ("last", 1.0))},
     "process": Row("cosine", PROCESS, TABLE),
     "process_options": Row(dict(beta_end=0.02), PROCESS, TABLE),
     "shift": Row(3.0, PROCESS),

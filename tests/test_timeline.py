@@ -18,6 +18,7 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for lin
 SMALL = {
     "train.py": "--scenes 64 --vae-pictures 64 --vae-steps 4 --batch-size 8 --save-every 1000 --sample-every 0 --sample-steps 2 --val-samples 8",
     "evaluate.py": "--count 8",
+    "examples/vae_prior.py": "--size 16",
     "examples/d3pm.py": "--steps 2 --length 4 --side 8",
     "examples/classifier_guidance.py": "--steps 2",
 }

@@ -12,9 +12,10 @@ from small_models import unet_model
 from tinyldm.evaluation import generation, geneval
 from tinyldm.evaluation.base import Evaluation, NotFirst
 from tinyldm.evaluation.captions import Captions, of_file, read_captions
-from tinyldm.evaluation.generation import generate, leave_unless_first, read_drawn
+from tinyldm.evaluation.generation import generate, read_drawn
 from tinyldm.model import Model
 from tinyldm.pipeline import draw_settings
+from tinyldm.training.distributed import World
 
 TEXTS = [f"caption {i}" for i in range(5)]
 CAPTIONS = Captions("list.txt", TEXTS)
@@ -63,7 +64,7 @@ def test_what_is_there_is_not_drawn_again_and_more_pictures_continue_the_set(tmp
     drawn.clear()
     again = generate(evaluation(tmp_path, count=6), CAPTIONS)
     assert again == first and [seeds for _, seeds in drawn] == [[21, 24, 25], [24, 25]]
-    images, texts = zip(*read_drawn(again[0], CAPTIONS, 6, 4))
+    images, texts = zip(*read_drawn(again[0], CAPTIONS, 6, 4, World()))
     assert [len(batch) for batch in images] == [4, 2] and np.concatenate(images)[:, 0, 0, 1].tolist() == [*range(20, 26)]
     assert sum(texts, []) == [*TEXTS, TEXTS[0]]
 
@@ -83,19 +84,19 @@ def test_any_number_of_processes_draws_the_same_set(tmp_path, drawn, monkeypatch
     alone = contents(generate(evaluation(tmp_path / "alone"), CAPTIONS))
     monkeypatch.setattr(generation, "wait_for", lambda finished: None)
     for rank in (2, 1, 0):
-        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "3")
         drawn.clear()
-        folders = generate(evaluation(tmp_path / "together"), CAPTIONS)
+        asked = evaluation(tmp_path / "together")
+        asked.world = World(rank, 3)
+        folders = generate(asked, CAPTIONS)
         assert sorted(seed for _, seeds in drawn for seed in seeds) == sorted(2 * [*range(20 + rank, 27, 3)])
         if rank:
             with pytest.raises(NotFirst):
-                leave_unless_first()
-    leave_unless_first()
+                asked.leave_unless_first()
+    asked.leave_unless_first()
     assert contents(folders) == alone
 
 
 def test_the_first_process_waits_for_the_files_of_the_others(tmp_path, drawn, monkeypatch):
-    monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "2")
     asked = []
 
     def wait_for(finished):
@@ -106,7 +107,9 @@ def test_the_first_process_waits_for_the_files_of_the_others(tmp_path, drawn, mo
         asked.append(finished())
 
     monkeypatch.setattr(generation, "wait_for", wait_for)
-    generate(evaluation(tmp_path, cfg=(3.0,)), CAPTIONS)
+    first = evaluation(tmp_path, cfg=(3.0,))
+    first.world = World(0, 2)
+    generate(first, CAPTIONS)
     assert asked == [False, True]
 
 
@@ -189,5 +192,5 @@ def test_a_model_with_text_encoders_draws_into_files(tmp_path):
         net = model()
         how = draw_settings(net, steps=2, cfg=2.0)
         asked = Evaluation(net, "x", how, torch.device("cpu"), tmp_path / str(batch_size), 3, 0, batch_size, "fp32", guidance=[how])
-        found.append(np.concatenate([images for images, _ in read_drawn(generate(asked, CAPTIONS)[0], CAPTIONS, 3, 2)]).astype(int))
+        found.append(np.concatenate([images for images, _ in read_drawn(generate(asked, CAPTIONS)[0], CAPTIONS, 3, 2, World())]).astype(int))
     assert np.abs(found[0] - found[1]).max() <= 1 and found[0].std() > 10

@@ -8,57 +8,22 @@ import torch
 from helpers import load_script
 from PIL import Image
 from small_models import unet_model
-from torch import nn
+from stand_in_towers import MISSING, Tokens, Words, thumbnail_towers, write
 
 from tinyldm.cli import guard
 from tinyldm.evaluation import picture_metrics, statistics
 from tinyldm.evaluation.curve import Point, draw_curve, ticks
 from tinyldm.evaluation.distances import Frechet, kid, precision_recall
-from tinyldm.evaluation.towers import TOWERS, Tower
+from tinyldm.evaluation.towers import TOWERS
 from tinyldm.folders.save import save_model
-from tinyldm.models.inception import InceptionFeatures
 
 evaluate = load_script("evaluate")
-MISSING = "download the weights and name the file"
-
-
-class Thumbnail(nn.Module):
-    """Stands in for a tower: the picture at 2 x 2 pixels [b, 12]."""
-
-    def __init__(self, logits: bool):
-        super().__init__()
-        self.logits = logits
-        self.none = nn.Parameter(torch.empty(0))               # by which the device is found
-
-    def forward(self, x):
-        rows = nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
-        return InceptionFeatures(rows, 10 * rows[:, :5]) if self.logits else rows
-
-
-def load(source, device, logits):
-    if str(source) != "here":
-        raise ValueError(f"{source} does not exist")
-    return Thumbnail(logits)
 
 
 @pytest.fixture(autouse=True)
 def towers(monkeypatch):
-    """Every tower is a thumbnail, with weights "here" and nowhere else."""
-    for name, row in TOWERS.items():
-        inception = name.startswith("inception")
-        tower = Tower(lambda source, device, logits=inception: load(source, device, logits), row.resize, 8, (0.0,) * 3, (1.0,) * 3,
-                      None if inception else "nobody/nothing", MISSING)
+    for name, tower in thumbnail_towers().items():
         monkeypatch.setitem(TOWERS, name, tower)
-
-
-def write(folder, count: int, seed: int, sizes=((16, 16),)):
-    folder.mkdir()
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        coarse = Image.fromarray(rng.integers(0, 120 + 60 * (seed % 3), (3, 3, 3), dtype=np.uint8))
-        coarse.resize(sizes[i % len(sizes)]).save(folder / f"{i:03d}.png")
-        (folder / f"{i:03d}.txt").write_text(f"a picture of {i}")
-    return folder
 
 
 @pytest.fixture
@@ -245,24 +210,6 @@ def test_a_model_is_drawn_once_for_all_metrics_at_every_scale_and_the_curve_is_d
     assert calls == []                                      # the pictures of the first call are there
 
 
-class Tokens:
-    """Stands in for a tokenizer."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def encode(self, captions):
-        return np.array([[self.number(caption)] for caption in captions])
-
-
-class Words(nn.Module):
-    """Stands in for a text encoder: a caption's direction follows from its length."""
-
-    def forward(self, ids):
-        pooled = torch.sin(ids.float() * torch.arange(1, 13))
-        return type("Features", (), {"pooled": pooled})
-
-
 def test_the_clip_score_is_100_times_the_mean_cosine_where_it_is_positive(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(picture_metrics, "load_text", lambda source, device: Words())
     monkeypatch.setattr(picture_metrics, "load_tokenizer", lambda source: Tokens(lambda words: int(words.split()[-1])))
@@ -274,16 +221,6 @@ def test_the_clip_score_is_100_times_the_mean_cosine_where_it_is_positive(sets, 
     found = json.loads((tmp_path / "out" / "clip.json").read_text())["results"][0]["values"]["CLIP score"]
     assert found["value"] == pytest.approx(scores.mean(), rel=1e-5) and (scores == 0).any() and (scores > 0).any()
     assert found["interval"][1] - found["value"] == pytest.approx(1.959964 * scores.std(ddof=1) / 40**0.5, rel=1e-5)
-
-
-def test_processes_but_the_first_draw_their_share_without_weights_and_write_no_results(model, sets, tmp_path, monkeypatch, capsys):
-    (tmp_path / "captions.txt").write_text("a red picture")
-    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(model, "--metric", "fid,is", "--reference", sets[1], "--captions", tmp_path / "captions.txt", "--num", 5,
-               "--out", tmp_path / "out", weights=()) == 0
-    assert sorted(file.name for file in (tmp_path / "out").glob("**/*.*") if file.suffix) == ["0000001.png", "0000003.png"]
-    assert run(sets[0], "--metric", "is", "--out", tmp_path / "of pictures", weights=()) == 0
-    assert capsys.readouterr().out == "" and not [*(tmp_path / "of pictures").glob("*.json")]
 
 
 def test_each_tower_takes_its_own_statistics_or_else_the_pictures(sets, tmp_path):

@@ -1,4 +1,5 @@
-"""Distribution matching and self-corrected flow distillation on data of which score and curve are known."""
+"""Objectives with a network that judges: distribution matching and self-corrected flow distillation on data of which score and curve are
+known, and the adversary of continuous consistency."""
 
 import copy
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from tinyldm.text.encoders import TextEncoder, TextEncoders
 mixture = lambda means, std, weights: Mixture(torch.tensor(means).double().view(-1, 1, 1, 2), torch.tensor([std] * len(means)).double(),
                                               torch.tensor(weights).double())
 DATA, OTHER = mixture([[-1.2, -0.6], [1.0, 0.5]], 0.3, [0.6, 0.4]), mixture([[-0.5, 0.2], [0.6, -0.3]], 0.5, [0.3, 0.7])
-ALL = dict(dmd=dict(gan=0.1, segment=0.5, align=0.9, steps=3), self_corrected=dict(gan=0.1, width=8))
+ALL = dict(dmd=dict(gan=0.1, segment=0.5, align=0.9, steps=3), self_corrected=dict(gan=0.1, width=8), scm=dict(gan=0.5))
 
 
 def noise(*shape, seed=0):
@@ -136,7 +137,7 @@ def test_a_generator_sees_what_its_own_steps_have_drawn_at_the_levels_at_which_i
 @pytest.mark.parametrize("name", ALL)
 def test_each_turn_trains_its_networks_and_nothing_reaches_the_teacher(parts, name):
     objective, batch = make(parts, name)
-    trained = {"dmd": [{"net"}, {FAKE, HEAD}], "self_corrected": [{"net"}, {DISCRIMINATOR}]}[name]
+    trained = {"dmd": [{"net"}, {FAKE, HEAD}], "self_corrected": [{"net"}, {DISCRIMINATOR}], "scm": [{"net"}, {HEAD}]}[name]
     assert [set(turn.trains) for turn in objective.turns] == trained
     modules = {"net": objective.model.net, **objective.networks}
     before = {part: copy.deepcopy(module.state_dict()) for part, module in modules.items()}
@@ -230,7 +231,54 @@ def test_self_corrected_terms_are_zero_for_the_exact_consistency_function_of_str
     torch.testing.assert_close(losses(objective, batch), distance, rtol=1e-3, atol=1e-6)
 
 
+def test_the_adversary_of_scm_has_the_hinge_loss_of_what_the_teacher_sees(parts):
+    """With a head that is known, and a student whose guesses are all from the noisiest level."""
+    class Known(nn.Module):
+        def forward(self, features):
+            return 3 * features[:, :, 0].mean(1) + 0.5
+
+    objective, batch = make(parts, "scm", options=dict(gan=0.5, last=1.0))
+    plain, _ = make(parts, "scm", options={})
+    objective.networks[HEAD] = Known()
+    net, teacher = objective.model.net, objective.networks[TEACHER]
+
+    def logits(x0):
+        found = []
+        for i, t in enumerate(batch.own["judged_t"].tolist()):
+            one = lambda value: value[i:i + 1]
+            noisy = (1 - t) * one(x0) + t * one(batch.own["judged_eps"])
+            at = Level(torch.tensor([1000 * t]), *(torch.full((1, 1, 1, 1), value) for value in (1 - t, t)))
+            cond = Cond(one(batch.cond.context), None, None)
+            found.append(Known()(features_of(teacher, noisy, at, cond)))
+        return torch.cat(found)
+
+    guessed = batch.eps - net(batch.eps, torch.full((6,), 1000.0), batch.cond)                  # x0 = x - t u, at t = 1
+    real, fake = logits(batch.x0), logits(guessed)
+    assert ((real > 1).any() or (fake < -1).any()) and ((real < 1).any() or (fake > -1).any())  # both sides of the hinge
+    wanted = (1 - real).clamp(min=0) / 2 + (1 + fake).clamp(min=0) / 2
+    torch.testing.assert_close(losses(objective, batch, turn=1), wanted.detach(), rtol=1e-3, atol=1e-4)
+    before = losses(plain, batch)
+    torch.testing.assert_close(losses(objective, batch) - before, -0.5 * fake, rtol=1e-3, atol=1e-3)
+    assert plain.networks.keys() == {TEACHER} and len(plain.turns) == 1 and batch.own is not None
+
+
+def test_the_adversary_of_scm_judges_at_log_normal_levels_and_guesses_from_noise_as_often_as_it_is_told(parts):
+    objective, batch = make(parts, "scm", options=dict(gan=0.5, last=0.25))
+    own = objective.further(torch.Generator().manual_seed(0), torch.Size((20_000, 4, 1, 2)))
+    ratio = (own["judged_t"].double() / (1 - own["judged_t"].double())).log()
+    assert ratio.mean().item() == pytest.approx(-0.6, abs=0.03) and ratio.std().item() == pytest.approx(1.0, abs=0.03)
+    seen, real = [], objective.f
+    objective.f = lambda net, x, at, cond: seen.append(at.t) or real(net, x, at, cond)
+    batch = batch._replace(own={**batch.own, "last": torch.tensor([0.0, 0.24, 0.26, 0.5, 0.9, 0.1])})
+    objective.guessed({"net": objective.model.net}, batch, objective.cond(batch))
+    noisiest = (seen[0] - 1000).abs() < 1e-2
+    assert noisiest.tolist() == [True, True, False, False, False, True]
+    torch.testing.assert_close(seen[0][~noisiest], 1000 * batch.t[~noisiest])
+
+
 @pytest.mark.parametrize("words, said", [
+    (dict(objective="scm", objective_options=dict(gan=0.5, distil=False)), "judges by the features of a teacher"),
+    (dict(objective="scm", objective_options=dict(gan=-0.5)), "gan of at least 0"),
     (dict(objective="dmd", finetune="lora", rank=4), "trains a second whole network"),
     (dict(objective="dmd", objective_options=dict(align=1.5)), "0 <= align <= 1"),
     (dict(objective="self_corrected", process="cosine", prediction="v"), "make it one with --objective diff2flow"),

@@ -15,6 +15,7 @@ from tinyldm.evaluation.progress import progress
 from tinyldm.evaluation.recogniser import Reading
 from tinyldm.evaluation.towers import TOWERS, Tower
 from tinyldm.models.inception import InceptionFeatures
+from tinyldm.training.distributed import World
 from tinyldm.training.log import read
 
 WORDS = [*SMALL, "--eval-every", "2", "--eval-num", "4", "--dtype", "fp32", "--sample-every", "0"]
@@ -78,7 +79,7 @@ def test_fid_compares_with_the_run_s_own_held_out_pictures(tmp_path, monkeypatch
     seen = []
     real = while_training.gather
     monkeypatch.setattr(while_training, "gather", lambda tower, found: seen.append(
-        (found.label, np.concatenate([images for images, _ in found.batches()]))) or real(tower, found))
+        (found.label, np.concatenate([images for images, _ in found.batches(World())]))) or real(tower, found))
     words = [*WORDS, "--eval-metric", "fid", "--eval-weights", f"inception={tmp_path / 'inception.pth'}", "--max-steps", "4"]
     train_here(load_script("train"), [*words, "--out", str(tmp_path / "run")], monkeypatch)
     rows = evaluations(tmp_path / "run")
@@ -119,7 +120,8 @@ def test_an_evaluation_that_fails_does_not_end_the_run(tmp_path, monkeypatch, ca
     ("--eval-metric prompt --eval-every 0", "did you mean 'prompts'"), ("--eval-metric prompt", "did you mean 'prompts'"), ("--eval-metric fid", "--eval-weights inception=FILE"),
     ("--eval-metric fid --eval-weights inception=nowhere.pth", "does not exist"), ("--eval-metric clip --val-samples 0", "--val-samples"),
     ("--data OTHER --eval-metric prompts", "toyworld's pictures only"), ("--data OTHER", "--eval-metric fid needs weights"),
-    ("--eval-num 1", "at least 2"), ("--eval-weights tower", "expected TOWER=SOURCE"), ("--eval-weights dino=x", "tower of --eval-weights")])
+    ("--eval-num 1", "at least 2"), ("--eval-weights tower", "expected TOWER=SOURCE"), ("--eval-weights dino=x", "tower of --eval-weights"),
+    ("--eval-metric ,", "--eval-metric , names no metric: known: prompts, fid, clip")])
 def test_evaluations_that_cannot_work_are_refused_before_the_run(more, said, tmp_path, capsys):
     pictures(tmp_path / "other", 20)
     words = more.replace("OTHER", str(tmp_path / "other")).split()

@@ -25,7 +25,14 @@ RUNS = {                # one with a target, one with a teacher that changes, on
     "consistency": ["--objective-options", "distil=true", "scale=2.0", "ema=0.5"],
     "progressive": ["--objective-options", "rounds=4,2"],
     "mean_flow": [], "lcm": [], "scm": [], "guided": [],
+    "scm with an adversary": ["--objective-options", "gan=0.5"],
+    "dmd": ["--objective-options", "gan=0.1", "every=2", "align=0.9", "segment=0.5"],
+    "self_corrected": ["--objective-options", "gan=0.1", "width=8"],
     "lcm with an adapter": LORA,
+}
+FURTHER = {             # networks that a checkpoint holds beside the model; those that are no target or teacher have an optimizer
+    "consistency": {"target"}, "lcm": {"target"}, "progressive": {"teacher"}, "scm with an adversary": {"head"}, "dmd": {"fake", "head"},
+    "self_corrected": {"target", "discriminator"},
 }
 FAST = ("progressive",)
 
@@ -70,7 +77,10 @@ def test_n_steps_and_n_more_are_two_n_steps_to_the_last_bit_with_all_further_net
     other = weights(run / "checkpoints")
     assert found.keys() == other.keys() and all((found[name] == other[name]).all() for name in found)
     assert log_without_timing(whole) == log_without_timing(run)
-    assert any("objective.safetensors" in name for name in found) == (kind in ("consistency", "progressive", "lcm"))
+    of_objective = {name.split(":")[1].split(".")[0] for name in found if "objective.safetensors" in name}
+    assert of_objective == FURTHER.get(kind, set())
+    moments = {name.split(":")[1].split(".")[0] for name in found if "optimizer.safetensors" in name}
+    assert moments == {"net"} | (FURTHER.get(kind, set()) - {"target", "teacher"})
     for name in ("before.png", "step-000004.png"):
         assert (whole / "samples" / name).read_bytes() == (run / "samples" / name).read_bytes()
 

@@ -6,7 +6,7 @@
     python -m tinyldm.adapters extract MODEL FINETUNED out.safetensors --rank 32        what training changed, as a LoRA
     python -m tinyldm.adapters merge MODEL folder/ --lora dog.safetensors:0.8           a model with the adapter in its weights
 
-MODEL is a model folder, a hub id or a checkpoint file. An adapter is a .safetensors file, or the folder of the run that trained it.
+MODEL is a run, a model folder, a hub id or a checkpoint file. An adapter is a .safetensors file, or the folder of the run that trained it.
 """
 
 from __future__ import annotations

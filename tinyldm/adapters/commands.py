@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tinyldm.adapters.files import HEADER, STATED, read_adapter, read_layers, save_adapter
+from tinyldm.adapters.files import HEADER, STATED, newest, read_adapter, read_layers, save_adapter
 from tinyldm.adapters.formats import family, prefixes
 from tinyldm.adapters.kinds import DoRA, kind_of
 from tinyldm.adapters.low_rank import Kept, LowRank, approximated, truncated
@@ -21,7 +21,14 @@ from tinyldm.device import pick_dtype
 from tinyldm.files import replace_folder, write_file
 from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_loaded
+from tinyldm.model import Model
 from tinyldm.unicode import shown
+
+
+def load(source: str, device: str = "cpu") -> Model:
+    """The model that is named; of a run that of its newest checkpoint."""
+    found = newest(Path(source), "model/model_index.json")
+    return load_model(found.parent if found else source, device)
 
 
 def show(args: argparse.Namespace) -> None:
@@ -42,14 +49,14 @@ def show(args: argparse.Namespace) -> None:
             print(f"  {title}: " + ", ".join(f"{value} ({count})" if len(counter) > 1 or title == "layers" else value
                                              for value, count in counter.most_common(8)))
     print("  first and last layer: " + ", ".join(dict.fromkeys([min(file.layers), max(file.layers)])))
-    for name, text in file.metadata.items():
+    for name, text in sorted(file.metadata.items()):           # safetensors gives them in any order
         if name != "format":
             print(f"  {name}: {shown(text)[:200]}")
 
 
 def convert(args: argparse.Namespace) -> None:
     """Write an adapter under other names. The model is only asked for its shapes."""
-    model = load_model(args.model, "meta")
+    model = load(args.model, "meta")
     adapter = read_adapter(args.adapter, model)
     known = json.loads(adapter.metadata.get(HEADER, "{}"))
     save_adapter(args.out, adapter.changes(), model, known, args.layout, args.dtype and pick_dtype(args.dtype, torch.device("cpu")))
@@ -92,7 +99,7 @@ def print_kept(out: str, kept: Mapping[str, Kept]) -> None:
 
 def extract(args: argparse.Namespace) -> None:
     """Write the difference of two models, weight by weight, as a LoRA."""
-    base, tuned = load_model(args.model), load_model(args.tuned)
+    base, tuned = load(args.model), load(args.tuned)
     kept: dict[str, Kept] = {}
     changes: dict[str, dict[str, LowRank]] = {}
     others: list[str] = []
@@ -126,7 +133,7 @@ def differences(one: nn.Module, two: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 def merge(args: argparse.Namespace) -> None:
     """Write a model with adapters in its weights. They are added in float32 and rounded once."""
-    model = load_model(args.model)
+    model = load(args.model)
     apply_adapters(model, args.lora)
     for part in model.modules.values():
         part.to(pick_dtype(args.dtype, torch.device("cpu")))

@@ -114,6 +114,13 @@ class Adapter:
         return found
 
 
+def newest(run: Path, name: str) -> Path | None:
+    """The file of this name in the newest checkpoint of a run that has one; None where there is none."""
+    steps = {int(number): file for file in run.glob(f"checkpoints/step-*/{name}")       # copies that are being replaced have other names
+             if (number := file.relative_to(run).parts[1].removeprefix("step-")).isdigit()}
+    return steps[max(steps)] if steps else None
+
+
 def locate(path: str | Path) -> Path:
     """The file that a path names: itself; in a folder one of NAMES; of a run that of its newest checkpoint. ValueError where there is
     none."""
@@ -122,12 +129,9 @@ def locate(path: str | Path) -> Path:
         return path
     if not path.exists():
         raise ValueError(f"{path} does not exist: name an adapter's .safetensors file, or the folder of a run that trained one")
-    found = [path / name for name in NAMES if (path / name).is_file()]
-    steps = {int(number): file for file in path.glob(f"checkpoints/step-*/{OWN}")
-             if (number := file.parent.name.removeprefix("step-")).isdigit()}       # copies that are being replaced have other names
-    found = found or [file for _, file in sorted(steps.items())][-1:]
+    found = next((path / name for name in NAMES if (path / name).is_file()), None) or newest(path, OWN)
     if found:
-        return found[0]
+        return found
     if (path / "model_index.json").exists() or any(path.glob("checkpoints/step-*/model")):
         raise ValueError(f"{path} is a whole model, no adapter: name it as the model")
     raise ValueError(f"{path} holds no adapter ({', '.join(NAMES)}, or a run's checkpoints/step-*/{OWN})")

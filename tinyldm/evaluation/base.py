@@ -21,6 +21,7 @@ from tinyldm.device import autocast
 from tinyldm.evaluation.progress import progress
 from tinyldm.model import Model
 from tinyldm.pipeline import DrawSettings, draw
+from tinyldm.training.distributed import World
 
 
 class Measurement(NamedTuple):
@@ -37,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 class NotFirst(Exception):
-    """Raised by a metric in every process but torchrun's first, when its share of the work is done."""
+    """Raised by a metric in every process but torchrun's first, where its share of the work ends."""
 
 
 @dataclass
@@ -58,8 +59,15 @@ class Evaluation:
     vae: nn.Module | None = None        # the autoencoder that is measured
     adapters: Mapping[str, Sequence[str]] = field(default_factory=dict)     # flag -> files that were applied to the model
     guidance: Sequence[DrawSettings] = ()       # `settings` at every guidance scale that was typed
+    world: World = field(default_factory=World)                         # the processes that torchrun has started
+    drawing: bool = False               # whether a process draws pictures into files, which the others wait for
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)      # what metrics share, by a key of their own
     _drawn: dict[tuple[str, ...], Drawn] = field(default_factory=dict, init=False, repr=False)
+
+    def leave_unless_first(self) -> None:
+        """NotFirst in every process but the first, which measures and writes what all have made."""
+        if not self.world.main:
+            raise NotFirst
 
     def draw(self, prompts: Sequence[str]) -> Drawn:
         """One picture per prompt, picture i from `seed + i`. The same prompts are drawn once; do not write into the images."""

@@ -2,7 +2,7 @@
 
 Picture i is drawn from caption i and seed `--seed` + i and lies in OUT/pictures/SETTINGS/ as 000000i.png. SETTINGS ends in a digest of all
 that decides the pictures, weights included, so that files of other settings are never taken for these. What is there already is not
-drawn again. Under torchrun each process draws its share; the first one waits for all files and measures.
+drawn again. Under torchrun each process draws its share, and then waits for the files of all.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 
 from tinyldm.device import autocast
-from tinyldm.evaluation.base import Evaluation, NotFirst
+from tinyldm.evaluation.base import Evaluation
 from tinyldm.evaluation.captions import Captions
 from tinyldm.evaluation.progress import progress
 from tinyldm.files import make_output_folder, write_file
 from tinyldm.model import Model
 from tinyldm.pictures.pixels import write_picture
 from tinyldm.pipeline import DrawSettings, draw, picture_size
-from tinyldm.training.distributed import launched
+from tinyldm.training.distributed import World
 
 POLL = 1.0                  # seconds between looks at what the other processes have drawn
 
@@ -66,7 +66,7 @@ def drawn_folder(evaluation: Evaluation, settings: DrawSettings, captions: Capti
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     folder = evaluation.out / kind / f"{settings.sampler}-{settings.steps}-cfg-{scale(settings):g}-{digest}"
     make_output_folder(folder)
-    if not launched()[0]:
+    if evaluation.world.main:
         write_file(folder / "settings.json", text + "\n")
     return folder
 
@@ -86,9 +86,9 @@ def generate(evaluation: Evaluation, captions: Captions) -> list[Path]:
 
 
 def draw_missing(evaluation: Evaluation, settings: DrawSettings, jobs: Sequence[Job], label: str) -> None:
-    """Draw this process's share of the pictures that have no file yet; in the first process, wait for the others."""
-    rank, processes = launched()
-    mine = [job for job in jobs[rank::processes] if not job.file.exists()]
+    """Draw this process's share of the pictures that have no file yet, and wait for the others'."""
+    evaluation.drawing = True                                   # stays so after an error
+    mine = [job for job in jobs[evaluation.world.rank::evaluation.world.size] if not job.file.exists()]
     with progress(len(mine), label, shown=bool(mine)) as bar:
         with autocast(evaluation.device, evaluation.dtype):
             for start in range(0, len(mine), evaluation.batch_size):
@@ -97,8 +97,9 @@ def draw_missing(evaluation: Evaluation, settings: DrawSettings, jobs: Sequence[
                 for job, image in zip(batch, images):
                     write_picture(job.file, image)
                 bar.update(len(batch))
-    if processes > 1 and not rank:
+    if evaluation.world.size > 1:
         wait_for(lambda: all(job.file.exists() for job in jobs))
+    evaluation.drawing = False
 
 
 def wait_for(finished: Callable[[], bool]) -> None:
@@ -107,15 +108,9 @@ def wait_for(finished: Callable[[], bool]) -> None:
         time.sleep(POLL)
 
 
-def leave_unless_first() -> None:
-    """NotFirst in every process but the first: it has drawn its share, and the first one measures."""
-    if launched()[0]:
-        raise NotFirst
-
-
-def read_drawn(folder: Path, captions: Captions, count: int, batch_size: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """The pictures of a folder in batches, uint8 [b, h, w, 3], with their captions."""
-    for start in range(0, count, batch_size):
+def read_drawn(folder: Path, captions: Captions, count: int, batch_size: int, world: World) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """The pictures of a folder in batches, uint8 [b, h, w, 3], with their captions; of several processes, each one's part."""
+    for start in range(0, count, batch_size)[world.rank::world.size]:
         numbers = range(start, min(start + batch_size, count))
         yield np.stack([pixels(folder / f"{i:07d}.png") for i in numbers]), [captions[i] for i in numbers]
 

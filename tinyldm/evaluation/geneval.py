@@ -11,9 +11,8 @@ from pathlib import Path
 
 from tinyldm.evaluation.base import Evaluation, Measurement
 from tinyldm.evaluation.captions import Captions, of_file
-from tinyldm.evaluation.generation import Job, draw_missing, drawn_folder, leave_unless_first, scale
+from tinyldm.evaluation.generation import Job, draw_missing, drawn_folder, scale
 from tinyldm.files import write_file
-from tinyldm.training.distributed import launched
 
 COPIES = 4                      # pictures of a prompt
 
@@ -37,7 +36,7 @@ def prompts(evaluation: Evaluation) -> Captions:
 def measure(evaluation: Evaluation) -> Measurement:
     captions = prompts(evaluation)
     folders = [write_folder(evaluation, i, captions) for i in range(len(evaluation.guidance))]
-    leave_unless_first()
+    evaluation.leave_unless_first()
     return Measurement(
         [f"{len(captions.rows)} prompts, {COPIES} pictures each: score a folder with evaluation/evaluate_images.py of djghosh13/geneval"],
         {"model": str(evaluation.source), "captions": captions.source, "copies": COPIES, "seed": evaluation.seed,
@@ -51,7 +50,7 @@ def write_folder(evaluation: Evaluation, which: int, captions: Captions) -> Path
     for i, row in enumerate(captions.rows):
         place = folder / f"{i:05d}"
         (place / "samples").mkdir(parents=True, exist_ok=True)
-        if not launched()[0] and not (place / "metadata.jsonl").exists():
+        if evaluation.world.main and not (place / "metadata.jsonl").exists():
             write_file(place / "metadata.jsonl", json.dumps(row))
         jobs += [Job(place / "samples" / f"{j:04d}.png", captions[i], evaluation.seed + COPIES * i + j) for j in range(COPIES)]
     draw_missing(evaluation, settings, jobs, f"geneval, cfg {scale(settings):g}")

@@ -36,6 +36,7 @@ class Metric(NamedTuple):
     check: Callable[[Evaluation], None] = lambda evaluation: None       # ValueError with the reason for a model it cannot measure
     flags: Mapping[str, Mapping[str, Any]] = {}     # its own flags: "--name" -> keywords of add_argument; metrics may share one
     of: str = "model"                                           # what it measures: a key of SUBJECTS
+    divided: bool = False                                       # whether torchrun's processes share the work; else the first does all
 
 
 def deferred(file: str, function: str) -> Callable[[Evaluation], Any]:
@@ -70,7 +71,7 @@ COMPARED = DRAWN | _REFERENCE
 
 
 def of_pictures(help: str, function: str, check: str, flags: Mapping[str, Mapping[str, Any]]) -> Metric:
-    return Metric(help, deferred("picture_metrics", function), deferred("picture_metrics", check), flags, "pictures")
+    return Metric(help, deferred("picture_metrics", function), deferred("picture_metrics", check), flags, "pictures", True)
 
 
 METRICS: dict[str, Metric] = {
@@ -92,7 +93,7 @@ METRICS: dict[str, Metric] = {
         "--tower": dict(default="inception", metavar="NAME", help="whose features: inception, inception-clean, inception-pytorch, cmmd, "
                         "dinov2, ... (default: inception)")}),
     "geneval": Metric("the folder of pictures that GenEval's scorer reads, of its prompts", deferred("geneval", "measure"),
-                      deferred("geneval", "check"), {"--captions": DRAWN["--captions"]}, "pictures"),
+                      deferred("geneval", "check"), {"--captions": DRAWN["--captions"]}, "pictures", True),
 }
 
 

@@ -21,6 +21,7 @@ from tinyldm.evaluation.curve import Point, draw_curve
 from tinyldm.evaluation.distances import Estimate, Frechet
 from tinyldm.evaluation.picture_sets import (Batch, PictureSet, captions_of, features_of, pixel_size, reference, subjects, tower_of,
                                              weight_sources)
+from tinyldm.evaluation.processes import merge_moments, together
 from tinyldm.evaluation.statistics import FeatureSet, Moments
 from tinyldm.evaluation.towers import TOWERS, OpenTower, features
 from tinyldm.folders.load import load_text, load_tokenizer
@@ -142,7 +143,8 @@ def clip(evaluation: Evaluation) -> Measurement:
     text, tokenizer = load_text(tower.source, evaluation.device), load_tokenizer(tower.source)
 
     def of(tower: OpenTower, pictures: PictureSet) -> tuple[int, Row]:
-        moments = clip_scores(tower, text, tokenizer, pictures.batches())
+        own = together(evaluation.world, lambda: clip_scores(tower, text, tokenizer, pictures.batches(evaluation.world)))
+        moments = merge_moments(own, evaluation.world)
         spread = moments.gaussian()
         half_width = distances.NORMAL * float(spread.cov[0, 0] / moments.count) ** 0.5
         value = float(spread.mean[0])
@@ -165,8 +167,8 @@ def stats(evaluation: Evaluation) -> Measurement:
     """Write the statistics of pictures, to be a --reference."""
     tower, files = tower_of(evaluation, evaluation.options["tower"]), []
     lines, rows = [], []
-    for pictures in subjects(evaluation):
-        found = features_of(evaluation, tower, pictures)
+    for pictures, found in [(pictures, features_of(evaluation, tower, pictures)) for pictures in subjects(evaluation)]:
+        evaluation.leave_unless_first()
         files.append(evaluation.out / f"{tower.name}{'' if len(subjects(evaluation)) == 1 else '-' + pictures.label.replace(' ', '-')}.npz")
         statistics.save(files[-1], found)
         lines.append(f"{pictures.label}: {found.count:,} pictures, {len(found.gaussian.mean)} features of {tower.name}, resize "
@@ -192,7 +194,7 @@ def compare(evaluation: Evaluation, name: str, tower: str, of: Callable[[Compari
         distances.check_dimensions(found.gaussian.mean[None], real.gaussian.mean[None])
         facts.update(reference=evaluation.options["reference"], reference_count=real.count, reference_pixels=real.facts.get("pixels"),
                      kept=kept, replicates=evaluation.options["replicates"])
-        return found.count, of(Comparison(tower, pictures, found, real))
+        return found.count, of(Comparison(tower, pictures, found, real)) if evaluation.world.main else {}
 
     return tabulate(evaluation, name, tower, row, facts, bias)
 
@@ -203,6 +205,7 @@ def tabulate(evaluation: Evaluation, name: str, tower_name: str, of: Callable[[O
     begun, tower = time.perf_counter(), tower_of(evaluation, tower_name)
     sets = subjects(evaluation, captioned)
     rows = [(pictures, *of(tower, pictures)) for pictures in sets]
+    evaluation.leave_unless_first()
     evaluation.memo["columns", name] = [next(iter(columns.values())) for _, _, columns in rows]
     lines = [f"{evaluation.source}: tower {tower.name} ({tower.source}), resize {tower.row.resize} to {tower.size} px",
              *([reference_line(facts)] if facts else []), "", *table([(each.label, count, columns) for each, count, columns in rows])]

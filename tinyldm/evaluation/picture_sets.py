@@ -1,6 +1,7 @@
 """Sets of pictures that metrics compare: files as they are found, pictures that a model draws, references; and their features.
 
 A set is read once for every tower, in batches, and what metrics need is kept as a FeatureSet (statistics.py), which several metrics share.
+Of several processes each computes the features of its part of the batches (processes.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,17 +26,18 @@ from tinyldm.data.sources import find_kind
 from tinyldm.evaluation import generation, statistics
 from tinyldm.evaluation.base import Evaluation
 from tinyldm.evaluation.captions import Captions, read_captions
+from tinyldm.evaluation.processes import merge, together
 from tinyldm.evaluation.progress import progress
 from tinyldm.evaluation.statistics import FeatureSet, Gatherer
 from tinyldm.evaluation.towers import OpenTower, open_tower, outputs
 from tinyldm.models.inception import InceptionFeatures
 from tinyldm.pipeline import picture_size
-from tinyldm.training.distributed import launched
+from tinyldm.training.distributed import World
 from tinyldm.training.run_folder import find_clip
 
 ALL = 10**12                        # a count that no set reaches
 Batch = tuple[np.ndarray, list[str]]                        # uint8 [b, h, w, 3], and their captions ("": none)
-Batches = Callable[[], Iterator[Batch]]
+Batches = Callable[[World], Iterator[Batch]]                # those of this process
 
 
 class PictureSet(NamedTuple):
@@ -87,6 +90,11 @@ def read_pictures(words: Sequence[str], count: int, size: int | None, batch_size
         print(f"{' '.join(words)}: left out as unusable: {listed(faults)}", flush=True)
 
 
+def divided(batches: Iterator[Batch], world: World) -> Iterator[Batch]:
+    """This process's part of batches that all of them read. (All decode them: which pictures are usable shows only then.)"""
+    return islice(batches, world.rank, None, world.size)
+
+
 def batch_of(items: Sequence) -> Batch:
     return np.stack([item.image for item in items]), [item.captions[0][1] if item.captions else "" for item in items]
 
@@ -121,15 +129,13 @@ def subjects(evaluation: Evaluation, captioned: bool = False) -> list[PictureSet
     """What is measured: of a model one set for every guidance scale, which is drawn here; else the pictures. captioned: pictures without
     captions are left out."""
     if evaluation.model is None:
-        generation.leave_unless_first()
         words, size = [str(evaluation.source)], pixel_size(evaluation)
-        read = lambda: read_pictures(words, evaluation.count, size, evaluation.batch_size, evaluation.seed, captioned)
+        read = lambda world: divided(read_pictures(words, evaluation.count, size, evaluation.batch_size, evaluation.seed, captioned), world)
         return [PictureSet(words[0], read, {"pictures": words[0], "resolution": size or "as found"})]
     captions = captions_of(evaluation)
     folders = share(evaluation, "drawn", lambda: generation.generate(evaluation, captions))
-    generation.leave_unless_first()
     return [PictureSet(f"cfg {generation.scale(settings):g}",
-                       lambda folder=folder: generation.read_drawn(folder, captions, evaluation.count, evaluation.batch_size),
+                       lambda world, folder=folder: generation.read_drawn(folder, captions, evaluation.count, evaluation.batch_size, world),
                        generation.settings_of(evaluation, settings, captions))
             for folder, settings in zip(folders, evaluation.guidance)]
 
@@ -141,7 +147,7 @@ def reference(evaluation: Evaluation, tower: OpenTower, kept: int) -> FeatureSet
     chosen = next((file for file in files if statistics.tower_of(file) == tower.name), None if words else files[0])
     if chosen is None:
         size = pixel_size(evaluation)
-        read = lambda: read_pictures(words, ALL, size, evaluation.batch_size, evaluation.seed)
+        read = lambda world: divided(read_pictures(words, ALL, size, evaluation.batch_size, evaluation.seed), world)
         source = PictureSet(" ".join(words), read, {"reference": " ".join(words), "resolution": size or "as found"})
         return features_of(evaluation, tower, source, kept)
     return share(evaluation, ("statistics", chosen, tower.name), lambda: statistics.load(chosen, tower.name, tower.row.resize))
@@ -151,10 +157,7 @@ def reference(evaluation: Evaluation, tower: OpenTower, kept: int) -> FeatureSet
 
 
 def tower_of(evaluation: Evaluation, name: str) -> OpenTower:
-    """A tower with the weights that --weights names for it. ValueError, with how to get them, where there are none. Processes but the
-    first need none: they draw their share instead, and leave with NotFirst."""
-    if launched()[0]:
-        subjects(evaluation)
+    """A tower with the weights that --weights names for it. ValueError, with how to get them, where there are none."""
     sources = sources_of(evaluation)
     return share(evaluation, ("tower", name), lambda: open_tower(name, sources.get(name.partition("-")[0]), evaluation.device))
 
@@ -178,18 +181,24 @@ def weight_sources(words: Sequence[str]) -> dict[str, str]:
 def features_of(evaluation: Evaluation, tower: OpenTower, pictures: PictureSet, kept: int = statistics.KEPT) -> FeatureSet:
     """The features of a set, made once. ValueError where there are fewer than two pictures."""
     key = ("features", tower.name, pictures.label, pictures.facts.get("resolution"), kept)
-    return share(evaluation, key, lambda: gather(tower, pictures, kept))
+    return share(evaluation, key, lambda: gather(tower, pictures, kept, evaluation.world))
 
 
-def gather(tower: OpenTower, pictures: PictureSet, kept: int = statistics.KEPT) -> FeatureSet:
+def gather(tower: OpenTower, pictures: PictureSet, kept: int = statistics.KEPT, world: World = World()) -> FeatureSet:
+    """The features of a set, of which each of several processes computes its part."""
+    own = together(world, lambda: gather_part(tower, pictures, kept, world))
+    return merge(own, world).finish(source=pictures.label, pixels=str(pictures.facts.get("resolution", pictures.facts.get("width"))))
+
+
+def gather_part(tower: OpenTower, pictures: PictureSet, kept: int, world: World) -> Gatherer:
     gatherer = Gatherer(tower.name, tower.row.resize, kept)
     with progress(None, f"{tower.name} of {pictures.label}") as bar:
-        for images, _ in pictures.batches():
+        for images, _ in pictures.batches(world):
             found = outputs(tower, images)
             rows, logits = (found.pool, found.logits) if isinstance(found, InceptionFeatures) else (found, None)
             gatherer.add(rows.cpu().numpy(), keys_of(images), None if logits is None else logits.cpu().numpy())
             bar.update(len(images))
-    return gatherer.finish(source=pictures.label, pixels=str(pictures.facts.get("resolution", pictures.facts.get("width"))))
+    return gatherer
 
 
 def keys_of(images: np.ndarray) -> np.ndarray:

@@ -139,7 +139,7 @@ def held_out(run: WhileTraining, stage: LatentStage) -> np.ndarray:
 
 
 def in_batches(label: str, images: np.ndarray) -> PictureSet:
-    return PictureSet(label, lambda: ((images[i:i + AT_ONCE], []) for i in range(0, len(images), AT_ONCE)), {})
+    return PictureSet(label, lambda world: ((images[i:i + AT_ONCE], []) for i in range(0, len(images), AT_ONCE)), {})
 
 
 def check_fid(config: Config) -> None:
@@ -163,7 +163,9 @@ EVALUATED: dict[str, Evaluated] = {
 def metric_names(config: Config) -> list[str]:
     """Those of --eval-metric; by default what the data allow."""
     typed = config.run.eval_metric or ("prompts" if all_toyworld(config.data.sources) else "fid")
-    return list(dict.fromkeys(name for name in typed.split(",") if name))
+    if not (names := [name for name in typed.split(",") if name]):
+        raise ValueError(f"--eval-metric {typed} names no metric: known: {', '.join(EVALUATED)}")
+    return list(dict.fromkeys(names))
 
 
 def check_evaluation(config: Config) -> Config:

@@ -97,7 +97,7 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     config = load_scheduler(path, index, reading, prediction)
     with errors_about(path / "scheduler"):
         process, predicted = schedulers.from_config(config)
-    return Model(net, vae, text, process, predicted, config, stated or pipelines.defaults(reading.written_as, index, network))
+    return Model(net, vae, text, process, predicted, config, stated or pipelines.defaults(reading, index, network))
 
 
 def _has_variant(path: Path, variant: str, network: Architecture) -> bool:

@@ -83,7 +83,8 @@ def load_checkpoint(file: Path, device: str | torch.device, dtype: torch.dtype, 
         encoders.append(TextEncoder(module, _load_tokenizer(tokenizers, others, family, folder, length)))
     with errors_about(file):
         joined = TextEncoders(encoders, pipeline.join)
-    return Model(network, vae, joined, process, predicted, scheduler, pipelines.defaults(family.pipeline, {}, row.to_config(net)))
+    defaults = pipelines.defaults(pipelines.find({"_class_name": family.pipeline}, file), {}, row.to_config(net))
+    return Model(network, vae, joined, process, predicted, scheduler, defaults)
 
 
 # ---- what a file holds

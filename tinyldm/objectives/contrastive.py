@@ -28,7 +28,7 @@ from tinyldm.models.vit import ViTConfig
 from tinyldm.objectives.base import Networks, Objective, Turn
 from tinyldm.vendor_loaders.clip_model import MEAN, STD
 
-ROWS_AT_ONCE = 1024                     # pictures that are compared with the whole batch at once: of 32,768 that takes 400 MB
+ROWS_AT_ONCE = 1024                     # pictures that are compared with the whole batch at once: of 32,768 that takes 800 MB
 
 
 class ContrastiveBatch(NamedTuple):

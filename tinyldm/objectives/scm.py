@@ -17,6 +17,16 @@ process's t, with dx/dphi = (alpha' x0^ + sigma' eps^) dt/dphi, and dphi/dt = (a
 
 |g| is a root mean square over a picture, as in the paper's code. Its network of adaptive weights is left out: after the division
 by |g| + c all levels have losses of about one size.
+
+gan > 0 adds SANA-Sprint's latent adversarial term (LADD, arXiv:2403.12015) with this weight, in the paper 0.5 (arXiv:2503.09641, Sec. 3.3):
+a head D on features of the frozen teacher tells what the student guesses from data, both noised to a level s and with their caption,
+
+    student    -D(teacher(noised f(x_t, t)))
+    head       (max(0, 1 - D(teacher(noised x0))) + max(0, 1 + D(teacher(noised f(x_t, t))))) / 2                  (hinge)
+
+As in the authors' code, t is the noisiest time with probability `last`, so that one step gets sharp, s has a log-normal sigma / alpha, and
+the head learns in turns of its own. Choices: one head on the middle block in place of four; x0 and the guess are noised by the same s and
+noise; pictures with another's caption are no third kind, because whose it is would depend on how a batch is divided among processes.
 """
 
 from __future__ import annotations
@@ -27,16 +37,30 @@ import torch
 from torch import Tensor
 
 from tinyldm.config import Config
+from tinyldm.diffusion.loss import sample_t
 from tinyldm.diffusion.prediction import Network
 from tinyldm.diffusion.process import Discrete, Level, Process, at_size, input_scale
+from tinyldm.model import Model
 from tinyldm.models.layers import Cond
+from tinyldm.objectives.adversarial import KINDS
 from tinyldm.objectives.base import Networks, Turn
 from tinyldm.objectives.denoising import DenoisingBatch, process_of
-from tinyldm.objectives.teacher import Distillation, both, derivative, own_options, single
+from tinyldm.objectives.feature_head import features_of, make_head
+from tinyldm.objectives.teacher import TEACHER, Distillation, both, derivative, own_options, single
+
+HEAD, HINGE = "head", KINDS["hinge"]
+JUDGED_MEAN, JUDGED_STD = -0.6, 1.0         # of log(sigma / alpha) at which the head judges
 
 
 class SCM(Distillation):
-    options = dict(distil=True, scale=0.0, c=0.1, warmup=0.2)       # scale 0: the teacher's; warmup: a fraction of the training
+    # scale 0: the teacher's; warmup: a fraction of the training
+    options = dict(distil=True, scale=0.0, c=0.1, warmup=0.2, gan=0.0, last=0.5)
+
+    def __init__(self, config: Config, model: Model, trained: tuple[str, ...], teacher: Model | None = None):
+        super().__init__(config, model, trained, teacher)
+        if self.option["gan"]:
+            self.networks, self.saved = self.networks | {HEAD: make_head(model, self.encode(self.empty[None], model.device))}, (HEAD,)
+            self.turns = Turn("distillation", trained), Turn(HEAD, (HEAD,))
 
     @classmethod
     def usual(cls, config: Config) -> dict[str, Any]:
@@ -50,11 +74,23 @@ class SCM(Distillation):
                              "vp, ve or edm")
         if config.finetune.adapts and config.run.dtype != "fp32":
             raise ValueError("--objective scm differentiates in float32, which weights beside an adapter need not be: add --dtype fp32")
-        if not ((option := own_options(cls, config))["c"] > 0 and 0 <= option["warmup"] < 1):
-            raise ValueError(f"scm options c={option['c']} warmup={option['warmup']}: use a positive c and 0 <= warmup < 1")
+        option = own_options(cls, config)
+        if not (option["c"] > 0 and 0 <= option["warmup"] < 1 and option["gan"] >= 0 and 0 <= option["last"] <= 1):
+            raise ValueError(f"scm options {option}: use a positive c, 0 <= warmup < 1, gan of at least 0, 0 <= last <= 1")
+        if option["gan"] and not option["distil"]:
+            raise ValueError("scm option gan judges by the features of a teacher: leave out gan or distil=false")
+
+    def further(self, random: torch.Generator, shape: torch.Size) -> dict[str, Tensor]:
+        if not self.option["gan"]:
+            return {}
+        process = self.process(torch.empty(shape, device="meta"))
+        return {"last": torch.rand(shape[0], generator=random), "judged_eps": torch.randn(shape, generator=random),
+                "judged_t": sample_t("log_normal", shape[0], random, JUDGED_MEAN, JUDGED_STD, process)}
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
         process, cond, t = self.process(batch.x0), self.cond(batch), batch.t.clamp(1e-4, 1 - 1e-4)
+        if turn.name == HEAD:
+            return batch.weighted(self.head_losses(networks, batch, cond))
         now = self.level(t, batch.x0)
         x, scale = now.alpha * batch.x0 + now.sigma * batch.eps, self.guidance
         if self.option["distil"]:
@@ -67,7 +103,26 @@ class SCM(Distillation):
         g = g / (g.square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1) + self.option["c"])
         answer = on_arc(networks["net"], self.kind, x, now, cond)
         losses = (answer - answer.detach() - g).square().flatten(1).mean(1)
+        if self.option["gan"]:
+            losses = losses + self.option["gan"] * HINGE.generator(self.judge(networks, self.guessed(networks, batch, cond), batch, cond))
         return batch.weighted(losses)
+
+    def guessed(self, networks: Networks, batch: DenoisingBatch, cond: Cond) -> Tensor:
+        """What the student guesses of x0 [b, c, h, w], of some samples at the noisiest level, as when the first step is drawn."""
+        at = self.level(batch.t.masked_fill(batch.own["last"] < self.option["last"], 1.0).clamp(1e-4, 1 - 2**-20), batch.x0)
+        return self.f(networks["net"], at.alpha * batch.x0 + at.sigma * batch.eps, at, cond)
+
+    def judge(self, networks: Networks, x0: Tensor, batch: DenoisingBatch, cond: Cond) -> Tensor:
+        """The head's logits [b] of pictures [b, c, h, w]."""
+        at = self.level(batch.own["judged_t"], batch.x0)
+        noisy = at.alpha * x0 + at.sigma * batch.own["judged_eps"]
+        return networks[HEAD](features_of(self.networks[TEACHER], noisy, at, cond))
+
+    def head_losses(self, networks: Networks, batch: DenoisingBatch, cond: Cond) -> Tensor:
+        with torch.no_grad():
+            drawn = self.guessed(networks, batch, cond)
+        real, fake = (self.judge(networks, x0, batch, cond) for x0 in (batch.x0, drawn))
+        return (HINGE.real(real) + HINGE.fake(fake)) / 2
 
 
 def on_arc(net: Network, kind: str, x: Tensor, at: Level, cond: Cond) -> Tensor:

@@ -16,7 +16,7 @@ GRID_PICTURES = 16          # pictures in a sample grid: about 8 prompts, two of
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """The plan of one phase: the first stage, or the second stage at one picture size."""
+    """The plan of one phase: the first stage, the second stage at one picture size, or the only stage of a CLIP."""
 
     name: str
     config: Config                  # the settings of this phase
@@ -29,10 +29,12 @@ class PlannedPhase:
     casts: int                      # bytes of the casts of weights
     peaks: dict[str, int]           # bytes per image of forward passes without gradients, by part
     batch_bytes: int                # per image of a batch on the GPU: x0, noise, and the features of frozen text encoders
-    cache_bytes: int = 0            # bytes per picture on disk; 0: the first stage, which has no cache
+    cache_bytes: int = 0            # bytes per picture on disk; 0: it trains on pictures, as the first stage does
     steps: int = 0
     encoding: float = 0.0           # hours of encoding the latents, a projection
     compiled: bool = False          # whether the network and the VAE's encoder are compiled
+    repeated: float = 0.0           # FLOPs per image of forward passes that are taken a second time, beside those of checkpointing
+    compared: int = 0               # bytes of comparing the samples of a batch with each other, an estimate
 
     @property
     def useful(self) -> int:
@@ -44,7 +46,7 @@ class PlannedPhase:
         """Images per second, a projection. The utilisation counts everything that the GPU computes, including the forward passes
         that gradient checkpointing repeats, which the model FLOPs utilisation (MFU) does not count."""
         recomputed = self.flops["net"] / 3 if self.cache_bytes and self.config.network.grad_checkpointing else 0
-        return self.config.plan.utilisation * self.config.plan.gpu_tflops * 1e12 / (self.useful + recomputed)
+        return self.config.plan.utilisation * self.config.plan.gpu_tflops * 1e12 / (self.useful + recomputed + self.repeated)
 
     @property
     def hours(self) -> float:
@@ -58,7 +60,8 @@ class PlannedPhase:
     def memory(self, micro: int | None = None) -> dict[str, float]:
         """Bytes on the GPU while training, by kind."""
         saved = self.activations * (self.micro if micro is None else micro)
-        return memory(self.config, self.trained, self.frozen, saved, self.casts, 2 * self.batch * self.batch_bytes)
+        kinds = memory(self.config, self.trained, self.frozen, saved, self.casts, 2 * self.batch * self.batch_bytes)
+        return kinds | ({"comparison of all pairs (estimate)": self.compared} if self.compared else {})
 
     def memory_gb(self, micro: int | None = None) -> float:
         """Total memory on the GPU in GB while training."""

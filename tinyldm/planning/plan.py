@@ -17,6 +17,9 @@ from tinyldm.config import Config, change, phases
 from tinyldm.data.shard import SIZES
 from tinyldm.data.toyworld_source import all_toyworld
 from tinyldm.durations import parse_date, parse_duration
+from tinyldm.lookup import lookup
+from tinyldm.objectives import OBJECTIVES
+from tinyldm.planning.contrastive import plan_clip_phase
 from tinyldm.planning.finetune import plan_base, plan_tuned_phase
 from tinyldm.planning.flops import MetaNetworks, count_flops, forwards, meta_autoencoder, meta_networks, size, vae_forwards
 from tinyldm.planning.memory import saved_bytes
@@ -50,6 +53,8 @@ def make_plan(config: Config, must_fit: bool = True) -> Plan:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
     if config.run.only:
         return plan_autoencoder(config, must_fit)
+    if lookup(OBJECTIVES, config.objective.name, "objective").on_pictures:
+        return plan_clip(config, must_fit)
     parts, budget = phases(config), budget_hours(config)
     if config.finetune.kind:
         networks, trained, cond = plan_base(config)
@@ -84,6 +89,16 @@ def plan_autoencoder(config: Config, must_fit: bool) -> Plan:
     if must_fit:
         check_fit(config, phase, -1)
     return Plan(config, networks, [phase], 0, budget)
+
+
+def plan_clip(config: Config, must_fit: bool = True) -> Plan:
+    """The plan of --objective contrastive. As networks it has the two towers, and no autoencoder."""
+    clip, phase = plan_clip_phase(config)
+    budget = budget_hours(config)
+    phase, = share_out(config, [phase], budget * (1 - OVERHEAD))
+    if must_fit:
+        check_fit(config, phase, 0)
+    return Plan(config, MetaNetworks(clip.vision, clip.text, nn.Identity()), [phase], 0, budget)
 
 
 def compiles(config: Config, hours: float, device: str = "cuda") -> bool:
@@ -178,9 +193,9 @@ def check_fit(config: Config, phase: PlannedPhase, index: int) -> None:
                   for accum in divisors}
         options = [(f"--grad-accum {accum} (micro-batch {micro})", micro) for accum, micro in scaled.items()]
     found = next(((flag, micro) for flag, micro in options if phase.memory_gb(micro) <= config.plan.gpu_gb), None)
-    or_checkpointing = " or --grad-checkpointing" if index >= 0 and not config.network.grad_checkpointing else ""
+    or_checkpointing = "" if config.network.grad_checkpointing else " or --grad-checkpointing"
+    shrink = "--vae" if index < 0 else f"--net{or_checkpointing}" if phase.cache_bytes else "--objective-options width=, --text width="
     advice = (f"{found[0]} would fit, at {phase.memory_gb(found[1]):.1f} GB" if found else
-              f"single images need {phase.memory_gb(1):.1f} GB, so shrink it (--{'vae' if index < 0 else 'net'}"
-              f"{or_checkpointing})")
+              f"single images need {phase.memory_gb(1):.1f} GB, so shrink it ({shrink})")
     raise ValueError(f"micro-batch {phase.micro} at {phase.name} needs {phase.memory_gb():.1f} GB "
                      f"(estimate), the GPU has {config.plan.gpu_gb:g} (--gpu-gb): {advice}")

@@ -19,15 +19,17 @@ from tinyldm.planning.texts import assumed
 def render(plan: Plan) -> str:
     config, networks, planned, pictures, _ = plan
     own, kind = config.finetune, "--finetune" if config.finetune.kind else "--preset"
+    alone = not planned[-1].cache_bytes                         # an autoencoder or a CLIP alone: no latents, and nothing is drawn
     lines = [f"plan of {kind} {config.run.preset}: nothing is loaded, trained or written", "", "parameters"]
 
     def row(label: str, cell: Callable[[PlannedPhase], str], diffusion: bool = False) -> None:
-        if diffusion and config.run.only:
+        if diffusion and alone:
             return
         lines.append(f"  {label:46}" + "".join(f"{cell(s) if s.cache_bytes or not diffusion else '':>16}" for s in planned))
 
     factor = "2" if own.kind and not own.whole else "3"         # without gradients of the weights
-    names = dict(net=config.network.name, text="text encoder", vae="VAE", encode="VAE encoder", decode="VAE decoder")
+    names = dict(net="picture tower" if alone else config.network.name, text="text encoder", vae="VAE", encode="VAE encoder",
+                 decode="VAE decoder", pairs="pairs")
     weights = {"net": own.model * (not own.whole), "text": config.text.weights, "vae": config.autoencoder.weights}
     for part, module in ((part, module) for part, module in networks._asdict().items() if size(module)):
         state = f"frozen: {weights[part]}" if weights[part] else "trained"
@@ -40,7 +42,7 @@ def render(plan: Plan) -> str:
     for part in planned[-1].flops:
         row(names[part], lambda s: f"{s.flops[part] / 1e9:,.4g}" if part in s.flops else "")
     lines += ["", f"memory, GB of {config.plan.gpu_gb:g}"]
-    cut = lambda s: s.config.optimisation.grad_accum if s.cache_bytes or config.run.only else 1
+    cut = lambda s: s.config.optimisation.grad_accum if s.cache_bytes or alone else 1
     row("micro-batch x accumulation", lambda s: f"{s.micro} x {cut(s)}")
     for kind in planned[0].memory():
         row(kind, lambda s: f"{s.memory()[kind] / 1e9:.3f}")
@@ -48,13 +50,13 @@ def render(plan: Plan) -> str:
     row(f"encoding, {config.data.encode_batch_size} pictures at once (estimate)", lambda s: f"{s.encoding_gb(networks.vae):.3f}",
         diffusion=True)
     row(f"sample grid, {GRID_PICTURES} pictures (estimate)", lambda s: f"{s.grid_gb():.3f}", diffusion=True)
-    compiled = "" if config.run.only else f"; the network is {'compiled' if planned[-1].compiled else 'not compiled'}"
+    compiled = "" if alone else f"; the network is {'compiled' if planned[-1].compiled else 'not compiled'}"
     lines += ["", f"time (projection: {config.plan.utilisation:.0%} of {config.plan.gpu_tflops:g} TFLOP/s{compiled})"]
     row("images per second", lambda s: f"{s.rate:,.0f}")
     row("steps", lambda s: f"{s.steps:,}")
     row("images", lambda s: f"{s.steps * s.batch:,}")
     row("seconds per step", lambda s: f"{s.batch / s.rate:.4g}")
-    for part in () if config.run.only else step_seconds(planned[-1]):
+    for part in () if alone else step_seconds(planned[-1]):
         row(f"  of which {part} (estimate)", lambda s: f"{step_seconds(s)[part]:.2g}", diffusion=True)
     row("time", lambda s: show_duration(3600 * s.hours))
     if pictures:
@@ -73,7 +75,7 @@ def render_hours(plan: Plan) -> list[str]:
     shown = {"encoding": encoding, "training": training, "evaluation and restarts": total * OVERHEAD}
     parts = ", ".join(f"{what} {show_duration(3600 * hours)}" for what, hours in shown.items())
     lines = [f"  in all {show_duration(3600 * total)}: {parts}"]
-    if plan.config.run.only:
+    if not plan.phases[-1].cache_bytes:
         return lines
     if plan.budget_hours and (not plan.phases[-1].steps or before > encoding + training - before):
         end = "--budget" if plan.config.optimisation.budget else "--deadline"

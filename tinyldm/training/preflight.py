@@ -64,8 +64,6 @@ def check_run(config: Config) -> Config:
 
 def check_plan(config: Config) -> Config:
     """check_settings() for --dry-run, which can do without the model of --finetune."""
-    if lookup(OBJECTIVES, config.objective.name, "objective").on_pictures:
-        raise ValueError(f"--dry-run plans autoencoders and diffusion models, not --objective {config.objective.name}")
     return config if config.finetune.kind and not config.finetune.model else check_settings(config)
 
 

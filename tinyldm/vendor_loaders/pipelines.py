@@ -112,12 +112,12 @@ PIPELINES: dict[str, Pipeline] = {
 }
 
 
-def defaults(name: str, index: Mapping, network: Mapping) -> dict[str, Any]:
+def defaults(reading: Reading, index: Mapping, network: Mapping) -> dict[str, Any]:
     """How the pipeline class draws unless told otherwise, as in tinyldm.json. index: model_index.json of the folder; network: the
     network's config.json."""
-    row = PIPELINES[name]
-    zero = {"zero_negative": bool(index.get(ZERO_NEGATIVE, True))} if name == SDXL else {}
-    return {**row.defaults(network), **({} if row.join == "single" else {"text_join": row.join}), **zero}
+    row = PIPELINES[reading.written_as]
+    zero = {"zero_negative": bool(index.get(ZERO_NEGATIVE, True))} if reading.written_as == SDXL else {}
+    return {**row.defaults(network), **({} if row.join == "single" else {"text_join": row.join}), **zero, **reading.defaults}
 
 
 def text_row(name: str, join: str) -> Pipeline:
@@ -144,6 +144,7 @@ class Reading(NamedTuple):
     written_as: str                 # the row of PIPELINES with the same parts
     scheduler: Mapping[str, Any]    # fields of scheduler_config.json that its constructor sets, whatever the file says
     without: str = ""               # what the class does in addition, which is left out here
+    defaults: Mapping[str, Any] = MappingProxyType({})      # how it draws unless told otherwise, where that is not its row's
 
 
 # What the constructors of diffusers 0.42 change. What they change in the U-Net's config is in unet.py.
@@ -154,6 +155,9 @@ READ = {
     "StableDiffusionInpaintPipeline": Reading(STABLE_DIFFUSION, {"steps_offset": 1, "skip_prk_steps": True}),
     "StableDiffusionInpaintPipelineLegacy": Reading(STABLE_DIFFUSION, _FROM_NOISE),
     "StableDiffusionPipelineSafe": Reading(STABLE_DIFFUSION, _FROM_NOISE, "its guidance away from unsafe content"),
+    # The guidance scale is told to the U-Net, as Stable Diffusion's pipeline does with such a U-Net too.
+    **dict.fromkeys(("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
+                    Reading(STABLE_DIFFUSION, {}, defaults={"steps": 4, "cfg": 8.5})),
     **dict.fromkeys((SDXL, "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"), Reading(SDXL, {})),
     **dict.fromkeys((SD3, "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"), Reading(SD3, {})),
     **dict.fromkeys((FLUX, "FluxImg2ImgPipeline", "FluxInpaintPipeline"), Reading(FLUX, {})),
@@ -167,7 +171,6 @@ REFUSED = {
     r".*(ControlNet|Adapter).*": "it draws with a further network that looks at a picture: take the folder of the model without it",
     r".*(Upscale|SuperRes|Depth2Img|Pix2Pix|ImageVariation|UnCLIP|GLIGEN|PaintByExample|LDM3D).*":
         "its U-Net takes more than noise and a caption",
-    r"LatentConsistency.*": "it embeds the guidance scale in a pipeline of its own (its U-Net and scheduler are read)",
     r"(AltDiffusion|LDMTextToImage).*": "its text encoder is not CLIP's",
     r"Flux(Fill|Control)\w*": "its network takes a further picture beside the noise",
     r"Flux2\w*": "FLUX.2 has another network than FLUX.1, and a language model as its text encoder",
