@@ -5,11 +5,18 @@
     python -m benchmarks encode                 text encoders and autoencoders
     python -m benchmarks load                   networks from files, in fresh processes
 
-Each side has a process, and the processes take turns. The outputs must be equal up to rounding before any time is measured. Medians of
---rounds turns. TFLOP/s: of useful FLOPs, matrix products and convolutions, by the median time. Of matmul: relative to large products in
-the same dtype, measured in the same rounds. Peak GB: above the memory before a call. Operations: kernels launched on CUDA, elsewhere
-operations of torch. First call: with compiling, but in `load`. Error: of the output, relative to the peer's. Times as fast: the median of
-the ratios within rounds, with quartiles. A quick look: --scale small --rounds 3.
+Each side works in a process of its own, and they take turns. Before anything is timed, their outputs must be equal up to rounding.
+
+ms              median of --rounds turns
+TFLOP/s         useful FLOPs (of matrix products and convolutions, however a side does them) in that time
+of matmul       that rate relative to large products in the same dtype, measured in the same rounds
+peak GB         highest memory during a call, less what was there before it
+operations      kernels launched on CUDA; elsewhere operations of torch, which in compiled code leaves out fused loops
+first call s    with compiling
+error           of the output, relative to the peer's; of --approximate ways, relative to ours
+times as fast   median of the ratios within rounds, and their quartiles
+
+For a quick look: --scale small --rounds 3.
 """
 
 from __future__ import annotations

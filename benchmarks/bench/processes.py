@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.bench.compare import Case, Options, Turn
+from tinyldm.cli import guard
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {"train": ("training",), "sample": ("forward", "drawing"), "encode": ("forward",), "load": ("loading",)}     # modules of cases
@@ -97,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)
