@@ -129,8 +129,8 @@ def main() -> None:
     from tinyldm.device import pick_device
     device = pick_device("cpu" if args.command == "load" and args.device == "auto" else args.device)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        options = Options(args.command, args.scale, args.dtype[0], str(device), args.peer, args.compile, args.approximate, not args.no_flash,
-                          args.steps, folder)
+        options = Options(args.command, args.scale, args.dtype[0], str(device), args.peer, args.compile, args.approximate,
+                          not args.no_flash, args.steps, folder)
         every = [(case, typed) for typed in (options._replace(dtype=dtype) for dtype in args.dtype) for case in all_cases(typed)]
         chosen = [(case, typed) for case, typed in every if not args.only or any(word.lower() in case.name.lower() for word in args.only)]
         if not chosen:

@@ -196,7 +196,8 @@ def test_training_counts_three_forward_passes_and_drawing_two_calls_per_step():
 
 
 def test_a_word_that_fits_no_case_and_a_flag_that_fits_no_command_are_refused_in_one_line(monkeypatch):
-    for words, message in ((["load", "--only", "foo"], "fits no case: U-Net, fp32 -> fp32; "), (["load", "--compile"], "leave out --compile"),
+    for words, message in ((["load", "--only", "foo"], "fits no case: U-Net, fp32 -> fp32; "),
+                           (["load", "--compile"], "leave out --compile"),
                            (["train", "--dtype", "fp16"], "use fp32 or bf16")):
         monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
         with pytest.raises(ValueError, match=message):

@@ -138,9 +138,9 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def check(case: Case, outputs: Sequence[Tensor]) -> list[float | None]:
-    """The error of each side, relative to the reference: the first peer, or the first side where there is none; of sides that are not exact,
-    relative to the first side, since those of rounding in another library do not belong to it. ValueError where an exact side's is larger
-    than rounding explains."""
+    """The error of each side, relative to the reference, which has none: the first peer, or the first side where there is no peer. That of
+    a side that is not exact is relative to the first side, so that another library's rounding is no part of it. ValueError where an exact
+    side's error is larger than rounding explains."""
     chosen = next((i for i, side in enumerate(case.sides) if side.peer), 0)
     reference = lambda side: outputs[chosen if side.exact else 0]
     errors = [None if i == chosen else error_of(found, reference(side)) for i, (side, found) in enumerate(zip(case.sides, outputs))]

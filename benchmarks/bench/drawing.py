@@ -1,7 +1,7 @@
-"""Cases of `sample`: whole drawings from a caption to a picture, with guidance. One folder of random weights is written, which all sides load.
+"""Cases of `sample`: whole drawings from a caption to a picture, with guidance. All sides load one folder of random weights.
 
-Stable Diffusion 1.5's shapes are beside diffusers' pipeline. Our DiT is in no other library: it is beside a plain loop over the same network,
-written here as in a textbook.
+Stable Diffusion 1.5's shapes are beside diffusers' pipeline. Our DiT is in no other library: it is beside a plain loop over the same
+network, written here as in a textbook.
 """
 
 from __future__ import annotations
@@ -18,7 +18,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench.compare import TOLERANCE, Case, Options, Side, Work, with_compiled
-from benchmarks.bench.pairs import CLIP_L, CLIP_SMALL, CLIP_TINY, KL8, KL8_SMALL, KL8_TINY, PAIRS, SD1, SD1_SMALL, SD1_TINY, Row, our_network
+from benchmarks.bench.pairs import (
+    CLIP_L,
+    CLIP_SMALL,
+    CLIP_TINY,
+    KL8,
+    KL8_SMALL,
+    KL8_TINY,
+    PAIRS,
+    SD1,
+    SD1_SMALL,
+    SD1_TINY,
+    Row,
+    our_network,
+)
 from tinyldm.device import DTYPES
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.noise import initial_noise, make_generators
@@ -32,8 +45,9 @@ from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders.scheduler import to_config
 
 PROMPT, SEED, SCALE = "a red square on the left of a blue circle", 3, 7.5
-EIGHT_BITS = 2e-3            # by which pictures may differ, relative to their norm: where float32 rounds differently, a byte does here and there
-# Outputs of a random network are no noise of the picture. Made small, they leave the numbers of a drawing near unit scale.
+# By which pictures may differ, relative to their norm: float32 rounds differently in two libraries, and a byte here and there with it.
+EIGHT_BITS = 2e-3
+# The output of a random network has nothing to do with the noise in the picture. Where it is small, numbers stay near unit scale.
 OUTPUT_SCALE = 0.1
 # Ways to draw that change the picture: their error is shown. Each takes settings and returns others.
 APPROXIMATIONS: dict[str, Callable[[Model, DrawSettings], DrawSettings]] = {
@@ -53,7 +67,8 @@ class Drawing(NamedTuple):
 
 
 TEXT = Row("text", "clip", CLIP_L, {"full": ({}, 1, 77), "small": (CLIP_SMALL, 1, 77), "tiny": (CLIP_TINY, 1, 77)})
-VAE = Row("VAE", "decode", KL8, {"full": ({}, 1, 256), "small": (KL8_SMALL, 1, 128), "tiny": (KL8_TINY, 1, 64)})        # and the picture's side
+# Its side is the picture's.
+VAE = Row("VAE", "decode", KL8, {"full": ({}, 1, 256), "small": (KL8_SMALL, 1, 128), "tiny": (KL8_TINY, 1, 64)})
 
 
 def write_model(drawing: Drawing, options: Options) -> Path:
@@ -130,7 +145,8 @@ def plain_loop(folder: Path, options: Options, compiled: bool) -> Callable[[], n
 
 DRAWINGS = [
     Drawing("SD 1.5, a picture", Row("net", "unet", SD1, {
-        "full": ({}, 2, 32), "small": (SD1_SMALL | dict(context_dim=CLIP_SMALL["width"]), 2, 16), "tiny": (SD1_TINY | dict(context_dim=CLIP_TINY["width"]), 2, 8)}),
+        "full": ({}, 2, 32), "small": (SD1_SMALL | dict(context_dim=CLIP_SMALL["width"]), 2, 16),
+        "tiny": (SD1_TINY | dict(context_dim=CLIP_TINY["width"]), 2, 8)}),
         "conv_out", to_config("scaled_linear", {}, "eps", "ddim"), "diffusers", diffusers_pipeline),
     Drawing("DiT 16 x 1024, a picture", Row("net", "dit", DiTConfig(), {
         "full": ({}, 2, 32), "small": (dict(width=256, layers=8, heads=4, mlp_width=1024, context_dim=CLIP_SMALL["width"]), 2, 16),

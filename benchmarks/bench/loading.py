@@ -1,4 +1,4 @@
-"""Cases of `load`: networks of Stable Diffusion 1 from a file of diffusers' layout, in a fresh process each, with the file in the page cache.
+"""Cases of `load`: networks of Stable Diffusion 1 from files of diffusers' layout in the page cache, each time in a fresh process.
 
 The time is until every weight has been read once, because a peer that keeps the file's dtype returns tensors whose data are still on
 the disk; `call` is the time until the call returns. 6 GB are written for --scale full, and removed afterwards.
@@ -102,5 +102,6 @@ def cases(options: Options) -> list[Case]:
             sides = [Side("tinyldm", partial(build, our_loader, row, stored, options))]
             if options.peer != "none":
                 sides.append(Side(PAIRS[row.kind].library, partial(build, their_loader, row, stored, options), peer=True))
-            made.append(Case(f"{row.name}, {stored} -> {options.dtype}", sides, lambda: 0, 0.0, partial(write, row, stored, options), fresh=True))
+            made.append(Case(f"{row.name}, {stored} -> {options.dtype}", sides, lambda: 0, 0.0, partial(write, row, stored, options),
+                             fresh=True))
     return made

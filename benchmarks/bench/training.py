@@ -116,5 +116,6 @@ def cases(options: Options) -> list[Case]:
         sides = with_compiled(options, "tinyldm", partial(build_ours, row, options), settings=partial(as_train_py, options))
         if options.peer != "none":
             sides += with_compiled(options, "diffusers", partial(build_theirs, row, options), peer=True)
-        made.append(Case(f"{row.name}, {options.dtype}", sides, lambda row=row: 3 * forward_flops(row, options.scale), TOLERANCE[options.dtype] * BACKWARD))
+        flops = lambda row=row: 3 * forward_flops(row, options.scale)
+        made.append(Case(f"{row.name}, {options.dtype}", sides, flops, BACKWARD * TOLERANCE[options.dtype]))
     return made
