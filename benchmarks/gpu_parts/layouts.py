@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
-from forward import fresh, medians, same
 from torch import nn
 
+from benchmarks.bench.measure import in_turns, seconds
+from benchmarks.bench.pairs import fresh, same
 from gpu_parts.findings import FAILED, NOT_HERE, OK, Detail, Finding, Job, Limit, NotPossible, Report, judge, one_line, quantity
 from gpu_parts.machine import median_seconds
 from gpu_parts.materials import SCALES, config_of, train_flags
@@ -106,7 +109,8 @@ def beside_diffusers(job: Job, report: Report) -> None:
 
 
 def compare(job: Job, report: Report, what: str, one: Callable[[], object], two: Callable[[], object], device: torch.device) -> None:
-    mine, other = medians(one, two, ROUNDS[job.device], device)
+    times = in_turns([partial(seconds, call, device) for call in (one, two)], ROUNDS[job.device])
+    mine, other = (1e3 * statistics.median(found) for found in times)
     report(judge(f"U-Net of Stable Diffusion 1, {what}: time over diffusers'", mine / other, 1.0 if job.on_gpu else None, PARITY,
                  note=f"{mine:.1f} ms and {other:.1f} ms, batch 4"))
 

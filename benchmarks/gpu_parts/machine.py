@@ -9,11 +9,11 @@ import platform
 import shutil
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
 
 import torch
 
+from benchmarks.bench.measure import in_turns, seconds
 from gpu_parts.findings import OK, Detail, Job, Limit, NotPossible, Report, judge, judge_fact, run_checks
 from gpu_parts.page import table
 from tinyldm.config import PlanConfig
@@ -114,13 +114,4 @@ def peak_rate(job: Job) -> float | None:
 
 def median_seconds(work: Callable[[], object], device: torch.device, rounds: int, warm: int = 2) -> float:
     """The median time of a call, with the device waited for before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for i in range(warm + rounds):
-        wait()
-        begun = time.perf_counter()
-        work()
-        wait()
-        if i >= warm:
-            times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+    return statistics.median(in_turns([lambda: seconds(work, device)], rounds, warm)[0])

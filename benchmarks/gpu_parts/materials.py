@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from forward import fresh
 
+from benchmarks.bench.pairs import fresh
 from gpu_parts.findings import Finding, Job, Report, quantity
 from tinyldm.config import Config, parse
 from tinyldm.data.cache import ShardWriter, write_index

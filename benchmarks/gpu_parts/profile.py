@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch.autograd import DeviceType
 
+from benchmarks.bench.measure import LAUNCHES
 from gpu_parts.page import table
 
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")      # beginnings of names; there are ...Ex and ...ExC
 ANNOTATIONS = ("Optimizer.", "ProfilerStep", "## ", "Torch-Compiled", "nccl:")
 
 
