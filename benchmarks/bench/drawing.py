@@ -32,12 +32,13 @@ from benchmarks.bench.pairs import (
     Row,
     our_network,
 )
+from tinyldm.cpu_layouts import lay_out
 from tinyldm.device import DTYPES
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.noise import initial_noise, make_generators
 from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model
-from tinyldm.model import Model
+from tinyldm.model import Model, compile_blocks
 from tinyldm.models.dit import DiTConfig
 from tinyldm.pipeline import DrawSettings, draw, draw_settings
 from tinyldm.planning.flops import MetaNetworks, count_flops, forwards
@@ -91,8 +92,10 @@ def write_model(drawing: Drawing, options: Options) -> Path:
 def ours(drawing: Drawing, options: Options, change: Callable[[Model, DrawSettings], DrawSettings], compiled: bool) -> Work:
     model = load_model(write_model(drawing, options), options.device, DTYPES[options.dtype])
     settings, side = change(model, draw_settings(model, steps=options.steps, cfg=SCALE)), VAE.at(options.scale)[2]
-    if compiled:
-        model.net.compile()                                     # as sample.py does
+    if compiled:                                                # as sample.py does
+        compile_blocks(model.net)
+    elif options.device == "cpu":
+        lay_out(model.net, model.vae)
     return picture(lambda: draw(model, [PROMPT], [SEED], settings, width=side, height=side), options)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.bench.compare import TOLERANCE, Case, Options, Work, with_compiled
+from benchmarks.bench.compare import TOLERANCE, Case, Options, Side, Work, with_compiled
 from benchmarks.bench.pairs import KL8_TINY, PAIRS, Inputs, Row, forward_flops, make_inputs, our_network, their_names, their_network
 from tinyldm.config import PRESETS, make_config
 from tinyldm.device import autocast, deterministic, keep_freed_memory
@@ -51,16 +51,17 @@ def as_train_py(options: Options) -> None:
         prefer_plain_attention(), keep_freed_memory(), deterministic()
 
 
-def build_ours(row: Row, options: Options, compiled: bool) -> Work:
+def build_ours(row: Row, options: Options, compiled: bool, blocks: bool = False) -> Work:
+    """blocks: compile the repeated blocks alone."""
     device = torch.device(options.device)
     net = our_network(row, options.scale, device, torch.float32).train().requires_grad_(True)
     last = architecture(net).memory_format if device.type == "cpu" else torch.contiguous_format
     net.to(memory_format=last)
-    config = make_config(optimizer="adamw", lr=LR, weight_decay=DECAY)
+    config = make_config(optimizer="adamw", lr=LR, weight_decay=DECAY, compile_blocks=blocks)
     optimizers = make_optimizers(dict(net.named_parameters()), (), config.optimisation, betas=BETAS)
     call = partial(PAIRS[row.kind].ours, net)
     if compiled:            # train.py compiles denoising networks, and no autoencoder that it trains
-        denoises = architecture(net) in NETWORKS.values()
+        denoises = row.kind in NETWORKS
         call = partial(PAIRS[row.kind].ours, compile_network(net, config)) if denoises else torch.compile(call, dynamic=False)
     named = lambda tensors: tensors
     if options.peer != "none":
@@ -114,6 +115,9 @@ def cases(options: Options) -> list[Case]:
     made = []
     for row in ROWS:
         sides = with_compiled(options, "tinyldm", partial(build_ours, row, options), settings=partial(as_train_py, options))
+        if options.compile and row.kind in NETWORKS:
+            blocks = partial(build_ours, row, options, True, True)
+            sides.append(Side("tinyldm compiled by blocks", blocks, settings=partial(as_train_py, options)))
         if options.peer != "none":
             sides += with_compiled(options, "diffusers", partial(build_theirs, row, options), peer=True)
         flops = lambda row=row: 3 * forward_flops(row, options.scale)
