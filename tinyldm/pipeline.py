@@ -174,6 +174,12 @@ def with_extras(model: Model, cond: Cond, settings: DrawSettings, width: int, he
     return replace(cond, extra=extra)
 
 
+def remembering(net: nn.Module, cond: Cond) -> Cond:
+    """The condition with a memo of its own, so that the network computes what depends on the text alone once, not in every step. A compiled
+    network keeps nothing: it would be compiled again for each thing that it finds there."""
+    return replace(cond, memo=None if net._compiled_call_impl is not None else {})
+
+
 def tell_elapsed(net: Callable[..., Tensor], levels: Sequence[Level]) -> Callable[..., Tensor]:
     """The network, told in each step how far it goes along the flow, to the next level: the answer of a mean flow is the mean velocity on
     that way (arXiv:2505.13447, Eq. 12)."""
@@ -242,7 +248,8 @@ def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: D
 
     net = tell_elapsed(model.net, levels) if "elapsed" in architecture(model.net).extras(model.net.config) else model.net
     make = denoiser_with_variance if chosen.sampler == "ddpm" else denoiser     # only ddpm uses a learned variance
-    conditional = lambda cond, **options: make(lambda x, t, cond: net(x.to(dtype), t, cond, **options), cond, model.prediction)
+    conditional = lambda cond, **options: make(lambda x, t, cond: net(x.to(dtype), t, cond, **options), remembering(model.net, cond),
+                                               model.prediction)
     denoise = guide(conditional, described(cond), unwanted, settings, model.prediction, levels)
     if canvas is None:
         x = levels[0].sigma * noise if chosen.start_at_sigma else noise
