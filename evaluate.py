@@ -18,14 +18,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, begin, check_offload, check_scale, check_seed, check_steps, fail,
-                         guard, outlive_terminal)
+from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, begin, check_offload, check_scale, check_seed, check_shortcuts,
+                         check_steps, fail, guard, outlive_terminal)
 from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_names
 from tinyldm.lookup import device_name, dtype_name
 
 USUAL_COUNT = 500                   # pictures, unless --count says otherwise
-DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "offload", "no_ema", "lora", "embedding")      # flags of models that draw
+DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "first_block_cache", "deep_cache", "offload", "no_ema", "lora",
+           "embedding")                     # flags of models that draw
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         subject = "vae" if args.vae else "model"
         args.metric = metric_names(args.metric or [SUBJECTS[subject].metric], subject)
         check_used(args, own, parser)
-        check_seed(args.seed), check_steps(args.steps)
+        check_seed(args.seed), check_steps(args.steps), check_shortcuts(args)
         for scale in args.cfg or ():
             check_scale(scale, "--cfg")
         check_scale(args.true_cfg, "--true-cfg")
@@ -120,6 +121,7 @@ from tinyldm.folders.load import load_model, load_vae
 from tinyldm.offload import place_for_weights
 from tinyldm.pipeline import draw_settings
 from tinyldm.planning.drawing import Order, offload_to_fit
+from tinyldm.shortcuts import SHORTCUTS
 from tinyldm.training.learned import apply_learned
 from tinyldm.training.run_folder import find_model
 
@@ -140,7 +142,8 @@ def load(args: argparse.Namespace) -> Evaluation:
     with place_for_weights(device, args.offload) as place:
         model = load_model(source, place, ema=not args.no_ema)
     apply_learned(model, args)
-    guidance = [draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=scale, true_cfg=args.true_cfg)
+    guidance = [draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=scale, true_cfg=args.true_cfg,
+                              shortcuts={name: getattr(args, name) for name in SHORTCUTS})
                 for scale in args.cfg or (None,)]
     settings = guidance[0]
     if args.offload:

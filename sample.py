@@ -81,6 +81,7 @@ from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import (Canvas, DrawSettings, Morph, PromptFeatures, all_captions, check_size, decode, draw, draw_settings,
                               picture_size, steps_needed)
 from tinyldm.planning.drawing import Order, bytes_on_disk, check_memory, offload_to_fit, plan_drawing, render
+from tinyldm.shortcuts import SHORTCUTS
 from tinyldm.text.prompt_weights import plain
 from tinyldm.text.words import unknown, words_of
 from tinyldm.training.learned import apply_learned, learned_facts
@@ -125,7 +126,8 @@ def order(args: argparse.Namespace, settings: DrawSettings) -> Order:
 def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     """The settings for drawing: from the flags, else the model's own defaults."""
     extras, sizes = architecture(model.net).extras(model.net.config), None
-    found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg)
+    found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg,
+                          shortcuts={name: getattr(args, name) for name in SHORTCUTS})
     if args.eta is not None and found.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
     if found.steps < (least := steps_needed(found.sampler, model.process)):
@@ -216,6 +218,7 @@ def describe(args: argparse.Namespace, settings: DrawSettings, about: dict[str, 
         **({"Distilled CFG Scale": settings.told} if settings.told != 1 else {}),
         **({"Told sizes": "{1}x{0}, crop {3},{2}".format(*settings.sizes)} if settings.sizes else {}),
         **({"Skip layers": "{0}, scale {1:g}, steps {2:g} to {3:g}".format(*settings.skip)} if settings.skip else {}),
+        **({settings.shortcut.kind.label: settings.shortcut} if settings.shortcut else {}),
         **({"Denoising strength": args.strength, "Init image": Path(args.init_image).name} if args.init_image else {}),
         **({"Inverted as": args.invert or prompt} if args.invert is not None else {}),
         **({"Mask": Path(args.mask).name} if args.mask else {}),
@@ -325,6 +328,8 @@ def main() -> None:
         (draw_pictures if still else draw_animation)(args, inputs, facts_about(args, model, name), output)
     finally:
         print(*output.written, sep="\n", end="\n" if output.written else "")
+    if settings.shortcut:
+        print(settings.shortcut.summary(), file=sys.stderr)
 
 
 if __name__ == "__main__":

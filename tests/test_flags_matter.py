@@ -37,6 +37,7 @@ from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import UNet
 from tinyldm.pictures.pixels import to_pixels
 from tinyldm.pipeline import Canvas, DrawSettings, Morph, draw, draw_settings
+from tinyldm.shortcuts import Shortcut
 from tinyldm.training.vae_validation import reconstruct
 
 
@@ -144,6 +145,8 @@ SAMPLE = {
     "skip_layers": Row(["--skip-layers", "0"], WHOLE, ["--model", "layers", "--steps", "6"]),
     "skip_scale": Row(["--skip-scale", "1"], WHOLE, SKIP),
     "skip_interval": Row(["--skip-interval", "0.3", "0.9"], WHOLE, SKIP),
+    "first_block_cache": Row(["--first-block-cache", "0.9"], WHOLE, ["--model", "layers", "--steps", "6"]),
+    "deep_cache": Row(["--deep-cache", "2"], WHOLE),
     "original_size": Row(["--original-size", "64", "40"], WHOLE, ["--model", "sizes"]),
     "crop": Row(["--crop", "8", "4"], WHOLE, ["--model", "sizes"]),
     "guidance_interval": Row(["--guidance-interval", "0.3", "5"], WHOLE),
@@ -215,7 +218,8 @@ def test_every_setting_of_drawing_changes_the_picture():
     drawn = lambda how=how, **options: draw(model, ["a (red:1.5) square"], [3], how, **options)
     sampling = draw_settings(model, sampler="euler_a").sampling             # of which `sampler` and `schedule` are the names
     settings = dict(sampling=sampling, steps=5, cfg=6.0, rescale=0.7, interval=(0.5, 3.0), weighted=True)
-    others = dict(told=("told", 2.0), sizes=("sizes", (40, 64, 8, 4)), skip=("layers", SkipLayers((0,), start=0.0, stop=1.0)))
+    others = dict(told=("told", 2.0), sizes=("sizes", (40, 64, 8, 4)), skip=("layers", SkipLayers((0,), start=0.0, stop=1.0)),
+                  shortcut=("layers", Shortcut("first_block_cache", 0.9, OTHER_NETWORKS["layers"]())))
     assert settings.keys() | others.keys() | {"sampler", "schedule"} == set(DrawSettings._fields)
     plain, from_canvas, morphed = drawn(), drawn(canvas=canvas), drawn(morph=morph)
     changed = {name: not same(plain, drawn(how._replace(**{name: value}))) for name, value in settings.items()}
@@ -269,6 +273,9 @@ EVALUATE = {
     "steps": Row(["--steps", "5"], {"record", "picture"}, which_way=lambda a, b: b.record["steps"] == 5),
     "sampler": Row(["--sampler", "heun"], {"record", "picture"}, which_way=lambda a, b: b.record["sampler"] == "heun"),
     "schedule": Row(["--schedule", "karras"], {"record", "picture"}),
+    "first_block_cache": Row(["--first-block-cache", "0.9"], {"record", "picture"}, ["told"],
+                             lambda a, b: b.record["first_block_cache"] == 0.9),
+    "deep_cache": Row(["--deep-cache", "2"], {"record", "picture"}, which_way=lambda a, b: b.record["deep_cache"] == 2),
     "batch_size": Row(["--batch-size", "2"], {"batches"}, which_way=lambda a, b: b.batches == [2, 1], rounding=["picture"]),
     "seed": Row(["--seed", "1"], {"record", "picture"}, which_way=lambda a, b: abs(b.picture[0].astype(int) - a.picture[1]).max() <= 1),
     "dtype": Row(["--dtype", "bf16"], {"record", "picture"}, ["--dtype", "fp32"], lambda a, b: b.record["dtype"] == "bf16"),

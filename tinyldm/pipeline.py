@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from tinyldm.model import Model, architecture
 from tinyldm.models.layers import Cond
 from tinyldm.models.tiling import OVERLAP, PIXELS_AT_ONCE, TILE, decode_tiled, tiled
 from tinyldm.pictures.pixels import to_bytes
+from tinyldm.shortcuts import Shortcut, find_shortcut
 from tinyldm.text.encoders import CAPTIONS_AT_ONCE
 from tinyldm.vendor_loaders.scheduler import Sampling, sampling
 
@@ -47,6 +48,7 @@ class DrawSettings(NamedTuple):
     sizes: tuple[int, int, int, int] | None = None      # height, width, crop top and left of the picture that the training's picture
                                                         # would be cut from; None: it is not cut (arXiv:2307.01952, Sec. 2.2)
     skip: SkipLayers | None = None                      # for guidance.skip_layers
+    shortcut: Shortcut | None = None                    # calls of the network that are shorter
 
     @property
     def guided(self) -> bool:
@@ -71,11 +73,12 @@ def steps_needed(name: str, process: Process) -> int:
 
 
 def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | None = None, steps: int | None = None,
-                  cfg: float | None = None, true_cfg: float | None = None) -> DrawSettings:
+                  cfg: float | None = None, true_cfg: float | None = None, shortcuts: Mapping[str, float | None] = {}) -> DrawSettings:
     """Settings, where None is replaced by the model's own default (tinyldm.json), else by diffusers' default for such a folder: the
     scheduler that its config names, its pipeline's steps and guidance. 'dpmpp_2m_karras' names both a sampler and a schedule.
 
     cfg: as `guidance_scale` in diffusers. FLUX dev's network is told this number, and true_cfg is that of classifier-free guidance.
+    shortcuts: by name in shortcuts.SHORTCUTS; None: without.
 
     ValueError for unknown names, for steps and schedules that do not fit the model's process, and for two that exclude each other.
     """
@@ -94,7 +97,7 @@ def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | N
     if steps not in (None, count):
         raise ValueError(f"schedule {found.schedule} has {count} steps, not {steps}: leave the number out")
     scale, told = guidance_scales(model, cfg, true_cfg)
-    return DrawSettings(found.sampler, found.schedule, count, scale, found, told=told)
+    return DrawSettings(found.sampler, found.schedule, count, scale, found, told=told, shortcut=find_shortcut(shortcuts, model.net))
 
 
 def guidance_scales(model: Model, cfg: float | None, true_cfg: float | None) -> tuple[float, float]:
@@ -250,7 +253,9 @@ def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: D
     make = denoiser_with_variance if chosen.sampler == "ddpm" else denoiser     # only ddpm uses a learned variance
     conditional = lambda cond, **options: make(lambda x, t, cond: net(x.to(dtype), t, cond, **options), remembering(model.net, cond),
                                                model.prediction)
-    denoise = guide(conditional, described(cond), unwanted, settings, model.prediction, levels)
+    short = conditional if settings.shortcut is None else lambda *cond, **options: settings.shortcut.wrap(
+        conditional(*cond, **options), model.net, levels)
+    denoise = guide(short, described(cond), unwanted, settings, model.prediction, levels)
     if canvas is None:
         x = levels[0].sigma * noise if chosen.start_at_sigma else noise
     else:

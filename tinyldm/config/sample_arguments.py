@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from tinyldm.cli import LARGEST, add_offload_flag, caption, check_offload, check_scale, check_seed, check_steps, fail
+from tinyldm.cli import LARGEST, add_offload_flag, caption, check_offload, check_scale, check_seed, check_shortcuts, check_steps, fail
 
 PICTURES = (".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
 
@@ -125,6 +125,9 @@ def check(args: argparse.Namespace) -> None:
         fail("--skip-interval must be two rising fractions of the steps, such as 0.01 0.2")
     if args.compile and args.offload == "blocks":
         fail("--compile takes all weights of the network at once: use --offload parts with it")
+    if args.compile and (args.first_block_cache is not None or args.deep_cache is not None):
+        fail(f"--{'deep-cache' if args.first_block_cache is None else 'first-block-cache'} chooses in each call which blocks to run, and a "
+             "compiled network runs all of them: leave out --compile")
     if args.invert is not None and (args.mask or args.eta or args.interpolate is not None):
         fail("--invert starts from the picture's own noise: leave out --mask, --eta and --interpolate")
     check_interpolation(args)
@@ -132,7 +135,7 @@ def check(args: argparse.Namespace) -> None:
         check_scale(args.cfg, "--cfg"), check_scale(args.true_cfg, "--true-cfg")
         check_scale(args.skip_scale, "--skip-scale", "2.8 is usual")
         check_offload(args.offload, "the caption"), check_steps(args.steps)
-        check_seed(args.seed)
+        check_seed(args.seed), check_shortcuts(args)
         check_seed(int(args.interpolate or 0), "--interpolate")
     except ValueError as error:
         fail(str(error))
