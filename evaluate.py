@@ -25,8 +25,8 @@ from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_n
 from tinyldm.lookup import device_name, dtype_name
 
 USUAL_COUNT = 500                   # pictures, unless --count says otherwise
-DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "first_block_cache", "deep_cache", "offload", "no_ema", "lora",
-           "embedding")                     # flags of models that draw
+DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "guidance", "autoguidance", "first_block_cache", "deep_cache", "offload",
+           "no_ema", "lora", "embedding")                     # flags of models that draw
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,6 +68,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         check_seed(args.seed), check_steps(args.steps), check_shortcuts(args)
         for scale in args.cfg or ():
             check_scale(scale, "--cfg")
+        if args.autoguidance and args.offload:
+            raise ValueError("--autoguidance steers away from a second model, which --offload has no part in: leave one of them out")
         check_scale(args.true_cfg, "--true-cfg")
         check_offload(args.offload, "RUN")
         args.dtype, args.device = dtype_name(args.dtype), device_name(args.device)
@@ -122,7 +124,7 @@ from tinyldm.offload import place_for_weights
 from tinyldm.pipeline import draw_settings
 from tinyldm.planning.drawing import Order, offload_to_fit
 from tinyldm.shortcuts import SHORTCUTS
-from tinyldm.training.learned import apply_learned
+from tinyldm.training.learned import apply_learned, load_worse
 from tinyldm.training.run_folder import find_model
 
 
@@ -142,8 +144,9 @@ def load(args: argparse.Namespace) -> Evaluation:
     with place_for_weights(device, args.offload) as place:
         model = load_model(source, place, ema=not args.no_ema)
     apply_learned(model, args)
+    worse = load_worse(args.autoguidance, model, not args.no_ema)
     guidance = [draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=scale, true_cfg=args.true_cfg,
-                              shortcuts={name: getattr(args, name) for name in SHORTCUTS})
+                              guidance=args.guidance, worse=worse, shortcuts={name: getattr(args, name) for name in SHORTCUTS})
                 for scale in args.cfg or (None,)]
     settings = guidance[0]
     if args.offload:
@@ -151,8 +154,8 @@ def load(args: argparse.Namespace) -> Evaluation:
         captions = [f"caption {i}" for i in range(at_once)]             # a stand-in for the metrics' own: as many, and as long
         model = offload_to_fit(model, device, args.offload, Order(settings, ["", *captions], at_once))
     return Evaluation(model, source, settings, device, out, count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options,
-                      adapters={name: [*map(str, getattr(args, name))] for name in ("lora", "embedding") if getattr(args, name)},
-                      guidance=guidance)
+                      adapters={name: [*map(str, getattr(args, name))] for name in ("lora", "embedding") if getattr(args, name)}
+                      | ({"autoguidance": [args.autoguidance]} if args.autoguidance else {}), guidance=guidance)
 
 
 def usual_output(run: str) -> Path:

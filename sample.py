@@ -84,7 +84,7 @@ from tinyldm.planning.drawing import Order, bytes_on_disk, check_memory, offload
 from tinyldm.shortcuts import SHORTCUTS
 from tinyldm.text.prompt_weights import plain
 from tinyldm.text.words import unknown, words_of
-from tinyldm.training.learned import apply_learned, learned_facts
+from tinyldm.training.learned import apply_learned, learned_facts, load_worse
 from tinyldm.training.portable import model_name, portable
 from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders import latent_rgb
@@ -127,6 +127,7 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     """The settings for drawing: from the flags, else the model's own defaults."""
     extras, sizes = architecture(model.net).extras(model.net.config), None
     found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg,
+                          guidance=args.guidance, worse=load_worse(args.autoguidance, model, not args.no_ema),
                           shortcuts={name: getattr(args, name) for name in SHORTCUTS})
     if args.eta is not None and found.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
@@ -136,9 +137,9 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     flag = "--true-cfg" if "guidance" in extras else "--cfg"
     if not found.guided and args.negative_prompt:
         raise ValueError(f"--negative-prompt has no effect at {flag} {found.cfg:g}: use {flag} above 1, or leave it out")
-    if not found.guided and (args.guidance_rescale or args.guidance_interval):
-        raise ValueError(f"--guidance-{'rescale' if args.guidance_rescale else 'interval'} has no guidance to change: "
-                         f"use it with {flag} above 1")
+    for name in ("guidance_rescale", "guidance_interval", "guidance", "autoguidance"):
+        if getattr(args, name) and not found.guided:
+            raise ValueError(f"--{name.replace('_', '-')} has no guidance to change: use it with {flag} above 1")
     if args.original_size or args.crop:
         if "sizes" not in extras:
             raise ValueError(f"--{'crop' if args.crop else 'original-size'} is for networks that are told sizes (Stable Diffusion XL)")
@@ -218,6 +219,8 @@ def describe(args: argparse.Namespace, settings: DrawSettings, about: dict[str, 
         **({"Distilled CFG Scale": settings.told} if settings.told != 1 else {}),
         **({"Told sizes": "{1}x{0}, crop {3},{2}".format(*settings.sizes)} if settings.sizes else {}),
         **({"Skip layers": "{0}, scale {1:g}, steps {2:g} to {3:g}".format(*settings.skip)} if settings.skip else {}),
+        **({"Guidance": args.guidance} if args.guidance else {}),
+        **({"Autoguidance": portable(args.autoguidance)} if args.autoguidance else {}),
         **({settings.shortcut.kind.label: settings.shortcut} if settings.shortcut else {}),
         **({"Denoising strength": args.strength, "Init image": Path(args.init_image).name} if args.init_image else {}),
         **({"Inverted as": args.invert or prompt} if args.invert is not None else {}),

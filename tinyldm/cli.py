@@ -142,6 +142,10 @@ def add_drawing_flags(parser: argparse.ArgumentParser, scale: Callable[[str], An
     add("--sampler", metavar="NAME", help="ddim, ddpm, euler, euler_a, heun, edm, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc, "
         "adaptive (default: the model's)")
     add("--schedule", metavar="NAME", help="karras, trailing, leading, linspace, ... (default: the model's)")
+    add("--guidance", metavar="NAME", help="what guidance makes of its two guesses: cfg; apg, against glaring colours at a large --cfg; "
+        "cfg_zero, for flows: docs/speed.md (default: cfg)")
+    add("--autoguidance", metavar="MODEL", help="in place of the negative prompt, steer away from what a worse model draws of the same "
+        "prompt: an earlier checkpoint's model folder, or a smaller model with the same latents and text encoders; --cfg 1.5 to 3")
     add("--first-block-cache", type=float, metavar="CHANGE", help="transformers: where the first block's answer has changed by less than "
         "this since the last full call, do not run the others; 0.05 to 0.15: docs/speed.md (default: run all)")
     add("--deep-cache", type=int, metavar="N", help="U-Nets: run the whole network in every N-th call, the outermost block alone in the "

@@ -125,6 +125,9 @@ def check(args: argparse.Namespace) -> None:
         fail("--skip-interval must be two rising fractions of the steps, such as 0.01 0.2")
     if args.compile and args.offload == "blocks":
         fail("--compile takes all weights of the network at once: use --offload parts with it")
+    if args.autoguidance and (args.offload or args.dry_run or args.negative_prompt):
+        odd = next(name for name in ("offload", "dry_run", "negative_prompt") if getattr(args, name)).replace("_", "-")
+        fail(f"--autoguidance steers away from a second model, which --{odd} has no part in: leave one of them out")
     if args.compile and (args.first_block_cache is not None or args.deep_cache is not None):
         fail(f"--{'deep-cache' if args.first_block_cache is None else 'first-block-cache'} chooses in each call which blocks to run, and a "
              "compiled network runs all of them: leave out --compile")
