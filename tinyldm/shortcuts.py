@@ -33,8 +33,8 @@ class ShortTap(Protocol):
 
     full: bool                                  # of the call that goes on, or of the last one
 
-    def begin(self, fresh: bool, last: bool) -> None:
-        """A call begins. fresh: there was none in this step of the sampler nor in the one before. last: it belongs to the last step."""
+    def begin(self, fresh: bool, step: int, steps: int) -> None:
+        """A call begins, in step 0 to steps - 1 of the sampler. fresh: there was none in this step nor in the one before."""
 
     def __call__(self, run: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
         """What the network is answered where it calls a block."""
@@ -54,8 +54,8 @@ class FirstBlockCache:
         self.added: Tensor | None = None        # by the first block in the last full call [b, n, width]
         self.rest: Tensor | None = None         # by all others there
 
-    def begin(self, fresh: bool, last: bool) -> None:
-        self.full, self.forced = True, fresh or last
+    def begin(self, fresh: bool, step: int, steps: int) -> None:
+        self.full, self.forced = True, fresh or step >= steps - 1
 
     def __call__(self, run: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
         image, *text = inputs[:2] if isinstance(block, TWO_STREAMS) else inputs[:1]
@@ -86,7 +86,10 @@ class DeepCache:
     """DeepCache (arXiv:2312.00858, Sec. 3.2), for U-Nets: in every `every`-th call the whole network is run, in the others only its last
     block, between the first and the last convolution. It takes the feature map from below that it took in the last full call.
 
-    (The branch of the paper with the least work; the published default.)"""
+    This is the branch of the paper with the least work, its default. Here the first fifth of the steps is full too: these decide what the
+    picture becomes, and without them the error is that of leaving the same steps out (docs/speed.md)."""
+
+    begun = 1 / 5
 
     def __init__(self, net: UNet, every: int):
         level = net.up[-1]
@@ -95,8 +98,8 @@ class DeepCache:
         self.full, self.age = True, 0                                       # calls since the last full one, that one too
         self.deep: Tensor | None = None
 
-    def begin(self, fresh: bool, last: bool) -> None:
-        self.full = fresh or self.age >= self.every
+    def begin(self, fresh: bool, step: int, steps: int) -> None:
+        self.full = fresh or self.age >= self.every or step < self.begun * steps
         self.age = 1 if self.full else self.age + 1
 
     def __call__(self, run: Callable[..., Any], block: nn.Module, x: Tensor, *inputs: Any) -> Any:
@@ -150,7 +153,7 @@ class Shortcut:
         def shortened(x: Tensor, level: Level) -> Tensor | Denoised:
             nonlocal before
             step = sum(other.sigma > level.sigma for other in levels)
-            tap.begin(abs(step - before) > 1, last=step >= len(levels) - 2)     # at the very last level there is no noise, and no call
+            tap.begin(abs(step - before) > 1, step, len(levels) - 1)
             before, outer, net.tap = step, getattr(net, "tap", None), tap
             try:
                 return denoise(x, level)
