@@ -81,6 +81,7 @@ from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import (Canvas, DrawSettings, Morph, PromptFeatures, all_captions, check_size, decode, draw, draw_settings,
                               picture_size, steps_needed)
 from tinyldm.planning.drawing import Order, bytes_on_disk, check_memory, offload_to_fit, plan_drawing, render
+from tinyldm.quantized import store_weights
 from tinyldm.shortcuts import SHORTCUTS
 from tinyldm.text.prompt_weights import plain
 from tinyldm.text.words import unknown, words_of
@@ -106,6 +107,9 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
                            args.tokenizer, args.prediction, args.parts or (), {"text_encoder_3"} if args.without_t5 else ())
     captions = [*args.prompt, args.negative_prompt or "", args.invert or ""]
     learned = apply_learned(model, args, captions)
+    if args.quantize:
+        with place_for_weights(device, args.offload):
+            store_weights(model, args.quantize)
     for prompt in captions:
         for part, length, cut in model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
             who = "the model" if len(model.text.modules) == 1 else f"its encoder {part}"
@@ -233,7 +237,8 @@ def facts_about(args: argparse.Namespace, model: Model, name: str) -> dict[str, 
     facts = {"Model": name, "Variant": args.variant, "Weights": "raw" if args.no_ema else "", "Prediction": args.prediction,
              "Tokenizer": " ".join(map(portable, args.tokenizer or ())), "Parts": " ".join(map(portable, args.parts or ())),
              "Left out": "T5" if args.without_t5 else "", **learned_facts(args), "Trained with": model.defaults.get("version"),
-             "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]], "Version": f"tinyldm {version()}"}
+             "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]], "Quantized": args.quantize,
+             "Version": f"tinyldm {version()}"}
     return {key: value for key, value in facts.items() if value}
 
 

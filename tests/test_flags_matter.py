@@ -171,6 +171,7 @@ SAMPLE = {
     "preview": Row(["--preview", "tiny"], {"files", "picture", "metadata"}, which_way=lambda a, b: b.files == [*a.files, "preview.png"]),
     "out": Row(["--out", "out/fox.png"], {"files"}, which_way=lambda a, b: b.files == ["fox.png"]),
     "dtype": Row(["--dtype", "bf16"], {"loaded", *WHOLE}, which_way=lambda a, b: b.loaded[0][1] == torch.bfloat16),
+    "quantize": Row(["--quantize", "fp8"], WHOLE),
     "compile": Row(["--compile"], {"compiled"}),
 }
 NOT_SAMPLE = {"more_prompts": "the same as captions without a flag: tests/test_other_names.py", "device": "there may be one alone", "offload": "the same picture: tests/test_sample_memory.py, tests/test_offload.py",
@@ -287,6 +288,7 @@ EVALUATE = {
     "batch_size": Row(["--batch-size", "2"], {"batches"}, which_way=lambda a, b: b.batches == [2, 1], rounding=["picture"]),
     "seed": Row(["--seed", "1"], {"record", "picture"}, which_way=lambda a, b: abs(b.picture[0].astype(int) - a.picture[1]).max() <= 1),
     "dtype": Row(["--dtype", "bf16"], {"record", "picture"}, ["--dtype", "fp32"], lambda a, b: b.record["dtype"] == "bf16"),
+    "quantize": Row(["--quantize", "fp8"], {"record", "picture"}, which_way=lambda a, b: b.record["quantize"] == ["fp8"]),
     "lora": Row(["--lora", "style.safetensors", "--out", "model/evaluation"], {"record", "picture"}),
     "embedding": Row(["--embedding", f"dog.safetensors:{PROMPT}"], {"record", "picture"}, ["--out", "elsewhere"]),
     "offload": Row(["--offload", "parts"], {"offloaded"}, which_way=lambda a, b: b.offloaded == [("parts", 3)]),

@@ -164,6 +164,12 @@ def check_steps(steps: int | None, flag: str = "--steps") -> None:
         raise ValueError(f"{flag} {steps} must lie between 1 and {MOST_STEPS:,}: 20 to 50 are usual")
 
 
+def add_quantize_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --quantize, for quantized.store_weights."""
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help="keep the weights of network and T5 in 8 bits, and make them whole "
+                        "layer by layer: half the memory of bf16, a little slower; int8 has the smaller error (default: as they are)")
+
+
 def check_shortcuts(args: argparse.Namespace) -> None:
     """ValueError for a value of a shortcut (shortcuts.py) that means nothing."""
     if args.first_block_cache is not None and not 0 <= args.first_block_cache < 1:

@@ -7,7 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from tinyldm.cli import LARGEST, add_offload_flag, caption, check_offload, check_scale, check_seed, check_shortcuts, check_steps, fail
+from tinyldm.cli import (LARGEST, add_offload_flag, add_quantize_flag, caption, check_offload, check_scale, check_seed, check_shortcuts,
+                         check_steps, fail)
 
 PICTURES = (".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
 
@@ -86,7 +87,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add("--out", "--outdir", default="samples", metavar="PATH", help="a folder, or a .png file (default: samples/); an animation "
         "may be .webp or .gif")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (or cuda:1, ...), mps")
-    add_offload_flag(parser)
+    add_offload_flag(parser), add_quantize_flag(parser)
     add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16 (bfloat16), fp16 "
         "(float16), fp32 (float32)")
     add("--dry-run", action="store_true", help="say what drawing will take, and stop: memory, FLOPs, bytes to read; reads no weights")
