@@ -5,7 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, FluxPipeline, FluxTransformer2DModel, apply_first_block_cache
+from diffusers import (
+    FirstBlockCacheConfig,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    apply_first_block_cache,
+)
 from helpers import mistake, randomise
 from small_models import MODELS, drawn, unet_model
 from test_text_memo import dit_model
@@ -20,7 +25,13 @@ from tinyldm.models.flux import Flux, FluxConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.pipeline import draw_settings
-from tinyldm.shortcuts import SHORTCUTS, DeepCache, FirstBlockCache, Shortcut, find_shortcut
+from tinyldm.shortcuts import (
+    SHORTCUTS,
+    DeepCache,
+    FirstBlockCache,
+    Shortcut,
+    find_shortcut,
+)
 from tinyldm.vendor_loaders import flux
 
 LEVELS = grid(Flow(), 12)
@@ -29,7 +40,7 @@ LEVELS = grid(Flow(), 12)
 def flux_model():
     net = Flux(FluxConfig(in_channels=4, out_channels=4, width=32, heads=2, double_layers=2, single_layers=2, context_dim=32, pooled_dim=32,
                           rope_axes=(4, 6, 6)))
-    return replace(unet_model(), net=randomise(net, 5))
+    return replace(dit_model(), net=randomise(net, 5))
 
 
 MADE = {**MODELS, "dit": dit_model, "flux": flux_model}

@@ -14,7 +14,9 @@ from tinyldm.pipeline import draw, draw_settings
 
 
 def dit_model():
-    return replace(unet_model(), net=randomise(DiT(DiTConfig(width=32, layers=4, heads=2, mlp_width=64, context_dim=32)), 5))
+    model = unet_model()                        # a DiT has no size of its own
+    net = randomise(DiT(DiTConfig(width=32, layers=4, heads=2, mlp_width=64, context_dim=32)), 5)
+    return replace(model, net=net, defaults=model.defaults | {"resolution": 16})
 
 
 MADE = {**MODELS, "dit": dit_model}

@@ -5,11 +5,24 @@ from itertools import combinations, islice
 
 import pytest
 import torch
-from diffusers import AdaptiveProjectedGuidance, AutoGuidance, ClassifierFreeZeroStarGuidance
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeZeroStarGuidance,
+)
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 
 from tinyldm.diffusion.grids import grid
-from tinyldm.diffusion.guidance import MIXES, Denoised, beside, cfg, denoiser, denoiser_with_variance, projected, zero_star
+from tinyldm.diffusion.guidance import (
+    MIXES,
+    Denoised,
+    beside,
+    cfg,
+    denoiser,
+    denoiser_with_variance,
+    projected,
+    zero_star,
+)
 from tinyldm.diffusion.prediction import to_output, to_x0
 from tinyldm.diffusion.process import Flow, Level
 from tinyldm.diffusion.samplers import euler
