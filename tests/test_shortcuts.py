@@ -210,6 +210,7 @@ def test_a_compiled_network_takes_no_shortcut():
 @pytest.mark.parametrize("words, message", [
     (["--deep-cache", "0"], "--deep-cache 0 must be 1 (run all) or more"),
     (["--first-block-cache", "nan"], "--first-block-cache nan must be at least 0 and below 1"),
+    (["--quantize", "int8", "--dry-run"], "--dry-run plans with the weights as they are"),
     (["--deep-cache", "2", "--compile"], "--deep-cache chooses in each call which blocks to run")])
 def test_values_that_mean_nothing_are_refused_before_anything_is_loaded(words, message, capsys):
     assert message in mistake("sample", ["a fox", *words], capsys)

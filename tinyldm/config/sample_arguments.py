@@ -126,6 +126,8 @@ def check(args: argparse.Namespace) -> None:
         fail("--skip-interval must be two rising fractions of the steps, such as 0.01 0.2")
     if args.compile and args.offload == "blocks":
         fail("--compile takes all weights of the network at once: use --offload parts with it")
+    if args.quantize and args.dry_run:
+        fail("--dry-run plans with the weights as they are: leave out --quantize, which takes half of bf16's bytes for them")
     if args.autoguidance and (args.offload or args.dry_run or args.negative_prompt):
         odd = next(name for name in ("offload", "dry_run", "negative_prompt") if getattr(args, name)).replace("_", "-")
         fail(f"--autoguidance steers away from a second model, which --{odd} has no part in: leave one of them out")
