@@ -18,14 +18,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, begin, check_offload, check_scale, check_seed, check_steps, fail,
-                         guard, outlive_terminal)
+from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, add_quantize_flag, begin, check_offload, check_scale,
+                         check_seed, check_shortcuts, check_steps, fail, guard, outlive_terminal)
 from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_names
 from tinyldm.lookup import device_name, dtype_name
 
 USUAL_COUNT = 500                   # pictures, unless --count says otherwise
-DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "offload", "no_ema", "lora", "embedding")      # flags of models that draw
+DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "guidance", "autoguidance", "first_block_cache", "deep_cache", "offload",
+           "quantize", "no_ema", "lora", "embedding")                     # flags of models that draw
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (or cuda:1, ...), mps")
     add("--dtype", default="auto", metavar="NAME", help="autocast: auto (bf16 where the device computes it natively), bf16 (bfloat16), "
         "fp32 (float32)")
-    add_offload_flag(parser)
+    add_offload_flag(parser), add_quantize_flag(parser)
     add("--out", metavar="FOLDER", help="(default: RUN/evaluation or MODEL/evaluation; of a hub id or a file evaluation/NAME; with --lora "
         "or --embedding that of its first)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
@@ -64,9 +65,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         subject = "vae" if args.vae else "model"
         args.metric = metric_names(args.metric or [SUBJECTS[subject].metric], subject)
         check_used(args, own, parser)
-        check_seed(args.seed), check_steps(args.steps)
+        check_seed(args.seed), check_steps(args.steps), check_shortcuts(args)
         for scale in args.cfg or ():
             check_scale(scale, "--cfg")
+        if args.autoguidance and args.offload:
+            raise ValueError("--autoguidance steers away from a second model, which --offload has no part in: leave one of them out")
         check_scale(args.true_cfg, "--true-cfg")
         check_offload(args.offload, "RUN")
         args.dtype, args.device = dtype_name(args.dtype), device_name(args.device)
@@ -122,8 +125,10 @@ from tinyldm.folders.load import load_model, load_vae
 from tinyldm.offload import place_for_weights
 from tinyldm.pipeline import draw_settings
 from tinyldm.planning.drawing import Order, offload_to_fit
+from tinyldm.quantized import store_weights
+from tinyldm.shortcuts import SHORTCUTS
 from tinyldm.training.distributed import connect
-from tinyldm.training.learned import apply_learned
+from tinyldm.training.learned import apply_learned, load_worse
 from tinyldm.training.run_folder import find_model
 
 
@@ -143,7 +148,12 @@ def load(args: argparse.Namespace) -> Evaluation:
     with place_for_weights(device, args.offload) as place:
         model = load_model(source, place, ema=not args.no_ema)
     apply_learned(model, args)
-    guidance = [draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=scale, true_cfg=args.true_cfg)
+    if args.quantize:
+        with place_for_weights(device, args.offload):
+            store_weights(model, args.quantize)
+    worse = load_worse(args.autoguidance, model, not args.no_ema)
+    guidance = [draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=scale, true_cfg=args.true_cfg,
+                              guidance=args.guidance, worse=worse, shortcuts={name: getattr(args, name) for name in SHORTCUTS})
                 for scale in args.cfg or (None,)]
     settings = guidance[0]
     if args.offload:
@@ -151,8 +161,8 @@ def load(args: argparse.Namespace) -> Evaluation:
         captions = [f"caption {i}" for i in range(at_once)]             # a stand-in for the metrics' own: as many, and as long
         model = offload_to_fit(model, device, args.offload, Order(settings, ["", *captions], at_once))
     return Evaluation(model, source, settings, device, out, count, args.seed, args.batch_size, args.dtype, args.no_ema, args.options,
-                      adapters={name: [*map(str, getattr(args, name))] for name in ("lora", "embedding") if getattr(args, name)},
-                      guidance=guidance)
+                      adapters={name: [*map(str, getattr(args, name))] for name in ("lora", "embedding") if getattr(args, name)}
+                      | {name: [getattr(args, name)] for name in ("autoguidance", "quantize") if getattr(args, name)}, guidance=guidance)
 
 
 def usual_output(run: str) -> Path:

@@ -82,9 +82,11 @@ from tinyldm.pictures.sheet import tile
 from tinyldm.pipeline import (Canvas, DrawSettings, Morph, PromptFeatures, all_captions, check_size, decode, draw, draw_settings,
                               picture_size, steps_needed)
 from tinyldm.planning.drawing import Order, bytes_on_disk, check_memory, offload_to_fit, plan_drawing, render
+from tinyldm.quantized import store_weights
+from tinyldm.shortcuts import SHORTCUTS
 from tinyldm.text.prompt_weights import plain
 from tinyldm.text.words import unknown, words_of
-from tinyldm.training.learned import apply_learned, learned_facts
+from tinyldm.training.learned import apply_learned, learned_facts, load_worse
 from tinyldm.training.portable import model_name, portable
 from tinyldm.training.run_folder import find_model
 from tinyldm.vendor_loaders import latent_rgb
@@ -106,6 +108,9 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
                            args.tokenizer, args.prediction, args.parts or (), {"text_encoder_3"} if args.without_t5 else ())
     captions = [*args.prompt, args.negative_prompt or "", args.invert or ""]
     learned = apply_learned(model, args, captions)
+    if args.quantize:
+        with place_for_weights(device, args.offload):
+            store_weights(model, args.quantize)
     for prompt in captions:
         for part, length, cut in model.text.truncated(plain(prompt) if args.prompt_weights else prompt):
             who = "the model" if len(model.text.modules) == 1 else f"its encoder {part}"
@@ -126,7 +131,9 @@ def order(args: argparse.Namespace, settings: DrawSettings) -> Order:
 def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     """The settings for drawing: from the flags, else the model's own defaults."""
     extras, sizes = architecture(model.net).extras(model.net.config), None
-    found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg)
+    found = draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=args.cfg, true_cfg=args.true_cfg,
+                          guidance=args.guidance, worse=load_worse(args.autoguidance, model, not args.no_ema),
+                          shortcuts={name: getattr(args, name) for name in SHORTCUTS})
     if args.eta is not None and found.sampler != "ddim":
         raise ValueError(f"--eta belongs to --sampler ddim, not to {found.sampler}")
     if found.steps < (least := steps_needed(found.sampler, model.process)):
@@ -135,9 +142,9 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     flag = "--true-cfg" if "guidance" in extras else "--cfg"
     if not found.guided and args.negative_prompt:
         raise ValueError(f"--negative-prompt has no effect at {flag} {found.cfg:g}: use {flag} above 1, or leave it out")
-    if not found.guided and (args.guidance_rescale or args.guidance_interval):
-        raise ValueError(f"--guidance-{'rescale' if args.guidance_rescale else 'interval'} has no guidance to change: "
-                         f"use it with {flag} above 1")
+    for name in ("guidance_rescale", "guidance_interval", "guidance", "autoguidance"):
+        if getattr(args, name) and not found.guided:
+            raise ValueError(f"--{name.replace('_', '-')} has no guidance to change: use it with {flag} above 1")
     if args.original_size or args.crop:
         if "sizes" not in extras:
             raise ValueError(f"--{'crop' if args.crop else 'original-size'} is for networks that are told sizes (Stable Diffusion XL)")
@@ -217,6 +224,9 @@ def describe(args: argparse.Namespace, settings: DrawSettings, about: dict[str, 
         **({"Distilled CFG Scale": settings.told} if settings.told != 1 else {}),
         **({"Told sizes": "{1}x{0}, crop {3},{2}".format(*settings.sizes)} if settings.sizes else {}),
         **({"Skip layers": "{0}, scale {1:g}, steps {2:g} to {3:g}".format(*settings.skip)} if settings.skip else {}),
+        **({"Guidance": args.guidance} if args.guidance else {}),
+        **({"Autoguidance": portable(args.autoguidance)} if args.autoguidance else {}),
+        **({settings.shortcut.kind.label: settings.shortcut} if settings.shortcut else {}),
         **({"Denoising strength": args.strength, "Init image": Path(args.init_image).name} if args.init_image else {}),
         **({"Inverted as": args.invert or prompt} if args.invert is not None else {}),
         **({"Mask": Path(args.mask).name} if args.mask else {}),
@@ -228,7 +238,8 @@ def facts_about(args: argparse.Namespace, model: Model, name: str) -> dict[str, 
     facts = {"Model": name, "Variant": args.variant, "Weights": "raw" if args.no_ema else "", "Prediction": args.prediction,
              "Tokenizer": " ".join(map(portable, args.tokenizer or ())), "Parts": " ".join(map(portable, args.parts or ())),
              "Left out": "T5" if args.without_t5 else "", **learned_facts(args), "Trained with": model.defaults.get("version"),
-             "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]], "Version": f"tinyldm {version()}"}
+             "Precision": DTYPE_NAMES[str(next(model.net.parameters()).dtype).partition(".")[2]], "Quantized": args.quantize,
+             "Version": f"tinyldm {version()}"}
     return {key: value for key, value in facts.items() if value}
 
 
@@ -328,6 +339,8 @@ def main() -> None:
         (draw_pictures if still else draw_animation)(args, inputs, facts_about(args, model, name), output)
     finally:
         print(*output.written, sep="\n", end="\n" if output.written else "")
+    if settings.shortcut:
+        print(settings.shortcut.summary(), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ from tinyldm.models.taesd import TAESD, TAESDConfig
 from tinyldm.models.unet import UNet
 from tinyldm.pictures.pixels import to_pixels
 from tinyldm.pipeline import Canvas, DrawSettings, Morph, draw, draw_settings
+from tinyldm.shortcuts import Shortcut
+from tinyldm.training import learned
 from tinyldm.training.vae_validation import reconstruct
 
 
@@ -110,6 +112,7 @@ def opened(monkeypatch):
     def open_with(module, local):
         load.local = local
         monkeypatch.setattr(module, "load_model", load)
+        monkeypatch.setattr(learned, "load_model", load)
         return asked
     return open_with
 
@@ -144,6 +147,10 @@ SAMPLE = {
     "skip_layers": Row(["--skip-layers", "0"], WHOLE, ["--model", "layers", "--steps", "6"]),
     "skip_scale": Row(["--skip-scale", "1"], WHOLE, SKIP),
     "skip_interval": Row(["--skip-interval", "0.3", "0.9"], WHOLE, SKIP),
+    "guidance": Row(["--guidance", "apg"], WHOLE),
+    "autoguidance": Row(["--autoguidance", "another"], {"loaded", *WHOLE}, which_way=lambda a, b: b.loaded[1][0] == "another"),
+    "first_block_cache": Row(["--first-block-cache", "0.9"], WHOLE, ["--model", "layers", "--steps", "6"]),
+    "deep_cache": Row(["--deep-cache", "2"], WHOLE),
     "original_size": Row(["--original-size", "64", "40"], WHOLE, ["--model", "sizes"]),
     "crop": Row(["--crop", "8", "4"], WHOLE, ["--model", "sizes"]),
     "guidance_interval": Row(["--guidance-interval", "0.3", "5"], WHOLE),
@@ -164,6 +171,7 @@ SAMPLE = {
     "preview": Row(["--preview", "tiny"], {"files", "picture", "metadata"}, which_way=lambda a, b: b.files == [*a.files, "preview.png"]),
     "out": Row(["--out", "out/fox.png"], {"files"}, which_way=lambda a, b: b.files == ["fox.png"]),
     "dtype": Row(["--dtype", "bf16"], {"loaded", *WHOLE}, which_way=lambda a, b: b.loaded[0][1] == torch.bfloat16),
+    "quantize": Row(["--quantize", "fp8"], WHOLE),
     "compile": Row(["--compile"], {"compiled"}),
 }
 NOT_SAMPLE = {"more_prompts": "the same as captions without a flag: tests/test_other_names.py", "device": "there may be one alone", "offload": "the same picture: tests/test_sample_memory.py, tests/test_offload.py",
@@ -214,8 +222,10 @@ def test_every_setting_of_drawing_changes_the_picture():
 
     drawn = lambda how=how, **options: draw(model, ["a (red:1.5) square"], [3], how, **options)
     sampling = draw_settings(model, sampler="euler_a").sampling             # of which `sampler` and `schedule` are the names
-    settings = dict(sampling=sampling, steps=5, cfg=6.0, rescale=0.7, interval=(0.5, 3.0), weighted=True)
-    others = dict(told=("told", 2.0), sizes=("sizes", (40, 64, 8, 4)), skip=("layers", SkipLayers((0,), start=0.0, stop=1.0)))
+    settings = dict(sampling=sampling, steps=5, cfg=6.0, rescale=0.7, interval=(0.5, 3.0), weighted=True,
+                    guidance="apg", worse=replace(model, net=randomise(UNet(model.net.config), 9)))
+    others = dict(told=("told", 2.0), sizes=("sizes", (40, 64, 8, 4)), skip=("layers", SkipLayers((0,), start=0.0, stop=1.0)),
+                  shortcut=("layers", Shortcut("first_block_cache", 0.9, OTHER_NETWORKS["layers"]())))
     assert settings.keys() | others.keys() | {"sampler", "schedule"} == set(DrawSettings._fields)
     plain, from_canvas, morphed = drawn(), drawn(canvas=canvas), drawn(morph=morph)
     changed = {name: not same(plain, drawn(how._replace(**{name: value}))) for name, value in settings.items()}
@@ -269,9 +279,16 @@ EVALUATE = {
     "steps": Row(["--steps", "5"], {"record", "picture"}, which_way=lambda a, b: b.record["steps"] == 5),
     "sampler": Row(["--sampler", "heun"], {"record", "picture"}, which_way=lambda a, b: b.record["sampler"] == "heun"),
     "schedule": Row(["--schedule", "karras"], {"record", "picture"}),
+    "guidance": Row(["--guidance", "apg"], {"record", "picture"}, which_way=lambda a, b: b.record["guidance"] == "apg"),
+    "autoguidance": Row(["--autoguidance=another"], {"record", "loaded", "picture"},
+                        which_way=lambda a, b: b.record["autoguidance"] == ["another"]),
+    "first_block_cache": Row(["--first-block-cache", "0.9"], {"record", "picture"}, ["told"],
+                             lambda a, b: b.record["first_block_cache"] == 0.9),
+    "deep_cache": Row(["--deep-cache", "2"], {"record", "picture"}, which_way=lambda a, b: b.record["deep_cache"] == 2),
     "batch_size": Row(["--batch-size", "2"], {"batches"}, which_way=lambda a, b: b.batches == [2, 1], rounding=["picture"]),
     "seed": Row(["--seed", "1"], {"record", "picture"}, which_way=lambda a, b: abs(b.picture[0].astype(int) - a.picture[1]).max() <= 1),
     "dtype": Row(["--dtype", "bf16"], {"record", "picture"}, ["--dtype", "fp32"], lambda a, b: b.record["dtype"] == "bf16"),
+    "quantize": Row(["--quantize", "fp8"], {"record", "picture"}, which_way=lambda a, b: b.record["quantize"] == ["fp8"]),
     "lora": Row(["--lora", "style.safetensors", "--out", "model/evaluation"], {"record", "picture"}),
     "embedding": Row(["--embedding", f"dog.safetensors:{PROMPT}"], {"record", "picture"}, ["--out", "elsewhere"]),
     "offload": Row(["--offload", "parts"], {"offloaded"}, which_way=lambda a, b: b.offloaded == [("parts", 3)]),

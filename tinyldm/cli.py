@@ -142,6 +142,14 @@ def add_drawing_flags(parser: argparse.ArgumentParser, scale: Callable[[str], An
     add("--sampler", metavar="NAME", help="ddim, ddpm, euler, euler_a, heun, edm, lms, pndm, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc, "
         "adaptive (default: the model's)")
     add("--schedule", metavar="NAME", help="karras, trailing, leading, linspace, ... (default: the model's)")
+    add("--guidance", metavar="NAME", help="what guidance makes of its two guesses: cfg; apg, against glaring colours at a large --cfg; "
+        "cfg_zero, for flows: docs/speed.md (default: cfg)")
+    add("--autoguidance", metavar="MODEL", help="in place of the negative prompt, steer away from what a worse model draws of the same "
+        "prompt: an earlier checkpoint's model folder, or a smaller model with the same latents and text encoders; --cfg 1.5 to 3")
+    add("--first-block-cache", type=float, metavar="CHANGE", help="transformers: where the first block's answer has changed by less than "
+        "this since the last full call, do not run the others; 0.05 to 0.15: docs/speed.md (default: run all)")
+    add("--deep-cache", type=int, metavar="N", help="U-Nets: run the whole network in every N-th call, the outermost block alone in the "
+        "others; 2 or 3: docs/speed.md (default: run all)")
 
 
 def check_scale(scale: float | None, flag: str, usual: str = "1 or less is none, 7.5 is usual") -> None:
@@ -154,6 +162,20 @@ def check_steps(steps: int | None, flag: str = "--steps") -> None:
     """ValueError for a number of sampling steps that makes no sense: a level is a row of a table, and each costs calls of the network."""
     if steps is not None and not 1 <= steps <= MOST_STEPS:
         raise ValueError(f"{flag} {steps} must lie between 1 and {MOST_STEPS:,}: 20 to 50 are usual")
+
+
+def add_quantize_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --quantize, for quantized.store_weights."""
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help="keep the weights of network and T5 in 8 bits, and make them whole "
+                        "layer by layer: half the memory of bf16, a little slower; int8 has the smaller error (default: as they are)")
+
+
+def check_shortcuts(args: argparse.Namespace) -> None:
+    """ValueError for a value of a shortcut (shortcuts.py) that means nothing."""
+    if args.first_block_cache is not None and not 0 <= args.first_block_cache < 1:
+        raise ValueError(f"--first-block-cache {args.first_block_cache:g} must be at least 0 and below 1: 0.05 to 0.15 are usual")
+    if args.deep_cache is not None and args.deep_cache < 1:
+        raise ValueError(f"--deep-cache {args.deep_cache} must be 1 (run all) or more: 2 or 3 are usual")
 
 
 def add_offload_flag(parser: argparse.ArgumentParser) -> None:

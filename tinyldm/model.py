@@ -216,6 +216,11 @@ def compile_blocks(net: nn.Module, dynamic: bool | None = None) -> nn.Module:
     return net
 
 
+def is_compiled(net: nn.Module) -> bool:
+    """Whether torch.compile compiles a network, or blocks in it."""
+    return any(part._compiled_call_impl is not None for part in net.modules())
+
+
 def muon_matrices(modules: Mapping[str, nn.Module]) -> set[str]:
     """The "part.name" of all weight matrices inside repeated blocks, which Muon optimizes; part is the key in modules."""
     found = set()

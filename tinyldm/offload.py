@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from tinyldm.device import free_memory
 from tinyldm.lookup import lookup
-from tinyldm.model import Model, repeated_blocks
+from tinyldm.model import Model, is_compiled, repeated_blocks
 from tinyldm.pinned_memory import PinnedMemory
 
 HOW = {"auto": "a part that does not fit is moved by blocks, all others as wholes", "parts": "all as wholes",
@@ -222,6 +222,6 @@ class BlockByBlock:
 
 def refuse_compiled(module: nn.Module) -> None:
     """ValueError for a module that torch.compile compiles, or its blocks: a graph takes all of its weights at once."""
-    if any(part._compiled_call_impl is not None for part in module.modules()):
+    if is_compiled(module):
         raise ValueError(f"a compiled network ({type(module).__name__}) cannot be moved block by block: leave out --compile, or use "
                          "--offload parts")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from tinyldm.device import in_parts
 from tinyldm.diffusion.grids import grid
-from tinyldm.diffusion.guidance import Denoiser, SkipLayers, denoiser, denoiser_with_variance, inpaint, interval, skip_layers
+from tinyldm.diffusion.guidance import (MIXES, Denoiser, SkipLayers, beside, denoiser, denoiser_with_variance, inpaint, interval,
+                                        skip_layers, tell_elapsed)
 from tinyldm.diffusion.guidance import cfg as guided
 from tinyldm.diffusion.noise import initial_noise, make_generators, slerp
 from tinyldm.diffusion.ode import invert
-from tinyldm.diffusion.process import Level, Process, at_size
+from tinyldm.diffusion.process import CLEAN, Level, Process, at_size
 from tinyldm.diffusion.samplers import find_sampler, sampler_name
 from tinyldm.lookup import lookup
-from tinyldm.model import Model, architecture
+from tinyldm.model import Model, architecture, is_compiled
 from tinyldm.models.layers import Cond
 from tinyldm.models.tiling import OVERLAP, PIXELS_AT_ONCE, TILE, decode_tiled, tiled
 from tinyldm.pictures.pixels import to_bytes
+from tinyldm.shortcuts import Shortcut, find_shortcut
 from tinyldm.text.encoders import CAPTIONS_AT_ONCE
 from tinyldm.vendor_loaders.scheduler import Sampling, sampling
 
@@ -47,6 +49,9 @@ class DrawSettings(NamedTuple):
     sizes: tuple[int, int, int, int] | None = None      # height, width, crop top and left of the picture that the training's picture
                                                         # would be cut from; None: it is not cut (arXiv:2307.01952, Sec. 2.2)
     skip: SkipLayers | None = None                      # for guidance.skip_layers
+    shortcut: Shortcut | None = None                    # calls of the network that are shorter
+    guidance: str = "cfg"                               # what is made of the two guesses: a key of guidance.MIXES
+    worse: Model | None = None                          # to steer away from, in place of the negative prompt
 
     @property
     def guided(self) -> bool:
@@ -71,11 +76,13 @@ def steps_needed(name: str, process: Process) -> int:
 
 
 def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | None = None, steps: int | None = None,
-                  cfg: float | None = None, true_cfg: float | None = None) -> DrawSettings:
+                  cfg: float | None = None, true_cfg: float | None = None, guidance: str | None = None, worse: Model | None = None,
+                  shortcuts: Mapping[str, float | None] = {}) -> DrawSettings:
     """Settings, where None is replaced by the model's own default (tinyldm.json), else by diffusers' default for such a folder: the
     scheduler that its config names, its pipeline's steps and guidance. 'dpmpp_2m_karras' names both a sampler and a schedule.
 
     cfg: as `guidance_scale` in diffusers. FLUX dev's network is told this number, and true_cfg is that of classifier-free guidance.
+    guidance: a key of guidance.MIXES. worse: see DrawSettings. shortcuts: by name in shortcuts.SHORTCUTS; None: without.
 
     ValueError for unknown names, for steps and schedules that do not fit the model's process, and for two that exclude each other.
     """
@@ -94,7 +101,9 @@ def draw_settings(model: Model, *, sampler: str | None = None, schedule: str | N
     if steps not in (None, count):
         raise ValueError(f"schedule {found.schedule} has {count} steps, not {steps}: leave the number out")
     scale, told = guidance_scales(model, cfg, true_cfg)
-    return DrawSettings(found.sampler, found.schedule, count, scale, found, told=told)
+    lookup(MIXES, guidance or "cfg", "guidance")(scale, model.prediction, CLEAN)           # refuses a prediction that it is not for
+    return DrawSettings(found.sampler, found.schedule, count, scale, found, told=told, shortcut=find_shortcut(shortcuts, model.net),
+                        guidance=guidance or "cfg", worse=worse)
 
 
 def guidance_scales(model: Model, cfg: float | None, true_cfg: float | None) -> tuple[float, float]:
@@ -174,16 +183,10 @@ def with_extras(model: Model, cond: Cond, settings: DrawSettings, width: int, he
     return replace(cond, extra=extra)
 
 
-def tell_elapsed(net: Callable[..., Tensor], levels: Sequence[Level]) -> Callable[..., Tensor]:
-    """The network, told in each step how far it goes along the flow, to the next level: the answer of a mean flow is the mean velocity on
-    that way (arXiv:2505.13447, Eq. 12)."""
-    times = torch.tensor([level.t for level in levels])
-    ways = torch.tensor([*(now.sigma - nxt.sigma for now, nxt in pairwise(levels)), 0.0])
-
-    def told(x: Tensor, t: Tensor, cond: Cond, **options: Any) -> Tensor:
-        nearest = (times.to(t)[None] - t[:, None]).abs().argmin(1)                      # t is a level's, but perhaps rounded
-        return net(x, t, replace(cond, extra={**cond.extra, "elapsed": ways.to(t)[nearest]}), **options)
-    return told
+def remembering(net: nn.Module, cond: Cond) -> Cond:
+    """The condition with a memo of its own, so that the network computes what depends on the text alone once, not in every step. A compiled
+    network keeps nothing: it would be compiled again for each thing that it finds there."""
+    return replace(cond, memo=None if is_compiled(net) else {})
 
 
 def between(start: Cond, end: Cond, fractions: Tensor) -> Cond:
@@ -194,10 +197,22 @@ def between(start: Cond, end: Cond, fractions: Tensor) -> Cond:
     return Cond(arc(start.context, end.context), mask, arc(start.pooled, end.pooled))
 
 
+def conditional_denoisers(model: Model, levels: Sequence[Level], make: Callable[..., Denoiser],
+                          shortcut: Shortcut | None = None) -> Callable[..., Denoiser]:
+    """condition -> the model's denoiser without guidance. make: guidance.denoiser or denoiser_with_variance."""
+    net, dtype = model.net, next(model.net.parameters()).dtype
+    told = tell_elapsed(net, levels) if "elapsed" in architecture(net).extras(net.config) else net
+
+    def conditional(cond: Cond, **options: Any) -> Denoiser:
+        denoise = make(lambda x, t, cond: told(x.to(dtype), t, cond, **options), remembering(net, cond), model.prediction)
+        return denoise if shortcut is None else shortcut.wrap(denoise, net, levels)
+    return conditional
+
+
 def guide(conditional: Callable[..., Denoiser], cond: Cond, negative: Cond | None, settings: DrawSettings, prediction: str,
-          levels: Sequence[Level]) -> Denoiser:
+          levels: Sequence[Level], worse: Callable[..., Denoiser] | None = None) -> Denoiser:
     """A denoiser with the guidance of the settings. conditional: condition -> denoiser without guidance; negative: the condition to
-    steer away from."""
+    steer away from, or worse: as `conditional`, of a model to steer away from."""
     def without_layers(denoise: Denoiser, copies: int) -> Denoiser:
         if settings.skip is None:
             return denoise
@@ -206,7 +221,9 @@ def guide(conditional: Callable[..., Denoiser], cond: Cond, negative: Cond | Non
     plain = without_layers(conditional(cond), 1)
     if not settings.guided:
         return plain
-    denoise = guided(without_layers(conditional(cond.cat(negative)), 2), settings.cfg, settings.rescale, prediction)
+    both = conditional(cond.cat(negative)) if worse is None else beside(conditional(cond), worse(cond))
+    mix = MIXES[settings.guidance](settings.cfg, prediction, levels[0])
+    denoise = guided(without_layers(both, 2), settings.cfg, settings.rescale, prediction, mix)
     return denoise if settings.interval is None else interval(denoise, plain, *settings.interval)
 
 
@@ -223,7 +240,7 @@ def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: D
     """
     width, height = picture_size(model, width, height) if canvas is None else canvas.pixels.shape[:1:-1]
     check_size(model, width, height)
-    dtype, chosen, f = next(model.net.parameters()).dtype, settings.sampling, model.vae.config.downscale
+    chosen, f = settings.sampling, model.vae.config.downscale
     options = chosen.options | ({} if eta is None else {"eta": eta})
     levels = grid(at_size(model.process, height * width // model.divisor**2), settings.steps, chosen.schedule,
                   strength=1.0 if canvas is None else canvas.strength, **chosen.grid)
@@ -238,16 +255,16 @@ def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: D
         noise = slerp(noise, end, fractions.view(-1, 1, 1, 1), (1, 2, 3))
         cond = between(cond, features([morph.prompt]), fractions)
     described = lambda cond: with_extras(model, cond, settings, width, height)
-    unwanted = described(features.negative(negative, len(seeds))) if settings.guided else None
+    unwanted = described(features.negative(negative, len(seeds))) if settings.guided and settings.worse is None else None
 
-    net = tell_elapsed(model.net, levels) if "elapsed" in architecture(model.net).extras(model.net.config) else model.net
     make = denoiser_with_variance if chosen.sampler == "ddpm" else denoiser     # only ddpm uses a learned variance
-    conditional = lambda cond, **options: make(lambda x, t, cond: net(x.to(dtype), t, cond, **options), cond, model.prediction)
-    denoise = guide(conditional, described(cond), unwanted, settings, model.prediction, levels)
+    conditional, worse = (None if each is None else conditional_denoisers(each, levels, make, settings.shortcut)
+                          for each in (model, settings.worse))
+    denoise = guide(conditional, described(cond), unwanted, settings, model.prediction, levels, worse)
     if canvas is None:
         x = levels[0].sigma * noise if chosen.start_at_sigma else noise
     else:
-        plain = lambda captions: conditional(described(features(captions)))
+        plain = lambda captions: conditional_denoisers(model, levels, make)(described(features(captions)))
         x, known = start_from(model, canvas, levels, noise, prompts, plain, on_step)
         if canvas.mask is not None:
             cells = torch.nn.functional.max_pool2d(canvas.mask.to(x), f)                # a latent that the mask touches is drawn

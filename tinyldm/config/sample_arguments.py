@@ -7,7 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from tinyldm.cli import LARGEST, add_offload_flag, caption, check_offload, check_scale, check_seed, check_steps, fail
+from tinyldm.cli import (LARGEST, add_offload_flag, add_quantize_flag, caption, check_offload, check_scale, check_seed, check_shortcuts,
+                         check_steps, fail)
 
 PICTURES = (".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
 
@@ -86,7 +87,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add("--out", "--outdir", default="samples", metavar="PATH", help="a folder, or a .png file (default: samples/); an animation "
         "may be .webp or .gif")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (or cuda:1, ...), mps")
-    add_offload_flag(parser)
+    add_offload_flag(parser), add_quantize_flag(parser)
     add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16 (bfloat16), fp16 "
         "(float16), fp32 (float32)")
     add("--dry-run", action="store_true", help="say what drawing will take, and stop: memory, FLOPs, bytes to read; reads no weights")
@@ -125,6 +126,11 @@ def check(args: argparse.Namespace) -> None:
         fail("--skip-interval must be two rising fractions of the steps, such as 0.01 0.2")
     if args.compile and args.offload == "blocks":
         fail("--compile takes all weights of the network at once: use --offload parts with it")
+    if args.quantize and args.dry_run:
+        fail("--dry-run plans with the weights as they are: leave out --quantize, which takes half of bf16's bytes for them")
+    if args.autoguidance and (args.offload or args.dry_run or args.negative_prompt):
+        odd = next(name for name in ("offload", "dry_run", "negative_prompt") if getattr(args, name)).replace("_", "-")
+        fail(f"--autoguidance steers away from a second model, which --{odd} has no part in: leave one of them out")
     if args.invert is not None and (args.mask or args.eta or args.interpolate is not None):
         fail("--invert starts from the picture's own noise: leave out --mask, --eta and --interpolate")
     check_interpolation(args)
@@ -132,7 +138,7 @@ def check(args: argparse.Namespace) -> None:
         check_scale(args.cfg, "--cfg"), check_scale(args.true_cfg, "--true-cfg")
         check_scale(args.skip_scale, "--skip-scale", "2.8 is usual")
         check_offload(args.offload, "the caption"), check_steps(args.steps)
-        check_seed(args.seed)
+        check_seed(args.seed), check_shortcuts(args)
         check_seed(int(args.interpolate or 0), "--interpolate")
     except ValueError as error:
         fail(str(error))

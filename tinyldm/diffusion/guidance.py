@@ -7,6 +7,8 @@ it is.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ class Denoised(NamedTuple):
 
 Denoiser = Callable[[Tensor, Level], Tensor]
 VarianceDenoiser = Callable[[Tensor, Level], Denoised]  # the functions below also take one of these, and then return one
+Mix = Callable[[Tensor, Tensor, Tensor, Level], Tensor]  # (conditional x0, unconditional x0, x, level) -> guided x0 [b, c, h, w]
 
 
 def denoiser(net: Network, cond: Any, prediction: str) -> Denoiser:
@@ -48,6 +51,18 @@ def denoiser_with_variance(net: Network, cond: Any, prediction: str) -> Variance
     return denoise
 
 
+def tell_elapsed(net: Network, levels: Sequence[Level]) -> Network:
+    """The network, told in each step how far it goes along the flow, to the next level: the answer of a mean flow is the mean velocity on
+    that way (arXiv:2505.13447, Eq. 12). cond: has `extra`, a mapping."""
+    times = torch.tensor([level.t for level in levels])
+    ways = torch.tensor([*(now.sigma - nxt.sigma for now, nxt in pairwise(levels)), 0.0])
+
+    def told(x: Tensor, t: Tensor, cond: Any, **options: Any) -> Tensor:
+        nearest = (times.to(t)[None] - t[:, None]).abs().argmin(1)                      # t is a level's, but perhaps rounded
+        return net(x, t, replace(cond, extra={**cond.extra, "elapsed": ways.to(t)[nearest]}), **options)
+    return told
+
+
 def change_x0(denoise: Denoiser, change: Callable[[Tensor, Tensor, Level], Tensor]) -> Denoiser:
     """The denoiser whose guess is change(x0, x, level). A learned variance is passed on unchanged."""
 
@@ -60,7 +75,7 @@ def change_x0(denoise: Denoiser, change: Callable[[Tensor, Tensor, Level], Tenso
     return changed
 
 
-def cfg(denoise_both: Denoiser, scale: float, rescale: float = 0.0, prediction: str = "x0") -> Denoiser:
+def cfg(denoise_both: Denoiser, scale: float, rescale: float = 0.0, prediction: str = "x0", mix: Mix | None = None) -> Denoiser:
     """Classifier-free guidance: (1 + w) conditional - w unconditional, w = scale - 1 (arXiv:2207.12598, Eq. 6).
 
     `denoise_both` is a denoiser over the doubled batch: its condition holds the b conditional entries first, then the b
@@ -72,13 +87,16 @@ def cfg(denoise_both: Denoiser, scale: float, rescale: float = 0.0, prediction: 
     conditional one (arXiv:2305.08891, Eqs. 15-16). Unlike guidance, the result depends on what is rescaled. Published code
     rescales the network's output, so pass its `prediction`. Only at alpha = 0 do x0 and v give the same result.
 
+    mix: another rule than that formula, made by one of MIXES.
+
     scale = 1 is the conditional model to the last bit, at twice the cost: use the plain denoiser there.
     """
     lookup(PREDICTIONS, prediction, "prediction")
+    mix = mix or linear(scale, prediction, None)
 
     def guide(both: Tensor, x: Tensor, level: Level) -> Tensor:  # both: [2b, c, h, w]
         conditional, unconditional = both.chunk(2)
-        guided = conditional + (scale - 1) * (conditional - unconditional)
+        guided = mix(conditional, unconditional, x, level)
         if not rescale:
             return guided
         out, conditional_out = (to_output(prediction, x, x0, level) for x0 in (guided, conditional))
@@ -90,6 +108,60 @@ def cfg(denoise_both: Denoiser, scale: float, rescale: float = 0.0, prediction: 
         if isinstance(both, Denoised):
             return Denoised(guide(both.x0, x, level), both.variance[: len(x)])
         return guide(both, x, level)
+
+    return denoise
+
+
+def linear(scale: float, prediction: str, first: Level | None) -> Mix:
+    """Classifier-free guidance as it is: see `cfg`."""
+    return lambda conditional, unconditional, x, level: conditional + (scale - 1) * (conditional - unconditional)
+
+
+def projected(scale: float, prediction: str, first: Level | None, momentum: float = -0.5, cap: float = 15 / 256, eta: float = 0.0) -> Mix:
+    """Adaptive projected guidance (arXiv:2410.02416, Alg. 1), against the glaring colours of large scales. Of the difference, as x0, only
+    the part at right angles to the conditional x0 counts, and `eta` of the other, which mostly adds contrast. Earlier differences count
+    too, by powers of `momentum`, and its root mean square is at most `cap`: the paper's 15, the norm for SDXL's 4x128x128 numbers."""
+    average: Tensor | float = 0.0
+
+    def mix(conditional: Tensor, unconditional: Tensor, x: Tensor, level: Level) -> Tensor:
+        nonlocal average
+        norm = lambda y: torch.linalg.vector_norm(y, dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)  # [b, 1, 1, 1]
+        average = conditional - unconditional + momentum * average
+        change = average * (cap * math.sqrt(x[0].numel()) / norm(average)).clamp(max=1)
+        unit = conditional / norm(conditional)
+        return conditional + (scale - 1) * (change - (1 - eta) * (change * unit).sum((1, 2, 3), keepdim=True) * unit)
+
+    return mix
+
+
+def zero_star(scale: float, prediction: str, first: Level | None) -> Mix:
+    """CFG-Zero* for flows (arXiv:2503.18886, Alg. 1): the unconditional velocity is scaled to be as near as it can to the conditional one,
+    before the two are mixed, and in the first step, where a network knows least, the velocity is 0."""
+    if prediction != "flow":
+        raise ValueError(f"guidance cfg_zero is for networks that predict the velocity of a flow, not {prediction}: use cfg or apg")
+
+    def mix(conditional: Tensor, unconditional: Tensor, x: Tensor, level: Level) -> Tensor:
+        if first is not None and level.t == first.t:
+            return to_x0(prediction, x, torch.zeros_like(x), level)
+        c, u = (to_output(prediction, x, x0, level) for x0 in (conditional, unconditional))
+        dot = lambda a, b: (a * b).sum((1, 2, 3), keepdim=True)  # [b, 1, 1, 1]
+        near = dot(c, u) / dot(u, u).clamp(min=1e-8) * u
+        return to_x0(prediction, x, c + (scale - 1) * (c - near), level)
+
+    return mix
+
+
+# Rules for what to make of the conditional and the unconditional guess: (scale, prediction, first level of the grid) -> mix.
+MIXES: dict[str, Callable[[float, str, Level | None], Mix]] = {"cfg": linear, "apg": projected, "cfg_zero": zero_star}
+
+
+def beside(first: Denoiser, second: Denoiser) -> Denoiser:
+    """The `denoise_both` of cfg from two denoisers, one for each half of the batch. With those of a model and of a worse one, such as an
+    earlier checkpoint, under the same condition it is autoguidance (arXiv:2406.02507, Eq. 3 with w = scale)."""
+
+    def denoise(x: Tensor, level: Level) -> Tensor | Denoised:
+        halves = [each(part, level) for each, part in zip((first, second), x.chunk(2))]
+        return Denoised(*map(torch.cat, zip(*halves))) if isinstance(halves[0], Denoised) else torch.cat(halves)
 
     return denoise
 

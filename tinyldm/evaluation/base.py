@@ -91,4 +91,6 @@ class Evaluation:
         """How the pictures were drawn, for a metric's record. seconds: `Drawn.seconds`."""
         return {"model": str(self.source), "seconds": round(seconds, 1), "step": self.model.defaults.get("step"),
                 **{name: getattr(self.settings, name) for name in ("cfg", "steps", "sampler", "schedule")},
+                **({"guidance": self.settings.guidance} if self.settings.guidance != "cfg" else {}),
+                **({self.settings.shortcut.name: self.settings.shortcut.value} if self.settings.shortcut else {}),
                 **{name: getattr(self, name) for name in ("seed", "dtype", "no_ema")}, **self.adapters}

@@ -11,13 +11,14 @@ block is the identity and the output is zero. The default config has 278M parame
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyldm.lookup import check_counts
-from tinyldm.models.layers import Attention, Cond, TimeEmbedding, check_inputs, init_linears, runner, two_layers
+from tinyldm.models.layers import Attention, Cond, TimeEmbedding, check_inputs, init_linears, once, runner, two_layers
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ class DiT(nn.Module):
         rows, cols = x.shape[2:]
         rope = axial_rope(rows, cols, self.config.width // self.config.heads, self.config.rope_theta, x.device)
         x = self.patch_in(x.flatten(2).transpose(1, 2))                # [b, n, width], n = rows * cols
-        context = self.context_in(cond.context)                        # [b, m, width]
+        context = once(cond.memo, self.context_in, lambda: self.context_in(cond.context))      # [b, m, width]
         time = self.time_in(t, cond.extra)                             # [b, width]
         if self.pooled_in is not None:
             time = time + self.pooled_in(cond.pooled)
         modulation = self.modulation(F.silu(time)).unflatten(1, (6, 1, -1))    # [b, 6, 1, width]
         run = runner(self)
         for block in self.blocks:
-            x = run(block, x, context, cond.mask, modulation, rope)
+            x = run(block, x, context, cond.mask, modulation, rope, cond.memo)
         shift, scale = (self.final_table + time[:, None, None]).unbind(1)      # each [b, 1, width]
         x = self.patch_out(self.final_norm(x) * (1 + scale) + shift)   # [b, n, out * patch^2]
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, cols)), patch)
@@ -118,13 +119,13 @@ class DiTBlock(nn.Module):
         self.rounded_residual = config.rounded_residual
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, modulation: Tensor,
-                rope: tuple[Tensor, Tensor]) -> Tensor:
+                rope: tuple[Tensor, Tensor], memo: dict[nn.Module, Any] | None = None) -> Tensor:
         # Under autocast the table is float32 and the other summand bfloat16. So the sum is float32, and so is x after the first gate.
         shared = self.table + modulation
         shared = shared.to(x.dtype) if self.rounded_residual else shared
         shift1, scale1, gate1, shift2, scale2, gate2 = shared.unbind(1)        # each [b, 1, width]
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope=rope)
-        x = x + self.cross(self.norm2(x), context, mask)
+        x = x + self.cross(self.norm2(x), context, mask, memo=memo)
         return x + gate2 * self.mlp(self.norm3(x) * (1 + scale2) + shift2)
 
 

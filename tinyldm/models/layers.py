@@ -29,12 +29,16 @@ class Cond:
     the tokens: a token of weight 0.5 counts half as much as it would.
     pooled: one feature vector per caption [b, d], for networks that modulate by it.
     extra: further conditions by name, each [b, ...], such as SDXL's picture sizes or FLUX's guidance scale.
+    memo: where networks keep what they make of the text alone (see `once`), so that later calls with this condition need not make it
+        again: {} for as long as weights and text stay the same, as while one picture is drawn. None: nothing is kept. It belongs to these
+        captions: conditions that are made of this one by `cat` and `tensor_split` have none.
     """
 
     context: Tensor
     mask: Tensor | None = None
     pooled: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    memo: dict[nn.Module, Any] | None = field(default=None, repr=False, compare=False)
 
     def cat(self, *others: Cond) -> Cond:
         """All these conditions along the batch, self first: [b] and [b'] become [b + b']."""
@@ -54,6 +58,15 @@ class Cond:
         return [Cond(context[i], mask[i], pooled[i], {name: pieces[i] for name, pieces in extra.items()}) for i in range(parts)]
 
 
+def once(memo: dict[nn.Module, Any] | None, module: nn.Module, compute: Callable[[], Any]) -> Any:
+    """compute(), which is a module's answer to the text alone: what Cond.memo has of it, else computed and kept there."""
+    if memo is None:
+        return compute()
+    if module not in memo:
+        memo[module] = compute()
+    return memo[module]
+
+
 class TextFeatures(NamedTuple):
     """What a text encoder answers to token ids [b, n]."""
 
@@ -61,13 +74,14 @@ class TextFeatures(NamedTuple):
     pooled: Tensor    # [b, width] (or [b, projection_dim]), the last layer's vector at EOS
 
 
-def runner(net: nn.Module) -> Callable[..., Tensor]:
-    """The function with which a network calls its blocks: run(block, *inputs). In training with net.grad_checkpointing,
-    autograd keeps a block's inputs only, and the backward pass runs the block again to recompute the rest
-    (arXiv:1604.06174, Sec. 4.1). Blocks draw no random numbers, so the state of the generators need not be kept, unless something beside
-    their layers does (dropout of an adapter), which then says so on the network."""
+def runner(net: nn.Module, recomputed: bool = True) -> Callable[..., Tensor]:
+    """The function with which a network calls its blocks: run(block, *inputs). net.tap, where it is set, stands between them (see Tap, and
+    shortcuts.py). In training with net.grad_checkpointing, unless recomputed is False, autograd keeps a block's inputs only, and the
+    backward pass runs the block again to recompute the rest (arXiv:1604.06174, Sec. 4.1). Blocks draw no random numbers, so the state of
+    the generators need not be kept, unless something beside their layers does (dropout of an adapter), which then says so on the network.
+    """
     run = lambda block, *inputs: block(*inputs)
-    if net.grad_checkpointing and net.training and torch.is_grad_enabled():
+    if recomputed and net.grad_checkpointing and net.training and torch.is_grad_enabled():
         run = partial(checkpoint, use_reentrant=False, preserve_rng_state=getattr(net, "draws_random_numbers", False))
     tap = getattr(net, "tap", None)
     return run if tap is None else partial(tap, run)
@@ -197,9 +211,10 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
-                rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """mask [b, m]: True = may be attended to; numbers are weights. rope: (cos, sin), each [n, head_dim], for self-attention."""
-        q, k, v = (y.transpose(1, 2) for y in self.project(x, context))        # [b, heads, n, d/heads]
+                rope: tuple[Tensor, Tensor] | None = None, memo: dict[nn.Module, Any] | None = None) -> Tensor:
+        """mask [b, m]: True = may be attended to; numbers are weights. rope: (cos, sin), each [n, head_dim], for self-attention.
+        memo: of the Cond that the context comes from."""
+        q, k, v = (y.transpose(1, 2) for y in self.project(x, context, memo))  # [b, heads, n, d/heads]
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         dtype = torch.float32 if self.upcast and v.dtype == torch.float16 else v.dtype
@@ -209,14 +224,19 @@ class Attention(nn.Module):
         out = dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask)
         return self.to_out(out.transpose(1, 2).flatten(2).to(v.dtype))
 
-    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, context: Tensor | None = None, memo: dict[nn.Module, Any] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The queries of x [b, n, heads, d/heads], and the keys and values of the context [b, m, heads, d/heads]."""
-        context = x if context is None else context
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        if isinstance(self.q_norm, nn.RMSNorm):
-            # Under autocast q and k are bfloat16 and the weights float32, which PyTorch's fused kernel does not take.
-            q, k = (norm(y.to(norm.weight.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
-        return q, k, v
+        q = self.normed(self.q_norm, self.to_q(x).unflatten(-1, (self.heads, -1)))
+        return q, *once(memo, self, lambda: self.keys_and_values(x if context is None else context))
+
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (linear(context).unflatten(-1, (self.heads, -1)) for linear in (self.to_k, self.to_v))
+        return self.normed(self.k_norm, k), v
+
+    @staticmethod
+    def normed(norm: nn.Module, y: Tensor) -> Tensor:
+        # Under autocast y is bfloat16 and the weight float32, which PyTorch's fused kernel does not take.
+        return norm(y.to(norm.weight.dtype)) if isinstance(norm, nn.RMSNorm) else y
 
 
 def two_layers(dim: int, hidden: int, out: int, activation: nn.Module | None = None) -> nn.Sequential:

@@ -77,7 +77,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Cond) -> Tensor:
         x = x + self.self_attention(self.norm1(x))
-        x = x + self.cross_attention(self.norm2(x), cond.context, cond.mask)
+        x = x + self.cross_attention(self.norm2(x), cond.context, cond.mask, memo=cond.memo)
         return x + self.feed_forward(self.norm3(x))
 
 
@@ -210,19 +210,19 @@ class UNet(nn.Module):
             raise ValueError(f"latent size {x.shape[2]}x{x.shape[3]} is not a multiple of {multiple}: "
                              f"this U-Net halves it {len(self.config.widths) - 1} times")
         emb = self.embed(t, cond)                                          # [b, e]
-        x, run = self.conv_in(x), runner(self)
+        x, run, resample = self.conv_in(x), runner(self), runner(self, recomputed=False)
         skips = [x]
         for level in self.down:
             for i in range(len(level.resnets)):
                 x = level.apply_block(i, x, emb, cond, run)
                 skips.append(x)
             if level.resample is not None:
-                x = level.resample(x)                                      # half height and width
+                x = resample(level.resample, x)                            # half height and width
                 skips.append(x)
         x = self.middle(x, emb, cond, run)
         for level in self.up:
             for i in range(len(level.resnets)):
                 x = level.apply_block(i, torch.cat([x, skips.pop()], dim=1), emb, cond, run)
             if level.resample is not None:
-                x = level.resample(x)                                      # double height and width
+                x = resample(level.resample, x)                            # double height and width
         return self.conv_out(F.silu(self.norm_out(x)))

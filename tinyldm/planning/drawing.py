@@ -33,7 +33,7 @@ from tinyldm.folders.weights import find_weights
 from tinyldm.model import Model, architecture, repeated_blocks
 from tinyldm.models.layers import Cond
 from tinyldm.offload import offload, weight_bytes
-from tinyldm.pipeline import DrawSettings, PromptFeatures, check_size, decode_unchecked, guide, picture_size, with_extras
+from tinyldm.pipeline import DrawSettings, PromptFeatures, check_size, decode_unchecked, guide, picture_size, remembering, with_extras
 from tinyldm.planning.flops import count_flops, size
 from tinyldm.planning.memory import RESERVE, empty
 from tinyldm.planning.peak import AutocastOnMeta, LivePeak
@@ -88,11 +88,11 @@ def plan_drawing(model: Model, order: Order) -> DrawingPlan:
     run(replace(model, placement=activations), order)
     cond = run(replace(model, placement=flops), order._replace(prompts=order.prompts[:1], at_once=1))
     calls = network_calls(model, order)
-    flops.found["net"] = sum(times * pictures * net_flops(model, cond, order, dict(options))
-                             for (pictures, options), times in calls.items())
+    flops.found["net"] = sum(times * pictures * net_flops(model, cond, order, again, dict(options))
+                             for (pictures, again, options), times in calls.items())
     parts = {part: PlannedPart(module, weight_bytes(module), bytes_by_blocks(module), activations.found[part], flops.found[part])
              for part, module in ((part, model.modules[part]) for part in (*model.text.modules, "net", "vae"))}
-    return DrawingPlan(order, parts, sum(times * pictures for (pictures, _), times in calls.items()))
+    return DrawingPlan(order, parts, sum(times * pictures for (pictures, *_), times in calls.items()))
 
 
 def weights_that_fit(model: Model, order: Order, device: torch.device) -> int | None:
@@ -185,7 +185,7 @@ def run(model: Model, order: Order) -> Cond:
     batch = order.at_once * (2 if order.settings.guided else 1)
     cond = with_extras(model, features([order.prompts[0]] * batch), order.settings, order.width, order.height)
     with model.at_work("net"):
-        model.net(latents(model, order, batch, next(model.net.parameters()).dtype), empty(batch), cond)
+        model.net(latents(model, order, batch, next(model.net.parameters()).dtype), empty(batch), remembering(model.net, cond))
     with model.at_work("vae"):
         decode_unchecked(model.vae, latents(model, order, order.at_once))
     return cond
@@ -196,22 +196,31 @@ def latents(model: Model, order: Order, batch: int, dtype: torch.dtype = torch.f
     return empty(batch, model.vae.config.latent_channels, order.height // f, order.width // f, dtype=dtype)
 
 
-def net_flops(model: Model, cond: Cond, order: Order, options: dict[str, Any]) -> int:
-    """FLOPs of the network on one picture. cond: of a batch; options: further arguments, such as skip_layers."""
+def net_flops(model: Model, cond: Cond, order: Order, again: bool, options: dict[str, Any]) -> int:
+    """FLOPs of the network on one picture. cond: of a batch; again: what depends on the text alone has been computed in an earlier call;
+    options: further arguments, such as skip_layers."""
     one, x = cond.tensor_split(len(cond.context))[0], latents(model, order, 1, next(model.net.parameters()).dtype)
-    return count_flops(lambda: model.net(x, empty(1), one, **options))
+    one = remembering(model.net, one)
+    call = lambda: model.net(x, empty(1), one, **options)
+    if again:
+        call()
+    return count_flops(call)
 
 
-def network_calls(model: Model, order: Order) -> Counter[tuple[int, tuple]]:
-    """How often the network is called to draw a picture, by the pictures in a call and its further arguments, sorted. The sampler itself
+def network_calls(model: Model, order: Order) -> Counter[tuple[int, bool, tuple]]:
+    """How often the network is called to draw a picture, by the pictures in a call, whether it is another one with the same condition, and
+    its further arguments, sorted. The sampler itself
     is run, on latents of one pixel with a network that answers zeros, so that all guidance and every order of sampler count."""
     settings, calls = order.settings, Counter()
     levels = grid(at_size(model.process, order.height * order.width // model.divisor**2), settings.steps, settings.sampling.schedule,
                   strength=order.strength, **settings.sampling.grid)
 
     def conditional(cond: Cond, **options: Any):
+        called = []
+
         def network(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            calls[len(x), tuple(sorted(options.items()))] += 1
+            calls[len(x), bool(called), tuple(sorted(options.items()))] += 1
+            called.append(True)
             return torch.zeros_like(x)
         return denoiser(network, cond, model.prediction)
 
