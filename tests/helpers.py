@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,3 +154,25 @@ def small_text():
     tokenizer = Tokenizer.train([PROMPT, "a small green triangle"] * 3, vocab_size=600, context_length=16)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     return tokenizer, CLIPTextConfig(vocab_size=len(tokenizer), width=32, layers=2, heads=2, mlp_width=64, context_length=16, **ids)
+
+
+# ---- grids of cases, thinned: all of them run with `pytest -m "slow or not slow"`
+
+
+def later(every, *places):
+    """The mark of a combination, from the indices of its values on their axes: one diagonal in `every` is in the fast suite,
+    the others are `-m slow`. Where two axes are about that long, each value of each axis is in the fast suite."""
+    return pytest.mark.slow if sum(places) % every else ()
+
+
+def combinations(every, *axes):
+    """All combinations of one value of each axis, marked by later()."""
+    numbered = (zip(*pairs) for pairs in product(*map(enumerate, axes)))
+    return [pytest.param(*values, marks=later(every, *places)) for places, values in numbered]
+
+
+def thinned(every, cases):
+    """The cases, marked by later(). Those that are marked already stay as they are."""
+    unpacked = [(case if isinstance(case, tuple) else (case,)) for case in cases]
+    return [case if hasattr(case, "marks") else pytest.param(*values, marks=later(every, place))
+            for place, (case, values) in enumerate(zip(cases, unpacked))]

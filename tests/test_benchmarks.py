@@ -143,8 +143,8 @@ def options_of(name, folder="", dtype="fp32", **more):
 def every_case():
     slow = {"sample", "load", "train"}
     for name in processes.COMMANDS:
-        for case in processes.all_cases(options_of(name)):
-            yield pytest.param(name, case.name, id=case.name, marks=[pytest.mark.slow] * (name in slow))
+        for i, case in enumerate(processes.all_cases(options_of(name))):
+            yield pytest.param(name, case.name, id=case.name, marks=[pytest.mark.slow] * (name in slow or i % 4 > 0))
 
 
 def run_here(case, rounds=1):

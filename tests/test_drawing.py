@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPT, randomise, script, small_text
+from helpers import PROMPT, combinations, randomise, script, small_text
 from PIL import Image
 
 import sample
@@ -116,8 +116,7 @@ def test_strength_1_starts_from_almost_pure_noise(model):
     assert abs(one - drawn(model)).mean() < 0.35 * abs(near - drawn(model)).mean()       # sqrt(alpha_bar) is still 0.068
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0])
-@pytest.mark.parametrize("sampler", PUBLISHED)
+@pytest.mark.parametrize("sampler, strength", combinations(3, PUBLISHED, [0.5, 1.0]))
 def test_a_seed_gives_one_picture_at_any_batch_size_from_a_picture_too(model, sampler, strength):
     how, start = draw_settings(model, sampler=sampler), canvas(scene(), strength)
     batch = drawn(model, how, seeds=(3, 4, 5), canvas=start)

@@ -47,6 +47,7 @@ def minimal(folder: Path, *words: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_minimal_example_writes_a_row_per_subject_and_a_column_per_colour(tmp_path):
     printed = minimal(tmp_path, "--steps", 2)
     assert re.search(r"step +2: loss \d", printed)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import PROMPT, randomise, small_text
+from helpers import PROMPT, randomise, small_text, thinned
 from originals import compvis_unet
 from PIL import Image
 from published import write_flux, write_sd3, write_sdxl
@@ -147,7 +147,7 @@ def test_the_command_writes_a_folder_that_diffusers_opens_and_draws_from(make_ru
     assert_same(theirs(folder), np.asarray(Image.open(tmp_path / "drawn.png")).astype(int), ours(run))
 
 
-@pytest.mark.parametrize("process, options, prediction", PAIRS)
+@pytest.mark.parametrize("process, options, prediction", thinned(3, PAIRS))
 def test_every_pair_that_diffusers_implements_draws_the_same_picture_there(make_run, exported, process, options, prediction):
     run = make_run(process, options, prediction)
     folder = exported(run)
@@ -163,7 +163,7 @@ def test_a_tiny_autoencoder_is_published_as_one(make_run, exported):
     assert_same(theirs(folder), ours(folder), ours(run))
 
 
-@pytest.mark.parametrize("sampler", PUBLISHED)
+@pytest.mark.parametrize("sampler", thinned(3, PUBLISHED))
 @pytest.mark.parametrize("process, options, prediction", [("scaled_linear", {}, "v"), FEW[0], *MORE])
 def test_a_named_sampler_is_the_folder_s_in_diffusers_too_or_is_refused(make_run, exported, process, options, prediction, sampler):
     run = make_run(process, options, prediction)
@@ -403,7 +403,7 @@ def drawn_here(folder):
     return draw(model, [PROMPT], [SEED], draw_settings(model, steps=3), width=48, height=32)[0].astype(int)
 
 
-@pytest.mark.parametrize("family", PUBLISHED_FAMILIES)
+@pytest.mark.parametrize("family", thinned(2, PUBLISHED_FAMILIES))
 def test_a_published_model_of_several_text_encoders_is_exported_for_its_pipeline(exported, tmp_path, capsys, family):
     write, options, how = PUBLISHED_FAMILIES[family]
     theirs = write(tmp_path / "source", **options)

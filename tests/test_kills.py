@@ -75,6 +75,7 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_kills_change_nothing(whole, tmp_path):
     run_with_kills(["train.py", *SMALL, *STEPS], tmp_path / "run", kills=2, seed=1)
     assert_same(whole, tmp_path / "run", 12)

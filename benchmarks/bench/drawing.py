@@ -42,6 +42,7 @@ from tinyldm.model import Model, compile_blocks
 from tinyldm.models.dit import DiTConfig
 from tinyldm.pipeline import DrawSettings, draw, draw_settings
 from tinyldm.planning.flops import MetaNetworks, count_flops, forwards
+from tinyldm.shortcuts import find_shortcut
 from tinyldm.text.tokenizer import Tokenizer
 from tinyldm.vendor_loaders.scheduler import to_config
 
@@ -50,9 +51,28 @@ PROMPT, SEED, SCALE = "a red square on the left of a blue circle", 3, 7.5
 EIGHT_BITS = 2e-3
 # The output of a random network has nothing to do with the noise in the picture. Where it is small, numbers stay near unit scale.
 OUTPUT_SCALE = 0.1
-# Ways to draw that change the picture: their error is shown. Each takes settings and returns others.
-APPROXIMATIONS: dict[str, Callable[[Model, DrawSettings], DrawSettings]] = {
-    "5 steps fewer": lambda model, settings: draw_settings(model, steps=max(1, settings.steps - 5), cfg=SCALE),
+
+
+class Approximation(NamedTuple):
+    """A way to draw that changes the picture: its error is shown."""
+
+    kinds: tuple[str, ...]                                      # of networks that it is for
+    change: Callable[[Model, DrawSettings], DrawSettings]
+
+
+def fewer_steps(model: Model, settings: DrawSettings) -> DrawSettings:
+    return draw_settings(model, steps=max(1, settings.steps - 5), cfg=SCALE)
+
+
+def shortened(name: str, value: float) -> Callable[[Model, DrawSettings], DrawSettings]:
+    return lambda model, settings: settings._replace(shortcut=find_shortcut({name: value}, model.net))
+
+
+APPROXIMATIONS = {
+    "5 steps fewer": Approximation(("unet", "dit"), fewer_steps),
+    "--deep-cache 3": Approximation(("unet",), shortened("deep_cache", 3)),
+    "--deep-cache 5": Approximation(("unet",), shortened("deep_cache", 5)),
+    "--first-block-cache 0.1": Approximation(("dit",), shortened("first_block_cache", 0.1)),
 }
 
 
@@ -172,8 +192,8 @@ def cases(options: Options) -> list[Case]:
     for drawing in DRAWINGS:
         sides = with_compiled(options, "tinyldm", partial(ours, drawing, options, same))
         if options.approximate:
-            sides += [Side(f"tinyldm, {name}", partial(ours, drawing, options, change, False), exact=False)
-                      for name, change in APPROXIMATIONS.items()]
+            sides += [Side(f"tinyldm, {name}", partial(ours, drawing, options, row.change, False), exact=False)
+                      for name, row in APPROXIMATIONS.items() if drawing.net.kind in row.kinds]
         if options.peer != "none":
             sides += with_compiled(options, drawing.peer, partial(theirs, drawing, options), peer=True)
         made.append(Case(f"{drawing.name}, {options.dtype}", sides, partial(useful_flops, drawing, options),

@@ -50,7 +50,7 @@ EXPECTED = {
     "process flow": dict(shift=1.0),
     "process dynamic_flow": dict(base_shift=0.5, max_shift=1.15, base_tokens=256, max_tokens=4096, exponential=True),   # FLUX.1 dev's
     "process as_flow": dict(shift=1.0, of="scaled_linear", options=None, prediction="eps"),
-    "cfg": dict(rescale=0.0, prediction="x0"),
+    "cfg": dict(rescale=0.0, prediction="x0", mix=None),
     "dynamic_threshold": dict(quantile=0.995, bound=1.0),
     "classifier_guidance": dict(scale=1.0),
     "slerp": dict(dim=-1),

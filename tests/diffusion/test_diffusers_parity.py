@@ -45,6 +45,7 @@ import types
 from pathlib import Path
 
 import pytest
+from helpers import combinations
 import torch
 
 from tinyldm.diffusion.grids import Levels, grid
@@ -122,9 +123,7 @@ def strays(name, spacing, steps):
     return spacing == "linspace" and steps == 1 and not PUBLISHED[name].drop_last
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name, spacing, kind", combinations(4, PUBLISHED, SPACINGS, ["eps", "v"]))
 def test_a_saved_config_is_drawn_as_its_scheduler_draws(name, spacing, kind, toy_network):
     scheduler = make(name, timestep_spacing=spacing, steps_offset=1, prediction_type=PREDICTION_TYPES[kind])
     assert sampling(saved(scheduler)).sampler == name
@@ -133,9 +132,7 @@ def test_a_saved_config_is_drawn_as_its_scheduler_draws(name, spacing, kind, toy
             agrees(scheduler, toy_network, steps)
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", KARRAS)
+@pytest.mark.parametrize("name, spacing, kind", combinations(4, KARRAS, SPACINGS, ["eps", "v"]))
 def test_a_saved_config_with_karras_sigmas(name, spacing, kind, toy_network):
     fields = {"timestep_spacing": spacing, "steps_offset": 1, "prediction_type": PREDICTION_TYPES[kind]}
     scheduler = make(name, use_karras_sigmas=True, **fields)
@@ -145,8 +142,8 @@ def test_a_saved_config_with_karras_sigmas(name, spacing, kind, toy_network):
     agrees(scheduler, toy_network, 20, None, "karras", config=saved(make(name, **fields)))  # asked for by name
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", [name for name, published in PUBLISHED.items() if "x0" in published.predictions])
+@pytest.mark.parametrize("name, spacing", combinations(3, [name for name, published in PUBLISHED.items() if "x0" in published.predictions],
+                                                       SPACINGS))
 def test_a_network_that_predicts_x0(name, spacing, toy_network):
     for karras in {False, name in KARRAS}:
         fields = {"use_karras_sigmas": True} if karras else {}
@@ -335,9 +332,7 @@ def draws(name, net, prediction, levels, start_at_sigma=False, **options):
     return final(SAMPLERS[name](denoiser(net, None, prediction), x, levels, generators=generators, **options))
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
-@pytest.mark.parametrize("schedule", ["exponential", "beta"])
-@pytest.mark.parametrize("name", BY_SIGMA)
+@pytest.mark.parametrize("name, schedule, kind", combinations(4, BY_SIGMA, ["exponential", "beta"], ["eps", "v", "x0"]))
 def test_exponential_and_beta_sigmas(name, schedule, kind, toy_network):
     scheduler, options, ends = BY_SIGMA[name]
     sde = {"algorithm_type": "sde-dpmsolver++"} if name == "dpmpp_2m_sde" else {}

@@ -1,8 +1,8 @@
 import math
 from functools import partial
-from itertools import product
 
 import pytest
+from helpers import combinations, later
 import torch
 
 from tinyldm.diffusion.grids import Levels, curve, grid
@@ -50,19 +50,6 @@ STOCHASTIC = {
 ANY = SAMPLERS | STOCHASTIC
 STEPPING = [name for name in SAMPLERS if name not in ("annealed_langevin", "predictor_corrector")]      # move only from level to level
 RENEWING = [*STOCHASTIC, "lcm"]  # lcm also draws noise, but it is for consistency functions: with E[x0 | x] it does not draw the data
-
-
-def later(every, *places):
-    """The mark of a combination, from the indices of its values on their axes: one diagonal in `every` is in the fast suite,
-    the others are `-m slow`. Where two axes are about that long, each value of each axis is in the fast suite, as a test
-    below checks."""
-    return pytest.mark.slow if sum(places) % every else ()
-
-
-def combinations(every, *axes):
-    """All combinations of one value of each axis, marked by later()."""
-    numbered = (zip(*pairs) for pairs in product(*map(enumerate, axes)))
-    return [pytest.param(*values, marks=later(every, *places)) for places, values in numbered]
 
 
 def noise(n, shape=(4, 6, 6)):

@@ -188,9 +188,10 @@ def test_help_names_every_metric_and_does_not_wait_for_torch():
 def test_the_drawing_flags_are_none_unless_typed_and_have_their_usual_names():
     parser = Parser()
     add_drawing_flags(parser)
-    assert vars(parser.parse_args([])) == dict.fromkeys(("cfg", "true_cfg", "steps", "sampler", "schedule"))
+    names = ("cfg", "true_cfg", "steps", "sampler", "schedule", "guidance", "autoguidance", "first_block_cache", "deep_cache")
+    assert vars(parser.parse_args([])) == dict.fromkeys(names)
     typed = parser.parse_args(["--guidance-scale", "3", "--num_inference_steps", "9", "--sampler", "heun", "--schedule", "karras"])
-    assert vars(typed) == dict(cfg=3.0, true_cfg=None, steps=9, sampler="heun", schedule="karras")
+    assert vars(typed) == dict.fromkeys(names) | dict(cfg=3.0, steps=9, sampler="heun", schedule="karras")
 
 
 # ---------------------------------------------------------------- the model, and how to draw with it

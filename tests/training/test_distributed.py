@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ENVIRONMENT, ROOT, SMALL, load_script, train_here
+from helpers import ENVIRONMENT, ROOT, SMALL, load_script, thinned, train_here
 from safetensors.torch import load_file, save_file
 from torch import nn
 from workers import BATCH, STEPS, Run
@@ -72,7 +72,7 @@ def near(found, wanted, tolerance):
 # ---------------------------------------------------------------- the weights
 
 
-@pytest.mark.parametrize("name, kind", [("dit", "dit"), ("unet", "unet"), ("sharded", "dit"), ("sharded-unet", "unet")])
+@pytest.mark.parametrize("name, kind", thinned(3, [("dit", "dit"), ("unet", "unet"), ("sharded", "dit"), ("sharded-unet", "unet")]))
 def test_gradients_add_up_to_those_of_one_process(trained, name, kind):
     near(trained.of(f"{name}-gradients"), trained.runs[kind].gradients, 1e-5)
 
