@@ -155,6 +155,9 @@ def load(args: argparse.Namespace) -> Evaluation:
     guidance = [draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=scale, true_cfg=args.true_cfg,
                               guidance=args.guidance, worse=worse, shortcuts={name: getattr(args, name) for name in SHORTCUTS})
                 for scale in args.cfg or (None,)]
+    for name in ("guidance", "autoguidance"):
+        if getattr(args, name) and not any(each.guided for each in guidance):
+            raise ValueError(f"--{name} has no guidance to change: use it with a guidance scale above 1")
     settings = guidance[0]
     if args.offload:
         at_once = min(args.batch_size, count)

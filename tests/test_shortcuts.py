@@ -16,7 +16,7 @@ from small_models import MODELS, drawn
 from test_text_memo import dit_model
 
 from tinyldm.diffusion.grids import grid
-from tinyldm.diffusion.guidance import denoiser
+from tinyldm.diffusion.guidance import SkipLayers, denoiser
 from tinyldm.diffusion.process import Flow
 from tinyldm.diffusion.samplers import ddim, dpmpp_2m, final, heun
 from tinyldm.folders.rename import export_renamed
@@ -24,7 +24,7 @@ from tinyldm.model import repeated_blocks
 from tinyldm.models.flux import Flux, FluxConfig
 from tinyldm.models.layers import Cond
 from tinyldm.models.unet import UNet, UNetConfig
-from tinyldm.pipeline import draw_settings
+from tinyldm.pipeline import draw, draw_settings
 from tinyldm.shortcuts import (
     SHORTCUTS,
     DeepCache,
@@ -203,13 +203,14 @@ def test_a_shortcut_that_a_network_has_no_use_for_is_refused(name, model, words)
 def test_a_compiled_network_takes_no_shortcut():
     net = MADE["unet"]().net
     net._compiled_call_impl = net.forward
-    with pytest.raises(ValueError, match="leave out --compile"):
+    with pytest.raises(ValueError, match="compile its blocks instead"):
         Shortcut("deep_cache", 2, net).wrap(None, net, LEVELS)
 
 
 @pytest.mark.parametrize("words, message", [
     (["--deep-cache", "0"], "--deep-cache 0 must be 1 (run all) or more"),
     (["--first-block-cache", "nan"], "--first-block-cache nan must be at least 0 and below 1"),
+    (["--deep-cache", "2", "--dry-run"], "--dry-run counts full calls of the network"),
     (["--quantize", "int8", "--dry-run"], "--dry-run plans with the weights as they are"),
 ])
 def test_values_that_mean_nothing_are_refused_before_anything_is_loaded(words, message, capsys):
@@ -221,3 +222,12 @@ def test_every_shortcut_has_a_flag_of_its_name():
     parser = Parser()
     add_drawing_flags(parser)
     assert SHORTCUTS.keys() <= {action.dest for action in parser._actions}
+
+
+def test_beside_guidance_that_leaves_out_the_first_block_those_calls_are_full():
+    model = MADE["mmdit"]()
+    skip = SkipLayers((0, 2), start=0.0, stop=1.0)
+    settings = draw_settings(model, steps=8)._replace(skip=skip)
+    plain = draw(model, ["a"], [0], settings)
+    shortcut = Shortcut("first_block_cache", 0.0, model.net)
+    assert (draw(model, ["a"], [0], settings._replace(shortcut=shortcut)) == plain).all() and not shortcut.short

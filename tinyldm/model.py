@@ -210,7 +210,7 @@ def compile_blocks(net: nn.Module, dynamic: bool | None = None) -> nn.Module:
     """The same network, whose repeated blocks are compiled at their first call. Blocks of one kind and of equal shapes share a graph, so
     that the first step comes many times sooner than when the whole network is compiled; what is between the blocks stays as it is."""
     blocks = repeated_blocks(net)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))      # shapes of a kind of blocks: 8
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))        # shapes of a kind of blocks
     for block in blocks:
         block.compile(dynamic=dynamic, options=dict(architecture(net).compile_options) or None)
     return net

@@ -222,7 +222,8 @@ def guide(conditional: Callable[..., Denoiser], cond: Cond, negative: Cond | Non
     if not settings.guided:
         return plain
     both = conditional(cond.cat(negative)) if worse is None else beside(conditional(cond), worse(cond))
-    mix = MIXES[settings.guidance](settings.cfg, prediction, levels[0])
+    noise = levels[0] if levels[0].alpha < 1e-3 else None           # a grid that begins at a picture has no first step of pure noise
+    mix = MIXES[settings.guidance](settings.cfg, prediction, noise)
     denoise = guided(without_layers(both, 2), settings.cfg, settings.rescale, prediction, mix)
     return denoise if settings.interval is None else interval(denoise, plain, *settings.interval)
 

@@ -69,7 +69,7 @@ class FirstBlockCache:
         if block is self.first:
             self.compare(after - image)
             self.after_first = after
-        elif block is self.last:
+        elif block is self.last and self.added is not None:     # without the first block (--skip-layers) every call is full
             self.rest = after[:, -self.added.shape[1] :] - self.after_first
         return answer
 
@@ -147,7 +147,7 @@ class Shortcut:
         second, so that samplers with several calls per step have short ones too. ValueError for a compiled network."""
         if net._compiled_call_impl is not None:
             raise ValueError(f"--{self.name.replace('_', '-')} chooses in each call which blocks to run, and a compiled network runs all "
-                             "of them: leave out --compile")
+                             "of them: compile its blocks instead (model.compile_blocks)")
         tap, before = self.kind.tap(net, self.value), -2
 
         def shortened(x: Tensor, level: Level) -> Tensor | Denoised:

@@ -41,9 +41,10 @@ def drawn(monkeypatch):
     return calls
 
 
-def evaluation(out, count: int = 7, batch_size: int = 3, cfg=(1.5, 3.0), seed: int = 20, net: int = 1, **options) -> Evaluation:
+def evaluation(out, count: int = 7, batch_size: int = 3, cfg=(1.5, 3.0), seed: int = 20, net: int = 1, guidance=None, shortcuts=None,
+               **options) -> Evaluation:
     net = model(net)
-    guidance = [draw_settings(net, cfg=scale) for scale in cfg]
+    guidance = [draw_settings(net, cfg=scale, guidance=guidance, shortcuts=shortcuts or {}) for scale in cfg]
     return Evaluation(net, "runs/x", guidance[0], torch.device("cpu"), out, count, seed, batch_size, "fp32", options=options,
                       guidance=guidance)
 
@@ -113,7 +114,7 @@ def test_the_first_process_waits_for_the_files_of_the_others(tmp_path, drawn, mo
     assert asked == [False, True]
 
 
-@pytest.mark.parametrize("change", [{"seed": 21}, {"net": 5}, {"cfg": (2.0,)}])
+@pytest.mark.parametrize("change", [{"seed": 21}, {"net": 5}, {"cfg": (2.0,)}, {"guidance": "apg"}, {"shortcuts": {"deep_cache": 2}}])
 def test_pictures_of_other_settings_or_weights_are_never_taken_for_these(tmp_path, drawn, change):
     folder = generate(evaluation(tmp_path, cfg=(1.5,)), CAPTIONS)[0]
     other = generate(evaluation(tmp_path, **({"cfg": (1.5,)} | change)), CAPTIONS)[0]

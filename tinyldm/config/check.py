@@ -119,6 +119,8 @@ def check_data(config: Config) -> None:
 def check_length(config: Config) -> None:
     """How long to train, and on how many pictures per step."""
     length = config.optimisation
+    if config.run.compile_blocks and config.run.compile is False:
+        raise ValueError("--compile-blocks says how to compile: leave out --no-compile")
     if bool(length.max_steps) == bool(length.budget or length.deadline):
         raise ValueError("a run ends by --max-steps or by time (--budget, --deadline): give one of the two")
     for name, value, read in (("budget", length.budget, parse_duration), ("deadline", length.deadline, parse_date)):

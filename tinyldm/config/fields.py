@@ -34,8 +34,8 @@ class RunConfig:
     dtype: str = free("auto", "autocast: auto (bf16 where the device computes it natively), bf16 (bfloat16), fp32 (float32)")
     compile: bool | None = free(None, "torch.compile the network, and the VAE while it encodes (default: on CUDA; in train.py only for "
                                       "half an hour of work or more, and not with --fsdp)")
-    compile_blocks: bool = free(False, "compile only the repeated blocks of the network, each kind once: the first step comes sooner, "
-                                       "later ones may take a little longer")
+    compile_blocks: bool = free(False, "where the network is compiled (--compile), only its repeated blocks, each kind once: the "
+                                       "first step comes sooner, later ones may take a little longer")
     fsdp: bool = free(False, "several GPUs: shard weights, gradients and optimizer state over them too (FSDP2)")
     reduce_dtype: str = free("fp32", "several GPUs: gradients are sent and summed in fp32, or in bf16: half the bytes, but each sum of "
                                      "two is rounded to 8 bits (an error of up to 1/256)")

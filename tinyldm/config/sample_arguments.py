@@ -128,6 +128,8 @@ def check(args: argparse.Namespace) -> None:
         fail("--compile takes all weights of the network at once: use --offload parts with it")
     if args.quantize and args.dry_run:
         fail("--dry-run plans with the weights as they are: leave out --quantize, which takes half of bf16's bytes for them")
+    if args.dry_run and (args.deep_cache or args.first_block_cache is not None):
+        fail("--dry-run counts full calls of the network: leave out --deep-cache and --first-block-cache")
     if args.autoguidance and (args.offload or args.dry_run or args.negative_prompt):
         odd = next(name for name in ("offload", "dry_run", "negative_prompt") if getattr(args, name)).replace("_", "-")
         fail(f"--autoguidance steers away from a second model, which --{odd} has no part in: leave one of them out")

@@ -41,6 +41,12 @@ class NotFirst(Exception):
     """Raised by a metric in every process but torchrun's first, where its share of the work ends."""
 
 
+def switches(settings: DrawSettings) -> dict[str, Any]:
+    """The ways to draw that are off by default, where they are on."""
+    return {**({"guidance": settings.guidance} if settings.guidance != "cfg" else {}),
+            **({settings.shortcut.name: settings.shortcut.value} if settings.shortcut else {})}
+
+
 @dataclass
 class Evaluation:
     """One model, one autoencoder, or pictures under evaluation: what every metric is given."""
@@ -91,6 +97,4 @@ class Evaluation:
         """How the pictures were drawn, for a metric's record. seconds: `Drawn.seconds`."""
         return {"model": str(self.source), "seconds": round(seconds, 1), "step": self.model.defaults.get("step"),
                 **{name: getattr(self.settings, name) for name in ("cfg", "steps", "sampler", "schedule")},
-                **({"guidance": self.settings.guidance} if self.settings.guidance != "cfg" else {}),
-                **({self.settings.shortcut.name: self.settings.shortcut.value} if self.settings.shortcut else {}),
-                **{name: getattr(self, name) for name in ("seed", "dtype", "no_ema")}, **self.adapters}
+                **switches(self.settings), **{name: getattr(self, name) for name in ("seed", "dtype", "no_ema")}, **self.adapters}

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from tinyldm.device import autocast
-from tinyldm.evaluation.base import Evaluation
+from tinyldm.evaluation.base import Evaluation, switches
 from tinyldm.evaluation.captions import Captions
 from tinyldm.evaluation.progress import progress
 from tinyldm.files import make_output_folder, write_file
@@ -42,10 +42,13 @@ class Job(NamedTuple):
 def settings_of(evaluation: Evaluation, settings: DrawSettings, captions: Captions) -> dict[str, Any]:
     """Everything that decides what the pictures look like."""
     width, height = picture_size(evaluation.model)
+    together = settings.shortcut and settings.shortcut.name == "first_block_cache"      # it decides for a batch as a whole
     return {"model": str(evaluation.source), "weights": fingerprint(evaluation.model), "step": evaluation.model.defaults.get("step"),
             **{name: getattr(settings, name) for name in ("cfg", "told", "steps", "sampler", "schedule")},
             **{name: getattr(evaluation, name) for name in ("seed", "dtype", "no_ema")}, "width": width, "height": height,
-            "captions": captions.source, "captions_digest": captions.digest}
+            "captions": captions.source, "captions_digest": captions.digest,
+            **switches(settings), **({"autoguidance": fingerprint(settings.worse)} if settings.worse else {}),
+            **({"batch_size": evaluation.batch_size} if together else {})}
 
 
 def fingerprint(model: Model) -> str:
@@ -78,6 +81,7 @@ def scale(settings: DrawSettings) -> float:
 
 def generate(evaluation: Evaluation, captions: Captions) -> list[Path]:
     """Draw `evaluation.count` pictures at every guidance scale -> the folders."""
+    evaluation.drawing = True                                   # stays so after an error: the others wait for files
     folders = [drawn_folder(evaluation, settings, captions) for settings in evaluation.guidance]
     for folder, settings in zip(folders, evaluation.guidance):
         jobs = [Job(folder / f"{i:07d}.png", captions[i], evaluation.seed + i) for i in range(evaluation.count)]
@@ -87,7 +91,7 @@ def generate(evaluation: Evaluation, captions: Captions) -> list[Path]:
 
 def draw_missing(evaluation: Evaluation, settings: DrawSettings, jobs: Sequence[Job], label: str) -> None:
     """Draw this process's share of the pictures that have no file yet, and wait for the others'."""
-    evaluation.drawing = True                                   # stays so after an error
+    evaluation.drawing = True
     mine = [job for job in jobs[evaluation.world.rank::evaluation.world.size] if not job.file.exists()]
     with progress(len(mine), label, shown=bool(mine)) as bar:
         with autocast(evaluation.device, evaluation.dtype):

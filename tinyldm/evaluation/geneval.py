@@ -34,7 +34,7 @@ def prompts(evaluation: Evaluation) -> Captions:
 
 
 def measure(evaluation: Evaluation) -> Measurement:
-    captions = prompts(evaluation)
+    captions, evaluation.drawing = prompts(evaluation), True
     folders = [write_folder(evaluation, i, captions) for i in range(len(evaluation.guidance))]
     evaluation.leave_unless_first()
     return Measurement(

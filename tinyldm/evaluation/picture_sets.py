@@ -159,7 +159,8 @@ def reference(evaluation: Evaluation, tower: OpenTower, kept: int) -> FeatureSet
 def tower_of(evaluation: Evaluation, name: str) -> OpenTower:
     """A tower with the weights that --weights names for it. ValueError, with how to get them, where there are none."""
     sources = sources_of(evaluation)
-    return share(evaluation, ("tower", name), lambda: open_tower(name, sources.get(name.partition("-")[0]), evaluation.device))
+    opened = lambda: open_tower(name, sources.get(name.partition("-")[0]), evaluation.device)
+    return share(evaluation, ("tower", name), lambda: together(evaluation.world, opened))
 
 
 def sources_of(evaluation: Evaluation) -> dict[str, str | Path]:

@@ -35,7 +35,7 @@ def load_worse(path: str | None, model: Model, ema: bool = True) -> Model | None
     is none. ValueError where its network would not draw the same kind of latents from the same noise and text."""
     if path is None:
         return None
-    worse = load_model(find_model(path), model.device, next(model.net.parameters()).dtype, ema)
+    worse = load_model(find_model(path), "cpu", next(model.net.parameters()).dtype, ema)
     told = {"its kind of network": lambda each: type(each.net), "its noise process": lambda each: [*grid(at_size(each.process), 8)],
             "further conditions": lambda each: architecture(each.net).extras(each.net.config),
             **{name: lambda each, name=name: getattr(each.net.config, name, None) for name in ("in_channels", "context_dim", "pooled_dim")}}
@@ -43,4 +43,4 @@ def load_worse(path: str | None, model: Model, ema: bool = True) -> Model | None
         if of(worse) != of(model):
             raise ValueError(f"--autoguidance {path} differs from the model in {what}: name an earlier checkpoint of the same training, or "
                              "a smaller model that was trained on the same latents with the same text encoders")
-    return replace(worse, vae=model.vae, text=model.text)
+    return replace(worse, net=worse.net.to(model.device), vae=model.vae, text=model.text)
