@@ -1,6 +1,6 @@
 """Diffusion over symbols instead of numbers: D3PM (arXiv:2107.03006), the one family that x_t = alpha x0 + sigma eps does not cover.
 
-    python examples/d3pm.py                                  two minutes on two CPU cores; writes d3pm.png
+    python examples/d3pm.py                                  some minutes on two CPU cores (120 of its 600 steps: 2.5 of CPU time)
     python examples/d3pm.py --transitions absorbing          the other kinds: absorbing, gaussian
 
 Here a pixel is no number to which noise is added. It is one of K symbols (8 shades of each colour), and noise replaces it by another
