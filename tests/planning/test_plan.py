@@ -57,6 +57,7 @@ def test_the_dit_has_the_recipe_s_parameters_and_flops(plan):
     assert plan.phases[1].flops["encode"] / 1e9 == pytest.approx(1117, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_unet_has_the_recipe_s_parameters_and_flops():
     plan = preset_plan("5090_week_unet")
     assert size(plan.networks.net) / 1e6 == pytest.approx(314, rel=0.01)
@@ -207,7 +208,7 @@ def test_numbers_that_make_no_plan_are_refused(changes, message):
 # ---------------------------------------------------------------- memory, again
 
 
-@pytest.mark.parametrize("preset, changes, compiled", thinned(3, [
+@pytest.mark.parametrize("preset, changes, compiled", thinned(5, [
     ("5090_week", {}, True), ("5090_week", dict(fsdp=True), False), ("5090_week", dict(compile=False), False),
     ("tiny", {}, False), ("5090_week", dict(budget="20m", pictures=0), False), ("5090_week", dict(fsdp=True, compile=True), True),
     ("tiny", dict(compile=True), True), ("tiny", dict(max_steps=10**8), True)]))
