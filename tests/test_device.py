@@ -80,6 +80,7 @@ def test_the_tensors_of_a_failed_attempt_are_freed_before_the_next_one():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+@pytest.mark.slow
 def test_memory_that_tensors_give_back_is_used_again_without_page_faults():
     script = """if True:
         import ctypes, resource, sys, torch

@@ -189,6 +189,7 @@ def test_a_default_sampler_that_diffusers_lacks_is_replaced_and_the_command_says
 
 @pytest.mark.parametrize("size", [{}, {"width": 56, "height": 40}])
 @pytest.mark.parametrize("net, vae", [("wide", "shifted"), ("net", "both")])
+@pytest.mark.slow
 def test_shift_and_projection_which_that_pipeline_misreads_are_folded_away(make_run, exported, parts, net, vae, size):
     run = make_run("flow", {}, "flow", net=getattr(parts, net), vae=getattr(parts, vae), texts=[parts.projected])
     assert json.loads((find_model(str(run)) / "model_index.json").read_text())["_class_name"] == "TinyLDMPipeline"
@@ -473,6 +474,7 @@ def test_a_single_file_of_another_shape_is_refused_and_nothing_is_written(make_r
     assert not (tmp_path / "one.safetensors").exists() and not (tmp_path / "given").exists()
 
 
+@pytest.mark.slow
 def test_a_full_size_stable_diffusion_1_fits_into_one_file_and_deviations_do_not(parts):
     def whole(unet={}, vae={}, text={}, scheduler={}, network=None, encoders=1):
         config = SD1 | {"prediction_type": "epsilon"} | scheduler

@@ -159,6 +159,7 @@ def test_a_full_disk_stops_with_the_reason_and_with_room_the_run_goes_on(whole, 
     assert_same(whole, tmp_path / "run", 12)
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_and_forth_changes_nothing(whole, tmp_path, monkeypatch):
     train, real, jumps = load_script("train"), time.time, random.Random(0)
     monkeypatch.setattr(time, "time", lambda: real() + jumps.uniform(-1e6, 1e6))

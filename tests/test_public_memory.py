@@ -70,6 +70,7 @@ def test_without_its_t5_stable_diffusion_3_moves_the_rest(tmp_path):
         assert np.array_equal(draw(offload(model, GPU, "blocks"), [PROMPT], [1], draw_settings(model, steps=2)), expected)
 
 
+@pytest.mark.slow
 def test_a_single_file_and_the_sources_of_its_other_parts_are_planned_by_their_headers(tmp_path):
     pipeline, folder, file = write_sdxl(tmp_path / "sdxl"), tmp_path / "sdxl", tmp_path / "xl.safetensors"
     net = compvis_unet(pipeline.unet.state_dict(), load_model(folder, "meta").net.config)

@@ -142,6 +142,7 @@ def test_a_true_scale_is_for_networks_that_are_told_one(published):
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd35_medium", "flux_dev"])
+@pytest.mark.slow
 def test_sample_draws_the_pictures_of_diffusers(published, tmp_path, family):
     """The whole program, two seeds in one batch."""
     folder, pipeline = published(family)

@@ -23,6 +23,7 @@ def header(file):
         return opened.metadata()
 
 
+@pytest.mark.slow
 def test_extraction_of_a_merged_model_is_the_adapter_again(place, tmp_path, capsys):
     command(capsys, "merge", place / "model", tmp_path / "tuned", "--lora", place / "a.safetensors")
     printed = command(capsys, "extract", place / "model", tmp_path / "tuned", tmp_path / "out.safetensors", "--rank", "4")

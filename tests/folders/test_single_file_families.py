@@ -244,6 +244,7 @@ def test_a_flow_predicts_nothing_else(sd3, tmp_path):
     assert "leave out --prediction eps" in refusal(file, tokenizer=[sd3.folder], prediction="eps")
 
 
+@pytest.mark.slow
 def test_of_a_whole_file_only_the_part_that_is_asked_for_is_read(sd3, tmp_path, tensors_read):
     file = written(tmp_path / "sd3.safetensors", *sd3.parts.values())
     vae = load_vae(file)
@@ -256,6 +257,7 @@ def test_of_a_whole_file_only_the_part_that_is_asked_for_is_read(sd3, tmp_path, 
 
 @pytest.mark.parametrize("dev", [True, False])
 @pytest.mark.parametrize("prefix", ["", NET])
+@pytest.mark.slow
 def test_a_transformer_of_flux_alone_with_its_parts_is_its_folder(flux, tmp_path, dev, prefix):
     made = flux(dev)
     file = written(tmp_path / "flux.safetensors", prefixed(prefix, made.parts["net"]))

@@ -78,6 +78,7 @@ def test_taef2_reconstructs_photos_and_emoji_as_well_as_the_published_code(taef2
 
 
 @needs_data
+@pytest.mark.slow
 def test_tiles_of_a_photo_mosaic_join_without_a_visible_line_and_those_of_the_fine_half_are_practically_exact(taef2):
     """Four photos: the hardest case for taef2's GroupNorms, which take the whole picture's tone. The jump of the error
     from line to line, in the overlap against the median line: hard cuts at a tile's edge 4.6 and 9.9, in the middle of

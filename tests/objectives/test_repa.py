@@ -182,6 +182,7 @@ def test_gradient_checkpointing_changes_no_gradient(text, teacher, network):
                for name, gradient in plain.items())
 
 
+@pytest.mark.slow
 def test_a_compiled_network_gives_the_same_gradients_and_one_more_graph_once_the_alignment_stops(text, teacher):
     objective, model = make(text, teacher, stop=0.5)
     batch, made = batch_of(objective, model), []

@@ -108,6 +108,7 @@ def test_activations_are_what_a_real_forward_pass_makes(name):
         assert planned[part].activations == pytest.approx(memory.peak, rel=0.1), part
 
 
+@pytest.mark.slow
 def test_larger_pictures_and_batches_need_more_and_a_large_one_is_decoded_in_tiles(monkeypatch):
     model = unet_model()
     planned = lambda count, width, height: plan_drawing(model, order(model, count, width=width, height=height)).parts
@@ -140,6 +141,7 @@ def test_peaks_are_weights_and_the_activations_of_the_part_that_works(name):
     assert plan.peaks()["blocks"] <= plan.peaks()["parts"] < plan.peaks()[""]
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_dtype_that_was_asked_for(folder):
     full, half, mixed = (load_model(folder, "meta", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
     plans = [plan_drawing(each, order(each)).parts for each in (full, half, mixed)]
@@ -169,6 +171,7 @@ def test_a_model_with_weights_is_planned_as_its_shapes_and_keeps_them():
 # ---- sources
 
 
+@pytest.mark.slow
 def test_no_tensor_of_a_folder_is_read_and_none_need_be_there(folder, monkeypatch):
     complete, size = load_model(folder), sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     monkeypatch.setattr(safetensors.safe_open, "get_tensor", None)
@@ -193,6 +196,7 @@ def test_a_header_that_does_not_fit_its_config_is_refused_as_it_would_be(folder)
 
 
 @pytest.mark.parametrize("write, join, parts", [(write_sdxl, "sdxl", 2), (write_sd3, "sd3", 3), (write_flux, "flux", 2)])
+@pytest.mark.slow
 def test_a_hub_id_is_planned_with_the_text_encoders_and_the_rule_of_its_pipeline(write, join, parts, tmp_path, monkeypatch):
     write(tmp_path / "whole")
     names = {file.relative_to(tmp_path / "whole").as_posix() for file in (tmp_path / "whole").rglob("*") if file.is_file()}

@@ -320,6 +320,7 @@ def test_plan_and_measurement_stand_side_by_side(plan):
     assert len({len(line) for line in lines[:-1]}) == 1
 
 
+@pytest.mark.slow
 def test_the_phase_that_runs_is_the_one_compared():
     settings = small(stages={"64": 1, "128": 1}, resolution=64, pictures=0)
     first, second = (compare(phase, MEASURED, settings).splitlines() for phase in phases(settings))
@@ -327,6 +328,7 @@ def test_the_phase_that_runs_is_the_one_compared():
     assert float(first[1].split()[-2]) < 0.5 * float(second[1].split()[-2])
 
 
+@pytest.mark.slow
 def test_a_run_on_a_known_gpu_is_compared_with_the_plan_for_that_one(monkeypatch):
     monkeypatch.setattr(show, "pick_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")

@@ -307,6 +307,7 @@ def test_on_a_gpu_all_parts_are_where_they_compute(train, kind, monkeypatch):
 # ---------------------------------------------------------------- pictures of the class
 
 
+@pytest.mark.slow
 def test_pictures_of_the_class_that_are_there_are_not_drawn_again(train, monkeypatch):
     """Those that are missing are the same as in a run that was not interrupted, and of each picture half of the samples come."""
     counted = []
