@@ -1,10 +1,9 @@
 """benchmarks/finetune.py asks for the same pictures before and after, and shows the model ten pictures that its data never had."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import load_script
 
 from tinyldm.config import parse
 from tinyldm.data import toyworld
@@ -13,10 +12,7 @@ from tinyldm.evaluation.recogniser import Reading
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("finetune_benchmark", ROOT / "benchmarks/finetune.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/finetune")
 
 
 def task(benchmark, **changes):

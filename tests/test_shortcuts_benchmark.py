@@ -1,9 +1,7 @@
 """benchmarks/shortcuts.py compares each row with the plain picture, and counts the full calls."""
 
-import importlib.util
-
 import pytest
-from helpers import ROOT
+from helpers import load_script
 from small_models import unet_model
 from test_text_memo import dit_model
 
@@ -12,10 +10,7 @@ from tinyldm.pipeline import draw_settings
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("shortcuts_benchmark", ROOT / "benchmarks/shortcuts.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/shortcuts")
 
 
 @pytest.mark.parametrize("make, name, full", [(unet_model, "--deep-cache 3", "4/10"), (dit_model, "--first-block-cache 0.25", None)])

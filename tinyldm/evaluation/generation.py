@@ -42,13 +42,13 @@ class Job(NamedTuple):
 def settings_of(evaluation: Evaluation, settings: DrawSettings, captions: Captions) -> dict[str, Any]:
     """Everything that decides what the pictures look like."""
     width, height = picture_size(evaluation.model)
-    together = settings.shortcut and settings.shortcut.name == "first_block_cache"      # it decides for a batch as a whole
+    depends_on_batch = settings.shortcut and settings.shortcut.name == "first_block_cache"     # it decides for a batch as a whole
     return {"model": str(evaluation.source), "weights": fingerprint(evaluation.model), "step": evaluation.model.defaults.get("step"),
             **{name: getattr(settings, name) for name in ("cfg", "told", "steps", "sampler", "schedule")},
             **{name: getattr(evaluation, name) for name in ("seed", "dtype", "no_ema")}, "width": width, "height": height,
             "captions": captions.source, "captions_digest": captions.digest,
             **switches(settings), **({"autoguidance": fingerprint(settings.worse)} if settings.worse else {}),
-            **({"batch_size": evaluation.batch_size} if together else {})}
+            **({"batch_size": evaluation.batch_size} if depends_on_batch else {})}
 
 
 def fingerprint(model: Model) -> str:
