@@ -11,7 +11,7 @@ from tinyldm.config import OptimisationConfig
 from tinyldm.model import muon_matrices
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.training import optim
-from tinyldm.training.optim import Muon, make_optimizers, orthogonalise, set_lr, tf32
+from tinyldm.training.optim import Muon, _newton_schulz, make_optimizers, orthogonalise, set_lr, tf32
 from tinyldm.training.schedule import LearningRateSchedule
 
 
@@ -83,8 +83,12 @@ def test_tf32_is_exact_enough_for_long_matrices(number, error, monkeypatch):
     matrices = conditioned(64, 256, number)
     found, wanted = orthogonalise(matrices), iterated(matrices)
     assert 1e-4 < relative_error(found, wanted) < error         # bfloat16: 0.012 and 0.13
-    values, exact = torch.linalg.svdvals(found), torch.linalg.svdvals(wanted)
-    assert (values - exact).abs().max() < 0.015 and values.max() < 1.21 and exact.median() > 0.65
+    off = lambda result: (torch.linalg.svdvals(result.float()) - exact).abs().max()
+    exact = torch.linalg.svdvals(wanted)
+    # How far a single value is off depends on the matrices, and these on the processor's QR: so beside the same ones in bfloat16.
+    monkeypatch.undo()
+    customary = _newton_schulz((matrices / matrices.norm(dim=(1, 2), keepdim=True)).bfloat16(), 5)
+    assert off(found) < 0.75 * off(customary) and torch.linalg.svdvals(found).max() < 1.21 and exact.median() > 0.65
 
 
 def test_long_matrices_and_no_others_are_multiplied_in_tf32_on_a_gpu(monkeypatch):
