@@ -51,11 +51,12 @@ PICTURES = ("from PIL import Image; import sys, os; os.makedirs(sys.argv[1])\n"
 
 
 def requirements(extra: str = "") -> dict[str, str]:
-    """Package -> the lowest version that setup.cfg allows, of the library's requirements or of those of an extra."""
+    """Package -> the lowest version that setup.cfg allows on this Python, of the library's requirements or of those of an extra."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     lines = (config["options.extras_require"][extra] if extra else config["options"]["install_requires"]).strip().splitlines()
-    return dict(re.fullmatch(r"([\w-]+)>=([\w.]+)(?:;.*)?", line).groups() for line in lines)
+    rows = [re.fullmatch(r'([\w-]+)>=([\w.]+)(?:; python_version >= "3\.(\d+)")?', line).groups() for line in lines]
+    return {name: version for name, version, python in rows if int(python or 0) <= sys.version_info.minor}
 
 
 def run(python: Path, words: list[str]) -> None:
