@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPT, combinations, randomise, script, small_text
+from helpers import PROMPT, combinations, load_script, randomise, script, small_text, thinned
 from PIL import Image
 
 import sample
@@ -84,8 +84,8 @@ def save_picture(tmp_path):
 # ---- from a picture
 
 
-@pytest.mark.parametrize("sampler, strength", [("ddim", 0.5), ("dpmpp_2m", 0.8), ("euler", 0.5), ("euler", 1.0), ("dpmpp_2m", 0.2),
-                                               ("ddim", 0.07), ("unipc", 0.5)])
+@pytest.mark.parametrize("sampler, strength", thinned(2, [
+    ("ddim", 0.5), ("dpmpp_2m", 0.8), ("euler", 0.5), ("euler", 1.0), ("dpmpp_2m", 0.2), ("ddim", 0.07), ("unipc", 0.5)]))
 def test_from_a_picture_diffusers_draws_the_same(model, parts, tmp_path, sampler, strength):
     config = to_config("scaled_linear", {}, "v", sampler)
     save_model(tmp_path / "model", **parts, scheduler=config, defaults={"steps": 20, "cfg": 3.0, "sampler": sampler})
@@ -116,7 +116,7 @@ def test_strength_1_starts_from_almost_pure_noise(model):
     assert abs(one - drawn(model)).mean() < 0.35 * abs(near - drawn(model)).mean()       # sqrt(alpha_bar) is still 0.068
 
 
-@pytest.mark.parametrize("sampler, strength", combinations(3, PUBLISHED, [0.5, 1.0]))
+@pytest.mark.parametrize("sampler, strength", combinations(6, PUBLISHED, [0.5, 1.0]))
 def test_a_seed_gives_one_picture_at_any_batch_size_from_a_picture_too(model, sampler, strength):
     how, start = draw_settings(model, sampler=sampler), canvas(scene(), strength)
     batch = drawn(model, how, seeds=(3, 4, 5), canvas=start)
@@ -214,12 +214,12 @@ def test_a_mask_of_another_shape_than_the_picture_is_refused(model, arguments, s
     assert sample.open_canvas(arguments("--init-image", image, "--mask", half), model).mask.min() == 1
 
 
-def test_sample_py_draws_into_a_picture_where_the_mask_is_white(folder, model, save_picture, tmp_path):
-    mask = save_picture(HALF * 255, "mask.png")
-    done = script("sample.py", PROMPT, "--model", folder, "--init-image", save_picture(scene()), "--mask", mask, "--seed", SEED,
-                  "--out", tmp_path / "a.png")
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
+def test_sample_py_draws_into_a_picture_where_the_mask_is_white(folder, model, save_picture, tmp_path, capsys):
+    sample, mask = load_script("sample"), save_picture(HALF * 255, "mask.png")
+    words = [PROMPT, "--model", folder, "--init-image", save_picture(scene()), "--mask", mask, "--seed", SEED, "--out", tmp_path / "a.png"]
+    sample.ARGS = sample.parse([*map(str, words)])
+    sample.main()
+    assert "Warning" not in capsys.readouterr().err
     image = Image.open(tmp_path / "a.png")
     assert abs(np.asarray(image).astype(int) - drawn(model, canvas=canvas(scene(), 1.0, HALF))).max() <= 1
     assert (np.asarray(image)[:, :16] == scene()[:, :16]).all() and "Mask: mask.png" in image.info["parameters"]

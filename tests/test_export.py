@@ -136,6 +136,7 @@ FEW = [("flow", {"shift": 3.0}, "flow"), pytest.param("scaled_linear", {}, "v", 
 MORE = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("cosine", {}, "x0"), ("scaled_linear", {"zero_snr": True}, "v"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process, options, prediction", FEW)
 def test_the_command_writes_a_folder_that_diffusers_opens_and_draws_from(make_run, tmp_path, process, options, prediction):
     run, folder = make_run(process, options, prediction, defaults=DEFAULTS | {"sampler": "dpmpp_2m"}), tmp_path / "public"
@@ -147,7 +148,7 @@ def test_the_command_writes_a_folder_that_diffusers_opens_and_draws_from(make_ru
     assert_same(theirs(folder), np.asarray(Image.open(tmp_path / "drawn.png")).astype(int), ours(run))
 
 
-@pytest.mark.parametrize("process, options, prediction", thinned(3, PAIRS))
+@pytest.mark.parametrize("process, options, prediction", thinned(4, PAIRS))
 def test_every_pair_that_diffusers_implements_draws_the_same_picture_there(make_run, exported, process, options, prediction):
     run = make_run(process, options, prediction)
     folder = exported(run)
@@ -163,7 +164,7 @@ def test_a_tiny_autoencoder_is_published_as_one(make_run, exported):
     assert_same(theirs(folder), ours(folder), ours(run))
 
 
-@pytest.mark.parametrize("sampler", thinned(3, PUBLISHED))
+@pytest.mark.parametrize("sampler", thinned(4, PUBLISHED))
 @pytest.mark.parametrize("process, options, prediction", [("scaled_linear", {}, "v"), FEW[0], *MORE])
 def test_a_named_sampler_is_the_folder_s_in_diffusers_too_or_is_refused(make_run, exported, process, options, prediction, sampler):
     run = make_run(process, options, prediction)
@@ -207,7 +208,7 @@ PUBLISHED_AS = [{"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1
                 {"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}]
 
 
-@pytest.mark.parametrize("fields", PUBLISHED_AS)
+@pytest.mark.parametrize("fields", thinned(3, PUBLISHED_AS))
 def test_a_converted_model_keeps_its_scheduler_with_order_and_variant_and_its_oblong_size(parts, exported, tmp_path, fields):
     curve = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction",
              "steps_offset": 1}
@@ -287,7 +288,7 @@ def stored_dtypes(folder):
     return found
 
 
-@pytest.mark.parametrize("name, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("name, dtype", thinned(2, [("fp16", torch.float16), ("bf16", torch.bfloat16)]))
 def test_dtype_stores_all_weights_in_it(make_run, exported, parts, name, dtype):
     run = make_run("flow", {}, "flow", vae=parts.both)
     folder, whole = exported(run, "--dtype", name), exported(run, name="whole")
@@ -419,7 +420,7 @@ def test_a_published_model_of_several_text_encoders_is_exported_for_its_pipeline
     assert_same(picture, drawn_there(folder, theirs, **named, **how))
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.1159])
+@pytest.mark.parametrize("shift", thinned(2, [0.0, 0.1159]))
 def test_clips_without_projection_get_the_identity_where_the_pipeline_wants_one(parts, exported, tmp_path, capsys, shift):
     theirs = write_sd3(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs")

@@ -70,7 +70,7 @@ def test_samplers_that_extrapolate_need_more_steps_where_the_first_level_is_pure
 
 def test_help_has_a_line_for_every_preset_and_the_fields_of_the_networks(capsys):
     assert help.SHOWN.keys() == PRESETS.keys()
-    assert help.fields("models/unet.py", "UNetConfig")[:3] == ["widths=320,640,1280,1280", "depth=2", "attention=True,True,True,False"]
+    assert help.fields("models/unet.py", "UNetConfig")[:3] == ("widths=320,640,1280,1280", "depth=2", "attention=True,True,True,False")
     assert {word.partition("=")[0] for word in help.fields("models/unet.py", "UNetConfig")} | set(help.FOUND) >= UNetConfig().__dict__.keys()
     for file, name in help.FIELDS.values():
         assert len(help.fields(file, name)) > 3

@@ -16,7 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, randomise
+from helpers import load_script, randomise, thinned
 from outcomes import Row, same
 from PIL import Image
 from small_models import write_lpips
@@ -196,7 +196,7 @@ def sampled(module, asked: list, monkeypatch, tmp_path, *words: str) -> dict[str
     return found
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", thinned(2, SAMPLE))
 def test_a_flag_of_sample_changes_what_it_is_for_and_nothing_else(name, places, opened, once, monkeypatch, tmp_path):
     module = load_script("sample")
     asked = opened(module, places / "model")
@@ -313,7 +313,7 @@ NOT_EVALUATE = {"device": "there may be one alone",
                 "clip": "it needs a CLIP: tests/training/test_contrastive_runs.py"}
 
 
-@pytest.mark.parametrize("name", EVALUATE)
+@pytest.mark.parametrize("name", thinned(2, EVALUATE))
 def test_a_flag_of_evaluate_changes_what_it_is_for_and_nothing_else(name, places, opened, once, monkeypatch, tmp_path):
     measured, batches, found, offloaded = [], [], [], []
 
@@ -351,7 +351,7 @@ def test_a_flag_of_evaluate_changes_what_it_is_for_and_nothing_else(name, places
     row.check(once("evaluate", row.over, run), run(*row.over, *row.value))
 
 
-@pytest.mark.parametrize("name", EVALUATE_VAE)
+@pytest.mark.parametrize("name", thinned(2, EVALUATE_VAE))
 def test_a_flag_of_evaluate_with_an_autoencoder_changes_what_it_is_for_and_nothing_else(name, places, once, monkeypatch, tmp_path):
     read, module = [], load_script("evaluate")
     monkeypatch.setattr(reconstruction, "reconstruct", lambda vae, images, *more: read.append(images.shape[:2]) or reconstruct(vae, images, *more))

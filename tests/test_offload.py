@@ -7,7 +7,7 @@ import numpy as np
 import pretend_gpu
 import pytest
 import torch
-from helpers import randomise
+from helpers import combinations, randomise
 from pretend_gpu import GPU, PretendGpu, on_gpu
 from small_models import MODELS, drawn, mmdit_model, unet_model
 
@@ -211,8 +211,7 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("how", ["parts", "blocks"])
-@pytest.mark.parametrize("part", ["text", "net", "vae"])
+@pytest.mark.parametrize("part, how", combinations(2, ["text", "net", "vae"], ["parts", "blocks"]))
 def test_an_error_in_the_middle_of_a_part_leaves_everything_at_home(model, how, part):
     inner = {"text": model.text.modules["text"].final_norm, "net": repeated_blocks(model.net)[2], "vae": model.vae.decoder.middle}[part]
 

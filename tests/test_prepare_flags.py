@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import load_script, randomise
+from helpers import load_script, randomise, thinned
 from outcomes import Row, several_shapes
 from PIL import Image
 from test_sample import make
@@ -82,7 +82,7 @@ def prepared(place: Path) -> dict[str, Any]:
                 **{name: settings[name] for name in ("unit", "dtype", "vae")})
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", thinned(2, ROWS))
 def test_a_flag_of_prepare_changes_what_it_is_for_and_nothing_else(name, places, monkeypatch, tmp_path):
     module, row, batches, compiled, real = load_script("prepare"), ROWS[name], [], [], encoding.posterior
     monkeypatch.setattr(encoding, "posterior", lambda vae, images, *more: batches.append(len(images)) or real(vae, images, *more))

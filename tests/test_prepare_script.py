@@ -27,8 +27,8 @@ SMALL = ["--scenes", "8", "--resolution", "16", *VAE, *TINY, "--max-steps", "2"]
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vae") / "run"
-    done = script("train.py", "--out", folder, *SMALL)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        train(["--out", folder, *SMALL], patch)
     return folder / "vae"
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ENVIRONMENT, PROMPT, ROOT
+from helpers import ENVIRONMENT, PROMPT, ROOT, thinned
 from PIL import Image
 from published import NEGATIVE, write_flux, write_sd3, write_sdxl
 
@@ -60,7 +60,7 @@ def differ(one, two) -> bool:
     return one.shape != two.shape or bool(abs(one - two).max() > 4)
 
 
-@pytest.mark.parametrize("negative", [None, "", NEGATIVE])
+@pytest.mark.parametrize("negative", thinned(2, [None, "", NEGATIVE]))
 def test_sdxl_is_drawn_as_diffusers_does_with_zeros_only_where_no_negative_prompt_is_given(published, negative):
     folder, pipeline = published("sdxl")
     given = {} if negative is None else {"negative_prompt": negative}
@@ -79,7 +79,7 @@ def test_sdxl_is_told_the_sizes_that_are_asked_for(published):
     assert not np.array_equal(drawn, ours(folder))
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd35_medium", "sd3_without_t5"])
+@pytest.mark.parametrize("family", thinned(3, ["sd3", "sd35_medium", "sd3_without_t5"]))
 def test_sd3_is_drawn_as_diffusers_does(published, family):
     folder, pipeline = published(family)
     assert_same(ours(folder), theirs(pipeline))                            # guidance 7 by default
@@ -108,7 +108,7 @@ def test_a_t5_that_is_left_out_is_zeros_as_in_diffusers(published):
         load_model(published("sdxl")[0], without={"text_encoder_3"})
 
 
-@pytest.mark.parametrize("size", [SIZE, dict(width=64, height=48)])        # the shift depends on the size
+@pytest.mark.parametrize("size", thinned(2, [dict(width=64, height=48), SIZE]))        # the shift depends on the size
 def test_flux_dev_is_drawn_as_diffusers_does(published, size):
     folder, pipeline = published("flux_dev")
     drawn = ours(folder, **size)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import combinations
 from pretend_gpu import GPU, PretendGpu
 from small_models import MODELS, drawn, unet_model
 from test_text_memo import dit_model
@@ -40,8 +41,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(shape, format, worst):
     assert (whole - weight).abs().max() > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format, name", combinations(2, FORMATS, MODELS))
 def test_a_network_with_stored_weights_computes_what_one_with_the_rounded_weights_does(name, format):
     model, rounded = MODELS[name](), MODELS[name]()
     store_weights(model, format)

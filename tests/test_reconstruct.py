@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import randomise, script, small_text, weights
+from helpers import randomise, script, small_text, thinned, weights
 from safetensors import safe_open
 
 from tinyldm import reconstruct
@@ -92,7 +92,8 @@ def scale(tensors, first):
 
 
 @pytest.mark.parametrize("network, words, width, step", [
-    ("dit", ["--width", 0.08], 0.08, 400), ("unet", ["--width", 0.06, "--step", 300], 0.06, 300), ("mmdit", ["--width", 0.08], 0.08, 400)])
+    *thinned(3, [("mmdit", ["--width", 0.08], 0.08, 400), ("unet", ["--width", 0.06, "--step", 300], 0.06, 300),
+                 ("dit", ["--width", 0.08], 0.08, 400)])])
 def test_an_average_of_another_width_and_step_is_the_one_training_would_have_kept(parts, make_run, made, network, words, width, step):
     model = load_model(made(make_run(network), *words))
     expected = course(width, step)
@@ -112,7 +113,7 @@ def test_averages_of_older_runs_name_the_one_block_of_a_u_net_s_transformer_with
     assert scale(model.net.state_dict(), parts.unet.state_dict()) == pytest.approx(course(0.06, 300), abs=4e-3)
 
 
-@pytest.mark.parametrize("width", [0.05, 0.1])
+@pytest.mark.parametrize("width", thinned(2, [0.05, 0.1]))
 def test_a_width_that_was_kept_comes_out_as_it_was(parts, make_run, made, width, capsys):
     model = load_model(made(make_run(), "--width", width, "--step", 200))
     assert scale(model.net.state_dict(), parts.dit.state_dict()) == pytest.approx(course(width, 200), abs=1e-6)

@@ -253,6 +253,7 @@ def test_an_animation_from_the_keyboard(folder, tmp_path):
         assert abs(np.asarray(Image.open(tmp_path / f"{i}.png")).astype(int) - frames[:, 34 * i : 34 * i + 32]).max() <= 1
 
 
+@pytest.mark.slow
 def test_inversion_from_the_keyboard(folder, tmp_path):
     Image.new("RGB", (40, 32), (90, 120, 60)).save(tmp_path / "init.png")
     done = script("sample.py", PROMPT, "--model", folder, "--init-image", tmp_path / "init.png", "--invert", "a square, green", "--out", tmp_path / "x.png")
@@ -288,6 +289,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(words, expected, capsys
     assert left.value.code == 2 and expected in captured and captured.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_guidance_that_is_off_cannot_be_rescaled(folder, tmp_path):
     done = script("sample.py", "x", "--model", folder, "--cfg", 1, "--guidance-rescale", 0.7, "--out", tmp_path / "x.png")
     assert done.returncode == 2 and "--cfg above 1" in done.stderr and "Traceback" not in done.stderr

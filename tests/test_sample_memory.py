@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import PROMPT, mistake, script
+from helpers import PROMPT, load_script, mistake, script
 from PIL import Image
 from small_models import unet_model
 
@@ -17,12 +17,16 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_a_dry_run_says_what_drawing_takes_and_draws_nothing(folder, tmp_path):
-    done = script("sample.py", PROMPT, "a boat", "--model", folder, "--dry-run", "--device", "cpu", "--batch-size", 2, "-n", 3,
-                  "--out", tmp_path / "out")
-    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "out").exists()
-    assert "activations (estimate): 2 x 16x16, cfg 3; 3 captions" in done.stdout
-    assert "network calls per picture: 6 (3 steps of ddim, cfg 3)" in done.stdout
+def test_a_dry_run_says_what_drawing_takes_and_draws_nothing(folder, tmp_path, capsys):
+    sample = load_script("sample")
+    words = [PROMPT, "a boat", "--model", folder, "--dry-run", "--device", "cpu", "--batch-size", 2, "-n", 3, "--out", tmp_path / "out"]
+    sample.ARGS = sample.parse([*map(str, words)])
+    capsys.readouterr()
+    sample.main()
+    said = capsys.readouterr()
+    assert said.err == "" and not (tmp_path / "out").exists()
+    assert "activations (estimate): 2 x 16x16, cfg 3; 3 captions" in said.out
+    assert "network calls per picture: 6 (3 steps of ddim, cfg 3)" in said.out
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, thinned
 from outcomes import Row, flags, outcome, several_shapes
 from published import write_sdxl
 from small_models import write_lpips
@@ -253,7 +253,7 @@ def run(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", thinned(3, ROWS))
 def test_a_setting_changes_what_it_is_for_and_nothing_else(run, name):
     row, name = ROWS[name], name.partition(" ")[0]
     value = (TINY | dict(row.over)).get(name, {}) | row.value if isinstance(row.value, dict) else row.value
@@ -267,6 +267,7 @@ def test_a_setting_that_decides_which_samples_are_drawn_is_kept_by_a_resumed_run
     assert {"batch_size", "val_samples", "seed", "scenes"} <= deciding
 
 
+@pytest.mark.slow
 def test_the_settings_of_the_plan_change_its_numbers():
     settings = TINY | dict(vae=dict(widths=(8, 16), depth=1, groups=4), pictures=1000, data=["elsewhere"])
     plan = make_plan(make_config(**settings))

@@ -11,7 +11,7 @@ from diffusers import (
     FluxTransformer2DModel,
     apply_first_block_cache,
 )
-from helpers import mistake, randomise
+from helpers import later, mistake, randomise
 from small_models import MODELS, drawn
 from test_text_memo import dit_model
 
@@ -45,6 +45,8 @@ def flux_model():
 
 MADE = {**MODELS, "dit": dit_model, "flux": flux_model}
 KINDS = [("deep_cache", "unet"), *(("first_block_cache", name) for name in ("dit", "mmdit", "flux"))]
+SAMPLED = [pytest.param(sampler, *kind, marks=later(3, i, j))
+           for i, sampler in enumerate((ddim, dpmpp_2m, heun)) for j, kind in enumerate(KINDS)]
 PLAIN = {"deep_cache": 1, "first_block_cache": 0.0}
 
 
@@ -80,16 +82,14 @@ def plain(model: str, sampler=ddim):
     return final(sampler(denoiser(net, cond, "flow"), x, LEVELS))
 
 
-@pytest.mark.parametrize("name, model", KINDS)
-@pytest.mark.parametrize("sampler", [ddim, dpmpp_2m, heun])
+@pytest.mark.parametrize("sampler, name, model", SAMPLED)
 def test_where_every_call_is_full_the_picture_is_the_plain_sampler_s_to_the_last_bit(name, model, sampler):
     found, shortcut = sampled(name, model, PLAIN[name], sampler)
     assert torch.equal(found, plain(model, sampler))
     assert shortcut.short == 0 and shortcut.calls == (23 if sampler is heun else 12)
 
 
-@pytest.mark.parametrize("name, model", KINDS)
-@pytest.mark.parametrize("sampler", [ddim, dpmpp_2m, heun])
+@pytest.mark.parametrize("sampler, name, model", SAMPLED)
 def test_the_more_calls_are_short_the_larger_the_error_and_it_is_small_at_first(name, model, sampler):
     exact = plain(model, sampler)
     values = (1, 2, 4, 12) if name == "deep_cache" else (0.0, 0.09, 0.2, 0.9)

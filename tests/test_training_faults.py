@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, load_script, log_without_timing, train_here, weights
+from helpers import SMALL, load_script, log_without_timing, thinned, train_here, weights
 from safetensors.numpy import load_file, save_file
 
 from tinyldm.objectives.denoising import Denoising
@@ -60,7 +60,7 @@ def test_a_batch_that_is_not_finite_is_left_out_noted_and_survived(vae, tmp_path
 MASKED = "--network dit --dit patch=2 width=32 layers=1 heads=2 mlp_width=32 time_dim=16 --mask-padding".split()
 
 
-@pytest.mark.parametrize("network", [[], MASKED])
+@pytest.mark.parametrize("network", thinned(2, [MASKED, []]))
 def test_k_unequal_micro_batches_train_as_one_batch(vae, tmp_path, monkeypatch, network):
     for name, parts in (("micro", "3"), ("whole", "1")):                        # of 2, 1 and 1 pictures, dropped captions among them
         words = quick(vae, tmp_path / name, "--grad-accum", parts, "--caption-dropout", "0.5", "--log-every", 1, *network)
@@ -164,6 +164,7 @@ def note_positions(monkeypatch, train) -> list[int]:
     return trained
 
 
+@pytest.mark.slow
 def test_a_loss_that_has_diverged_rolls_back_and_skips_the_batches(vae, tmp_path, monkeypatch, train):
     monkeypatch.setattr(loss_monitor, "WARMUP", 20)
     trained = note_positions(monkeypatch, train)
@@ -228,7 +229,7 @@ def test_a_disk_that_is_full_for_a_moment_costs_neither_the_run_nor_a_row(tmp_pa
         ("vae", 3), ("step", 3), ("step", 6)]
 
 
-@pytest.mark.parametrize("fate", ["changed", "gone"])
+@pytest.mark.parametrize("fate", thinned(2, ["changed", "gone"]))
 def test_a_resumed_run_keeps_its_pretrained_parts_whatever_becomes_of_their_source(vae, tmp_path, monkeypatch, fate):
     shutil.copytree(vae.parent / "checkpoints" / "step-000001" / "model", source := tmp_path / "source")
     pretrained = ["--vae-weights", str(source), "--text-weights", str(source), "--sample-every", "0"]

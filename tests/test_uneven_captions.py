@@ -4,7 +4,7 @@ guidance, masks and morphs. The captions of the other tests are of one length, o
 import numpy as np
 import pytest
 import torch
-from helpers import randomise
+from helpers import randomise, thinned
 from PIL import Image
 from test_sample import make
 
@@ -46,7 +46,7 @@ OPTIONS = {"plain": {}, "short negative": dict(negative=SHORT), "long negative":
            "inverted": dict(canvas=canvas(False)._replace(shows=LONG)), "inverted as itself": dict(canvas=canvas(False)._replace(shows=""))}
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", thinned(2, OPTIONS))
 def test_a_picture_of_a_batch_of_uneven_captions_is_the_one_drawn_alone(model, name):
     together = drawn(model, **OPTIONS[name])
     for i, (caption, seed) in enumerate(zip(CAPTIONS, SEEDS)):

@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from numbers import Integral, Real
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -102,12 +103,17 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def field_hints(kind: type) -> dict[str, Any]:
+def field_hints(kind: type) -> Mapping[str, Any]:
     """The type hints of a dataclass; {} where they name what cannot be found, as those of a class inside a function may."""
     try:
-        return get_type_hints(kind)
+        return _type_hints(kind)
     except (NameError, TypeError, AttributeError, SyntaxError):
         return {}
+
+
+@cache                              # evaluates every hint's text. An error is not remembered: what a hint names may be defined later
+def _type_hints(kind: type) -> Mapping[str, Any]:
+    return MappingProxyType(get_type_hints(kind))
 
 
 def build_dataclass(kind: type[T], values: Mapping[str, Any], what: str) -> T:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
-from helpers import PROMPT, script, small_text
+from helpers import PROMPT, script, small_text, thinned
 from published import write_flux, write_sd3, write_sdxl
 from safetensors.torch import load_file, save_file
 from small_models import mmdit_model, unet_model
@@ -230,7 +230,7 @@ def test_models_with_t5_draw_with_an_embedding_as_diffusers_does(tmp_path, write
     assert_same(drawn(model, prompt), pictures(pipeline, asked if plain else prompt, **plain))
 
 
-@pytest.mark.parametrize("write", [write_sdxl, write_flux])
+@pytest.mark.parametrize("write", thinned(2, [write_flux, write_sdxl]))
 def test_a_model_with_a_new_token_is_saved_as_a_folder_that_stock_diffusers_opens_and_tokenises_alike(tmp_path, write):
     kind = type(write(tmp_path / "model"))
     model = load_model(tmp_path / "model")

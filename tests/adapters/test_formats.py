@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import combinations
 from originals import compvis_unet, original_flux, original_mmdit
 from published import PIPELINES
 from safetensors.torch import save_file
@@ -55,7 +56,7 @@ def text_layers(module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("sdxl", "sd2"))) for name in PIPELINES])
 
 
 def test_kohya_s_names_of_every_layer_of_every_family_are_read(name, published, tmp_path):
@@ -105,8 +106,7 @@ def same_changes(one, two):
             assert torch.allclose(change.delta(), two[part][key].delta(), atol=1e-6), key
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("layout, name", combinations(2, ["diffusers", "kohya"], PIPELINES))
 
 
 def test_an_adapter_that_was_written_is_read_again(name, layout, published, tmp_path):

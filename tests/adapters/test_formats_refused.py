@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import thinned
 from safetensors.torch import save_file
 from small_adapters import tensors_of, trained
 
@@ -14,14 +15,14 @@ from tinyldm.folders.load import load_model
 lora = partial(trained, rank=3)
 
 
-@pytest.mark.parametrize("theirs, ours, message", [
+@pytest.mark.parametrize("theirs, ours, message", thinned(2, [
     ("flux", "sd1", r"of the \d+ layers that the adapter changes, the model has no \d+ "
                     r"\(transformer.single_transformer_blocks.0.attn.to_k, .*\)\. It seems to be for FLUX.1, "
                     r"and the model is Stable Diffusion 1"),
     ("sd3", "flux", "It seems to be for Stable Diffusion 3, and the model is FLUX.1"),
     ("sdxl", "sd3", "It seems to be for Stable Diffusion (XL|1 or 2), and the model is Stable Diffusion 3"),
     ("sd1", "sdxl", "It seems to be for Stable Diffusion 1 or 2, and the model is Stable Diffusion XL"),
-])
+]))
 def test_an_adapter_for_another_family_is_refused_with_its_guess(theirs, ours, message, published, tmp_path):
     model = load_model(published(theirs)[0])
     save_adapter(tmp_path / "other.safetensors", lora(model, net=("attention",)), model, {})

@@ -155,6 +155,7 @@ def test_a_run_is_named_for_the_adapter_of_its_newest_checkpoint(place, tmp_path
 # ---------------------------------------------------------------- sample.py
 
 
+@pytest.mark.slow
 def test_sample_draws_with_adapters_and_says_so_in_the_picture(place, tmp_path, capsys):
     module, pictures = load_script("sample"), {}
     a, b = place / "a.safetensors", place / "b.safetensors"

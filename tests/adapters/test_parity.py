@@ -23,9 +23,9 @@ TEXTS = {"sd1": ["text"], "sd2": ["text"], "sdxl": ["text", "text_2"], "sd3": ["
 STRENGTHS = (0.0, 0.5, 1.0)
 
 
-def largest_are_slow(names):
-    """The same names; those of the largest pipelines are slow proofs."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in ("sdxl", "sd2") else name for name in names]
+def largest_are_slow(names, *more):
+    """The same names; those of the largest pipelines and of `more` are slow proofs."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in ("sdxl", "sd2", *more) else name for name in names]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def made(model, name, net=("attention", "mlp", "conv", "modulation")):
     return found
 
 
-@pytest.mark.parametrize("name", largest_are_slow(PIPELINES))
+@pytest.mark.parametrize("name", largest_are_slow(PIPELINES, "sd3"))
 def test_an_adapter_written_here_draws_the_same_picture_in_diffusers(name, published, tmp_path):
     folder, pipeline = published(name)
     model = load_model(folder)
@@ -109,7 +109,7 @@ def layers_of_peft(module, targets, generator, **options):
     return peft.get_peft_model_state_dict(module, adapter_name="a"), config.to_dict()
 
 
-@pytest.mark.parametrize("name", largest_are_slow(NET))
+@pytest.mark.parametrize("name", largest_are_slow(NET, "sd3", "flux"))
 def test_an_adapter_of_peft_s_saved_by_diffusers_draws_the_same_picture_here(name, published, tmp_path):
     """alpha is not the rank: it is in the header."""
     folder, pipeline = published(name)

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from helpers import small_text
+from helpers import combinations, small_text
 
 from tinyldm.data.cache import Cache, ShardWriter, write_index, write_tokens
 from tinyldm.data.loader import Loader, prefetch
@@ -161,8 +161,7 @@ def test_an_error_in_the_thread_reaches_the_caller_after_the_results_before_it()
     assert seen == [0, 1, 2] and not threads()
 
 
-@pytest.mark.parametrize("depth", [1, 4])
-@pytest.mark.parametrize("stop", [None, 10**9])
+@pytest.mark.parametrize("stop, depth", combinations(2, [None, 10**9], [1, 4]))
 def test_leaving_early_ends_the_thread(depth, stop):
     numbers = lambda: prefetch(lambda position: position, 7, stop, depth)
     run = numbers()

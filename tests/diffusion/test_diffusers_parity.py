@@ -378,8 +378,7 @@ def dpm_solver_sde(monkeypatch, **fields):
     return module.DPMSolverSDEScheduler(**SD_CONFIG | fields)
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("spacing", [*SPACINGS, "karras", "exponential", "beta"])
+@pytest.mark.parametrize("spacing, kind", combinations(2, [*SPACINGS, "karras", "exponential", "beta"], ["eps", "v"]))
 def test_dpmpp_sde_given_the_same_brownian_path(spacing, kind, toy_network, monkeypatch):
     """Its tree is replaced by one that draws the increments of W(sigma) in turn, from our generators."""
     by_sigma = spacing in ("karras", "exponential", "beta")

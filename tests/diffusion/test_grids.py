@@ -26,7 +26,7 @@ def fits(name, schedule):
 PAIRS = [(name, schedule) for name in PROCESSES for schedule in SCHEDULES if fits(name, schedule)]
 
 
-@pytest.mark.parametrize("name, schedule", PAIRS)
+@pytest.mark.parametrize("name, schedule", thinned(2, PAIRS))
 def test_every_grid_is_python_floats_falling_in_noise_to_clean_data(name, schedule):
     for steps in (1, 2, 7, 50):
         levels = grid(make_process(name), steps, schedule)
@@ -172,7 +172,7 @@ def test_steps_between_equal_levels_are_refused_with_the_largest_number_that_wor
     assert len(found) == most + 1 and all(a > b for a, b in zip(found, found[1:]))
 
 
-@pytest.mark.parametrize("sampler", thinned(3, SAMPLERS.values()))
+@pytest.mark.parametrize("sampler", thinned(6, SAMPLERS.values()))
 def test_the_largest_numbers_of_steps_are_taken_by_every_sampler(sampler):
     denoise = lambda x, level: x * level.alpha / (level.alpha**2 + level.sigma**2)              # exact for data of unit variance
     for steps, options in ((998, dict(schedule="leading", offset=1, drop_last=True)), (1000, dict(schedule="leading")),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import thinned
 
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.guidance import denoiser
@@ -34,7 +35,7 @@ def distance(a, b):
 # ---- inversion
 
 
-@pytest.mark.parametrize("curve", ["vp", "cosine", "flow", "ve"])
+@pytest.mark.parametrize("curve", thinned(2, ["vp", "cosine", "flow", "ve"]))
 def test_solved_to_the_end_inversion_is_ddim_backwards(image_mixture, curve_levels, curve):
     top = 1.0 if curve == "flow" else 0.99                     # pure noise too
     x, levels = image_mixture.sample(50), curve_levels(curve, 100, top, 0.0)[:-1] + [CLEAN]
@@ -89,7 +90,7 @@ def test_inversion_walks_any_grid_from_clean_data_to_its_first_level(image_mixtu
 # ---- likelihood
 
 
-@pytest.mark.parametrize("curve, bits", [("cosine", 1e-4), ("flow", 1e-4), ("ve", 1e-3), ("vp", 2e-3)])
+@pytest.mark.parametrize("curve, bits", thinned(2, [("cosine", 1e-4), ("flow", 1e-4), ("ve", 1e-3), ("vp", 2e-3)]))
 def test_bits_per_dimension_equal_the_exact_ones(image_mixture, curve_levels, curve, bits):
     """To 1e-4 where the curve ends in pure noise; VE at sigma 50 and VP at alpha 0.07 take the end for a Gaussian."""
     x, levels = image_mixture.sample(200), curve_levels(curve, 200, 1.0, 0.0)[:-1] + [CLEAN]
@@ -123,7 +124,7 @@ def test_random_signs_give_the_divergence_without_bias(image_mixture, curve_leve
     assert found.std() > 1e-3 and abs(found.mean() - exact).item() < 3 * found.std().item() / math.sqrt(2000) + 1e-9
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=str)
+@pytest.mark.parametrize("process", thinned(2, PROCESSES), ids=str)
 def test_likelihood_on_the_grids_that_are_sampled_on(image_mixture, process):
     x = image_mixture.sample(100)
     found = log_likelihood(image_mixture, x, grid(process, 250), unit_vectors(x))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 import torch
-from helpers import randomise
+from helpers import randomise, thinned
 
 from tinyldm.folders import hub
 from tinyldm.folders.load import load_model, load_text, load_tokenizer, load_vae
@@ -192,7 +192,7 @@ def test_shards_are_downloaded_with_their_index(server):
         f"{stem}.safetensors.index.json", f"{stem}-00001-of-00001.safetensors"}
 
 
-@pytest.mark.parametrize("by", ["name", "commit"])
+@pytest.mark.parametrize("by", thinned(2, ["name", "commit"]))
 def test_a_revision_is_asked_for_behind_an_at_sign(server, by):
     revision = "older" if by == "name" else server.repos[ID].revisions["older"]
     assert load_model(f"{ID}@{revision}").defaults == {"steps": 7}
@@ -228,7 +228,7 @@ def captive(server, monkeypatch):
     server.fault.update(info=(200, b"<html>Please\n log in</html>", {"Content-Type": "text/html"}))
 
 
-NO_HUB = pytest.mark.parametrize("no_hub", [offline, gone, broken, captive])
+NO_HUB = pytest.mark.parametrize("no_hub", thinned(2, [offline, gone, broken, captive]))
 
 
 @NO_HUB
@@ -262,8 +262,8 @@ def test_a_file_that_is_lost_from_the_cache_is_named_offline_and_comes_back_onli
     assert same(load_model(ID).net, load_model(folder).net)
 
 
-@pytest.mark.parametrize("lost", ["tinyldm.json", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
-                                  "tokenizer/tokenizer.json", "scheduler/scheduler_config.json", "vae/config.json"])
+@pytest.mark.parametrize("lost", thinned(3, ["tinyldm.json", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
+                                  "tokenizer/tokenizer.json", "scheduler/scheduler_config.json", "vae/config.json"]))
 def test_a_small_file_that_is_lost_from_the_cache_is_never_replaced_by_a_default(server, monkeypatch, lost):
     load_model(ID)
     file = next(hub.Path(huggingface_hub.constants.HF_HUB_CACHE).rglob(f"snapshots/*/{lost}"))

@@ -76,6 +76,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("how", [pytest.param("ordinary", marks=pytest.mark.slow), "pinned"])
 def test_shards_and_several_encoders_take_the_memory_of_the_model_and_hardly_more(folder, how):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import thinned
 from hollow import hollow
 from safetensors.torch import save, save_file
 
@@ -220,7 +221,7 @@ print(memory("VmHWM") - before, sum(p.nbytes for p in net.parameters()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("stored, dtype", [("F32", "float32"), ("F32", "bfloat16")])
+@pytest.mark.parametrize("stored, dtype", thinned(2, [("F32", "bfloat16"), ("F32", "float32")]))
 def test_loading_takes_the_memory_of_the_network_and_hardly_more(tmp_path, stored, dtype):
     from tinyldm.folders.rename import published_shapes
     from tinyldm.models.unet import UNet, UNetConfig

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import small_text
+from helpers import small_text, thinned
 from torch import nn
 
 from tinyldm.config import PRESETS, parse, preset_config
@@ -70,11 +70,11 @@ def test_a_gpu_s_peak_is_that_of_its_name_and_of_others_the_flag_s(name, peak, m
     assert peak_flops(config().plan, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("words, said", [
+@pytest.mark.parametrize("words, said", thinned(2, [
     ("--resolution 136", "side of 136 pixels are larger than this mmdit takes: set --net max_positions=17 or more, or lower --resolution"),
     ("--stages 64=1 136=1", "side of 136 pixels are larger .* set --net max_positions=17 or more, or lower --stages"),
     ("--stages 136=1 64=1", "side of 136 pixels .* or lower --stages"),
-    ("--resolution 128 --buckets 2", "side of 184 pixels .* set --net max_positions=23 or more, or lower --buckets")])
+    ("--resolution 128 --buckets 2", "side of 184 pixels .* set --net max_positions=23 or more, or lower --buckets")]))
 def test_pictures_larger_than_a_table_of_positions_are_refused_before_anything_is_encoded(words, said):
     """Preset tiny_mmdit has 16 x 16 positions of 8 pixels. Of buckets of about 16 x 16, the one nearest to 2 : 1 is 11 x 23."""
     parsed = lambda words: parse(f"--preset tiny_mmdit --scenes 8 {words}".split(), "")[0]

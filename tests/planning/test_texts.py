@@ -61,12 +61,17 @@ def test_of_a_hub_id_the_usual_rule_for_the_network_is_assumed_and_said(network,
     assert join_of(typed) == "flux" and "--text-join flux" in assumed(typed)
 
 
-def test_the_plan_says_what_it_assumes_and_of_a_folder_nothing(folder):
-    join, path = folder
-    said = lambda config: [line for line in render(make_plan(config, must_fit=False)).splitlines() if "assumed" in line]
+def said(config):
+    return [line for line in render(make_plan(config, must_fit=False)).splitlines() if "assumed" in line]
+
+
+def test_the_plan_says_what_it_assumes():
     week = preset_config("5090_week", dit=dict(width=64, layers=1, heads=1), stages={})
     assert said(week) == ["  (the text encoder is not here: published ones are assumed, joined by --text-join single)"]
-    here = preset_config("tiny", text_weights=str(path), text_join="single")
+
+
+def test_the_plan_says_nothing_of_a_folder(folder):
+    here = preset_config("tiny", text_weights=str(folder[1]), text_join="single")
     assert said(here) == [] and assumed(here) == assumed(preset_config("tiny")) == ""
 
 

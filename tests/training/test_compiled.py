@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from helpers import SMALL, load_script, pictures, train_here, weights
+from helpers import SMALL, load_script, pictures, thinned, train_here, weights
 from PIL import Image
 from small_models import unet_model
 from torch._dynamo.backends.common import aot_autograd
@@ -111,7 +111,7 @@ def test_an_adapter_trains_compiled_as_it_does_eager_by_one_graph(words, graphs,
         assert np.abs(pixels[0] - pixels[1]).max() <= 2, name
 
 
-@pytest.mark.parametrize("network", NETS)
+@pytest.mark.parametrize("network", thinned(2, sorted(NETS)))
 def test_a_compiled_network_is_the_network_and_its_options_exist(network, graphs):
     net, x, t, cond = awake(NETS[network]()), torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), Cond(torch.randn(2, 5, 8))
     compiled = second_stage.compile_network(net, parse([], "", {})[0])
@@ -122,7 +122,7 @@ def test_a_compiled_network_is_the_network_and_its_options_exist(network, graphs
 # In the U-Net: ResBlocks of 16 channels, 16 to 32, and 32 in the middle; on the way up 64 to 32, 48 to 32, 48 to 16, 32 to 16; and
 # transformers of 32 channels.
 @pytest.mark.parametrize("network, kinds", [("dit", 1), pytest.param("unet", 7 + 1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", thinned(2, [True, False]))
 def test_blocks_of_equal_shapes_are_compiled_once_and_the_network_answers_the_same(network, kinds, checkpointed, graphs):
     net, x, t, cond = awake(NETS[network]()), torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), Cond(torch.randn(2, 5, 8))
     net.grad_checkpointing = checkpointed

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, load_script, mistake, pictures, train_here
+from helpers import SMALL, load_script, mistake, pictures, thinned, train_here
 from safetensors.torch import load_file
 from torch import nn
 
@@ -116,12 +116,12 @@ def test_an_evaluation_that_fails_does_not_end_the_run(tmp_path, monkeypatch, ca
     assert "no recogniser today" in said.out + said.err
 
 
-@pytest.mark.parametrize("more, said", [
+@pytest.mark.parametrize("more, said", thinned(2, [
     ("--eval-metric prompt --eval-every 0", "did you mean 'prompts'"), ("--eval-metric prompt", "did you mean 'prompts'"), ("--eval-metric fid", "--eval-weights inception=FILE"),
     ("--eval-metric fid --eval-weights inception=nowhere.pth", "does not exist"), ("--eval-metric clip --val-samples 0", "--val-samples"),
     ("--data OTHER --eval-metric prompts", "toyworld's pictures only"), ("--data OTHER", "--eval-metric fid needs weights"),
     ("--eval-num 1", "at least 2"), ("--eval-weights tower", "expected TOWER=SOURCE"), ("--eval-weights dino=x", "tower of --eval-weights"),
-    ("--eval-metric ,", "--eval-metric , names no metric: known: prompts, fid, clip")])
+    ("--eval-metric ,", "--eval-metric , names no metric: known: prompts, fid, clip")]))
 def test_evaluations_that_cannot_work_are_refused_before_the_run(more, said, tmp_path, capsys):
     pictures(tmp_path / "other", 20)
     words = more.replace("OTHER", str(tmp_path / "other")).split()

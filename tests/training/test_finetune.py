@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, log_without_timing, mistake, pictures, train_here, weights
+from helpers import load_script, log_without_timing, mistake, pictures, thinned, train_here, weights
 from PIL import Image
 from pretend_gpu import PretendGpu
 from safetensors.torch import load_file, save_file
@@ -93,7 +93,7 @@ def test_the_pictures_of_a_cache_are_enough(base, data):
 # ---------------------------------------------------------------- what is trained
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora with text", "inversion", "dreambooth with an adapter"])
+@pytest.mark.parametrize("kind", thinned(2, ["lora", "lora with text", "inversion", "dreambooth with an adapter"]))
 def test_gradients_reach_what_is_trained_beside_a_model_and_nothing_else(train, base, kind, monkeypatch):
     """All of the model is the same after training to the last bit, and all that is trained has changed."""
     models = []
@@ -116,7 +116,7 @@ def test_dreambooth_without_a_rank_trains_whole_parts_and_no_others(train, base,
     assert len(changed) > 0.9 * sum(name.startswith("net.") for name in found)      # tokens that no caption has do not change
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("lora", "inversion"))) for kind in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "lora")) for kind in KINDS])
 def test_n_steps_and_n_more_are_two_n_steps_to_the_last_bit(train, kind):
     whole = train(kind)
     run = train(kind, "parts", stop_after=2)
@@ -128,6 +128,7 @@ def test_n_steps_and_n_more_are_two_n_steps_to_the_last_bit(train, kind):
         assert (whole / "samples" / name).read_bytes() == (run / "samples" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_begun_again_goes_on_without_the_model_where_it_holds_one_of_its_own(train, base, tmp_path):
     copy = shutil.copytree(base, tmp_path / "copy")
     train("dreambooth", "run", "--model", str(copy), stop_after=2)
@@ -196,6 +197,7 @@ def test_the_published_file_of_a_token_changes_what_its_word_draws(train, base):
     assert torch.equal(encoder.token_embedding.weight[tokenizer.ids_of("<me>")], stored)
 
 
+@pytest.mark.slow
 def test_the_grid_before_is_drawn_by_the_model_as_it_was(train, base):
     """With an adapter the first grid differs from it, and without training it is the same."""
     run = train("lora", "run", "--sample-prompts", "a square|a triangle")
@@ -284,8 +286,7 @@ def test_features_that_are_remembered_are_those_of_the_text_encoder(base, data):
     assert torch.allclose(found.context, wanted.context, atol=1e-6) and torch.allclose(found.pooled, wanted.pooled, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["lora", "inversion", *(
-    pytest.param(kind, marks=pytest.mark.slow) for kind in ("dreambooth with an adapter", "lora with text", "dreambooth with text"))])
+@pytest.mark.parametrize("kind", thinned(5, ["lora", "inversion", "dreambooth with an adapter", "lora with text", "dreambooth with text"]))
 def test_on_a_gpu_all_parts_are_where_they_compute(train, kind, monkeypatch):
     """A pretended one refuses what a real one would. Without text encoders to train, these and the autoencoder wait in the host's
     memory."""
@@ -402,7 +403,7 @@ def test_mistakes_are_one_line_and_leave_no_run_behind(base, data, tmp_path, wor
     assert "BARE" in words or not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("shapes", [[(SIDE, SIDE)], [(20, 30), (64, 16), (17, 17)]], ids=["one", "three sizes"])
+@pytest.mark.parametrize("shapes", thinned(2, [[(20, 30), (64, 16), (17, 17)], [(SIDE, SIDE)]]), ids=["three sizes", "one"])
 def test_one_picture_is_enough_and_pictures_may_have_any_sizes(base, tmp_path, shapes, monkeypatch):
     folder = tmp_path / "few"
     folder.mkdir()

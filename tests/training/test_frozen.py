@@ -133,6 +133,7 @@ def test_what_is_linked_takes_no_room_and_what_must_be_copied_takes_its_size(beg
     assert frozen.bytes_in_checkpoint() == size > os.path.getsize(begun / "text" / TEXT)
 
 
+@pytest.mark.slow
 def test_where_there_are_no_links_a_checkpoint_holds_copies(train, begun, monkeypatch):
     def no_links(*names):
         raise OSError("Operation not permitted")
@@ -144,6 +145,7 @@ def test_where_there_are_no_links_a_checkpoint_holds_copies(train, begun, monkey
         assert not os.path.samefile(own, there) and there.read_bytes() == open(own, "rb").read()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_with_its_text_encoder(begun, tmp_path):
     done = script("-m", "tinyldm.export", begun, tmp_path / "exported")
     assert done.returncode == 0, done.stderr

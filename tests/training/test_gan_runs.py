@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, load_script, log_without_timing, mistake, train_here, weights
+from helpers import SMALL, load_script, log_without_timing, mistake, thinned, train_here, weights
 from preparing import CPU, make_vae
 
 from tinyldm.config import make_config
@@ -57,7 +57,7 @@ def equal(one: dict, two: dict) -> bool:
     return one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
 
 
-@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize("step", thinned(2, [6, 2]))
 def test_a_resumed_run_ends_as_the_undisturbed_one(tmp_path, train, whole, step):
     """From before the discriminator's start and from after it."""
     halves = resume(train, whole, tmp_path / "halves", step)
@@ -68,6 +68,7 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(tmp_path, train, whole, step)
     assert any(name.startswith("optimizer.safetensors:discriminator.net") for name in at(whole, 8))
 
 
+@pytest.mark.slow
 def test_so_does_one_in_micro_batches(tmp_path, train):
     whole = run(train, tmp_path / "whole", "--grad-accum", "2")
     halves = resume(train, whole, tmp_path / "halves", 6)

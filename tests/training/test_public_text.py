@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, load_script, train_here
+from helpers import SMALL, load_script, thinned, train_here
 from PIL import Image
 from published import write_flux, write_sd3, write_sdxl
 
@@ -36,7 +36,7 @@ def vae(train, tmp_path_factory):
     return folder / "run" / "vae"
 
 
-@pytest.mark.parametrize("family", RUNS)
+@pytest.mark.parametrize("family", thinned(3, RUNS))
 def test_a_run_on_a_public_model_s_text_encoders_saves_them_all_and_goes_on(family, train, vae, tmp_path, monkeypatch):
     write, words, encoders = RUNS[family]
     published = tmp_path / "published"
@@ -58,7 +58,7 @@ def test_a_run_on_a_public_model_s_text_encoders_saves_them_all_and_goes_on(fami
     assert pictures[0].shape == (1, 16, 16, 3) and (pictures[0] != pictures[1]).any()
 
 
-@pytest.mark.parametrize("own, zeros", [({}, False), ({"zero_negative": True}, True)])
+@pytest.mark.parametrize("own, zeros", thinned(2, [({}, False), ({"zero_negative": True}, True)]))
 def test_a_saved_model_says_what_a_missing_negative_prompt_is(own, zeros, tmp_path):
     """diffusers takes zeros unless it is told otherwise; what is trained here learns the encoded empty caption."""
     write_sdxl(tmp_path / "published")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ENVIRONMENT, SMALL, load_script, log_without_timing, script, train_here, weights
+from helpers import ENVIRONMENT, SMALL, load_script, log_without_timing, script, thinned, train_here, weights
 
 from tinyldm.config import change, make_config, parse
 from tinyldm.device import check_kernels
@@ -33,6 +33,7 @@ def undisturbed(tmp_path_factory):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """As if this were a GPU on which the run compiles; a compiled network is the network itself."""
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)  # nothing is compiled, and loading the compiler takes seconds
     monkeypatch.setattr(second_stage.torch, "compile", lambda net, **options: net)
     monkeypatch.setattr(rehearsal, "wants_compile", lambda config, device: config.run.compile is not False)
 
@@ -124,7 +125,8 @@ def test_micro_batches_are_halved_until_they_fit_and_training_begins_with_that_n
     assert rehearse().micro_batches == [4, 4]                   # micro-batches of 8, 4, 2; at first one of 2 at the second size
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")])
+@pytest.mark.parametrize("error", thinned(2, [
+    torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]))
 def test_a_picture_that_does_not_fit_alone_is_refused(rehearse, monkeypatch, error):
     fail(monkeypatch, lambda size, net: True, error)
     with pytest.raises(ValueError, match="out of memory with a picture of 16 px alone"):
@@ -159,6 +161,7 @@ def test_where_it_fails_although_it_was_asked_for_the_run_is_refused(rehearse, m
         rehearse(compile=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_has_encoded_nothing(undisturbed, on_gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(second_stage.torch, "compile", broken)
     with pytest.raises(ValueError, match="--compile: torch.compile fails"):
@@ -212,7 +215,8 @@ def test_without_a_c_compiler_a_run_that_was_told_to_compile_ends_before_anythin
 
 
 @pytest.mark.parametrize("name, settings, compiled", [
-    ("NVIDIA GeForce RTX 5090", dict(preset="5090_week", stages="256=1"), True), ("NVIDIA H200", dict(preset="tiny"), False),
+    pytest.param("NVIDIA GeForce RTX 5090", dict(preset="5090_week", stages="256=1"), True, marks=pytest.mark.slow),
+    pytest.param("NVIDIA H200", dict(preset="tiny"), False, marks=pytest.mark.slow),
     ("NVIDIA GeForce RTX 5090", dict(preset="5090_week", compile=False), False), ("NVIDIA H200", dict(preset="tiny", compile=True), True),
     ("NVIDIA GeForce RTX 5090", dict(preset="5090_week", fsdp=True), False)])
 def test_whether_a_run_compiles_follows_from_its_hours_on_this_gpu(monkeypatch, name, settings, compiled):

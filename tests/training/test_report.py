@@ -267,6 +267,7 @@ def test_enormous_values_keep_finite_means():
     assert all(map(math.isfinite, thin(range(9000), [1.7e308] * 9000)["my"]))
 
 
+@pytest.mark.slow
 def test_long_logs_make_a_page_under_5_mb(tmp_path):
     rows = [full_row(stage, i) for stage in ("vae", "step") for i in range(1, 6001)]
     events = [{"stage": "step", "step": i, "event": "spike" if i % 10 else "plan", "text": "x" * 1000} for i in range(5000)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import randomise
+from helpers import randomise, thinned
 from safetensors.torch import load_file, save_file
 
 from tinyldm.folders.build import load_network, load_weights
@@ -103,7 +103,7 @@ SIZES = {"small": (512, 1024, 8, 6), "base": (768, 2048, 12, 12), "large": (1024
          "xxl": (4096, 10240, 24, 64)}
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", thinned(4, SIZES))
 def test_every_tensor_of_version_1_1_has_its_place_and_every_place_its_tensor(size):
     width, mlp, layers, heads = SIZES[size]
     said = {"d_model": width, "d_ff": mlp, "num_layers": layers, "num_heads": heads, "d_kv": 64, "feed_forward_proj": "gated-gelu",
@@ -181,6 +181,7 @@ def hole(file, shapes):
         handle.truncate(8 + len(text) + end)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 3])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import randomise
+from helpers import later, randomise
 from originals import meta_dinov2, open_clip_picture_tower, timm_siglip
 from photos import photos
 from PIL import Image
@@ -122,8 +122,9 @@ ORIGINALS = [("clip of LAION", open_clip_picture_tower, None),
              ("dinov2", meta_dinov2, None), ("dinov2, giant", meta_dinov2, None), ("dinov2 with registers", meta_dinov2, None)]
 
 
-@pytest.mark.parametrize("pickled", [False, True])
-@pytest.mark.parametrize("name, original, config", ORIGINALS, ids=[f"{name}, {original.__name__}" for name, original, _ in ORIGINALS])
+@pytest.mark.parametrize("name, original, config, pickled", [
+    pytest.param(*case, pickled, marks=later(2, i, pickled), id=f"{case[0]}, {case[1].__name__}-{pickled}")
+    for i, case in enumerate(ORIGINALS) for pickled in (False, True)])
 def test_the_original_layouts_give_the_same_features(tmp_path, name, original, config, pickled):
     published(name, tmp_path / "transformers")
     ours = load_vit(tmp_path / "transformers")

@@ -5,6 +5,7 @@ The fields are read from the sources of the networks, not from the modules, whic
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ FIELDS = {                          # flag -> (file with a config, its class)
 FOUND = ("in_channels", "out_channels", "context_dim", "pooled_dim", "sample_size", "vocab_size")      # by the other parts of the model
 
 
-def fields(file: str, name: str) -> list[str]:
+@cache                              # parse() asks for all of them each time, and reading a source takes milliseconds
+def fields(file: str, name: str) -> tuple[str, ...]:
     """The fields of a dataclass with their defaults, as in "depth=2"; without those that follow from other parts of a model."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name).body
-    return [f"{node.target.id}={ast.unparse(node.value).strip('()').replace(' ', '').rstrip(',')}" if node.value else node.target.id
-            for node in body if isinstance(node, ast.AnnAssign) and node.target.id not in FOUND]
+    return tuple(f"{node.target.id}={ast.unparse(node.value).strip('()').replace(' ', '').rstrip(',')}" if node.value else node.target.id
+                 for node in body if isinstance(node, ast.AnnAssign) and node.target.id not in FOUND)
 
 
 def epilog(whole: bool) -> str:
