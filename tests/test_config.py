@@ -17,7 +17,7 @@ from tinyldm.config import (
     preset_config,
 )
 from tinyldm.config.fields import SETTINGS
-from tinyldm.config.presets import VAE_PRESETS
+from tinyldm.config.presets import TINY_VAES, VAE_PRESETS
 from tinyldm.device import pick_device, pick_dtype
 from tinyldm.lookup import build_dataclass, nearest
 from tinyldm.models.unet import UNetConfig
@@ -231,6 +231,16 @@ def test_a_vae_preset_lies_over_the_preset_and_under_what_is_typed():
     assert config.run.val_samples == row["val_samples"] and parsed().run.val_samples != row["val_samples"]
     taesd = parsed("--vae-preset", "cifar10", "--autoencoder", "taesd", "--vae", "width=8")
     assert taesd.autoencoder.fields == {"width": 8}
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny_dit"])
+def test_an_autoencoder_of_another_kind_than_the_preset_s_is_as_small(preset, tmp_path):
+    other = parsed("--preset", preset, "--autoencoder", "kl", "--vae", "depth=2")
+    assert other.autoencoder.fields == TINY_VAES["kl"] | {"depth": 2}
+    (tmp_path / "kl.json").write_text('{"autoencoder": "kl"}')
+    assert parsed("--preset", preset, "--config", str(tmp_path / "kl.json")).autoencoder.fields == TINY_VAES["kl"]
+    assert parsed("--preset", preset, "--autoencoder", "taesd").autoencoder.fields == parsed("--preset", preset).autoencoder.fields != {}
+    assert parsed("--preset", "5090_week", "--autoencoder", "taesd").autoencoder.fields == {}       # the published one's size
 
 
 def test_published_vae_presets_have_the_published_shapes_and_loss():

@@ -103,7 +103,8 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
         if "preset" in typed:
             raise ValueError(f"--preset {typed['preset']} describes a new network, and --finetune trains one that exists: leave one out")
     preset = kind or typed.get("preset", values.get("preset", "tiny"))
-    row = finetune_row(values | typed) if kind else preset_row(preset, typed.get("network", values.get("network")))
+    others = [typed.get(name, values.get(name)) for name in ("network", "autoencoder")]
+    row = finetune_row(values | typed) if kind else preset_row(preset, *others)
     for name in values:
         row = row | SETTINGS[name].clears
     row = row | {"resume": "no"} | {name: merged(row, name, value) if isinstance(value, dict) else value
@@ -115,7 +116,7 @@ def starting_point(typed: dict[str, Any]) -> dict[str, Any]:
     if wanted == "yes" and not saved.exists():
         raise ValueError(f"nothing to resume: {saved} is not there; name the run's folder with --out, or let --resume auto start it")
     if wanted == "no" or not saved.exists():
-        return laid_over(row, typed.get("vae_preset"))
+        return laid_over(row, typed.get("vae_preset"), others[1])
     try:
         content = json.loads(saved.read_text(encoding="utf-8"))
         row = {name: value for name, value in current(content).items() if name in SETTINGS} | {"resume": "auto"}
@@ -149,9 +150,11 @@ def read_config(file: str) -> dict[str, Any]:
     return values
 
 
-def laid_over(row: dict[str, Any], vae_preset: str | None) -> dict[str, Any]:
-    """A preset's row with the settings of --vae-preset in its place."""
+def laid_over(row: dict[str, Any], vae_preset: str | None, autoencoder: str | None) -> dict[str, Any]:
+    """A preset's row with the settings of --vae-preset in its place, without the autoencoder's fields where another kind is asked for."""
     own = lookup(VAE_PRESETS, vae_preset, "--vae-preset") if vae_preset else {}
+    if own and autoencoder not in (None, own["autoencoder"]):
+        own = own | {"vae": {}}
     for name in own:
         row = row | SETTINGS[name].clears
     return row | own

@@ -92,7 +92,7 @@ class AutoencoderConfig:
     """The VAE: a pretrained one, or how to train one first."""
 
     preset: str = fixed("", "row of settings for a new VAE: cifar10, kl-f4, kl-f8, kl-f16", flag="vae_preset", clears={"vae_weights": ""})
-    name: str = fixed("kl", "class of a new VAE: kl, or taesd, which is smaller and faster", flag="autoencoder", clears={"vae": {}})
+    name: str = fixed("kl", "class of a new VAE: kl, or taesd, which is smaller and faster", flag="autoencoder")
     fields: dict = fixed({}, "fields of its config (VAEConfig, TAESDConfig), as key=value", flag="vae")
     weights: str = fixed("", "pretrained VAE; empty: train one first (stage 1)", flag="vae_weights")
     init: str = fixed("", "stage 1: train on from these weights (a folder, a file or a hub id), of whatever class and size they are",

@@ -63,14 +63,19 @@ OTHER_NETWORK = {("tiny", "dit"): "tiny_dit", ("tiny", "mmdit"): "tiny_mmdit",
                  ("5090_week", "unet"): "5090_week_unet", ("5090_week_unet", "dit"): "5090_week"}
 TINY_FLUX = dict(net=dict(width=128, heads=4, double_layers=3, single_layers=6, rope_axes=(8, 12, 12)), lr=2e-3, muon_lr=2e-3)
 
+TINY_VAES = {"kl": dict(latent_channels=8, widths=(16, 32, 64, 96), depth=1, groups=8, middle_attention=False)}
 
-def preset_row(preset: str, network: str | None = None) -> dict[str, Any]:
-    """A preset's settings, with a network of another kind where one is asked for. ValueError for a preset that is not there."""
+
+def preset_row(preset: str, network: str | None = None, autoencoder: str | None = None) -> dict[str, Any]:
+    """A preset's settings, with a network and an autoencoder of other kinds where they are asked for: of sizes that fit the preset, where
+    it has them, else of the published ones. ValueError for a preset that is not there."""
     row = lookup(PRESETS, preset, "preset")
     if network not in (None, row.get("network", "unet")):
         fitting = PRESETS.get(OTHER_NETWORK.get((preset, network), ""), {})
         fitting = TINY_FLUX if network == "flux" and preset.startswith("tiny") else fitting
         row = {name: value for name, value in row.items() if name != "net"} | fitting | {"network": network}
+    if autoencoder not in (None, row.get("autoencoder", "kl")):
+        row = row | {"autoencoder": autoencoder, "vae": TINY_VAES.get(autoencoder, {}) if preset.startswith("tiny") else {}}
     return row | {"preset": preset}
 
 
