@@ -59,8 +59,8 @@ def once():
 
     def once(script, words, run):
         if (script, *words) not in memo:
-            memo[script, *words] = run(*words)
-        return memo[script, *words]
+            memo[(script, *words)] = run(*words)
+        return memo[(script, *words)]
     return once
 
 

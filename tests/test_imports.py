@@ -64,6 +64,25 @@ for name, others in FILES.items():
     PACKAGES.setdefault(package(name), set()).update(package(other) for other in others if package(other) != package(name))
 
 
+# What Python 3.11 and 3.12 brought, by module: setup.cfg promises 3.10, and the tests may run on a later one.
+NEWER = {"typing": "Self Never LiteralString Required NotRequired Unpack TypeVarTuple assert_never assert_type reveal_type override",
+         "enum": "StrEnum ReprEnum", "datetime": "UTC", "contextlib": "chdir", "itertools": "batched", "hashlib": "file_digest",
+         "tomllib": "load loads"}
+
+
+@pytest.mark.parametrize("folder", ["tinyldm", "tests", "benchmarks", "examples", "docs", "."])
+def test_sources_are_those_of_the_lowest_python_that_is_promised(folder):
+    for path in ROOT.glob("*.py") if folder == "." else (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))):
+            if isinstance(node, ast.ImportFrom):
+                newer = {alias.name for alias in node.names} & set(NEWER.get(node.module or "", "").split())
+                assert not newer, f"{path}: {newer}"
+            assert not (isinstance(node, ast.Import) and any(alias.name == "tomllib" for alias in node.names)), path
+            unpacked = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) and any(
+                isinstance(each, ast.Starred) for each in node.slice.elts)
+            assert not unpacked, f"{path}:{node.lineno}: a[b, *c] is a mistake of syntax in Python 3.10: write a[(b, *c)]"
+
+
 def test_nothing_outside_tests_and_benchmarks_imports_diffusers_or_transformers_or_pickle():
     assert len(SOURCES) > 100
     for path in SOURCES:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import tokenizers as tk
@@ -62,10 +62,10 @@ class BaseTokenizer(ABC):
         """The number of ids, those of added tokens included: a text encoder needs as many embeddings, or more."""
 
     @abstractmethod
-    def with_added(self, added: Sequence[tk.AddedToken]) -> Self:
+    def with_added(self, added: Sequence[tk.AddedToken]) -> BaseTokenizer:
         """The same vocabulary, lengths and padding with these added tokens."""
 
-    def with_token(self, token: str, count: int = 1) -> Self:
+    def with_token(self, token: str, count: int = 1) -> BaseTokenizer:
         """A tokenizer that has a further token of `count` vectors, `token`, `token_1` and so on, with the next ids. ValueError for a
         token that exists already, or that would change what an added token stands for."""
         if count < 1:
