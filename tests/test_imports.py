@@ -78,9 +78,9 @@ def test_sources_are_those_of_the_lowest_python_that_is_promised(folder):
                 newer = {alias.name for alias in node.names} & set(NEWER.get(node.module or "", "").split())
                 assert not newer, f"{path}: {newer}"
             assert not (isinstance(node, ast.Import) and any(alias.name == "tomllib" for alias in node.names)), path
-            unpacked = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) and any(
-                isinstance(each, ast.Starred) for each in node.slice.elts)
-            assert not unpacked, f"{path}:{node.lineno}: a[b, *c] is a mistake of syntax in Python 3.10: write a[(b, *c)]"
+            bare = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) and node.slice.elts and (
+                node.slice.elts[0].col_offset == node.slice.col_offset)        # a tuple without brackets of its own
+            assert not (bare and any(isinstance(each, ast.Starred) for each in node.slice.elts)), f"{path}:{node.lineno}: a[b, *c] is a mistake of syntax in Python 3.10: write a[(b, *c)]"
 
 
 def test_nothing_outside_tests_and_benchmarks_imports_diffusers_or_transformers_or_pickle():
