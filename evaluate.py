@@ -93,6 +93,8 @@ def check_used(args: argparse.Namespace, own: dict[str, str], parser: Parser) ->
         refuse_drawing_flags(args)
     if len(args.cfg or ()) > 1 and (one := [name for name in args.metric if METRICS[name].of != "pictures"]):
         raise ValueError(f"--cfg with several scales: metric '{one[0]}' measures one at a time")
+    if args.count is not None and all(METRICS[name].number for name in args.metric):
+        raise ValueError(f"--count changes nothing in metric '{args.metric[0]}': {METRICS[args.metric[0]].number}; leave it out")
     for flag, name in own.items():
         if typed(name) and not any(flag in METRICS[each].flags for each in args.metric):
             raise ValueError(f"{flag} is for --metric {', '.join(name for name, row in METRICS.items() if flag in row.flags)}")
@@ -144,6 +146,9 @@ def load(args: argparse.Namespace) -> Evaluation:
     if is_pictures(args.run):
         metric_names(args.metric, "pictures"), refuse_drawing_flags(args)
         return Evaluation(None, args.run, None, device, out, args.count or ALL, args.seed, args.batch_size, options=args.options)
+    if args.options["resolution"] is not None and not args.options["reference"]:
+        raise ValueError("--resolution is the size of pictures that are there, such as those of --reference: a model draws in its own; "
+                         "leave it out")
     source = find_model(args.run)
     with place_for_weights(device, args.offload) as place:
         model = load_model(source, place, ema=not args.no_ema)

@@ -222,7 +222,7 @@ def guide(conditional: Callable[..., Denoiser], cond: Cond, negative: Cond | Non
     if not settings.guided:
         return plain
     both = conditional(cond.cat(negative)) if worse is None else beside(conditional(cond), worse(cond))
-    noise = levels[0] if levels[0].alpha < 1e-3 else None           # a grid that begins at a picture has no first step of pure noise
+    noise = levels[0] if levels[0].alpha < 0.01 else None       # a grid from noise has 0 or 0.001 there, one that begins at a picture more
     mix = MIXES[settings.guidance](settings.cfg, prediction, noise)
     denoise = guided(without_layers(both, 2), settings.cfg, settings.rescale, prediction, mix)
     return denoise if settings.interval is None else interval(denoise, plain, *settings.interval)

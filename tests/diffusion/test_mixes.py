@@ -26,6 +26,8 @@ from tinyldm.diffusion.guidance import (
 from tinyldm.diffusion.prediction import to_output, to_x0
 from tinyldm.diffusion.process import Flow, Level
 from tinyldm.diffusion.samplers import euler
+from tinyldm.models.layers import Cond
+from tinyldm.pipeline import DrawSettings, guide
 
 LEVEL, FIRST = Level(600.0, 0.4, 0.6), Level(1000.0, 0.0, 1.0)
 G = torch.Generator().manual_seed(0)
@@ -99,6 +101,23 @@ def test_the_first_step_of_zero_star_leaves_the_noise_as_it_is():
     first, second = islice(euler(cfg(both, 3.0, mix=zero_star(3.0, "flow", levels[0])), X, levels), 2)
     torch.testing.assert_close(first[0], X)
     assert (second[0] - X).abs().mean() > 0.01
+
+
+def test_a_rescaled_first_step_of_zero_star_has_numbers():
+    both = denoiser(net, torch.tensor([1.0, 2.0, 3.0, -1.0, -2.0, -3.0]), "flow")
+    at = lambda rescale: cfg(both, 3.0, rescale, "flow", zero_star(3.0, "flow", FIRST))(X, FIRST)
+    torch.testing.assert_close(at(0.7), at(0.0))
+
+
+@pytest.mark.parametrize("schedule, start, skipped", [("flow_sigmas", None, True), ("trailing", None, True), ("flow_sigmas", 1, False)])
+def test_every_grid_that_begins_with_noise_has_a_first_step_that_zero_star_skips(schedule, start, skipped, monkeypatch):
+    """flow_sigmas, the default of flows, begins with a thousandth of the picture."""
+    told = []
+    monkeypatch.setitem(MIXES, "cfg_zero", lambda scale, prediction, first: told.append(first))
+    levels = grid(Flow(), 5, schedule)[start:]
+    settings = DrawSettings("euler", schedule, 5, 3.0, None, guidance="cfg_zero")
+    guide(lambda cond, **options: None, Cond(X), Cond(X), settings, "flow", levels)
+    assert told == [levels[0] if skipped else None]
 
 
 def test_where_the_unconditional_velocity_is_a_multiple_of_the_conditional_one_scales_make_no_difference():

@@ -14,8 +14,10 @@ from tinyldm.cli import guard
 from tinyldm.evaluation import picture_metrics, statistics
 from tinyldm.evaluation.curve import Point, draw_curve, ticks
 from tinyldm.evaluation.distances import Frechet, kid, precision_recall
+from tinyldm.evaluation.generation import scales
 from tinyldm.evaluation.towers import TOWERS
 from tinyldm.folders.save import save_model
+from tinyldm.pipeline import DrawSettings
 
 evaluate = load_script("evaluate")
 
@@ -147,6 +149,7 @@ def test_pictures_of_mixed_sizes_are_measured_each_at_its_own(tmp_path):
     (["--metric", "prompts"], "metric 'prompts' measures a model that draws: name it as RUN, in place of pictures"),
     (["--metric", "is", "--steps", "3"], "--steps is for models"),
     (["--metric", "is", "--captions", "a.txt"], "--captions is for a model"), (["--metric", "geneval"], "name a model"),
+    (["--metric", "geneval", "--count", "4"], "four pictures of each prompt"),
     (["--metric", "is", "--fid-resize", "cleen"], "did you mean 'clean'"),
     (["--metric", "is", "--replicates", "1"], "two bootstrap replicates"),
     (["--metric", "is", "--resolution", "0"], "--resolution 0"), (["--metric", "stats", "--tower", "dino"], "did you mean 'dinov2'")])
@@ -154,6 +157,25 @@ def test_what_cannot_be_measured_of_pictures_is_refused(sets, tmp_path, capsys, 
     assert run(sets[0], *words, "--out", tmp_path / "out", weights=()) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_part_of_the_reference_is_measured_as_the_part_that_it_is(sets, tmp_path):
+    whole, part = (tmp_path / name for name in ("whole", "part"))
+    assert run(sets[0], "--metric", "fid", "--reference", sets[0], "--out", whole) == 0
+    assert run(sets[0], "--metric", "fid", "--reference", sets[0], "--count", 10, "--out", part) == 0
+    found = [json.loads((out / "fid.json").read_text())["results"][0] for out in (whole, part)]
+    assert [each["count"] for each in found] == [40, 10]
+    assert found[0]["values"]["FID"]["value"] == pytest.approx(0, abs=1e-6) and found[1]["values"]["FID"]["value"] > 0.01
+
+
+def test_a_size_that_no_picture_is_given_is_refused(model, tmp_path, capsys):
+    assert run(model, "--metric", "is", "--resolution", 16, "--out", tmp_path / "out") == 2
+    assert "a model draws in its own" in capsys.readouterr().err
+
+
+def test_a_scale_that_a_network_is_told_has_its_own_name_beside_others():
+    told = lambda told, cfg: DrawSettings("euler", "normal", 4, cfg, None, told=told)
+    assert scales([told(1.0, 3.5), told(3.5, 3.5)]) == [1.0, 3.5] and scales([told(1.0, 3.5)]) == [3.5]
 
 
 def test_a_typing_error_in_weights_is_refused(sets, tmp_path, capsys):

@@ -100,7 +100,8 @@ def cfg(denoise_both: Denoiser, scale: float, rescale: float = 0.0, prediction: 
         if not rescale:
             return guided
         out, conditional_out = (to_output(prediction, x, x0, level) for x0 in (guided, conditional))
-        ratio = conditional_out.std((1, 2, 3), keepdim=True) / out.std((1, 2, 3), keepdim=True)
+        spread = lambda y: y.std((1, 2, 3), keepdim=True)
+        ratio = torch.where(spread(out) > 0, spread(conditional_out) / spread(out), 1)              # cfg_zero's first output is 0
         return to_x0(prediction, x, out * (1 + rescale * (ratio - 1)), level)
 
     def denoise(x: Tensor, level: Level) -> Tensor | Denoised:

@@ -76,7 +76,13 @@ def drawn_folder(evaluation: Evaluation, settings: DrawSettings, captions: Capti
 
 def scale(settings: DrawSettings) -> float:
     """The guidance scale as --cfg names it: that which the network is told, where there is one (FLUX dev)."""
-    return settings.told if settings.told != 1 else settings.cfg
+    return scales([settings])[0]
+
+
+def scales(several: Sequence[DrawSettings]) -> list[float]:
+    """The guidance scales as --cfg names them. Where a network is told any, 1 is what it is told."""
+    told = any(settings.told != 1 for settings in several)
+    return [settings.told if told else settings.cfg for settings in several]
 
 
 def generate(evaluation: Evaluation, captions: Captions) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tinyldm.evaluation.base import Evaluation, Measurement
 from tinyldm.evaluation.captions import Captions, of_file
-from tinyldm.evaluation.generation import Job, draw_missing, drawn_folder, scale
+from tinyldm.evaluation.generation import Job, draw_missing, drawn_folder, scale, scales
 from tinyldm.files import write_file
 
 COPIES = 4                      # pictures of a prompt
@@ -40,7 +40,7 @@ def measure(evaluation: Evaluation) -> Measurement:
     return Measurement(
         [f"{len(captions.rows)} prompts, {COPIES} pictures each: score a folder with evaluation/evaluate_images.py of djghosh13/geneval"],
         {"model": str(evaluation.source), "captions": captions.source, "copies": COPIES, "seed": evaluation.seed,
-         "results": [{"cfg": scale(settings), "folder": str(folder)} for settings, folder in zip(evaluation.guidance, folders)]}, folders)
+         "results": [{"cfg": cfg, "folder": str(folder)} for cfg, folder in zip(scales(evaluation.guidance), folders)]}, folders)
 
 
 def write_folder(evaluation: Evaluation, which: int, captions: Captions) -> Path:

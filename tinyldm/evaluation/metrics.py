@@ -37,6 +37,7 @@ class Metric(NamedTuple):
     flags: Mapping[str, Mapping[str, Any]] = {}     # its own flags: "--name" -> keywords of add_argument; metrics may share one
     of: str = "model"                                           # what it measures: a key of SUBJECTS
     divided: bool = False                                       # whether torchrun's processes share the work; else the first does all
+    number: str = ""                                            # what decides on the number of pictures, where --count does not
 
 
 def deferred(file: str, function: str) -> Callable[[Evaluation], Any]:
@@ -80,7 +81,7 @@ METRICS: dict[str, Metric] = {
     "reconstruction": Metric("what an autoencoder loses of the pictures of --data: PSNR, SSIM, LPIPS",
                              deferred("reconstruction", "measure"), deferred("reconstruction", "check"), PICTURES, "vae"),
     "seams": Metric("how far tiles can be seen where an autoencoder decodes large pictures", deferred("seams", "measure"),
-                    deferred("seams", "check"), {"--data": PICTURES["--data"]}, "vae"),
+                    deferred("seams", "check"), {"--data": PICTURES["--data"]}, "vae", number="it looks at four pictures"),
     "fid": of_pictures("Fréchet distance of Inception features to --reference", "fid", "check_reference", COMPARED | _RESIZE),
     "is": of_pictures("Inception score", "inception_score", "check", DRAWN | _RESIZE),
     "kid": of_pictures("kernel distance of Inception features to --reference", "kid", "check_reference", COMPARED | _RESIZE),
@@ -93,7 +94,8 @@ METRICS: dict[str, Metric] = {
         "--tower": dict(default="inception", metavar="NAME", help="whose features: inception, inception-clean, inception-pytorch, cmmd, "
                         "dinov2, ... (default: inception)")}),
     "geneval": Metric("the folder of pictures that GenEval's scorer reads, of its prompts", deferred("geneval", "measure"),
-                      deferred("geneval", "check"), {"--captions": DRAWN["--captions"]}, "pictures", True),
+                      deferred("geneval", "check"), {"--captions": DRAWN["--captions"]}, "pictures", True,
+                      "it draws four pictures of each prompt of --captions, so a trial needs a file with few prompts"),
 }
 
 

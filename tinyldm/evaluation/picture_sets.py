@@ -7,6 +7,7 @@ Of several processes each computes the features of its part of the batches (proc
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -134,10 +135,10 @@ def subjects(evaluation: Evaluation, captioned: bool = False) -> list[PictureSet
         return [PictureSet(words[0], read, {"pictures": words[0], "resolution": size or "as found"})]
     captions = captions_of(evaluation)
     folders = share(evaluation, "drawn", lambda: generation.generate(evaluation, captions))
-    return [PictureSet(f"cfg {generation.scale(settings):g}",
+    return [PictureSet(f"cfg {scale:g}",
                        lambda world, folder=folder: generation.read_drawn(folder, captions, evaluation.count, evaluation.batch_size, world),
                        generation.settings_of(evaluation, settings, captions))
-            for folder, settings in zip(folders, evaluation.guidance)]
+            for folder, settings, scale in zip(folders, evaluation.guidance, generation.scales(evaluation.guidance))]
 
 
 def reference(evaluation: Evaluation, tower: OpenTower, kept: int) -> FeatureSet:
@@ -181,7 +182,7 @@ def weight_sources(words: Sequence[str]) -> dict[str, str]:
 
 def features_of(evaluation: Evaluation, tower: OpenTower, pictures: PictureSet, kept: int = statistics.KEPT) -> FeatureSet:
     """The features of a set, made once. ValueError where there are fewer than two pictures."""
-    key = ("features", tower.name, pictures.label, pictures.facts.get("resolution"), kept)
+    key = ("features", tower.name, json.dumps(pictures.facts, sort_keys=True, default=str), kept)
     return share(evaluation, key, lambda: gather(tower, pictures, kept, evaluation.world))
 
 
