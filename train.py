@@ -363,7 +363,7 @@ def train_stage(stage: Stage, context: RunContext, last: Path | None) -> Learner
 def main() -> None:
     config, (rank, processes) = CONFIG, launched()
     if ARGS.dry_run:
-        return print_plan(check_plan(config))
+        return print_plan(check_plan(find_paths(config)))
     outlive_terminal()
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")     # the main process prints for all

@@ -9,6 +9,7 @@ import pytest
 from helpers import SMALL, mistake
 
 from tinyldm.config import flatten, parse, preset_config
+from tinyldm.diffusion.process import check_options, make_process
 from tinyldm.folders.build import load_network
 from tinyldm.folders.load import load_defaults
 from tinyldm.lookup import build_dataclass, check_types, fit, lookup
@@ -34,7 +35,8 @@ def test_a_value_that_fits_becomes_what_the_hint_wants(value, hint, result):
 
 
 @pytest.mark.parametrize("value, hint, said", [
-    ("abc", int, "a whole number"), (2.0, int, "a whole number"), (True, int, "a whole number"), (True, float, "a number"),
+    ("abc", int, "a whole number"), (2.5, int, "a whole number"), (1e4, int, "a whole number, written without a point: 10000"),
+    (True, int, "a whole number"), (True, float, "a number"),
     ("two", float, "a number"), (2, bool, "true or false"), (3, str, "a word"), ("x", int | None, "a whole number or None"),
     ((1, "x"), tuple[int, ...], "a whole number, or several separated by commas"), (8, tuple[int, int], "(a whole number, a whole number)"),
     ((1, 2, 3), tuple[int, int], "(a whole number, a whole number)"), ("tanh", Literal["gelu", "relu"], "one of gelu, relu")])
@@ -119,11 +121,27 @@ def test_wrong_values_of_every_flag_that_takes_key_value_are_one_line(words, sai
 
 
 def test_options_of_an_objective_are_compared_with_their_defaults(monkeypatch):
-    monkeypatch.setattr(OBJECTIVES["denoising"], "options", {"speed": 1, "mode": "slow", "other": None})
-    check_settings(parse(["--objective-options", "speed=0.5", "mode=fast", "other=3"], "")[0])
-    for word, said in (("speed=x", "speed=x must be a number"), ("mode=3", "mode=3 must be a word")):
+    monkeypatch.setattr(OBJECTIVES["denoising"], "options", {"speed": 1.0, "count": 1, "mode": "slow", "other": None})
+    check_settings(parse(["--objective-options", "speed=2", "count=2", "mode=fast", "other=3"], "")[0])
+    for word, said in (("speed=x", "speed=x must be a number"), ("count=1.5", "count=1.5 must be a whole number"),
+                       ("count=2.0", "count=2.0 must be a whole number, written without a point: 2"), ("mode=3", "mode=3 must be a word")):
         with pytest.raises(ValueError, match=f"^denoising option {said}$"):
             check_settings(parse(["--objective-options", word], "")[0])
+
+
+@pytest.mark.parametrize("objective, word", [
+    ("repa", "block=1.5"), ("reflow", "pairs=2.5"), ("reflow", "steps=1.5"), ("dmd", "steps=1.5"), ("dmd", "every=1.5"),
+    ("contrastive", "layers=1.5"), ("lcm", "levels=2.5"), ("consistency", "stages=1.5"), ("self_corrected", "width=8.5")])
+@pytest.mark.parametrize("teacher", [[], ["--finetune", "whole", "--model", "nowhere"]])
+def test_a_fraction_of_a_count_is_refused_before_a_teacher_is_asked_for(objective, word, teacher):
+    with pytest.raises(ValueError, match=f"^{objective} option {word} must be a whole number$"):
+        check_settings(parse(["--objective", objective, *teacher, "--objective-options", word], "")[0])
+
+
+def test_a_whole_default_of_a_function_without_annotations_stands_for_any_number():
+    assert check_options(lambda process, eta=1, twice=False: None, {"eta": 0.5}, "option") == {"eta": 0.5}
+    with pytest.raises(ValueError, match="^linear option steps=2.5 must be a whole number$"):
+        make_process("linear", steps=2.5)
 
 
 @pytest.mark.parametrize("name, value, said", [

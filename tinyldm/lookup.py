@@ -91,12 +91,15 @@ def fit(value: Any, hint: Any, what: str) -> Any:
         return value
     if fits((value,), hint):
         return (value,)
-    raise ValueError(f"{what}={value} must be {in_words(hint)}")
+    point = f", written without a point: {int(value)}" if hint is int and isinstance(value, float) and value.is_integer() else ""
+    raise ValueError(f"{what}={value} must be {in_words(hint)}{point}")
 
 
-def type_of(default: Any) -> Any:
-    """The type hint of an option that has a default and no annotation; a default such as 1 may stand for any number."""
-    return {bool: bool, int: float, float: float, str: str}.get(type(default), Any)
+def type_of(default: Any, whole: type = int) -> Any:
+    """The type hint of an option that has a default and no annotation. whole: what a default such as 1 stands for. In a table of options,
+    which has no annotations, it is a whole number, and any number is 1.0; in the signature of a function, where a whole number can be
+    annotated, it may be any number (float)."""
+    return {bool: bool, int: whole, float: float, str: str}.get(type(default), Any)
 
 
 def _frozen(value: Any) -> Any:

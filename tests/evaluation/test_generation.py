@@ -179,6 +179,18 @@ def test_genevals_folders_hold_the_prompts_own_lines_and_four_pictures_each(tmp_
     assert drawn == []
 
 
+def test_genevals_lines_follow_the_prompts_and_the_pictures_stay(tmp_path, drawn):
+    """The prompt is the same, so its pictures are; what the scorer is to look for in them is in the line's other fields."""
+    file = tmp_path / "evaluation_metadata.jsonl"
+    for count in (1, 2):
+        row = {"tag": "counting", "include": [{"class": "bench", "count": count}], "prompt": "a bench 0"}
+        file.write_text(json.dumps(row) + "\n")
+        folder, = geneval.measure(evaluation(tmp_path / "out", cfg=(3.0,), captions=[str(file)])).files
+        assert json.loads((folder / "00000" / "metadata.jsonl").read_text()) == row
+    assert sum(len(prompts) for prompts, _ in drawn) == geneval.COPIES
+    assert sorted(path.name for path in (folder / "00000").iterdir()) == ["metadata.jsonl", "samples"]
+
+
 def test_geneval_without_its_prompts_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"caption": "x"}\n')
     for words, message in ((None, "name its prompts/evaluation_metadata.jsonl"), ([str(tmp_path / "a.jsonl")], 'lines without a "prompt"')):

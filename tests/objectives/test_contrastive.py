@@ -190,7 +190,9 @@ def test_pictures_are_normalised_as_clip_s():
 
 @pytest.mark.parametrize("options, said", [
     (dict(loss="sigmoid"), "contrastive loss"), (dict(patch=3), "not a multiple of the patch size 3"),
-    (dict(width=18, heads=4), "not divisible by heads=4")])
+    (dict(width=18, heads=4), "not divisible by heads=4"),
+    *((dict([(name, 0)]), f"^--objective-options {name}=0 must be 1 or more") for name in ("embed", "patch", "width", "layers", "heads")),
+    (dict(patch=-4), "patch=-4 must be 1 or more")])
 def test_options_that_cannot_work_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         Contrastive.check(make_config(**SETTINGS | dict(objective_options=OPTIONS | options)))

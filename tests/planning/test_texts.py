@@ -67,7 +67,8 @@ def said(config):
 
 def test_the_plan_says_what_it_assumes():
     week = preset_config("5090_week", dit=dict(width=64, layers=1, heads=1), stages={})
-    assert said(week) == ["  (the text encoder is not here: published ones are assumed, joined by --text-join single)"]
+    assert said(week) == ["  (the text encoder is not here: published ones are assumed, joined by --text-join single)",
+                          "  (the VAE is not here: one like Stable Diffusion 1's is assumed)"]
 
 
 def test_the_plan_says_nothing_of_a_folder(folder):

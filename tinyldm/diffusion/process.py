@@ -280,6 +280,6 @@ def check_options(function: Callable, options: Mapping, what: str) -> dict:
     except (NameError, TypeError, AttributeError, SyntaxError):                 # annotations that cannot be found are not checked
         parameters = inspect.signature(function).parameters.values()
     known = {parameter.name: parameter for parameter in parameters if parameter.default is not parameter.empty}
-    hint = lambda value, found: (Any if value is found.default else type_of(found.default) if found.annotation is found.empty
-                                 else found.annotation)
+    hint = lambda value, found: (Any if value is found.default else type_of(found.default, whole=float)
+                                 if found.annotation is found.empty else found.annotation)
     return {name: fit(value, hint(value, lookup(known, name, what)), f"{what} {name}") for name, value in options.items()}

@@ -44,13 +44,14 @@ def measure(evaluation: Evaluation) -> Measurement:
 
 
 def write_folder(evaluation: Evaluation, which: int, captions: Captions) -> Path:
-    """The folder for one guidance scale; what is there already is kept."""
+    """The folder for one guidance scale. Pictures that are there already are kept. The lines are written each time: the scorer reads more
+    of a line than its prompt, and what it asks of the same prompt may have changed since."""
     settings = evaluation.guidance[which]
     folder, jobs = drawn_folder(evaluation, settings, captions, "geneval"), []
     for i, row in enumerate(captions.rows):
         place = folder / f"{i:05d}"
         (place / "samples").mkdir(parents=True, exist_ok=True)
-        if evaluation.world.main and not (place / "metadata.jsonl").exists():
+        if evaluation.world.main:
             write_file(place / "metadata.jsonl", json.dumps(row))
         jobs += [Job(place / "samples" / f"{j:04d}.png", captions[i], evaluation.seed + COPIES * i + j) for j in range(COPIES)]
     draw_missing(evaluation, settings, jobs, f"geneval, cfg {scale(settings):g}")

@@ -47,7 +47,7 @@ class Objective:
     """
 
     turns: Sequence[Turn] = ()
-    options: Mapping[str, Any] = {}             # the names that --objective-options takes, and their defaults
+    options: Mapping[str, Any] = {}             # the names that --objective-options takes, and their defaults: 1 is a count, 1.0 any number
     networks: Mapping[str, nn.Module] = {}
     saved: Sequence[str] = ()
     on_pictures: bool = False

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyldm.config import Config
-from tinyldm.lookup import build_dataclass, lookup
+from tinyldm.lookup import build_dataclass, check_counts, lookup
 from tinyldm.models.clip import CLIP, CLIPConfig, CLIPFeatures
 from tinyldm.models.clip_text import CLIPTextConfig
 from tinyldm.models.vit import ViTConfig
@@ -184,9 +185,13 @@ def normalised(images: Any) -> Tensor:
 
 
 def options_of(config: Config) -> dict[str, Any]:
-    """--objective-options, with defaults. ValueError for an unknown loss."""
+    """--objective-options, with defaults. ValueError for an unknown loss, and for sizes below 1."""
     found = {**Contrastive.options, **config.objective.options}
     lookup(CONTRASTIVE, found["loss"], "contrastive loss (--objective-options loss=)")
+    try:
+        check_counts(SimpleNamespace(**found), "embed", "patch", "width", "layers", "heads")
+    except ValueError as error:
+        raise ValueError(f"--objective-options {error}") from None
     return found
 
 

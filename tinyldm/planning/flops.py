@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinyldm.config import Config, PlanConfig, change, phases
 from tinyldm.data.decoding import make_buckets
+from tinyldm.folders.hub import is_hub_id
+from tinyldm.folders.load import load_vae
 from tinyldm.lookup import lookup
 from tinyldm.model import (
     AUTOENCODERS,
@@ -52,17 +55,35 @@ class MetaNetworks(NamedTuple):
     vae: nn.Module
 
 
+def vae_source(config: Config) -> Path | str:
+    """Where the VAE of --vae-weights or --vae-init is: in the run's own folder where a resumed run has it, else as it was typed; "": the
+    run trains a new one."""
+    source, run = config.autoencoder.weights or config.autoencoder.init, Path(config.run.out)
+    own = [run / "vae", *sorted(run.glob("checkpoints/vae-*/vae"), reverse=True)] if source and config.run.resume != "no" else []
+    return next((folder for folder in own if folder.is_dir()), source)
+
+
+def assumed_vae(config: Config) -> str:
+    """What the plan assumes of a VAE that is not on this machine, in words; "" where it knows it."""
+    return "the VAE is not here: one like Stable Diffusion 1's is assumed" if is_hub_id(vae_source(config)) else ""
+
+
 def meta_autoencoder(config: Config) -> nn.Module:
-    """The VAE that train.py would train or load; one of others is assumed to have Stable Diffusion 1's shapes."""
-    own = config.autoencoder
-    name, fields = ("kl", {}) if own.weights or own.init else (own.name, own.fields)
+    """The VAE that train.py would train or load. One of others is as its folder or file says; one on the hub, which plans do not ask, is
+    assumed to have Stable Diffusion 1's shapes. ValueError, as in training, for a source that is neither."""
+    own, source = config.autoencoder, vae_source(config)
+    if source and not is_hub_id(source):
+        found = load_vae(source, "meta")
+        with torch.device("meta"):                              # anew, because what is loaded has no gradients and is not trained
+            return type(found)(found.config)
+    name, fields = ("kl", {}) if source else (own.name, own.fields)
     with torch.device("meta"):
         return AUTOENCODERS[name].module(autoencoder_config(name, fields))
 
 
 def meta_networks(config: Config, loaded: nn.Module | None = None, texts: TextEncoders | None = None) -> MetaNetworks:
-    """The networks that train.py would build or load. loaded, texts: the pretrained VAE and text encoders; None: a pretrained VAE is
-    assumed to have Stable Diffusion 1's shapes, and for text encoders see meta_text."""
+    """The networks that train.py would build or load. loaded, texts: the pretrained VAE and text encoders; None: see meta_autoencoder
+    and meta_text."""
     loaded = loaded or meta_autoencoder(config)
     vae = loaded.config
     text, join = (like(texts), texts.join) if texts else (meta_text(config), join_of(config))

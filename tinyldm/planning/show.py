@@ -9,7 +9,7 @@ from tinyldm.config import Config
 from tinyldm.device import pick_device
 from tinyldm.durations import parse_duration, show_duration
 from tinyldm.planning.finetune import render_fitting, render_published
-from tinyldm.planning.flops import on_this_gpu, size
+from tinyldm.planning.flops import assumed_vae, on_this_gpu, size
 from tinyldm.planning.phase import GRID_PICTURES, PlannedPhase
 from tinyldm.planning.plan import ENCODE_UTILISATION, OVERHEAD, Plan, make_plan
 from tinyldm.planning.step import step_seconds
@@ -36,8 +36,8 @@ def render(plan: Plan) -> str:
         lines.append(f"  {names[part]:20}{size(module):14,}  {state}")
     if own.kind and not own.whole:
         lines.append(f"  {'adapter' if own.adapts else 'new vectors':20}{size(*planned[-1].trained.values()):14,}  trained")
-    if assumption := assumed(config):
-        lines.append(f"  ({assumption})")
+    vae = assumed_vae(config) if size(networks.vae) and not own.kind else ""    # the model of --finetune brings its own
+    lines += [f"  ({assumption})" for assumption in (assumed(config), vae) if assumption]
     lines += ["", f"{f'GFLOP per image: forward, x {factor} where trained':48}" + "".join(f"{s.name:>16}" for s in planned)]
     for part in planned[-1].flops:
         row(names[part], lambda s: f"{s.flops[part] / 1e9:,.4g}" if part in s.flops else "")

@@ -70,13 +70,13 @@ def check_plan(config: Config) -> Config:
 def check_settings(config: Config) -> Config:
     """What can be said about the settings alone: names are looked up in their tables; fields, options and combinations that do not
     fit are refused. -> the settings, completed by what the model of --finetune says."""
+    objective = lookup(OBJECTIVES, config.objective.name, "objective")
+    for name, value in config.objective.options.items():        # first, because complete() asks the objective for what follows from them
+        default = lookup(objective.options, name, what := f"{config.objective.name} option")
+        fit(value, type_of(default), f"{what} {name}")
     config = complete(config)
     if clip := find_clip(config.text.weights):                  # --text-weights names a run of --objective contrastive
         config = change(config, text_weights=str(clip))
-    objective = lookup(OBJECTIVES, config.objective.name, "objective")
-    for name, value in config.objective.options.items():
-        default = lookup(objective.options, name, what := f"{config.objective.name} option")
-        fit(value, type_of(default), f"{what} {name}")
     if objective.on_pictures:
         check_alone(config)
         objective.check(config)
