@@ -184,7 +184,8 @@ def test_what_is_published_has_a_name_and_a_licence(words, said, tmp_path, capsy
 
 
 def test_lowest_versions_are_those_of_setup_cfg():
-    assert requirements()["tokenizers"] == "0.20" and {"pytest", "pillow"} <= requirements("test").keys()
+    assert requirements()["tokenizers"] == "0.20" and {"pytest", "peft"} <= requirements("test").keys()
+    assert ("pillow" in requirements("test")) == (sys.version_info >= (3, 11))             # Pillow 13 has no wheels for Python 3.10
 
 
 @pytest.mark.parametrize("extra", ["", "test"])
@@ -194,7 +195,8 @@ def test_the_lowest_versions_are_printed_as_pip_reads_constraints(extra, monkeyp
     lines = config["options.extras_require"][extra] if extra else config["options"]["install_requires"]
     monkeypatch.setattr(sys, "argv", ["lowest.py", "--constraints", "--extra", extra])
     lowest.main()
-    assert capsys.readouterr().out.split() == [line.partition(";")[0].replace(">=", "==") for line in lines.strip().splitlines()]
+    known = [line for line in lines.strip().splitlines() if sys.version_info >= (3, 11) or not line.endswith('"3.11"')]
+    assert capsys.readouterr().out.split() == [line.partition(";")[0].replace(">=", "==") for line in known]
 
 
 def test_memory_that_is_there_is_a_plausible_number():

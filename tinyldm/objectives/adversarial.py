@@ -160,7 +160,7 @@ class Adversary(nn.Module):
         if self.scores:
             count, scores = _split(average(torch.stack(self.scores).sum(0)))
             found = torch.cat([scores / count, (self.weight >= MOST).float().view(1)])
-            rate = torch.where(self.steps > 0, 1 - DECAY, 1.0)              # the averages begin with the first step's values
+            rate = torch.where(self.steps > 0, 1 - DECAY, 1.0).to(found)    # the averages begin with the first step's values
             sound = found.isfinite().all()
             self.averages.copy_(torch.where(sound, self.averages.lerp(found.nan_to_num(), rate), self.averages))
             self.steps.add_(sound)
