@@ -81,7 +81,7 @@ METRICS: dict[str, Metric] = {
     "reconstruction": Metric("what an autoencoder loses of the pictures of --data: PSNR, SSIM, LPIPS",
                              deferred("reconstruction", "measure"), deferred("reconstruction", "check"), PICTURES, "vae"),
     "seams": Metric("how far tiles can be seen where an autoencoder decodes large pictures", deferred("seams", "measure"),
-                    deferred("seams", "check"), {"--data": PICTURES["--data"]}, "vae", number="it looks at four pictures"),
+                    deferred("seams", "check"), {"--data": PICTURES["--data"]}, "vae"),
     "fid": of_pictures("Fréchet distance of Inception features to --reference", "fid", "check_reference", COMPARED | _RESIZE),
     "is": of_pictures("Inception score", "inception_score", "check", DRAWN | _RESIZE),
     "kid": of_pictures("kernel distance of Inception features to --reference", "kid", "check_reference", COMPARED | _RESIZE),
