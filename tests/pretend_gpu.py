@@ -130,6 +130,8 @@ class PretendGpu(TorchFunctionMode):
         enter = self.patches.enter_context
         for function, answer in answers.items():
             enter(patch.object(torch.cuda, function, answer))
+        # The optimizers of torch 2.14 ask whether an accelerator captures a graph, and a build for CUDA would look for its driver.
+        enter(patch.object(torch.accelerator, "current_accelerator", lambda check_available=False: None))
         enter(patch.object(Tensor, "pin_memory", lambda tensor: self.pin(tensor)))
         enter(patch.object(torch, "autocast", lambda device_type, *more, **options: autocast("cpu", *more, **options)))
         enter(patch.object(torch._C, "_group_tensors_by_device_and_dtype", lambda lists, *more: {
