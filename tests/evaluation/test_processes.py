@@ -188,7 +188,7 @@ def test_two_processes_measure_what_one_does_and_one_of_them_speaks(sets, tmp_pa
     (tmp_path / "captions.txt").write_text("a red picture\na blue one\na third caption")
     save_loaded(model := tmp_path / "model", unet_model())
     metrics = "fid,is,kid,precision_recall,cmmd,clip,stats"
-    # 12 pictures in twos: a last one alone is rounded otherwise, so a byte may change, and with it the order in which pictures are resampled.
+    # 12 pictures in twos: a last one alone is rounded otherwise, so a byte may change, and with it the order of resampling.
     cases = {"there": [sets[0], "--batch-size", 7],
              "drawn": [model, "--captions", tmp_path / "captions.txt", "--num", 12, "--batch-size", 2, "--cfg", "1.5,3", "--dtype", "fp32"]}
     for name, words in cases.items():
