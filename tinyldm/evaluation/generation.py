@@ -80,7 +80,7 @@ def scale(settings: DrawSettings) -> float:
 
 
 def scales(several: Sequence[DrawSettings]) -> list[float]:
-    """The guidance scales as --cfg names them. Where a network is told any, 1 is what it is told."""
+    """The guidance scales as --cfg names them: those that the network is told, where it is told any (then 1 is one of them too)."""
     told = any(settings.told != 1 for settings in several)
     return [settings.told if told else settings.cfg for settings in several]
 
