@@ -18,15 +18,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, add_quantize_flag, begin, check_offload, check_scale,
-                         check_seed, check_shortcuts, check_steps, fail, guard, outlive_terminal)
+from tinyldm.cli import (Parser, add_drawing_flags, add_offload_flag, add_quantize_flag, begin, check_guidance, check_guided,
+                         check_offload, check_scale, check_seed, check_shortcuts, check_steps, fail, guard, outlive_terminal)
 from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.evaluation.metrics import METRICS, SUBJECTS, metric_flags, metric_names
 from tinyldm.lookup import device_name, dtype_name
 
 USUAL_COUNT = 500                   # pictures, unless --count says otherwise
-DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "guidance", "autoguidance", "first_block_cache", "deep_cache", "offload",
-           "quantize", "no_ema", "lora", "embedding")                     # flags of models that draw
+DRAWING = ("cfg", "true_cfg", "steps", "sampler", "schedule", "guidance", "guidance_rescale", "guidance_interval", "autoguidance",
+           "first_block_cache", "deep_cache", "offload", "quantize", "no_ema", "lora", "embedding")         # flags of models that draw
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         subject = "vae" if args.vae else "model"
         args.metric = metric_names(args.metric or [SUBJECTS[subject].metric], subject)
         check_used(args, own, parser)
-        check_seed(args.seed), check_steps(args.steps), check_shortcuts(args)
+        check_seed(args.seed), check_steps(args.steps), check_shortcuts(args), check_guidance(args)
         for scale in args.cfg or ():
             check_scale(scale, "--cfg")
         if args.autoguidance and args.offload:
@@ -159,10 +159,9 @@ def load(args: argparse.Namespace) -> Evaluation:
     worse = load_worse(args.autoguidance, model, not args.no_ema)
     guidance = [draw_settings(model, sampler=args.sampler, schedule=args.schedule, steps=args.steps, cfg=scale, true_cfg=args.true_cfg,
                               guidance=args.guidance, worse=worse, shortcuts={name: getattr(args, name) for name in SHORTCUTS})
+                ._replace(rescale=args.guidance_rescale, interval=args.guidance_interval)
                 for scale in args.cfg or (None,)]
-    for name in ("guidance", "autoguidance"):
-        if getattr(args, name) and not any(each.guided for each in guidance):
-            raise ValueError(f"--{name} has no guidance to change: use it with a guidance scale above 1")
+    check_guided(args, any(each.guided for each in guidance), "a guidance scale")
     settings = guidance[0]
     if args.offload:
         at_once = min(args.batch_size, count)

@@ -20,7 +20,7 @@ import random
 import sys
 from pathlib import Path
 
-from tinyldm.cli import Parser, add_drawing_flags, begin, fail, guard, outlive_terminal
+from tinyldm.cli import Parser, add_drawing_flags, begin, check_guided, fail, guard, outlive_terminal
 from tinyldm.config.adapter_arguments import add_adapter_flags
 from tinyldm.config.sample_arguments import (add_caption_flags, add_guidance_flags, add_model_flags, add_output_flags, add_picture_flags,
                                              check, is_file_name)
@@ -142,15 +142,13 @@ def resolve(args: argparse.Namespace, model: Model) -> DrawSettings:
     flag = "--true-cfg" if "guidance" in extras else "--cfg"
     if not found.guided and args.negative_prompt:
         raise ValueError(f"--negative-prompt has no effect at {flag} {found.cfg:g}: use {flag} above 1, or leave it out")
-    for name in ("guidance_rescale", "guidance_interval", "guidance", "autoguidance"):
-        if getattr(args, name) and not found.guided:
-            raise ValueError(f"--{name.replace('_', '-')} has no guidance to change: use it with {flag} above 1")
+    check_guided(args, found.guided, flag)
     if args.original_size or args.crop:
         if "sizes" not in extras:
             raise ValueError(f"--{'crop' if args.crop else 'original-size'} is for networks that are told sizes (Stable Diffusion XL)")
         width, height = args.original_size or picture_size(model, args.width, args.height)
         sizes = (height, width, *reversed(args.crop or (0, 0)))
-    return found._replace(rescale=args.guidance_rescale, interval=args.guidance_interval and tuple(args.guidance_interval),
+    return found._replace(rescale=args.guidance_rescale, interval=args.guidance_interval,
                           weighted=args.prompt_weights, sizes=sizes, skip=None if args.skip_layers is None else choose_layers(args, model))
 
 

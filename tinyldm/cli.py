@@ -29,6 +29,7 @@ NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "_AL
 MOST_STEPS = 10_000                     # of a sampler
 LARGEST = 16_384                        # pixels on a side of a picture
 PATIENCE = 10.0                         # seconds in which torchrun has ended all processes of a host when one has failed
+INTERVAL = (0.28, 5.42)                 # of sigma / alpha, in which guidance pays (arXiv:2404.07724, on Stable Diffusion XL)
 NEAR = 0.75                             # how similar a flag must be to be suggested: with less, --epochs is near to --process
 SIGPIPE = 13                            # Windows' signal module does not know it
 
@@ -144,6 +145,11 @@ def add_drawing_flags(parser: argparse.ArgumentParser, scale: Callable[[str], An
     add("--schedule", metavar="NAME", help="karras, trailing, leading, linspace, ... (default: the model's)")
     add("--guidance", metavar="NAME", help="what guidance makes of its two guesses: cfg; apg, against glaring colours at a large --cfg; "
         "cfg_zero, for flows: docs/speed.md (default: cfg)")
+    add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much of the standard deviation that guidance "
+        "adds is removed again (default: 0; 0.7 is usual)")
+    add("--guidance-interval", type=float, nargs="*", metavar="LOW HIGH", help="guidance only where LOW < sigma/alpha <= HIGH (noise over "
+        "signal: large or infinite at first, 0 at the end); the other steps are twice as fast. Without numbers: {:g} {:g}, those "
+        "published for Stable Diffusion XL".format(*INTERVAL))
     add("--autoguidance", metavar="MODEL", help="in place of the negative prompt, steer away from what a worse model draws of the same "
         "prompt: an earlier checkpoint's model folder, or a smaller model with the same latents and text encoders; --cfg 1.5 to 3")
     add("--first-block-cache", type=float, metavar="CHANGE", help="transformers: where the first block's answer has changed by less than "
@@ -162,6 +168,23 @@ def check_steps(steps: int | None, flag: str = "--steps") -> None:
     """ValueError for a number of sampling steps that makes no sense: a level is a row of a table, and each costs calls of the network."""
     if steps is not None and not 1 <= steps <= MOST_STEPS:
         raise ValueError(f"{flag} {steps} must lie between 1 and {MOST_STEPS:,}: 20 to 50 are usual")
+
+
+def check_guidance(args: argparse.Namespace) -> None:
+    """Fill in the interval of a --guidance-interval without numbers. ValueError for numbers of guidance that mean nothing."""
+    if not 0 <= args.guidance_rescale <= 1:
+        raise ValueError(f"--guidance-rescale {args.guidance_rescale} must lie between 0 and 1")
+    if args.guidance_interval is not None:
+        args.guidance_interval = tuple(args.guidance_interval) or INTERVAL
+        if len(args.guidance_interval) != 2 or not 0 <= args.guidance_interval[0] < args.guidance_interval[1]:
+            raise ValueError("--guidance-interval must be two rising numbers from 0 on, such as 0.3 5, the last may be inf; or none")
+
+
+def check_guided(args: argparse.Namespace, guided: bool, flag: str = "--cfg") -> None:
+    """ValueError for a flag that changes guidance where there is none. flag: that of its scale."""
+    for name in ("guidance_rescale", "guidance_interval", "guidance", "autoguidance"):
+        if getattr(args, name) and not guided:
+            raise ValueError(f"--{name.replace('_', '-')} has no guidance to change: use it with {flag} above 1")
 
 
 def add_quantize_flag(parser: argparse.ArgumentParser) -> None:

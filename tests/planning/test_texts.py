@@ -51,6 +51,11 @@ def test_published_text_encoders_are_assumed_where_there_is_no_folder(join):
     assert size(meta_text(config)) == COUNTS[join]
 
 
+def test_a_path_that_is_not_there_is_refused_as_in_training(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        meta_text(preset_config("tiny", text_weights=str(tmp_path / "nowhere")))
+
+
 @pytest.mark.parametrize("network, net, join", [
     ("unet", {}, "single"), ("unet", {"pooled_dim": 1280}, "sdxl"), ("mmdit", {}, "sd3"), ("flux", {}, "flux"), ("dit", {}, "single")])
 def test_of_a_hub_id_the_usual_rule_for_the_network_is_assumed_and_said(network, net, join):

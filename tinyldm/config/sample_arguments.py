@@ -7,8 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from tinyldm.cli import (LARGEST, add_offload_flag, add_quantize_flag, caption, check_offload, check_scale, check_seed, check_shortcuts,
-                         check_steps, fail)
+from tinyldm.cli import (LARGEST, add_offload_flag, add_quantize_flag, caption, check_guidance, check_offload, check_scale, check_seed,
+                         check_shortcuts, check_steps, fail)
 
 PICTURES = (".png", ".webp", ".gif", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
 
@@ -34,10 +34,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_guidance_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that change how guidance works; its scale is among those of all scripts that draw."""
     add = parser.add_argument
-    add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much of the standard deviation that guidance "
-        "adds is removed again (default: 0; 0.7 is usual)")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance only where LOW < sigma/alpha <= HIGH "
-        "(noise over signal: large or infinite at first, 0 at the end); the other steps are twice as fast")
     add("--skip-layers", type=int, nargs="+", metavar="N", help="also steer away from what the network draws without these layers: "
         "7 8 9 for Stable Diffusion 3.5 medium")
     add("--skip-scale", type=float, metavar="W", help="with --skip-layers (default: 2.8)")
@@ -111,10 +107,6 @@ def check(args: argparse.Namespace) -> None:
     for name in ("mask", "strength", "invert"):
         if getattr(args, name) is not None and not args.init_image:
             fail(f"--{name} needs a picture to change: --init-image FILE")
-    if not 0 <= args.guidance_rescale <= 1:
-        fail(f"--guidance-rescale {args.guidance_rescale} must lie between 0 and 1")
-    if args.guidance_interval and not 0 <= args.guidance_interval[0] < args.guidance_interval[1]:
-        fail("--guidance-interval must be two rising numbers from 0 on, such as 0.3 5, the last may be inf")
     if args.skip_layers is None and (args.skip_scale is not None or args.skip_interval):
         fail(f"--skip-{'interval' if args.skip_interval else 'scale'} needs the layers to skip: --skip-layers 7 8 9 for Stable Diffusion "
              "3.5 medium")
@@ -140,7 +132,7 @@ def check(args: argparse.Namespace) -> None:
         check_scale(args.cfg, "--cfg"), check_scale(args.true_cfg, "--true-cfg")
         check_scale(args.skip_scale, "--skip-scale", "2.8 is usual")
         check_offload(args.offload, "the caption"), check_steps(args.steps)
-        check_seed(args.seed), check_shortcuts(args)
+        check_seed(args.seed), check_shortcuts(args), check_guidance(args)
         check_seed(int(args.interpolate or 0), "--interpolate")
     except ValueError as error:
         fail(str(error))

@@ -44,6 +44,8 @@ class NotFirst(Exception):
 def switches(settings: DrawSettings) -> dict[str, Any]:
     """The ways to draw that are off by default, where they are on."""
     return {**({"guidance": settings.guidance} if settings.guidance != "cfg" else {}),
+            **({"guidance_rescale": settings.rescale} if settings.rescale else {}),
+            **({"guidance_interval": settings.interval} if settings.interval else {}),
             **({settings.shortcut.name: settings.shortcut.value} if settings.shortcut else {})}
 
 

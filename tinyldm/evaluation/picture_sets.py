@@ -135,7 +135,7 @@ def subjects(evaluation: Evaluation, captioned: bool = False) -> list[PictureSet
         return [PictureSet(words[0], read, {"pictures": words[0], "resolution": size or "as found"})]
     captions = captions_of(evaluation)
     folders = share(evaluation, "drawn", lambda: generation.generate(evaluation, captions))
-    return [PictureSet(f"cfg {scale:g}",
+    return [PictureSet(f"cfg {scale:.15g}",
                        lambda world, folder=folder: generation.read_drawn(folder, captions, evaluation.count, evaluation.batch_size, world),
                        generation.settings_of(evaluation, settings, captions))
             for folder, settings, scale in zip(folders, evaluation.guidance, generation.scales(evaluation.guidance))]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tinyldm.config import Config
+from tinyldm.folders.hub import is_hub_id, missing
 from tinyldm.folders.load import load_text
 from tinyldm.folders.parts import config_in
 from tinyldm.folders.texts import join_in
@@ -70,7 +71,8 @@ def token_counts(config: Config, join: str) -> Sequence[int | None]:
 
 def meta_text(config: Config) -> nn.Module:
     """The text encoder that a run would build or load, on the meta device; several in an nn.ModuleList. Pretrained ones are those of
-    text_source(); where there is no such folder or file, the published ones are assumed that are joined by the same rule."""
+    text_source(); of a hub id that is not here yet, the published ones are assumed that are joined by the same rule. ValueError for any
+    other path."""
     if not config.text.weights:
         row = lookup(TEXT_ENCODERS, config.text.encoder, "text encoder")
         with torch.device("meta"):
@@ -81,6 +83,8 @@ def meta_text(config: Config) -> nn.Module:
         found = [config_in(folder, TEXT_ENCODERS.values()) for folder in folders]
     elif path.is_file():
         found = [(architecture(module), module.config) for module in [load_text(path, "meta")]]
+    elif not is_hub_id(config.text.weights):
+        raise missing(config.text.weights)
     else:
         found = [(None, published) for published in lookup(PUBLISHED, join, "rule to join text encoders")]
     counts = [*token_counts(config, join), *[None] * len(found)]
