@@ -8,7 +8,8 @@
     python3.11 tests/lowest.py --constraints > lowest.txt   only what pip reads to do the README's commands with these versions, in an
                                                             environment of that Python (3.10 or 3.11: later ones have no wheels of some):
         pip install -c lowest.txt -e . && python train.py --preset tiny
-        pip install -c lowest-test.txt -e ".[test]" && pytest               (lowest-test.txt: the same with --extra test)
+        pip install -c lowest-test.txt -e ".[test]" torch==2.6.0 && pytest  (lowest-test.txt: the same with --extra test. Without
+                                                            a named torch pip tries all its versions, for minutes)
 
 It needs the package index, and minutes: nothing of it runs in the tests. Run it after a change of setup.cfg, or of what is imported.
 

@@ -203,7 +203,8 @@ def meta_dinov2(state):
 
 
 def timm_siglip(state):
-    """A SigLIP picture tower of transformers' as open_clip stores it: timm's network inside."""
+    """A SigLIP picture tower of transformers' as open_clip stores it: timm's network inside. (transformers 5.5 has a prefix.)"""
+    state = {key.removeprefix("vision_model."): tensor for key, tensor in state.items()}
     to, head = "visual.trunk.", "head."
     tensors = {f"{to}pos_embed": state["embeddings.position_embedding.weight"][None], f"{to}attn_pool.latent": state[f"{head}probe"],
                "text.positional_embedding": torch.ones(2, 2), "logit_bias": torch.ones(())}

@@ -243,6 +243,7 @@ def test_missing_extra_and_misshapen_tensors_are_named_with_their_file(save):
     for change, expected in (({"conv_in.weight": narrow}, "conv_in.weight is [16, 3, 3, 3], expected [16, 4, 3, 3]"),
                              ({"more": conv.clone()}, "unexpected 1 (more)"),
                              ({"conv_in.weight": None}, "missing 1 (conv_in.weight)")):
+        (path / UNET_FILE).unlink()                             # older versions of safetensors hand out tensors that are still in the file
         save_file({k: t for k, t in (tensors | change).items() if t is not None}, path / UNET_FILE, {"format": "pt"})
         text = refusal(load_model, path)
         assert expected in text and str(path / UNET_FILE) in text

@@ -265,8 +265,8 @@ def test_a_lack_of_memory_is_not_reported_as_a_damaged_file(error):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
 def test_every_finite_number_of_8_bits_comes_out_in_bfloat16_as_itself(tmp_path, dtype, name):
-    numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
-    numbers = numbers[numbers.float().isfinite()]
+    octets = torch.arange(256, dtype=torch.uint8)
+    numbers = octets[octets.view(dtype).float().isfinite()].view(dtype)
     (save_file if name.endswith("safetensors") else torch.save)({"a": numbers, "b": torch.ones(2)}, tmp_path / name)
     tensors = read(open_weights(tmp_path / name))
     assert tensors["a"].dtype == torch.bfloat16 and tensors["a"].float().equal(numbers.float()) and tensors["b"].equal(torch.ones(2))
