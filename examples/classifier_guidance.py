@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--out", default="classifier_guidance.png")
     args = parser.parse_args()
     path = Path(find_model(args.model))
-    if not (folder := path.parents[2] / "latents").exists():
+    if len(path.parents) < 3 or not (folder := path.parents[2] / "latents").exists():
         raise ValueError(f"{path} lies in no run with cached latents: name a run folder of train.py")
     model = load_model(path)
     settings = draw_settings(model, sampler="euler_a", steps=40)

@@ -32,7 +32,7 @@ TABLE = dict(process="scaled_linear", prediction="v")
 FIRST = dict(vae_weights="")                        # trains the autoencoder too, which the other runs are given
 WITH_LPIPS = dict(vae_loss=dict(lpips=1.0), vae_lpips=["LPIPS"], resolution=16, vae_crop=16)
 WITH_GAN = dict(vae_loss=dict(gan=1.0), vae_gan=dict(width=4, layers=1, norm="none", start=0.0, adaptive=False), vae_crop=8)
-WITH_ADVERSARY = dict(objective="scm", objective_options=dict(gan=0.5, last=0.5), finetune="whole", model="MODEL", vae_weights="")
+WITH_ADVERSARY = dict(objective="scm", objective_options=dict(gan=0.5, last=0.5), finetune="whole", model="MODEL", vae_weights="", unet={})
 
 # Groups of aspects. AFTER is what follows once anything in the training is different.
 AFTER = {"loss", "weights", "averages", "moments", "validation", "pictures"}

@@ -182,7 +182,7 @@ def new_network(name: str, settings: Mapping[str, Any], shapes: NetworkShapes) -
 def told_too(net: nn.Module, names: tuple[str, ...]) -> nn.Module:
     """The network, told further numbers (see TimeEmbedding), which have no effect before it is trained. ValueError where its class cannot
     be told any."""
-    if not (new := tuple(name for name in names if name not in getattr(net.config, "told", ()))):
+    if not (new := tuple(name for name in names if name not in architecture(net).extras(net.config))):
         return net
     if not hasattr(net.config, "told"):
         able = [name for name, row in NETWORKS.items() if any(field.name == "told" for field in fields(row.config))]

@@ -90,6 +90,13 @@ def test_convert_writes_the_other_names_and_back(place, tmp_path, capsys):
     assert json.loads(header(tmp_path / "back.safetensors")["tinyldm"])["base_model"] == "model"
 
 
+def test_show_tells_the_precision_of_the_weights_not_that_of_their_scale(tmp_path, capsys):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{name}.lora_down.weight": torch.ones(2, 32).half(), f"{name}.lora_up.weight": torch.ones(32, 2).half(),
+               f"{name}.alpha": torch.tensor(1.0)}, tmp_path / "half.safetensors")
+    assert "precision: float16" in command(capsys, "show", tmp_path / "half.safetensors")
+
+
 def test_show_tells_kinds_ranks_scales_and_what_the_header_says(place, capsys):
     printed = command(capsys, "show", place / "b.safetensors")
     assert "for Stable Diffusion 1 or 2" in printed and "layers: LoRA (" in printed and "ranks: 4\n" in printed

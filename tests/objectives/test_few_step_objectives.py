@@ -1,6 +1,7 @@
 """Few-step objectives as the trainer calls them: their losses, and what gradients, targets and micro-batches do to networks."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from helpers import PROMPT, randomise, small_text
 
 from tinyldm.config import make_config
 from tinyldm.device import autocast
+from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.prediction import to_output
 from tinyldm.diffusion.process import CLEAN, Level, make_process
 from tinyldm.model import Model, told_too
@@ -21,6 +23,7 @@ from tinyldm.objectives.lcm import LCM
 from tinyldm.objectives.teacher import TARGET, TEACHER
 from tinyldm.random_streams import Stream, generator
 from tinyldm.text.encoders import TextEncoder, TextEncoders
+from tinyldm.vendor_loaders.scheduler import from_config, sampling
 
 # Those with a teacher and one turn; the others have files of their own.
 FEW = ("consistency", "lcm", "scm", "mean_flow", "progressive", "guided")
@@ -105,6 +108,37 @@ def test_losses_are_those_of_micro_batches_and_of_any_number_of_processes(parts,
     some = SimpleNamespace(latents=samples.latents[2:5], tokens=samples.tokens[2:5], weights=None)
     part = objective.to_device(objective.draw(some, generator(Stream.NOISE, 0, 3), 6, slice(2, 5)), torch.device("cpu"))
     torch.testing.assert_close(losses(objective, part), whole[2:5], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, options, times", [
+    ("progressive", dict(rounds=(4, 2)), [999, 499]), ("progressive", dict(rounds=(1,)), [999]),
+    ("dmd", {}, [999, 749, 499, 249]), ("lcm", dict(levels=10), [999, 799, 499, 299]), ("lcm", {}, [999, 759, 499, 259])])
+def test_a_student_of_a_published_table_is_drawn_at_times_that_it_learns(parts, name, options, times):
+    """Stable Diffusion 2.1's config, whose own grid is another one."""
+    published = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+                 "prediction_type": "v_prediction", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+    process, prediction = from_config(published)
+    config = make_config(objective=name, objective_options=options, finetune="whole", model="m")
+    vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
+    model = OBJECTIVES[name].begins_as(Model(DiT(parts[0]), vae, parts[1], process, prediction, published, {}), config)
+    chosen = sampling(model.scheduler, OBJECTIVES[name].usual(config)["sampler"], None)
+    levels = grid(model.process, len(times), chosen.schedule, **chosen.grid)
+    assert [level.t for level in levels[:-1]] == times and levels[-1].sigma == 0
+    assert from_config(model.scheduler)[1] == "v"
+
+
+def test_a_teacher_that_is_told_its_scale_answers_in_one_call(parts):
+    objective, batch = make(parts, "lcm")
+    teacher = told_too(objective.networks[TEACHER], ("guidance",))
+    torch.nn.init.normal_(teacher.time_in.told["guidance"].weight)
+    told = LCM(make_config(objective="lcm", finetune="whole", model="m", network="dit", dit=vars(parts[0]), dtype="fp32"),
+               objective.model, ("net",), replace(objective.model, net=teacher))
+    asked = []
+    teacher.register_forward_pre_hook(lambda module, inputs: asked.append((len(inputs[0]), inputs[2].extra["guidance"])))
+    at, x = told.level(batch.t, batch.x0), batch.x0
+    answers = [told.teach(x, at, batch, scale) for scale in (torch.full((6, 1, 1, 1), 3.0), 3.0, 5.0)]
+    assert torch.equal(answers[0], answers[1]) and not torch.allclose(answers[1], answers[2])
+    assert [(count, scale.tolist()) for count, scale in asked] == [(6, [3.0] * 6)] * 2 + [(6, [5.0] * 6)]
 
 
 def test_targets_move_towards_the_student_by_their_decay_and_adapters_have_none(parts):

@@ -1,6 +1,5 @@
 """Few-step objectives on data of which the curve is known: what they are made of has the exact answers."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from tinyldm.diffusion.samplers import heun as heun_sampler
 from tinyldm.model import told_too
 from tinyldm.models.dit import DiT, DiTConfig
 from tinyldm.models.layers import Cond
+from tinyldm.models.mmdit import MMDiT, MMDiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.objectives.consistency import PAIRS, Consistency
 from tinyldm.objectives.progressive import two_steps
@@ -108,7 +108,7 @@ def test_a_network_that_is_told_a_number_begins_as_it_was():
     with pytest.raises(ValueError, match="told a number by the name elapsed, which is missing"):
         told(x, t, Cond(context))
     with pytest.raises(ValueError, match="cannot be told elapsed: use a network that can .unet, dit"):
-        told_too(SimpleNamespace(config=SimpleNamespace()), ("elapsed",))
+        told_too(MMDiT(MMDiTConfig(width=32, layers=1, heads=2, context_dim=32, pooled_dim=8)), ("elapsed",))
 
 
 # ---------------------------------------------------------------- exact answers

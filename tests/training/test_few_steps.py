@@ -15,7 +15,7 @@ from tinyldm.config import flatten, make_config, parse
 from tinyldm.folders.load import load_model
 from tinyldm.folders.save import save_model
 from tinyldm.training.finetune import complete
-from tinyldm.training.run_folder import next_command
+from tinyldm.training.run_folder import forget_drawn, next_command, write_settings
 from tinyldm.vendor_loaders.scheduler import to_config
 
 SHORT = ("--batch-size 4 --max-steps 4 --save-every 2 --sample-every 2 --log-every 1 --keep-last 9 --dtype fp32 --lr 0.01 "
@@ -110,6 +110,34 @@ def test_a_network_that_is_told_a_number_is_saved_with_it_and_draws_by_it(train,
     one, two = (drawn(model, **changed).astype(int) for changed in ((dict(told=1.0), dict(told=9.0)) if kind == "guided" else
                                                                      (dict(steps=1), dict(steps=2))))
     assert np.abs(one - two).max() > 0
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--network", "dit"], "--network is decided by the model"), (["--net", "told=guidance"], "--net is decided"),
+    (["--process", "scaled_linear"], "--process is decided"), (["--shift", "3"], "--shift is decided"),
+    (["--vae-weights", "elsewhere"], "--vae-weights is decided"), (["--mask-padding"], "--mask-padding is decided"),
+    (["--loss", "l1"], "--loss is of the diffusion loss"), (["--input-perturbation", "0.1"], "--input-perturbation is of the diffusion"),
+    (["--objective-options", "scale_to=0.5"], "scale_to=0.5: use more than the smallest scale, 3"),
+    (["--finetune", "lora", "--rank", "2", "--lora-dropout", "0.1"], "which --lora-dropout would make different")])
+def test_what_would_have_no_effect_on_a_student_is_refused(train, words, expected):
+    with pytest.raises(ValueError, match=expected):
+        train("lcm", "run", *words)
+
+
+def test_what_a_run_with_other_settings_has_drawn_is_not_taken_for_this_one_s(tmp_path):
+    """Pairs depend on teacher, scale, steps and batch size; pictures of the class on its name."""
+    def begun(**settings):
+        config = make_config(objective="reflow", out=str(tmp_path), **settings)
+        forget_drawn(config)
+        write_settings(config)
+        return sorted(path.name for path in tmp_path.rglob("*") if path.is_file() and path.name != "config.json")
+
+    for folder, names in (("pairs-64", ["000000.safetensors"]), ("class", ["000000.png", "mine.png"])):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).touch()
+    assert begun(batch_size=4) == begun(batch_size=4) == ["000000.png", "000000.safetensors", "mine.png"]      # was no run before
+    assert begun(batch_size=8) == ["mine.png"]
 
 
 def test_a_run_does_not_go_on_with_another_teacher(train, teacher, tmp_path):

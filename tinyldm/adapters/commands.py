@@ -41,7 +41,7 @@ def show(args: argparse.Namespace) -> None:
         inner = change.inner if isinstance(change, DoRA) else change
         kinds[kind_of(fields) + (" as DoRA" if inner is not change else "")] += 1
         scales[f"{inner.scale:g}"] += 1
-        dtypes[str(next(iter(fields.values())).dtype).removeprefix("torch.")] += 1
+        dtypes[str(max(fields.values(), key=torch.numel).dtype).removeprefix("torch.")] += 1
         if isinstance(inner, LowRank):
             ranks[str(inner.rank)] += 1
     for title, counter in (("layers", kinds), ("ranks", ranks), ("scales (alpha / rank)", scales), ("precision", dtypes)):

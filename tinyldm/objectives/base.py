@@ -77,9 +77,9 @@ class Objective:
         return False
 
     @classmethod
-    def begins_as(cls, model: Any) -> Any:
+    def begins_as(cls, model: Any, config: Config) -> Any:
         """The Model that a run with --finetune loads, in the form in which it is trained and written: another network of its parts, for
-        example. Of a model that has this form already, the same."""
+        example, or a scheduler whose grid has the times that are trained. Of a model that has this form already, the same."""
         return model
 
     @classmethod

@@ -82,7 +82,7 @@ class Consistency(Distillation):
 
     @property
     def guides(self) -> bool:
-        return self.option["distil"] and self.option["scale"] != 1
+        return self.option["distil"] and self.guidance != 1
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
         process, cond = self.process(batch.x0), self.cond(batch)
@@ -98,5 +98,5 @@ class Consistency(Distillation):
         return batch.weighted(weight.float() * losses)
 
     def teacher_step(self, x: Tensor, now: Level, nxt: Level, batch: DenoisingBatch) -> Tensor:
-        denoise = lambda x, at: self.teach(x, at, batch, float(self.option["scale"]))
+        denoise = lambda x, at: self.teach(x, at, batch, self.guidance)
         return SOLVERS[self.option["solver"]](denoise, x, now, nxt)

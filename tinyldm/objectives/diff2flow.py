@@ -39,7 +39,7 @@ class Diff2Flow(Denoising):
                              "can be trained beside the flow that this makes")
 
     @classmethod
-    def begins_as(cls, model: Model) -> Model:
+    def begins_as(cls, model: Model, config: Config) -> Model:
         return flow_model(model)
 
 

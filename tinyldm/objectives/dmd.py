@@ -43,7 +43,7 @@ from tinyldm.models.layers import Cond
 from tinyldm.objectives.base import Networks, Turn
 from tinyldm.objectives.denoising import DenoisingBatch
 from tinyldm.objectives.feature_head import features_of, make_head
-from tinyldm.objectives.teacher import Distillation, ddim, move_average, own_options, pseudo_huber
+from tinyldm.objectives.teacher import Distillation, ddim, move_average, own_options, pseudo_huber, with_times
 
 FAKE, HEAD = "fake", "head"
 FIRST, LAST = 0.02, 0.98            # times at which the generator is judged
@@ -51,6 +51,7 @@ FIRST, LAST = 0.02, 0.98            # times at which the generator is judged
 
 class DMD(Distillation):
     options = dict(steps=4, every=5, scale=0.0, gan=0.0, gan_fake=0.01, align=1.0, segment=0.0)
+    own_loss = False                        # `fake` learns by the diffusion loss
 
     def __init__(self, config: Config, model: Model, trained: tuple[str, ...], teacher: Model):
         super().__init__(config, model, trained, teacher)
@@ -63,6 +64,10 @@ class DMD(Distillation):
     @classmethod
     def usual(cls, config: Config) -> dict[str, Any]:
         return dict(times="uniform", sampler="lcm", steps=own_options(cls, config)["steps"], cfg=1.0)
+
+    @classmethod
+    def begins_as(cls, model: Model, config: Config) -> Model:
+        return with_times(model, own_options(cls, config)["steps"])
 
     @classmethod
     def check(cls, config: Config) -> None:

@@ -6,8 +6,8 @@ t and s = t - 1 / levels are neighbours on a grid of 50 levels (k = 20 of a tabl
 between neighbours of 1000 is too small to learn from. f' has averaged weights (decay 0.95), or the student's own beside an adapter
 (LCM-LoRA, arXiv:2311.05556), which has no parameters to spare for averages.
 
-w is drawn evenly between `scale` and `scale_to`, the scales of guidance.cfg (the paper's w is that minus 1; 0 stands for the model's own).
-A network that is told it (U-Net told=guidance) learns all of them; another learns their mean, so leave scale_to out there.
+w is `scale`, that of guidance.cfg (the paper's is that minus 1; 0 stands for the model's own). With `scale_to` it is drawn evenly between
+the two, and the network is told it and learns all of them; from then on sample.py --cfg is that number.
 
 Choices: the paper's c_skip and c_out, with a timestep_scaling of 10, are 0 and 1 at all but the cleanest few of the table's times: they
 only make f(x, 0) = x, which the prediction does here (teacher.py). Its last target is the table's first entry; here it is clean data. The
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from tinyldm.config import Config
 from tinyldm.diffusion.loss import LOSSES
-from tinyldm.model import Model, architecture
+from tinyldm.model import Model
 from tinyldm.objectives.base import Networks, Turn
 from tinyldm.objectives.denoising import DenoisingBatch
-from tinyldm.objectives.teacher import TARGET, Distillation, ddim, own_options
+from tinyldm.objectives.teacher import TARGET, Distillation, ddim, own_options, with_times
 
 
 class LCM(Distillation):
@@ -34,19 +34,29 @@ class LCM(Distillation):
 
     @classmethod
     def usual(cls, config: Config) -> dict[str, Any]:
-        return dict(times="uniform", sampler="lcm", steps=4, cfg=1.0)
+        return dict(times="uniform", sampler="lcm", steps=4, **({} if cls.tells(config) else {"cfg": 1.0}))
+
+    @classmethod
+    def tells(cls, config: Config) -> tuple[str, ...]:
+        return ("guidance",) if own_options(cls, config)["scale_to"] else ()
+
+    @classmethod
+    def begins_as(cls, model: Model, config: Config) -> Model:
+        return with_times(model, own_options(cls, config)["levels"])
 
     @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
         option = own_options(cls, config)
-        rising = (option["scale_to"] or option["scale"]) >= option["scale"]
-        if not (option["levels"] >= 2 and option["c"] > 0 and 0 <= option["ema"] < 1 and rising):
-            raise ValueError(f"lcm options {option}: use at least 2 levels, a positive c, 0 <= ema < 1, and scale <= scale_to")
+        if not (option["levels"] >= 2 and option["c"] > 0 and 0 <= option["ema"] < 1):
+            raise ValueError(f"lcm options {option}: use at least 2 levels, a positive c, and 0 <= ema < 1")
 
-    def begin_phase(self, config: Config, model: Model) -> None:
-        super().begin_phase(config, model)
-        self.told = "guidance" in architecture(model.net).extras(model.net.config)
+    def __init__(self, config: Config, model: Model, trained: tuple[str, ...], teacher: Model):
+        super().__init__(config, model, trained, teacher)
+        self.told = bool(self.tells(config))
+        if self.told and self.option["scale_to"] <= self.guidance:
+            raise ValueError(f"lcm option scale_to={self.option['scale_to']:g}: use more than the smallest scale, {self.guidance:g}, or "
+                             "leave it out")
 
     def further(self, random: torch.Generator, shape: torch.Size) -> dict[str, Tensor]:
         return {"scale": torch.rand(shape[0], generator=random)}
@@ -54,7 +64,7 @@ class LCM(Distillation):
     def scale(self, batch: DenoisingBatch) -> Tensor:
         """The guidance of each sample, [b]."""
         low = self.guidance
-        return low + (max(self.option["scale_to"], low) - low) * batch.own["scale"]
+        return low + ((self.option["scale_to"] or low) - low) * batch.own["scale"]
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
         levels, scale = self.option["levels"], self.scale(batch)

@@ -16,17 +16,20 @@ falls at the end of the training alone. `scale` guides the first teacher, so tha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyldm.config import Config
-from tinyldm.diffusion.process import Level
+from tinyldm.diffusion.process import Discrete, Level
 from tinyldm.model import Model
 from tinyldm.objectives.base import Networks, Turn
 from tinyldm.objectives.denoising import DenoisingBatch
 from tinyldm.objectives.teacher import TEACHER, Distillation, ddim, own_options
+from tinyldm.vendor_loaders.scheduler import to_config
+from tinyldm.vendor_loaders.scheduler_process import read_process
 
 
 class Promoted(nn.Module):
@@ -54,6 +57,16 @@ class Progressive(Distillation):
     @classmethod
     def usual(cls, config: Config) -> dict[str, Any]:
         return dict(times="uniform", sampler="ddim", steps=rounds(config)[-1], cfg=1.0)
+
+    @classmethod
+    def begins_as(cls, model: Model, config: Config) -> Model:
+        """Of a published model on a table, with DDIM's grid from the noisiest time to clean data, on which the student learns its steps."""
+        if not isinstance(model.process, Discrete):
+            return model
+        process, options, prediction = read_process(model.scheduler)
+        learned = model.net.config.out_channels == 2 * model.vae.config.latent_channels
+        scheduler = to_config(process, options, prediction, "ddim", learned_variance=learned)
+        return replace(model, scheduler=scheduler, defaults={name: value for name, value in model.defaults.items() if name != "schedule"})
 
     @classmethod
     def check(cls, config: Config) -> None:

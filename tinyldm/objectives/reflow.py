@@ -14,7 +14,8 @@ many. The paper calls a flow 1-rectified, and the result of one run 2-rectified:
     steps          the teacher's, 0: its own
 
 The pairs have the captions of the data. They are drawn before the training, by all processes together, and stored in RUN/pairs-SIZE
-(pairs.py); those that are there are not drawn again.
+(pairs.py); those that are there are not drawn again. A teacher whose own sampler adds noise on the way draws them with dpmpp_2m. A pair
+has its caption always: --caption-dropout has no part in it.
 
 Times are drawn in the form of a U by default, exp(4 t) + exp(4 (1 - t)): between the ends x_t shows both, and at one end the other has to
 be told from it alone (arXiv:2405.20320, Sec. 4.1).
@@ -33,22 +34,27 @@ from tqdm import tqdm
 from tinyldm.config import Config
 from tinyldm.diffusion.grids import grid
 from tinyldm.diffusion.noise import initial_noise, make_generators
-from tinyldm.diffusion.process import Flow, Level, at_size
+from tinyldm.diffusion.process import Flow, at_size
 from tinyldm.diffusion.samplers import final, find_sampler
 from tinyldm.model import Model
 from tinyldm.objectives.denoising import DenoisingBatch, extra_conditions, process_of
 from tinyldm.objectives.pairs import Pairs
-from tinyldm.objectives.teacher import Distillation, own_options
+from tinyldm.objectives.teacher import Distillation, everywhere, own_options
 from tinyldm.vendor_loaders.scheduler import sampling
+
+CURVES = ("ddim", "euler", "heun", "lms", "dpmpp_2m", "unipc", "pndm")          # samplers that follow the curve
 
 
 class Reflow(Distillation):
     options = dict(pairs=10_000, steps=0, scale=0.0, distil=False)
+    own_loss = False
 
     def __init__(self, config: Config, model: Model, trained: tuple[str, ...], teacher: Model):
         super().__init__(config, model, trained, teacher)
         usual = teacher.defaults
         self.sampling = sampling(teacher.scheduler, usual.get("sampler"), usual.get("schedule"))
+        if self.sampling.sampler not in CURVES:                 # it adds noise on the way, and leads from one noise to many pictures
+            self.sampling = sampling(teacher.scheduler, "dpmpp_2m", usual.get("schedule"))
         self.steps = self.option["steps"] or usual.get("steps", 50)
 
     @classmethod
@@ -115,8 +121,3 @@ class Reflow(Distillation):
 
     def validation_batch(self, samples: Any, seed: int) -> None:
         """None: held-out pictures have no noise of their own."""
-
-
-def everywhere(at: Level, x: Tensor) -> Level:
-    """A level of Python floats as one of tensors, for each sample of x."""
-    return Level(x.new_full((len(x),), at.t), *(x.new_full((len(x), 1, 1, 1), value) for value in at[1:]))

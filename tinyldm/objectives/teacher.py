@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from tinyldm.config import Config
+from tinyldm.config import Config, ObjectiveConfig
 from tinyldm.diffusion.prediction import Network, to_eps, to_target, to_x0
-from tinyldm.diffusion.process import Level, Process, input_scale
+from tinyldm.diffusion.process import Discrete, Level, Process, input_scale
 from tinyldm.device import autocast
-from tinyldm.model import Model
+from tinyldm.model import Model, architecture
 from tinyldm.models.layers import Cond
 from tinyldm.objectives.denoising import Denoising, DenoisingBatch, map_cond
 from tinyldm.random_streams import Stream, generator
@@ -43,11 +44,13 @@ class Distillation(Denoising):
 
     guides = True               # whether batches have the empty caption's condition
     boundary = True             # whether f(x, 0) = x has to follow from the prediction
+    own_loss = True             # whether it is another loss than the diffusion loss with its settings
 
     def __init__(self, config: Config, model: Model, trained: tuple[str, ...], teacher: Model | None = None):
         super().__init__(config, model, trained)
         self.option = own_options(type(self), config)
         self.networks = {} if teacher is None else {TEACHER: frozen(teacher.net)}
+        self.told_teacher = teacher is not None and "guidance" in architecture(teacher.net).extras(teacher.net.config)
         self.usual_scale = 1.0 if teacher is None else float(teacher.defaults.get("cfg", 7.5))      # of the teacher's guidance
         if self.decay:
             self.networks, self.saved = self.networks | {TARGET: frozen(copy.deepcopy(model.net))}, (TARGET,)
@@ -79,6 +82,15 @@ class Distillation(Denoising):
         if cls.tells(config) and config.finetune.adapts:
             raise ValueError(f"--objective {config.objective.name} tells its network {', '.join(cls.tells(config))}, for which an adapter "
                              "has no weights: leave out --finetune lora")
+        plain, settings = ObjectiveConfig(), config.objective
+        unused = [name for name in ("loss", "huber_c", "loss_weight", "min_snr_gamma", "p2_gamma", "input_perturbation")
+                  if getattr(settings, name) != getattr(plain, name) and (cls.own_loss or name == "input_perturbation")]
+        if unused:
+            raise ValueError(f"--{unused[0].replace('_', '-')} is of the diffusion loss, and --objective {settings.name} has another one: "
+                             "leave it out; what it has of its own is set by --objective-options")
+        if cls.own_loss and config.finetune.lora_dropout:
+            raise ValueError(f"--objective {settings.name} compares answers of one network, which --lora-dropout would make different: "
+                             "leave it out")
         if config.run.fsdp:
             raise ValueError(f"--objective {config.objective.name} calls other networks beside the sharded one: leave out --fsdp")
         if config.finetune.kind and config.finetune.trains_text:
@@ -123,8 +135,13 @@ class Distillation(Denoising):
 
     @torch.no_grad()
     def teach(self, x: Tensor, at: Level, batch: DenoisingBatch, scale: Tensor | float = 1.0) -> Tensor:
-        """The teacher's guess of x0, guided by `scale` [b, 1, 1, 1]: (1 - scale) of the empty caption's + scale of the caption's."""
-        net, cond = self.networks[TEACHER], self.cond(batch)
+        """The teacher's guess of x0, guided by `scale` [b, 1, 1, 1]: (1 - scale) of the empty caption's + scale of the caption's. One
+        that is told the scale (FLUX dev, guided.py) answers so by itself."""
+        net = self.networks[TEACHER]
+        if self.told_teacher:
+            told = scale.flatten() if isinstance(scale, Tensor) else at.t.new_full(at.t.shape, scale)
+            return self.f(net, x, at, self.cond(batch, guidance=told))
+        cond = self.cond(batch)
         if isinstance(scale, float) and scale == 1:
             return self.f(net, x, at, cond)
         twice = Level(*(torch.cat([value, value]) for value in at))
@@ -168,6 +185,19 @@ def both(kind: str, x: Tensor, out: Tensor, at: Level) -> tuple[Tensor, Tensor]:
     out = out[:, : x.shape[1]]
     determinant = at.alpha * q - at.sigma * p
     return (q * x - at.sigma * out) / determinant, (at.alpha * out - p * x) / determinant
+
+
+def everywhere(at: Level, x: Tensor) -> Level:
+    """A level of Python floats as one of tensors, for each sample of x."""
+    return Level(x.new_full((len(x),), at.t), *(x.new_full((len(x), 1, 1, 1), value) for value in at[1:]))
+
+
+def with_times(model: Model, count: int) -> Model:
+    """The model with `count` times in its scheduler config, of which sampler lcm takes some: those that the student learns. A flow has
+    all of them, and published configs mean 50 where they do not say it."""
+    if not isinstance(model.process, Discrete) or count == model.scheduler.get("original_inference_steps", 50):
+        return model
+    return replace(model, scheduler=model.scheduler | {"original_inference_steps": count})
 
 
 def ddim(x: Tensor, x0: Tensor, now: Level, nxt: Level) -> Tensor:

@@ -7,7 +7,8 @@ of any run (second_stage.py): data, objective, optimizers, averages. Network, pr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tinyldm.config import Config, FinetuneConfig, change, phases
+from tinyldm.config import Config, FinetuneConfig, change, flatten, phases
 from tinyldm.config.finetune import check_complete
 from tinyldm.lookup import lookup
 from tinyldm.model import NETWORKS, Model, architecture, told_too
@@ -78,7 +79,7 @@ def open_base(config: Config, context: RunContext, vae: nn.Module, last: Path | 
     that a resumed run continues from; where the whole network is trained, it holds the model."""
     copy = last / "model" if last and config.finetune.whole else None
     objective = OBJECTIVES[config.objective.name]
-    model = objective.begins_as(replace(load_base(config, context.device, torch.device("cpu"), copy), vae=vae))
+    model = objective.begins_as(replace(load_base(config, context.device, torch.device("cpu"), copy), vae=vae), config)
     model.net = told_too(model.net, objective.tells(config))
     model.net.grad_checkpointing = config.network.grad_checkpointing
     for network in (model.net, *model.text.modules.values()):
@@ -152,7 +153,7 @@ def complete(config: Config) -> Config:
     config = change(config, model=str(find_model(own.model)))
     settings, wording = config.objective, lookup(WORDINGS, own.kind, "--finetune")
     objective = lookup(OBJECTIVES, settings.name, "objective")
-    model, usual = objective.begins_as(load_base(config)), objective.usual(config)
+    model, usual = objective.begins_as(load_base(config), config), objective.usual(config)
     sources = config.data.sources or ([] if config.data.cache else model.defaults.get("data", []))
     if not sources and not config.data.cache:
         raise ValueError(f"--finetune {own.kind} needs pictures: --data FOLDER")
@@ -162,15 +163,19 @@ def complete(config: Config) -> Config:
     draw_settings(model, **typed)                               # refuses what the model cannot do
     drawing = drawn_as(model) | {name: usual[name] for name in ("sampler", "steps", "cfg") if name in usual} | typed
     captions = "|".join(wording.captions(own))
-    config = change(
-        config, network=network, net=different(model.net.config), unet={}, dit={}, vae_weights=config.finetune.model,
+    decided = dict(
+        network=network, net=different(model.net.config), unet={}, dit={}, vae_weights=config.finetune.model,
         text_weights="" if own.train_text and own.whole else config.finetune.model, text_join=model.text.join,
-        process=process, process_options=options, prediction=settings.prediction or prediction,
+        process=process, process_options=options, shift=1.0, zero_terminal_snr=False,
+        mask_padding=model.defaults.get("mask_padding", False),
+        learned_variance=model.net.config.out_channels == 2 * model.vae.config.latent_channels)
+    refuse_typed(config, decided)
+    config = change(
+        config, **decided, prediction=settings.prediction or prediction,
         times=settings.times or usual.get("times") or ("logit_normal" if prediction == "flow" else "uniform"),
         times_mean=usual.get("mean") if settings.times_mean is None and not settings.times else settings.times_mean,
         times_scale=usual.get("scale") if settings.times_scale is None and not settings.times else settings.times_scale,
-        learned_variance=model.net.config.out_channels == 2 * model.vae.config.latent_channels,
-        mask_padding=model.defaults.get("mask_padding", False), resolution=config.data.resolution or min(picture_size(model)),
+        resolution=config.data.resolution or min(picture_size(model)),
         sampler=drawing["sampler"], sample_steps=drawing["steps"], cfg=drawing["cfg"],
         data=sources, captions=[captions] * len(sources) if captions else config.data.captions,
         sample_prompts=config.run.sample_prompts or "|".join(wording.prompts(own)))
@@ -183,6 +188,15 @@ def complete(config: Config) -> Config:
         check_size(model, phase.data.resolution, phase.data.resolution)
     print(describe(config, tune(config, model)))
     return config
+
+
+def refuse_typed(config: Config, decided: Mapping[str, Any]) -> None:
+    """ValueError for a setting that was typed and is the model's to decide. decided: by flat name."""
+    typed, usual, plain = flatten(config), flatten(Config()), lambda value: json.dumps(value, sort_keys=True)
+    for name, value in decided.items():
+        if plain(typed[name]) not in (plain(usual[name]), plain(value)):
+            raise ValueError(f"--{name.replace('_', '-')} is decided by the model that is trained further (--model, --teacher): leave it "
+                             "out")
 
 
 def drawn_as(model: Model) -> dict[str, Any]:

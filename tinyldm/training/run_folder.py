@@ -109,12 +109,24 @@ def prepare_run(config: Config) -> None:
     if new:                                                     # left by a run that ended before its first checkpoint
         (run / "running.json").unlink(missing_ok=True)
         forget_pictures(run)
+        forget_drawn(config)
     file = write_settings(config)
     write_file(run / "launch", launch())
     refresh_report(run)
     print(f"{'new run' if new else 'continuing the run'} in {run}, configuration in {file}")
     if config.run.only and (run / "vae").is_dir():
         print(f"its VAE is finished: to train it further, begin another run with --vae-init {run / 'vae'}")
+
+
+def forget_drawn(config: Config) -> None:
+    """Delete the pairs and the pictures of the class that a run with other settings has drawn in this folder before it ended."""
+    run = Path(config.run.out)
+    if not (file := run / "config.json").exists():
+        return
+    before, now = read_json(file, None), json.loads(json.dumps(flatten(config) | {"resume": "no"}))
+    if any(before.get(name) != value for name, value in now.items()):
+        for drawn in (*run.glob("class/[0-9]*.png"), *run.glob("pairs-*/[0-9]*.safetensors")):
+            drawn.unlink()
 
 
 def write_settings(config: Config) -> Path:
