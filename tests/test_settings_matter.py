@@ -32,7 +32,8 @@ TABLE = dict(process="scaled_linear", prediction="v")
 FIRST = dict(vae_weights="")                        # trains the autoencoder too, which the other runs are given
 WITH_LPIPS = dict(vae_loss=dict(lpips=1.0), vae_lpips=["LPIPS"], resolution=16, vae_crop=16)
 WITH_GAN = dict(vae_loss=dict(gan=1.0), vae_gan=dict(width=4, layers=1, norm="none", start=0.0, adaptive=False), vae_crop=8)
-WITH_ADVERSARY = dict(objective="scm", objective_options=dict(gan=0.5, last=0.5), finetune="whole", model="MODEL", vae_weights="", unet={})
+WITH_ADVERSARY = dict(objective="scm", objective_options=dict(gan=0.5, last=0.5), finetune="whole", model="MODEL", vae_weights="",
+                      unet={}, dit={})
 
 # Groups of aspects. AFTER is what follows once anything in the training is different.
 AFTER = {"loss", "weights", "averages", "moments", "validation", "pictures"}
@@ -243,7 +244,7 @@ def run(tmp_path_factory):
 
     def run(**settings):
         settings = {name: real(value) for name, value in (TINY | dict(data=["MINE"], vae_weights="MINE_VAE") | settings).items()}
-        words = flags({name: value for name, value in settings.items() if value != ""})
+        words = flags({name: value for name, value in settings.items() if value not in ("", {})})
         if (key := " ".join(words)) not in memo:
             with pytest.MonkeyPatch.context() as patch:
                 memo[key] = outcome(words, base / str(len(memo)), patch)
