@@ -71,6 +71,7 @@ from tinyldm.diffusion.prediction import PREDICTIONS
 from tinyldm.files import make_output_folder
 from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model, load_vae
+from tinyldm.folders.rename import mapped_weights
 from tinyldm.lookup import DTYPE_NAMES, lookup
 from tinyldm.model import NON_EMA, Model, architecture, compile_blocks
 from tinyldm.offload import place_for_weights
@@ -103,7 +104,7 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
         source = f"{source}@{args.revision}"
     if args.prediction:
         lookup(PREDICTIONS, args.prediction, "--prediction")
-    with place_for_weights(device, args.offload) as place:
+    with place_for_weights(device, args.offload) as place, mapped_weights(args.map_weights):
         model = load_model(source, "meta" if args.dry_run else place, pick_dtype(args.dtype, device), not args.no_ema, args.variant,
                            args.tokenizer, args.prediction, args.parts or (), {"text_encoder_3"} if args.without_t5 else ())
     captions = [*args.prompt, args.negative_prompt or "", args.invert or ""]

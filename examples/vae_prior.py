@@ -1,6 +1,6 @@
 """What a variational autoencoder draws by itself: noise from its prior N(0, 1), decoded (arXiv:1312.6114).
 
-    python train.py --only vae --preset tiny --autoencoder kl --vae-loss mse=1 l1=0 kl=1 --out runs/elbo
+    python train.py --only vae --preset tiny --autoencoder kl --vae-loss mse=1 l1=0 kl=1 --vae-latents noise=0 --out runs/elbo
     python examples/vae_prior.py --vae runs/elbo             seconds; writes prior.png
 
 The loss of that run is the ELBO of a decoder whose pixels, in [-1, 1], have the variance 1/2, negative and divided by their number, up to

@@ -174,7 +174,9 @@ SAMPLE = {
     "quantize": Row(["--quantize", "fp8"], WHOLE),
     "compile": Row(["--compile"], {"compiled"}),
 }
-NOT_SAMPLE = {"more_prompts": "the same as captions without a flag: tests/test_other_names.py", "device": "there may be one alone", "offload": "the same picture: tests/test_sample_memory.py, tests/test_offload.py",
+NOT_SAMPLE = {"map_weights": "the same picture: tests/folders/test_weights.py",
+              "more_prompts": "the same as captions without a flag: tests/test_other_names.py", "device": "there may be one alone",
+              "offload": "the same picture: tests/test_sample_memory.py, tests/test_offload.py",
               "dry_run": "no picture: tests/test_sample_memory.py"}
 
 

@@ -20,6 +20,7 @@ from benchmarks.bench.pairs import CLIP_L, CLIP_SMALL, CLIP_TINY, KL8, KL8_SMALL
 from tinyldm.device import DTYPES
 from tinyldm.files import read_json
 from tinyldm.folders.build import load_network
+from tinyldm.folders.rename import mapped_weights
 from tinyldm.folders.save import write_part
 from tinyldm.folders.weights import find_weights, open_weights
 from tinyldm.model import architecture
@@ -61,6 +62,16 @@ def our_loader(row: Row) -> Load:
     return load
 
 
+def our_mapping_loader(row: Row) -> Load:
+    """As `sample.py --map-weights` loads."""
+    load = our_loader(row)
+
+    def mapped(folder: Path, dtype: torch.dtype) -> nn.Module:
+        with mapped_weights():
+            return load(folder, dtype)
+    return mapped
+
+
 def their_loader(row: Row) -> Load:
     """The peer's class is imported here, before any time is measured."""
     if row.kind == "clip":
@@ -99,7 +110,8 @@ def cases(options: Options) -> list[Case]:
     made = []
     for row in ROWS:
         for stored in STORED:
-            sides = [Side("tinyldm", partial(build, our_loader, row, stored, options))]
+            sides = [Side("tinyldm", partial(build, our_loader, row, stored, options)),
+                     Side("tinyldm, mapped", partial(build, our_mapping_loader, row, stored, options))]
             if options.peer != "none":
                 sides.append(Side(PAIRS[row.kind].library, partial(build, their_loader, row, stored, options), peer=True))
             made.append(Case(f"{row.name}, {stored} -> {options.dtype}", sides, lambda: 0, 0.0, partial(write, row, stored, options),

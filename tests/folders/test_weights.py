@@ -13,6 +13,7 @@ from helpers import thinned
 from hollow import hollow
 from safetensors.torch import save, save_file
 
+from tinyldm.folders.rename import load_renamed, mapped_weights
 from tinyldm.folders.weights import Weights, choose, errors_about, find_weights, open_weights, write_weights
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b.weight": torch.randn(300), "ids": torch.arange(4), "scalar": torch.tensor(2.0)}
@@ -257,6 +258,32 @@ def test_a_lack_of_memory_is_not_reported_as_a_damaged_file(error):
     assert raised.value is error
     with pytest.raises(ValueError, match="model: its config holds a value that makes no network"), errors_about("model"):
         raise RuntimeError("shapes do not fit")
+
+
+# ---- weights that stay in the file
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_mapped_weights_are_the_file_s_own_memory_and_changes_do_not_reach_it(tmp_path, suffix):
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64).half())
+    file, same = tmp_path / f"model.{suffix}", dict(net.state_dict())
+    (save_file if suffix == "safetensors" else torch.save)(same, file)
+    before = file.read_bytes()
+    with torch.device("meta"):
+        copied, mapped = (torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)) for _ in range(2))
+    load_renamed(copied, open_weights(file), [])
+    with mapped_weights():
+        load_renamed(mapped, open_weights(file), [])
+    for one, two in zip(copied.parameters(), mapped.parameters(), strict=True):
+        assert torch.equal(one, two) and one.dtype == two.dtype == torch.float32
+    if sys.platform == "linux":
+        maps = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+        inside = lambda tensor: any(int(start, 16) <= tensor.data_ptr() < int(end, 16) for start, end in maps)
+        assert inside(mapped[0].weight) and not inside(mapped[1].weight)        # the latter is in half precision in the file
+        assert not inside(copied[0].weight)
+    with torch.no_grad():
+        mapped[0].weight.zero_()
+    assert file.read_bytes() == before and not mapped[0].weight.any()
 
 
 # ---- weights in 8 bits and less

@@ -91,6 +91,16 @@ def test_gradients_reach_encoder_and_decoder():
     assert all(p.grad is not None for p in vae.parameters())
 
 
+def test_latents_can_be_halved_at_every_size_that_equivariance_draws():
+    """Of 4 latents on a side, half the size would be odd where it were rounded to 1 or 3."""
+    vae, objective = make_vae(), make(dict(se=0.25), vae_latents=dict(eq=1.0))
+    seen, decode = set(), vae.decode
+    vae.decode = lambda z: seen.add(tuple(z.shape[2:])) or decode(z)
+    for step in range(12):
+        assert losses(objective, vae, drawn(objective, step=step, size=(16, 16))).isfinite().all()
+    assert len(seen) > 3
+
+
 def test_lpips_is_a_frozen_network_of_the_objective_that_no_checkpoint_holds(tmp_path):
     vae, objective = make_vae(), make(dict(lpips=0.7), vae_lpips=[write_lpips(tmp_path / "lpips.safetensors")])
     batch = drawn(objective, size=(16, 16))
@@ -108,7 +118,8 @@ def test_lpips_is_a_frozen_network_of_the_objective_that_no_checkpoint_holds(tmp
 def test_the_discriminator_takes_its_turn_from_the_start_on_and_the_decoder_listens_after_that():
     vae, objective = make_vae(), make(dict(gan=0.5), vae_gan=GAN | dict(start=0.5, warmup=0.2, lr=0.03, betas=(0.1, 0.2), adaptive=False))
     plain, batch = make(), drawn(objective)
-    turn = objective.turns[1]
+    own, turn = objective.turns
+    assert own.betas == (0.1, 0.2) and plain.turns[0].betas == Turn("", ()).betas       # as published, both networks have the same
     assert (turn.trains, turn.start, turn.betas) == (("discriminator",), 0.5, (0.1, 0.2)) and objective.saved == ("discriminator",)
     assert (turn.optimisation.lr, turn.optimisation.optimizer, turn.optimisation.weight_decay) == (0.03, "adamw", 0.0)
     at = {progress: losses(objective, vae, batch, progress=progress).detach() for progress in (0.0, 0.49, 0.5, 0.6, 0.7, 1.0)}

@@ -193,6 +193,9 @@ def test_a_student_becomes_the_teacher_of_the_next_round_once(parts):
     losses(objective, batch, 0.49)
     assert not same() and "round" in teacher.state_dict()
     assert objective.scale(0) == 3.0 and objective.scale(1) == 1.0          # later teachers are guided already
+    seen, objective.scale = [], lambda current: seen.append(current) or 1.0
+    losses(objective, batch, 0.05)                                          # the run was made longer
+    assert seen and set(seen) == {1}
 
 
 @pytest.mark.parametrize("distil, options", [("consistency", dict(distil=True, schedule="ict")), ("mean_flow", {})])

@@ -1,5 +1,7 @@
 """What an adapter takes beside a model that stays as it is: counted by hand, and by the autograd of a real step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_models import unet_model
@@ -11,7 +13,7 @@ from tinyldm.config.finetune import finetune_row
 from tinyldm.models.layers import Cond
 from tinyldm.planning import finetune
 from tinyldm.planning.finetune import BATCHES, GPUS, PUBLISHED_MODELS, fitting, plan_tuned_phase, published_memory, render_published
-from tinyldm.planning.flops import MetaNetworks, count_flops, size
+from tinyldm.planning.flops import MetaNetworks, count_flops, size, useful_flops
 from tinyldm.planning.memory import RESERVE, empty
 
 CONFIG = make_config(**finetune_row({"finetune": "lora"}))
@@ -51,6 +53,11 @@ def test_flops_and_memory_of_a_plan_are_those_of_frozen_weights():
     plan = plan_tuned_phase(config, networks, {"net": adapter}, cond)
     forward = count_flops(lambda: networks.net(empty(1, 4, 8, 8), empty(1), cond))
     assert plan.flops["net"] == 2 * forward and plan.flops["text"] == 0
+    assert plan.useful == 2 * forward
+    alone, whole = (useful_flops(each, replace(model, vae=networks.vae)) for each in (config, change(config, finetune="whole")))
+    assert 3 * alone == 2 * whole > 0
+    twice = plan_tuned_phase(change(config, grad_checkpointing=True), networks, {"net": adapter}, cond)
+    assert twice.rate / plan.rate == pytest.approx(2 / 3)
     assert plan.frozen == 2 * size(networks.net) and plan.casts == 0
     with_text = plan_tuned_phase(change(config, train_text=True), networks, {"net": adapter}, cond)
     assert with_text.frozen == 2 * size(*networks) and with_text.flops["text"] > 0

@@ -155,7 +155,8 @@ def test_a_picture_s_captions_are_chosen_by_the_weights_of_their_keys():
 @pytest.mark.parametrize("more, said", [
     ("--only vae --vae-steps 2", "leave out --only vae"), ("--text-weights somewhere", "leave out --text-weights"),
     ("--text-encoder t5 --text width=8", "leave out --text-encoder t5"), ("--fsdp", "leave out --fsdp"), ("--buckets 2", "--buckets"),
-    ("--eval-every 2", "leave out --eval-every 2"), ("--rollback", "leave out --rollback"), ("--cache somewhere --vae-weights v", "leave out --cache"),
+    ("--eval-every 2", "leave out --eval-every 2"), ("--rollback", "leave out --rollback"), ("--text-lr 0.1", "leave out --text-lr"),
+    ("--cache somewhere --vae-weights v", "leave out --cache"),
     ("--dry-run --gpu-gb 1", "--gpu-gb"), ("--batch-size 55", "fewer than --batch-size 55"),
     ("--resolution 20", "not a multiple of the patch size"),
     ("--objective-options loss=sigmoid", "contrastive loss")])

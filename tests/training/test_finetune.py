@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, log_without_timing, mistake, pictures, thinned, train_here, weights
+from helpers import load_script, log_without_timing, mistake, pictures, randomise, thinned, train_here, weights
 from PIL import Image
 from pretend_gpu import PretendGpu
 from safetensors.torch import load_file, save_file
@@ -19,16 +19,17 @@ from tinyldm.adapters.files import read_adapter
 from tinyldm.adapters.lora import LoRAConfig
 from tinyldm.config import flatten, make_config, parse
 from tinyldm.data.loader import Batch
-from tinyldm.data.prepare import find_shards
+from tinyldm.data.prepare import find_shards, prepare
 from tinyldm.data.readers import captions
 from tinyldm.folders.load import load_model
-from tinyldm.folders.save import save_model
+from tinyldm.folders.save import save_model, save_part
 from tinyldm.objectives.denoising import Denoising
 from tinyldm.offload import Offloaded, Whole
 from tinyldm.planning import base as planning_base
 from tinyldm.planning.base import load_base, tune
 from tinyldm.training import class_pictures, second_stage
 from tinyldm.training.finetune import complete, fingerprint
+from tinyldm.training.preflight import check_run
 from tinyldm.training.run_folder import find_beside, find_model
 
 LORA = ["--finetune", "lora", "--rank", "2", "--lr", "0.05"]
@@ -88,6 +89,39 @@ def test_the_pictures_of_a_cache_are_enough(base, data):
     done = complete(config)
     assert (done.data.sources, done.data.cache) == ([], ["somewhere"])
     assert complete(parse([*LORA, "--model", str(base), "--data", str(data)], "")[0]).data.sources == [str(data)]
+
+
+def test_a_cache_of_another_autoencoder_or_size_or_with_other_pictures_is_refused(base, data, tmp_path):
+    """The latents of one autoencoder mean nothing to the network of another."""
+    model = load_model(base)
+    config = parse([*LORA, "--model", str(base), "--data", f"{data}:2", "--resolution", str(SIDE)], "")[0]
+    prepare(complete(config), tmp_path / "cache", model.vae, torch.device("cpu"))
+    words = [*LORA, "--model", str(base), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+    checked = lambda *more: check_run(parse([*words, *more], "")[0])
+    assert checked().data.sources == [f"{data}:2"]
+    with pytest.raises(ValueError, match="--flip True: the pictures in .* were encoded with False"):
+        checked("--flip")
+    with pytest.raises(ValueError, match="resolution 16 in the cache, 24 in this run"):
+        checked("--resolution", "24")
+    with pytest.raises(ValueError, match="has no pictures: make it again with --keep-pictures"):
+        checked("--objective", "repa")
+    save_part(base.parent / "other" / "vae", randomise(model.vae, 5))
+    for part in base.iterdir():
+        if part.name != "vae":
+            (base.parent / "other" / part.name).symlink_to(part)
+    with pytest.raises(ValueError, match="were made with other settings .vae"):
+        checked("--model", str(base.parent / "other"))
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--finetune whole --rank 8", "--rank is of adapters"), ("--objective lcm --rank 8", "--rank is of adapters"),
+    ("--finetune dreambooth --instance a --alpha 2", "--alpha is of adapters"),
+    ("--finetune lora --vectors 2", "--vectors is for --finetune textual_inversion"),
+    ("--finetune dreambooth --instance a --prior-weight 0.5", "--prior-weight is of pictures of a class")])
+def test_settings_of_another_kind_of_training_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        parse([*words.split(), "--model", "m", "--data", "d"], "")
+    assert said in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what is trained

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from tinyldm.cli import LARGEST, check_seed, check_steps
+from tinyldm.cli import LARGEST, check_scale, check_seed, check_steps
 from tinyldm.config.fields import Config, flatten
 from tinyldm.config.finetune import check_finetune
 from tinyldm.durations import parse_date, parse_duration
@@ -19,7 +19,7 @@ AT_LEAST = {name: 1 for name in (
     "input_perturbation", "min_side", "max_aspect", "min_caption", "max_caption", "buckets", "val_every", "val_samples", "eval_every",
     "keep_every", "max_steps", "vae_val_every", "early_stop", "keep_pictures")} | {"eval_num": 2}
 POSITIVE = ("lr", "muon_lr", "vae_lr", "vae_muon_lr", "grad_clip", "shift", "huber_c", "p2_gamma")
-FRACTIONS = ("caption_dropout", "decay", "vae_decay", "vae_ema", "ema_decay", "max_skip")
+FRACTIONS = ("utilisation", "caption_dropout", "decay", "vae_decay", "vae_ema", "ema_decay", "max_skip")
 
 
 def flag(name: str) -> str:
@@ -40,6 +40,7 @@ def check(config: Config) -> None:
         if not smallest <= values[name] < math.inf:
             raise ValueError(f"{flag(name)} {values[name]} must be at least {smallest}")
     check_seed(values["seed"])
+    check_scale(values["cfg"], "--cfg")
     if values["sample_steps"]:                              # 0: as the model of --finetune says
         check_steps(values["sample_steps"], "--sample-steps")
     for side in (values["resolution"], values["vae_crop"], *(int(side) for side in values["stages"] if side.isdecimal())):

@@ -19,6 +19,9 @@ from tinyldm.config.presets import VAE_PRESETS, preset_row
 from tinyldm.lookup import lookup
 
 # Settings that may hold paths; a resumed run keeps them all.
+# Settings that --only vae has no use for, and what its own is called.
+OF_THE_NETWORK = {"max_steps": "steps", "batch_size": "batch-size", "lr": "lr", "muon_lr": "muon-lr", "decay": "decay", "ema_decay": "ema",
+                  "ema_widths": "ema", "text_lr": "", "weight_decay": "", "stages": "", "rollback": "", "eval_every": ""}
 PATHS = ("data", "cache", "vae_weights", "vae_init", "vae_lpips", "text_weights", "model", "parts", "tokenizer")
 RESUME = {word: word for word in ("no", "auto", "yes")}
 ABOUT_RUN = ("directory", "version", "resume", "out")       # in config.json, and not settings of another run
@@ -55,6 +58,7 @@ def parse(argv: list[str] | None, description: str, own: dict[str, dict] | None 
         config = make_config(**(row | typed))
         check(config)
         check_meaning(config, parser.translated)
+        check_only(config, typed)
     except ValueError as error:
         parser.error(str(error))
     return config, rest
@@ -93,6 +97,15 @@ def check_meaning(config: Config, translated: dict[str, str]) -> None:
     if word and (config.optimisation.grad_accum > 1 or processes > 1):
         raise ValueError(f"{word} counts the pictures of one micro-batch of one process: --batch-size are those of a whole step, over "
                          f"{config.optimisation.grad_accum} micro-batches and {processes} processes; type --batch-size")
+
+
+def check_only(config: Config, typed: dict[str, Any]) -> None:
+    """ValueError for settings of the network's training where the autoencoder alone is trained. (--only does not go with another
+    --objective, which says so.)"""
+    alone = config.run.only and "objective" not in typed
+    for name in (name for name in OF_THE_NETWORK if name in typed and alone):
+        counts = f"--vae-{OF_THE_NETWORK[name]} counts" if OF_THE_NETWORK[name] else "leave it out"
+        raise ValueError(f"{flag(name)} is of the network, which --only {config.run.only} does not train: {counts}")
 
 
 def starting_point(typed: dict[str, Any]) -> dict[str, Any]:

@@ -86,6 +86,8 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add_offload_flag(parser), add_quantize_flag(parser)
     add("--dtype", default="auto", metavar="NAME", help="of weights and arithmetic: auto (bf16 on CUDA), bf16 (bfloat16), fp16 "
         "(float16), fp32 (float32)")
+    add("--map-weights", action="store_true", help="on a CPU, weights that are stored in the wanted dtype stay in the mapped file: nothing "
+        "is copied, and what is not used is not read; do not overwrite the file meanwhile")
     add("--dry-run", action="store_true", help="say what drawing will take, and stop: memory, FLOPs, bytes to read; reads no weights")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tinyldm.config import PRESETS, Config, DataConfig, change, phases, split_weights
+from tinyldm.config import PRESETS, Config, DataConfig, change, flatten, phases, split_weights
 from tinyldm.data.cache import Cache, read_index, write_index
 from tinyldm.data.cache_folder import NEWER, check_folder, check_settings, open_folder, read_settings
 from tinyldm.data.encoding import (
@@ -160,14 +160,19 @@ def adopt(config: Config, cache: Cache, vae: AutoencoderKL) -> Config:
     if list(split_weights(keys)) != settings["caption_key"]:
         raise ValueError(f"--caption-key {' '.join(keys)}: {cache.folder} has {' '.join(settings['caption_key']) or 'the default one'}; "
                          "leave it out, or name the same with other weights")
+    made = {name: settings[name] for name in SHAPING} | {name: settings.get(name, 0) for name in NEWER}
+    usual, own = flatten(Config()) | PRESETS.get(config.run.preset, {}), flatten(config)
+    for name, value in made.items():
+        if own[name] not in (usual[name], value):
+            raise ValueError(f"--{name.replace('_', '-')} {own[name]}: the pictures in {cache.folder} were encoded with {value}; leave it "
+                             "out, or make a cache so")
     data, typed = settings["data"], {source.spec: word for word, source in zip(config.data.sources, parse_sources(config.data.sources))}
-    if config.data.sources != PRESETS.get(config.run.preset, {}).get("data", DataConfig().sources):
+    if config.data.sources and config.data.sources != PRESETS.get(config.run.preset, {}).get("data", DataConfig().sources):
         if typed.keys() != set(cache.sources):
             raise ValueError(f"--data {' '.join(config.data.sources)}: {cache.folder} was made from {' '.join(data)}; leave it out, or "
                              "name the same with other weights")
         data = [typed[spec] for spec in cache.sources]
-    return change(config, data=data, caption_key=keys, **{name: settings[name] for name in SHAPING},
-                  **{name: settings.get(name, 0) for name in NEWER})
+    return change(config, data=data, caption_key=keys, **made)
 
 
 # ---------------------------------------------------------------- the job

@@ -22,7 +22,9 @@ the file's own name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -30,6 +32,8 @@ from torch import Tensor, nn
 
 from tinyldm.folders.weights import Weights
 from tinyldm.vendor_loaders.layout import Layout, Rules, Shape, apply
+
+MAPPED = ContextVar("MAPPED", default=False)
 
 
 def recognise(weights: Weights, layouts: Mapping[str, Layout]) -> tuple[Layout, Weights]:
@@ -79,10 +83,21 @@ def read_renamed(published: str, read: Callable[[str], Tensor]) -> Tensor:
     return form.inwards(read(name), how)
 
 
+@contextmanager
+def mapped_weights(on: bool = True) -> Iterator[None]:
+    """Inside, weights that a file has in the wanted dtype, for the CPU, stay in the mapped file and are read when they are used: nothing is
+    copied, changes stay in memory, and a file that is overwritten meanwhile ends the process (SIGBUS)."""
+    token = MAPPED.set(on)
+    try:
+        yield
+    finally:
+        MAPPED.reset(token)
+
+
 @torch.no_grad()
 def load_renamed(module: nn.Module, weights: Weights | Mapping[str, Tensor], rules: Rules,
                  device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
-    """Copy published tensors into module, one at a time, in the dtype that module has.
+    """Copy published tensors into module, one at a time, in the dtype that module has. (See mapped_weights, too.)
 
     A module on the meta device is given memory on `device`, in `dtype` where that is not None. Where `device` is the meta device, too,
     no tensor is read.
@@ -95,9 +110,14 @@ def load_renamed(module: nn.Module, weights: Weights | Mapping[str, Tensor], rul
     empty = any(tensor.is_meta for tensor in own.values())
     if empty:
         own = {key: torch.empty(t.shape, dtype=dtype or t.dtype, device=device) for key, t in own.items()}
+    mapped = empty and MAPPED.get() and torch.device(device).type == "cpu"
     for name, tensor in weights.stream() if torch.device(device).type != "meta" else ():
         for part in stored[name]:
-            own[part.key].copy_(part.form.inwards(tensor, part.how))
+            found = part.form.inwards(tensor, part.how)
+            if mapped and found.dtype == own[part.key].dtype and found.is_contiguous():
+                own[part.key] = found
+            else:
+                own[part.key].copy_(found)
     if empty:
         module.load_state_dict(own, assign=True)
 

@@ -38,7 +38,7 @@ class AutoencoderObjective(Objective):
         self.channels, self.downscale, self.freeze = vae.config.latent_channels, vae.config.downscale, settings.freeze
         self.weights, self.latents = loss_weights(settings), latents_config(settings)
         self.memory_format = architecture(vae).memory_format
-        self.turns, self.networks, self.saved = (Turn("autoencoder", TRAINED[settings.freeze]),), {}, ()
+        self.turns, self.networks, self.saved = (Turn("autoencoder", TRAINED[settings.freeze], **self.betas(settings)),), {}, ()
         self.mean: Callable[[Tensor], Tensor] = lambda tensor: tensor       # over processes; the stage sets it where there are several
         self.decoded: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}     # this step's originals and reconstructions, by micro-batch
         self.adversary, self.smallest = None, 1
@@ -51,7 +51,7 @@ class AutoencoderObjective(Objective):
             self.turns += (Turn("discriminator", ("discriminator",), optimisation=own, start=gan.start, betas=gan.betas),)
         if "lpips" in self.weights:
             self.networks["lpips"] = lpips = load_lpips(*settings.lpips)
-            self.smallest = max(self.smallest, lpips.smallest)
+            self.smallest = max(self.smallest, lpips.smallest * (2 if "se" in self.weights else 1))
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -93,6 +93,10 @@ class AutoencoderObjective(Objective):
 
     # ---------------------------------------------------------------- the losses
 
+    def betas(self, settings: AutoencoderConfig) -> dict[str, tuple[float, float]]:
+        """Beside a discriminator both have its betas (CompVis/latent-diffusion, ldm/models/autoencoder.py)."""
+        return {"betas": gan_config(settings).betas} if "gan" in self.weights else {}
+
     def losses(self, turn: Turn, networks: Networks, batch: AutoencoderBatch, progress: float) -> Tensor:
         """Without gradients, as in validation, there is no adversarial term: it says nothing about progress."""
         key = batch.pixels.data_ptr(), len(batch.pixels)
@@ -119,7 +123,8 @@ class AutoencoderObjective(Objective):
             z = z + z.detach().std((1, 2, 3), correction=0, keepdim=True) * batch.jitter
         if batch.view is not None:
             scale, turns = batch.view[0].tolist()
-            sides = [max(1, round(side * scale)) for side in z.shape[2:]]
+            unit = 2 if "se" in self.weights else 1                             # it halves them again
+            sides = [unit * max(1, round(side * scale / unit)) for side in z.shape[2:]]
             z, pixels = transform(z, sides, int(turns)), transform(pixels, [side * self.downscale for side in sides], int(turns))
         return Reconstruction(pixels, vae.decode(z).to(pixels.dtype), posterior, z, vae.decode, self.compare)
 

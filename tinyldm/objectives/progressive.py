@@ -81,7 +81,8 @@ class Progressive(Distillation):
             raise ValueError("--objective progressive makes teachers of students, which an adapter is not: leave out --finetune lora")
 
     def losses(self, turn: Turn, networks: Networks, batch: DenoisingBatch, progress: float) -> Tensor:
-        current = min(int(progress * len(self.rounds)), len(self.rounds) - 1)
+        # A run that is made longer is less far on, but its teacher of earlier rounds is gone.
+        current = max(min(int(progress * len(self.rounds)), len(self.rounds) - 1), int(self.networks[TEACHER].round))
         self.promote(current)
         n = self.rounds[current]
         t = ((batch.t * n).floor() + 1) / n

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyldm.config import Config, OptimisationConfig
+from tinyldm.config import Config, OptimisationConfig, change
 from tinyldm.model import Model, autoencoder_config
 from tinyldm.objectives.autoencoder import AutoencoderBatch, AutoencoderObjective
+from tinyldm.objectives.autoencoder_settings import check_sizes
 from tinyldm.objectives.base import Networks, Turn
 from tinyldm.objectives.denoising import Denoising, DenoisingBatch
 from tinyldm.objectives.repa import REPA
@@ -60,6 +61,7 @@ class REPAE(REPA):
         super().check_parts(config, vae)
         own = vae.config if vae else autoencoder_config(config.autoencoder.name, config.autoencoder.fields)
         check_foldable(own)
+        check_sizes(change(config, vae_crop=0), own.downscale)             # whole pictures, not crops
         if config.data.keep_pictures != own.downscale:
             raise ValueError(f"--objective repa_e encodes the pictures as they are: use --keep-pictures {own.downscale}, this "
                              "autoencoder's pixels per latent")

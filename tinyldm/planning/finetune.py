@@ -24,7 +24,7 @@ from tinyldm.models.mmdit import MMDiT, MMDiTConfig
 from tinyldm.models.unet import UNet, UNetConfig
 from tinyldm.pipeline import PromptFeatures
 from tinyldm.planning.base import frozen_dtype, load_base, lora_config, tune
-from tinyldm.planning.flops import EXTRA_SHAPES, MetaNetworks, count_flops, size, vae_forwards
+from tinyldm.planning.flops import EXTRA_SHAPES, MetaNetworks, count_flops, passes, size, vae_forwards
 from tinyldm.planning.memory import EAGER, empty, memory, saved_bytes
 from tinyldm.planning.peak import peak_bytes
 from tinyldm.planning.phase import PlannedPhase
@@ -81,8 +81,7 @@ def plan_tuned_phase(config: Config, networks: MetaNetworks, modules: Mapping[st
     ids = [empty(1, module.config.context_length, dtype=torch.long) for module in text]
     calls: dict[str, Callable[[], object]] = {"net": lambda: net(x, empty(1), cond),
                                               "text": lambda: [module(own) for module, own in zip(text, ids)], **vae_forwards(vae, side)}
-    passes = 3 if own.whole else 2                              # backward to the inputs alone costs as much as forward
-    factors = {"net": passes, "text": passes * own.trains_text}                 # captions are encoded once: at no cost per step
+    factors = passes(config)
     flops = {part: factors.get(part, 1) * count_flops(call) for part, call in calls.items()}
     with_gradients = {"net": net} | ({"text": text} if own.trains_text else {})
     saved, casts = saved_bytes(config, *((module, calls[part]) for part, module in with_gradients.items()))

@@ -150,9 +150,18 @@ def vae_flops(vae: nn.Module, resolution: int) -> int:
     return 3 * sum(map(count_flops, vae_forwards(same, resolution).values()))
 
 
+def passes(config: Config) -> dict[str, int]:
+    """Forward passes that a training step costs, by part: three of what is trained (backward takes two), two of what only gradients pass
+    through to what is small, an adapter or a word; one of a frozen text encoder, none where captions are encoded once."""
+    own = config.finetune
+    if not own.kind:
+        return {"net": 3, "text": 1 if config.text.weights else 3}
+    trained = 3 if own.whole else 2
+    return {"net": trained, "text": trained * own.trains_text}
+
+
 def useful_flops(config: Config, model: Model | None = None) -> int:
-    """FLOPs of training on one picture in a phase: three forward passes of what is trained, one of a frozen text encoder.
-    What gradient checkpointing computes twice counts once.
+    """FLOPs of training on one picture in a phase: see passes(). What gradient checkpointing computes twice counts once.
 
     model: the run's own, on any device (default: the networks that the config describes)"""
     join = model.text.join if model else join_of(config)
@@ -160,7 +169,7 @@ def useful_flops(config: Config, model: Model | None = None) -> int:
         with torch.device("meta"):
             net, vae = (type(module)(module.config) for module in (model.net, model.vae))
     calls = forwards(MetaNetworks(net, like(model.text), vae) if model else meta_networks(config), config.data.resolution, join=join)
-    return sum(count_flops(calls[part]) * (1 if part == "text" and config.text.weights else 3) for part in ("net", "text"))
+    return sum(count_flops(calls[part]) * count for part, count in passes(config).items() if count)
 
 
 def on_this_gpu(config: Config, device: torch.device) -> Config:

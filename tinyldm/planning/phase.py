@@ -8,7 +8,7 @@ from torch import nn
 
 from tinyldm.config import Config
 from tinyldm.models.tiling import PIXELS_AT_ONCE
-from tinyldm.planning.flops import size
+from tinyldm.planning.flops import passes, size
 from tinyldm.planning.memory import CASTS, EAGER, GRADIENTS, RESERVE, memory
 
 GRID_PICTURES = 16          # pictures in a sample grid: about 8 prompts, two of each
@@ -45,7 +45,7 @@ class PlannedPhase:
     def rate(self) -> float:
         """Images per second, a projection. The utilisation counts everything that the GPU computes, including the forward passes
         that gradient checkpointing repeats, which the model FLOPs utilisation (MFU) does not count."""
-        recomputed = self.flops["net"] / 3 if self.cache_bytes and self.config.network.grad_checkpointing else 0
+        recomputed = self.flops["net"] / passes(self.config)["net"] if self.cache_bytes and self.config.network.grad_checkpointing else 0
         return self.config.plan.utilisation * self.config.plan.gpu_tflops * 1e12 / (self.useful + recomputed + self.repeated)
 
     @property

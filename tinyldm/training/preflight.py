@@ -22,6 +22,7 @@ from tinyldm.lookup import build_dataclass, fit, lookup, type_of
 from tinyldm.model import NETWORKS, TEXT_ENCODERS, autoencoder_config, network_config
 from tinyldm.models.vae import check_size
 from tinyldm.objectives import FIRST_STAGE_OBJECTIVES, OBJECTIVES
+from tinyldm.objectives.base import Objective
 from tinyldm.objectives.denoising import process_of
 from tinyldm.planning.flops import forwards, meta_autoencoder, meta_networks
 from tinyldm.planning.texts import OWN_TEXTS, join_of
@@ -46,8 +47,9 @@ def check_run(config: Config) -> Config:
         find_backend(config.run.track)
     if length.deadline and config.run.resume == "no" and parse_date(length.deadline) <= time.time():
         raise ValueError(f"--deadline {length.deadline} has passed")
-    if (processes := launched()[1]) > length.batch_size:
-        raise ValueError(f"--batch-size {length.batch_size} leaves some of {processes} processes without a picture: start fewer")
+    word, size = ("--vae-batch-size", config.autoencoder.batch_size) if config.run.only else ("--batch-size", length.batch_size)
+    if (processes := launched()[1]) > size:
+        raise ValueError(f"{word} {size} leaves some of {processes} processes without a picture: start fewer")
     out = Path(config.run.out)
     if any(not (folder / "index.json").exists() for _, folder in phase_folders(config, out / "latents")):
         for spec, _ in parse_sources(config.data.sources):
@@ -111,6 +113,7 @@ def check_alone(config: Config) -> None:
              f"{name} a text tower of its own: leave out --text-weights": config.text.weights,
              f"{name} a CLIP's text tower: leave out --text-encoder {config.text.encoder}": config.text.encoder != "clip",
              f"{name} a model that draws nothing: leave out --eval-every {config.run.eval_every}": config.run.eval_every,
+             f"{name} both towers with --lr: leave out --text-lr": config.optimisation.text_lr,
              f"{name} in one go and never returns to an older checkpoint: leave out --rollback": config.optimisation.rollback,
              f"{name} on pictures: name them with --data, and leave out --cache": config.data.cache,
              f"{name} on pictures of one size: leave out --stages and --buckets": config.data.phases or config.data.buckets,
@@ -136,8 +139,10 @@ def check_process(config: Config) -> None:
 def check_parts(config: Config) -> Config:
     """Check that pretrained parts exist, are undamaged and of the right kind, that picture sizes are divisible, that caches fit. A
     resumed run has its own copies of pretrained parts: their sources may have changed or gone meanwhile."""
-    if config.finetune.kind or OBJECTIVES[config.objective.name].on_pictures:           # complete() has looked at its parts; there are none
+    if OBJECTIVES[config.objective.name].on_pictures:           # there are none
         return config
+    if config.finetune.kind:                                    # complete() has looked at the model's
+        return check_finetuned(config)
     run, resumed = Path(config.run.out), config.run.resume != "no"
     own_vae = resumed and (run / "vae").is_dir()
     own_text = resumed and ((run / OWN_TEXTS).is_dir() or any(folder.name.startswith("step") for folder in checkpoint.names(run)))
@@ -153,10 +158,7 @@ def check_parts(config: Config) -> Config:
         for phase in phases(config):
             if phase.data.resolution % (divisor := picture_divisor(phase, vae)) and not phase.data.buckets:
                 raise ValueError(f"resolution {phase.data.resolution} is not a multiple of {divisor}, as this VAE and network need")
-        for phase in phases(config) if config.data.cache else []:
-            adopted = flatten(adopt(phase, Cache(Path(phase.data.cache[0])), vae))
-            kept = ("resolution", "stages", "cache", "grad_accum", "shift")     # settings of the run that a phase has changed
-            config = change(config, **{name: value for name, value in adopted.items() if name not in kept})
+        config = with_caches(config, vae)
     OBJECTIVES[config.objective.name].check_parts(config, vae)
     texts = None
     if config.text.weights and not own_text:
@@ -166,6 +168,26 @@ def check_parts(config: Config) -> Config:
                          "--text-weights")
     if not own_text:
         try_shapes(config, vae, texts)
+    return config
+
+
+def check_finetuned(config: Config) -> Config:
+    """check_parts() of a run with --finetune: --cache and the objective beside the model's own autoencoder."""
+    objective = OBJECTIVES[config.objective.name]
+    if config.run.resume != "no" or not config.data.cache and objective.check_parts.__func__ is Objective.check_parts.__func__:
+        return config
+    vae = load_vae(config.autoencoder.weights)
+    config = with_caches(config, vae)
+    objective.check_parts(config, vae)
+    return config
+
+
+def with_caches(config: Config, vae: nn.Module) -> Config:
+    """The config with what the caches of --cache decide. ValueError where they were made with another autoencoder or other settings."""
+    for phase in phases(config) if config.data.cache else []:
+        adopted = flatten(adopt(phase, Cache(Path(phase.data.cache[0])), vae))
+        kept = ("resolution", "stages", "cache", "grad_accum", "shift")     # settings of the run that a phase has changed
+        config = change(config, **{name: value for name, value in adopted.items() if name not in kept})
     return config
 
 

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from tinyldm.cli import best_effort
-from tinyldm.config import PRESETS, AutoencoderConfig, flatten, make_config
+from tinyldm.config import FINETUNES, PRESETS, AutoencoderConfig, flatten, make_config
 from tinyldm.config.fields import SETTINGS
+from tinyldm.config.finetune import finetune_row
 from tinyldm.durations import parse_date, parse_duration
 from tinyldm.files import read_json, write_file
 from tinyldm.training import log
@@ -280,7 +281,8 @@ def prompts(config: dict) -> list[str]:
 def compare(config: dict) -> list[dict]:
     """All settings: {name, value, usual: the preset's value, differs, help}. usual: None for settings that this version lacks."""
     preset = str(config.get("preset", ""))
-    usual = json.loads(json.dumps(flatten(make_config(**PRESETS.get(preset, {}) | {"preset": preset}))))
+    row = finetune_row({"finetune": preset}) if preset in FINETUNES else PRESETS.get(preset, {})
+    usual = json.loads(json.dumps(flatten(make_config(**row | {"preset": preset}))))
     usual["data"] = " ".join(usual["data"]) if isinstance(config.get("data"), str) else usual["data"]
     helps = {name: setting.help for name, setting in SETTINGS.items()}
     return [{"name": name, "value": text(value, 10 * TEXT), "usual": text(usual[name], 10 * TEXT) if name in usual else None,
