@@ -188,10 +188,12 @@ def test_help_names_every_metric_and_does_not_wait_for_torch():
 def test_the_drawing_flags_are_none_unless_typed_and_have_their_usual_names():
     parser = Parser()
     add_drawing_flags(parser)
-    names = ("cfg", "true_cfg", "steps", "sampler", "schedule", "guidance", "autoguidance", "first_block_cache", "deep_cache")
-    assert vars(parser.parse_args([])) == dict.fromkeys(names)
+    names = ("cfg", "true_cfg", "steps", "sampler", "schedule", "guidance", "guidance_interval", "autoguidance", "first_block_cache",
+             "deep_cache")
+    usual = dict.fromkeys(names) | {"guidance_rescale": 0.0}
+    assert vars(parser.parse_args([])) == usual
     typed = parser.parse_args(["--guidance-scale", "3", "--num_inference_steps", "9", "--sampler", "heun", "--schedule", "karras"])
-    assert vars(typed) == dict.fromkeys(names) | dict(cfg=3.0, steps=9, sampler="heun", schedule="karras")
+    assert vars(typed) == usual | dict(cfg=3.0, steps=9, sampler="heun", schedule="karras")
 
 
 # ---------------------------------------------------------------- the model, and how to draw with it

@@ -110,13 +110,13 @@ def test_a_run_of_an_older_version_has_its_text_encoders_in_its_checkpoints_alon
 
 def test_a_resumed_run_is_planned_with_its_own_text_encoders(tmp_path):
     write_text(tmp_path / "text")
-    count = lambda **settings: sum(p.numel() for p in meta_text(change(preset_config("tiny", text_weights="gone", out=str(tmp_path)),
-                                                                       **settings)).parameters())
+    config = preset_config("tiny", text_weights="someone/gone", out=str(tmp_path))
+    count = lambda **settings: sum(p.numel() for p in meta_text(change(config, **settings)).parameters())
     own = sum(p.numel() for p in CLIPText(small_text()[1]).parameters())
     assert count(resume="yes") == own != count(resume="no")     # a new run knows nothing of what lies there
     text = json.loads((tmp_path / "text" / "tinyldm.json").read_text())
     (tmp_path / "text" / "tinyldm.json").write_text(json.dumps(text | {"text_join": "sdxl"}))
-    assert join_of(change(preset_config("tiny", text_weights="gone", out=str(tmp_path)), resume="yes")) == "sdxl"
+    assert join_of(change(config, resume="yes")) == "sdxl"
 
 
 def test_what_is_linked_takes_no_room_and_what_must_be_copied_takes_its_size(begun, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ class AutoencoderObjective(Objective):
         self.channels, self.downscale, self.freeze = vae.config.latent_channels, vae.config.downscale, settings.freeze
         self.weights, self.latents = loss_weights(settings), latents_config(settings)
         self.memory_format = architecture(vae).memory_format
-        self.turns, self.networks, self.saved = (Turn("autoencoder", TRAINED[settings.freeze], **self.betas(settings)),), {}, ()
+        self.turns, self.networks, self.saved = (Turn("autoencoder", TRAINED[settings.freeze]),), {}, ()
         self.mean: Callable[[Tensor], Tensor] = lambda tensor: tensor       # over processes; the stage sets it where there are several
         self.decoded: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}     # this step's originals and reconstructions, by micro-batch
         self.adversary, self.smallest = None, 1
@@ -92,10 +92,6 @@ class AutoencoderObjective(Objective):
         return super().to_device(batch._replace(view=None), device)._replace(view=batch.view)
 
     # ---------------------------------------------------------------- the losses
-
-    def betas(self, settings: AutoencoderConfig) -> dict[str, tuple[float, float]]:
-        """Beside a discriminator both have its betas (CompVis/latent-diffusion, ldm/models/autoencoder.py)."""
-        return {"betas": gan_config(settings).betas} if "gan" in self.weights else {}
 
     def losses(self, turn: Turn, networks: Networks, batch: AutoencoderBatch, progress: float) -> Tensor:
         """Without gradients, as in validation, there is no adversarial term: it says nothing about progress."""
