@@ -51,7 +51,7 @@ def refusal(action, *args):
     ("x.pt", pickled({"state_dict": TENSORS, "global_step": 5, "lr": 0.1, "note": "text", "nested": {"x": [1]}})),
     ("x.pth", pickled({"epoch": 1, "state_dict": {"state_dict": TENSORS, "global_step": 5, "lr": 0.1}})),
     ("x.ckpt", pickled({name: torch.nn.Parameter(t, requires_grad=t.is_floating_point()) for name, t in TENSORS.items()})),
-])
+], ids=lambda value: value if isinstance(value, str) else "file")
 def test_tensors_are_read_with_their_names_shapes_and_dtypes_from_every_kind_of_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     weights = open_weights(tmp_path / name)
