@@ -14,9 +14,8 @@
 It needs the package index, and minutes: nothing of it runs in the tests. Run it after a change of setup.cfg, or of what is imported.
 
 Measured with Python 3.11 and torch 2.13, all other packages at their lowest: the whole road. With Python 3.10 and torch 2.6, all at their
-lowest: the README's first command whole. Its tests there, with the extra's lowest versions, pass but for what needs a later package: DoRA
-and adapters that peft 0.18 loads in another way, three of torch 2.6 (8-bit floats, a file overwritten while it is mapped), one of
-transformers 5.5 (DINOv2's names).
+lowest: the README's first command whole, and its second with the extra's lowest versions: what needs a later package (sharding torch 2.8,
+adapters in diffusers peft 0.21, turned pictures Pillow 13) is skipped and says so.
 tokenizers 0.19 fails where merges are read, Pillow below 11.3 reads no orientation from XMP. Of the tests, those of T5's tokenizer need
 transformers 5.5 (5.2 fails), those of turned pictures Pillow 13.
 """
