@@ -71,7 +71,7 @@ from tinyldm.diffusion.prediction import PREDICTIONS
 from tinyldm.files import make_output_folder
 from tinyldm.folders.hub import is_hub_id
 from tinyldm.folders.load import load_model, load_vae
-from tinyldm.folders.rename import mapped_weights
+from tinyldm.folders.weights import mapped_weights
 from tinyldm.lookup import DTYPE_NAMES, lookup
 from tinyldm.model import NON_EMA, Model, architecture, compile_blocks
 from tinyldm.offload import place_for_weights

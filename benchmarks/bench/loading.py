@@ -20,9 +20,8 @@ from benchmarks.bench.pairs import CLIP_L, CLIP_SMALL, CLIP_TINY, KL8, KL8_SMALL
 from tinyldm.device import DTYPES
 from tinyldm.files import read_json
 from tinyldm.folders.build import load_network
-from tinyldm.folders.rename import mapped_weights
 from tinyldm.folders.save import write_part
-from tinyldm.folders.weights import find_weights, open_weights
+from tinyldm.folders.weights import find_weights, mapped_weights, open_weights
 from tinyldm.model import architecture
 
 ROWS = [Row("U-Net", "unet", SD1, {"full": ({}, 1, 8), "small": (SD1_SMALL, 1, 8), "tiny": (SD1_TINY, 1, 8)}),

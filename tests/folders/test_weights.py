@@ -13,8 +13,8 @@ from helpers import thinned
 from hollow import hollow
 from safetensors.torch import save, save_file
 
-from tinyldm.folders.rename import load_renamed, mapped_weights
-from tinyldm.folders.weights import Weights, choose, errors_about, find_weights, open_weights, write_weights
+from tinyldm.folders.rename import load_renamed
+from tinyldm.folders.weights import Weights, choose, errors_about, find_weights, mapped_weights, open_weights, write_weights
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b.weight": torch.randn(300), "ids": torch.arange(4), "scalar": torch.tensor(2.0)}
 INDEX = "model.safetensors.index.json"

@@ -22,18 +22,14 @@ the file's own name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tinyldm.folders.weights import Weights
+from tinyldm.folders.weights import MAPPED, Weights
 from tinyldm.vendor_loaders.layout import Layout, Rules, Shape, apply
-
-MAPPED = ContextVar("MAPPED", default=False)
 
 
 def recognise(weights: Weights, layouts: Mapping[str, Layout]) -> tuple[Layout, Weights]:
@@ -81,17 +77,6 @@ def read_renamed(published: str, read: Callable[[str], Tensor]) -> Tensor:
     """One of our tensors, by its name in published_names; `read` reads the published tensor of a name."""
     name, form, how = _form(published)
     return form.inwards(read(name), how)
-
-
-@contextmanager
-def mapped_weights(on: bool = True) -> Iterator[None]:
-    """Inside, weights that a file has in the wanted dtype, for the CPU, stay in the mapped file and are read when they are used: nothing is
-    copied, changes stay in memory, and a file that is overwritten meanwhile ends the process (SIGBUS)."""
-    token = MAPPED.set(on)
-    try:
-        yield
-    finally:
-        MAPPED.reset(token)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,8 +43,20 @@ QUANTISED = {
     r".*\.(qweight|qzeros|g_idx|wscales|weight_packed|weight_scale_2|weight_scale_inv)": "4 or 8 bits with a scale per block",
 }
 INSTEAD = "take the file in bf16, fp16 or fp8"
+MAPPED = ContextVar("MAPPED", default=False)            # see mapped_weights
 
 Stream = Iterator[tuple[str, Tensor]]
+
+
+@contextmanager
+def mapped_weights(on: bool = True) -> Iterator[None]:
+    """Inside, weights that a file has in the wanted dtype, for the CPU, stay in the mapped file and are read when they are used: nothing is
+    copied, changes stay in memory, and a file that is overwritten meanwhile ends the process (SIGBUS)."""
+    token = MAPPED.set(on)
+    try:
+        yield
+    finally:
+        MAPPED.reset(token)
 
 
 @dataclass(frozen=True)
@@ -214,7 +227,7 @@ def _open_safetensors(file: Path) -> Weights:
         for name in (name for name in shapes if name in wanted):
             handle = handle or opened()
             tensor = handle.get_tensor(name)
-            if resident + tensor.nbytes > MAX_RESIDENT:
+            if resident + tensor.nbytes > MAX_RESIDENT and not MAPPED.get():
                 del handle, tensor
                 handle, resident = opened(), 0
                 tensor = handle.get_tensor(name)
