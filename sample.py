@@ -104,6 +104,8 @@ def open_model(args: argparse.Namespace) -> tuple[Model, str | Path]:
         source = f"{source}@{args.revision}"
     if args.prediction:
         lookup(PREDICTIONS, args.prediction, "--prediction")
+    if args.map_weights and (device.type != "cpu" or args.offload):
+        raise ValueError("--map-weights is for networks that stay in the host's memory: leave it out, or add --device cpu")
     with place_for_weights(device, args.offload) as place, mapped_weights(args.map_weights):
         model = load_model(source, "meta" if args.dry_run else place, pick_dtype(args.dtype, device), not args.no_ema, args.variant,
                            args.tokenizer, args.prediction, args.parts or (), {"text_encoder_3"} if args.without_t5 else ())

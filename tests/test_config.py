@@ -263,7 +263,7 @@ def test_a_run_folder_remembers_what_its_vae_preset_gave(tmp_path, monkeypatch):
     ("--vae-freeze encoder", "name it with --vae-init"), ("--early-stop 3", "is for --only vae"),
     ("--only vae --early-stop 3", "add --vae-val-every 100"), ("--only vae --fsdp", "leave it out"),
     ("--only vae --vae-steps 0", "--vae-steps 0 must be at least 1"), ("--vae-preset kl-f9", "did you mean 'kl-f8'"),
-    ("--only vae --max-steps 9", "--vae-steps counts"), ("--only vae --learning-rate 0.1", "--vae-lr counts"),
+    ("--only vae --max-steps 9", "use --vae-steps"), ("--only vae --learning-rate 0.1", "use --vae-lr"),
     ("--only vae --rollback", "does not train: leave it out"), ("--cfg 5000", "is not a guidance scale"), ("--mfu 55", "between 0 and 1"),
     ("--vae-ema 1.5", "--vae-ema 1.5 must lie between 0 and 1")])
 def test_settings_of_the_first_stage_that_cannot_work_are_refused(words, said, capsys):

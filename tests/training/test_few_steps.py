@@ -116,7 +116,8 @@ def test_a_network_that_is_told_a_number_is_saved_with_it_and_draws_by_it(train,
     (["--network", "dit"], "--network is decided by the model"), (["--net", "told=guidance"], "--net is decided"),
     (["--process", "scaled_linear"], "--process is decided"), (["--shift", "3"], "--shift is decided"),
     (["--vae-weights", "elsewhere"], "--vae-weights is decided"), (["--mask-padding"], "--mask-padding is decided"),
-    (["--loss", "l1"], "--loss is of the diffusion loss"), (["--input-perturbation", "0.1"], "--input-perturbation is of the diffusion"),
+    (["--loss", "l1"], "--loss is a setting of the diffusion loss"),
+    (["--input-perturbation", "0.1"], "--input-perturbation is a setting of the diffusion"),
     (["--objective-options", "scale_to=0.5"], "scale_to=0.5: use more than the smallest scale, 3"),
     (["--finetune", "lora", "--rank", "2", "--lora-dropout", "0.1"], "which --lora-dropout would make different")])
 def test_what_would_have_no_effect_on_a_student_is_refused(train, words, expected):

@@ -114,10 +114,10 @@ def test_a_cache_of_another_autoencoder_or_size_or_with_other_pictures_is_refuse
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--finetune whole --rank 8", "--rank is of adapters"), ("--objective lcm --rank 8", "--rank is of adapters"),
-    ("--finetune dreambooth --instance a --alpha 2", "--alpha is of adapters"),
+    ("--finetune whole --rank 8", "--rank is a setting of adapters"), ("--objective lcm --rank 8", "--rank is a setting of adapters"),
+    ("--finetune dreambooth --instance a --alpha 2", "--alpha is a setting of adapters"),
     ("--finetune lora --vectors 2", "--vectors is for --finetune textual_inversion"),
-    ("--finetune dreambooth --instance a --prior-weight 0.5", "--prior-weight is of pictures of a class")])
+    ("--finetune dreambooth --instance a --prior-weight 0.5", "--prior-weight is a setting of pictures of a class")])
 def test_settings_of_another_kind_of_training_are_refused(words, said, capsys):
     with pytest.raises(SystemExit):
         parse([*words.split(), "--model", "m", "--data", "d"], "")

@@ -19,7 +19,7 @@ from tinyldm.config.presets import VAE_PRESETS, preset_row
 from tinyldm.lookup import lookup
 
 # Settings that may hold paths; a resumed run keeps them all.
-# Settings that --only vae has no use for, and what its own is called.
+# Settings that have no effect with --only vae -> the end of the flag (--vae-...) that sets the same of the autoencoder; "": none does.
 OF_THE_NETWORK = {"max_steps": "steps", "batch_size": "batch-size", "lr": "lr", "muon_lr": "muon-lr", "decay": "decay", "ema_decay": "ema",
                   "ema_widths": "ema", "text_lr": "", "weight_decay": "", "stages": "", "rollback": "", "eval_every": ""}
 PATHS = ("data", "cache", "vae_weights", "vae_init", "vae_lpips", "text_weights", "model", "parts", "tokenizer")
@@ -104,8 +104,8 @@ def check_only(config: Config, typed: dict[str, Any]) -> None:
     --objective, which says so.)"""
     alone = config.run.only and "objective" not in typed
     for name in (name for name in OF_THE_NETWORK if name in typed and alone):
-        counts = f"--vae-{OF_THE_NETWORK[name]} counts" if OF_THE_NETWORK[name] else "leave it out"
-        raise ValueError(f"{flag(name)} is of the network, which --only {config.run.only} does not train: {counts}")
+        advice = f"use --vae-{OF_THE_NETWORK[name]}" if OF_THE_NETWORK[name] else "leave it out"
+        raise ValueError(f"{flag(name)} is a setting of the network, which --only {config.run.only} does not train: {advice}")
 
 
 def starting_point(typed: dict[str, Any]) -> dict[str, Any]:

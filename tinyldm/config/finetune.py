@@ -77,10 +77,10 @@ def check_finetune(config: Config) -> None:
     of_adapters = typed("rank", "alpha", "rank_stabilised", "targets", "conv_rank", "ranks", "lora_dropout")
     of_words, of_class = typed("vectors", "initial", "style"), typed("class_pictures", "prior_weight")
     wrong = {
-        f"{of_adapters} is of adapters: train one, with --finetune lora or with --finetune dreambooth --rank 16":
+        f"{of_adapters} is a setting of adapters: train one, with --finetune lora or with --finetune dreambooth --rank 16":
             of_adapters and not own.adapts and not lora and own.rank >= 0,
         f"{of_words} is for --finetune textual_inversion, not for {own.kind}: leave it out": of_words and not inversion,
-        f"{of_class} is of pictures of a class: name it, with --class \"a photo of a dog\"": of_class and not own.class_prompt,
+        f"{of_class} is a setting of pictures of a class: name it, with --class \"a photo of a dog\"": of_class and not own.class_prompt,
         "--only vae trains an autoencoder: leave out --finetune": config.run.only,
         "--fsdp shards a network that is trained from the start: leave it out with --finetune": config.run.fsdp,
         f"--rank {own.rank} of an adapter must be 1 or more: 4 to 64 are usual": lora and own.rank < 1 or own.rank < 0,

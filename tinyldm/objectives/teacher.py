@@ -44,7 +44,7 @@ class Distillation(Denoising):
 
     guides = True               # whether batches have the empty caption's condition
     boundary = True             # whether f(x, 0) = x has to follow from the prediction
-    own_loss = True             # whether it is another loss than the diffusion loss with its settings
+    own_loss = True             # whether it has another loss than the diffusion loss, so that --loss and the like have no effect
 
     def __init__(self, config: Config, model: Model, trained: tuple[str, ...], teacher: Model | None = None):
         super().__init__(config, model, trained)
@@ -82,19 +82,25 @@ class Distillation(Denoising):
         if cls.tells(config) and config.finetune.adapts:
             raise ValueError(f"--objective {config.objective.name} tells its network {', '.join(cls.tells(config))}, for which an adapter "
                              "has no weights: leave out --finetune lora")
-        plain, settings = ObjectiveConfig(), config.objective
-        unused = [name for name in ("loss", "huber_c", "loss_weight", "min_snr_gamma", "p2_gamma", "input_perturbation")
-                  if getattr(settings, name) != getattr(plain, name) and (cls.own_loss or name == "input_perturbation")]
-        if unused:
-            raise ValueError(f"--{unused[0].replace('_', '-')} is of the diffusion loss, and --objective {settings.name} has another one: "
-                             "leave it out; what it has of its own is set by --objective-options")
-        if cls.own_loss and config.finetune.lora_dropout:
-            raise ValueError(f"--objective {settings.name} compares answers of one network, which --lora-dropout would make different: "
-                             "leave it out")
+        if config.run.resume == "no":                           # a run that was begun with them goes on
+            cls.check_unused(config)
         if config.run.fsdp:
             raise ValueError(f"--objective {config.objective.name} calls other networks beside the sharded one: leave out --fsdp")
         if config.finetune.kind and config.finetune.trains_text:
             raise ValueError(f"--objective {config.objective.name} compares answers to the same condition: leave out --train-text")
+
+    @classmethod
+    def check_unused(cls, config: Config) -> None:
+        """ValueError for settings of training that have no part in this objective."""
+        plain, settings = ObjectiveConfig(), config.objective
+        unused = [name for name in ("loss", "huber_c", "loss_weight", "min_snr_gamma", "p2_gamma", "input_perturbation")
+                  if getattr(settings, name) != getattr(plain, name) and (cls.own_loss or name == "input_perturbation")]
+        if unused:
+            raise ValueError(f"--{unused[0].replace('_', '-')} is a setting of the diffusion loss, and --objective {settings.name} has "
+                             "another one: leave it out; what it has of its own is set by --objective-options")
+        if cls.own_loss and config.finetune.lora_dropout:
+            raise ValueError(f"--objective {settings.name} compares answers of one network, which --lora-dropout would make different: "
+                             "leave it out")
 
     def begin_phase(self, config: Config, model: Model) -> None:
         super().begin_phase(config, model)

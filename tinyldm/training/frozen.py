@@ -71,9 +71,14 @@ def open_vae(config: Config, context: RunContext) -> nn.Module:
     own = context.folder / "vae"
     if own.is_dir() or not config.finetune.kind:
         return load_vae(own, context.device)
+    return base_vae(config, context.device)
+
+
+def base_vae(config: Config, device: torch.device) -> nn.Module:
+    """The autoencoder of the model of --finetune."""
     if config.finetune.parts or config.finetune.variant:        # which load_vae does not know
-        return load_base(config, torch.device("cpu")).vae.to(context.device)
-    return load_vae(config.finetune.model, context.device)
+        return load_base(config, torch.device("cpu")).vae.to(device)
+    return load_vae(config.finetune.model, device)
 
 
 def keep_texts(config: Config, context: RunContext, last: Path | None) -> None:

@@ -31,7 +31,7 @@ from tinyldm.training import checkpoint
 from tinyldm.training.distributed import launched
 from tinyldm.training.ema import parse_widths
 from tinyldm.training.finetune import complete
-from tinyldm.training.frozen import read_texts
+from tinyldm.training.frozen import base_vae, read_texts
 from tinyldm.training.run_folder import find_clip
 from tinyldm.training.second_stage import needs_sizes, scheduler_config
 from tinyldm.training.track import find_backend
@@ -176,7 +176,7 @@ def check_finetuned(config: Config) -> Config:
     objective = OBJECTIVES[config.objective.name]
     if config.run.resume != "no" or not config.data.cache and objective.check_parts.__func__ is Objective.check_parts.__func__:
         return config
-    vae = load_vae(config.autoencoder.weights)
+    vae = base_vae(config, torch.device("cpu"))
     config = with_caches(config, vae)
     objective.check_parts(config, vae)
     return config
